@@ -1,0 +1,208 @@
+//! What the engine is told and what it asks for.
+//!
+//! The caller (a worker with real files, or the simulation) owns the request buffers, the bounce buffers and the files.
+//! It feeds [`Event`]s and carries out the [`Action`]s, in any order and concurrently, except that `ZeroFill`,
+//! `Overlay` and `Reply` take effect at once and in the order given: they are memory operations without a completion.
+//! Every other action has an [`OpId`] and must be answered with exactly one `Done` or `BatRead` event.
+//!
+//! All offsets and lengths are bytes and multiples of 512.
+
+/// A request in flight, named by the caller; free to be used again after its `Reply`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct ReqId(pub u32);
+
+/// A file operation in flight, named by the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct OpId(pub u32);
+
+/// A bounce buffer of [`Config::bounce_bytes`], owned by the caller, lent to the engine: 0 .. `Config::bounces`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct BounceId(pub u16);
+
+/// A positive errno.
+pub type Errno = i32;
+
+/// Bytes of one BAT page: the unit in which a BAT is read and written. Page `p` is the file range
+/// `[p * 4096, (p + 1) * 4096)`; page 0 begins with the 64-byte header.
+pub const BAT_PAGE: usize = 4096;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RequestKind {
+    Read,
+    Write,
+    /// The range reads as zero afterwards (punch, write-zeroes). Up to 4 GiB.
+    Zero,
+    /// What was answered before is on stable storage when this is answered.
+    Flush,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Request {
+    pub id: ReqId,
+    pub kind: RequestKind,
+    pub offset: u64,
+    pub len: u64,
+}
+
+#[derive(Debug)]
+pub enum Event<'a> {
+    Request(Request),
+    /// A file operation ended: all of its bytes were transferred, or it failed. The caller continues short transfers
+    /// itself; a read that meets the end of the file is EIO.
+    Done { op: OpId, result: Result<(), Errno> },
+    /// A `ReadBat` ended.
+    BatRead { op: OpId, result: Result<&'a [u8], Errno> },
+    /// About once a second: ages changes of the BAT, retries what met ENOSPC.
+    Tick,
+    /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
+    Close,
+}
+
+/// Where the bytes of a read go to or those of a write come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Buf {
+    /// The data buffer of a request, from this byte on.
+    Request { req: ReqId, off: u64 },
+    Bounce { id: BounceId, off: u32 },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Answer the request. Nothing refers to its buffer any more.
+    Reply { req: ReqId, result: Result<(), Errno> },
+    /// Zeroes into the data buffer of a read request.
+    ZeroFill { req: ReqId, off: u64, len: u64 },
+    /// Bytes of a write request's buffer (or zeroes, if `None`) laid over a bounce buffer.
+    Overlay { bounce: BounceId, at: u32, from: Option<(ReqId, u64)>, len: u32 },
+    /// Read from the file of a level.
+    Read { op: OpId, level: u8, file_off: u64, len: u64, to: Buf },
+    /// Write to the file of the top. It never changes the length of an image; it may extend a raw file within its size.
+    Write { op: OpId, file_off: u64, len: u64, from: Buf },
+    /// Read `len` (up to [`BAT_PAGE`]) bytes at `page * 4096` of a level's file; answered by `BatRead`.
+    ReadBat { op: OpId, level: u8, page: u32, len: u32 },
+    /// Write one page of the top's BAT at `page * 4096`.
+    WriteBat { op: OpId, page: u32, data: Box<[u8; BAT_PAGE]> },
+    /// Make the top's file at least `file_off + len` bytes long; `[file_off, file_off + len)`, beyond its old end, is
+    /// allocated and reads as zero.
+    Fallocate { op: OpId, file_off: u64, len: u64 },
+    /// The range of the top's file, inside it, reads as zero afterwards; allocated if that can be had.
+    ZeroRange { op: OpId, file_off: u64, len: u64 },
+    /// Data and length of the top's file, as far as written by operations completed before now, on stable storage.
+    Sync { op: OpId },
+    /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
+    Closed { result: Result<(), Errno> },
+}
+
+/// One delta of the chain, as the engine needs it.
+#[derive(Clone, Debug)]
+pub enum LevelConfig {
+    /// A raw base of so many bytes (a multiple of 512). What lies beyond reads as zero.
+    Raw { bytes: u64 },
+    /// A ploop1 image.
+    Ploop {
+        /// BAT entries count sectors (version 1) or clusters (version 2).
+        v1: bool,
+        /// Virtual clusters that this image has entries for.
+        clusters: u32,
+        /// First data cluster of the file (`l1`).
+        first_data: u32,
+        /// Whole clusters that the file holds; an entry at or beyond is damage. Ignored for the writable top.
+        file_clusters: u32,
+    },
+}
+
+/// What the scan of the top's BAT found out; see `chain::open`.
+#[derive(Clone, Debug, Default)]
+pub struct AllocConfig {
+    /// One more than the highest cluster that any entry (on disk or in the shared table) names; at least `first_data`.
+    /// The file has been cut to this length.
+    pub end: u32,
+    /// Clusters below `end` that nothing names, ascending. Their content is unknown.
+    pub free: Vec<std::ops::Range<u32>>,
+    /// How many clusters to allocate ahead at once.
+    pub ahead: u32,
+    /// No cluster at or beyond this (version 1: 2^32 sectors; else `u32::MAX`).
+    pub limit: u32,
+}
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// log2 of the cluster size in bytes.
+    pub cluster_shift: u32,
+    /// Bytes of the device; the last cluster may be partial.
+    pub device_bytes: u64,
+    /// Base first.
+    pub levels: Vec<LevelConfig>,
+    pub writable: bool,
+    /// The header of the top as it stands on disk (marked in use); it leads page 0 whenever that is written.
+    pub header: [u8; 64],
+    pub alloc: AllocConfig,
+    pub bounces: u16,
+    pub bounce_bytes: u32,
+    /// Pages of the map (8 KiB each) kept in memory before clean idle ones are dropped.
+    pub map_pages: usize,
+    /// Ticks after which a changed BAT page is written without a flush (5).
+    pub bat_age: u32,
+    /// An earlier sync failed or is not known to have worked: every flush fails.
+    pub failed: bool,
+}
+
+/// What must survive the death of the worker: the changes of the BAT that are not durable yet, and the fate of syncs.
+///
+/// A slot holds `cluster << 32 | entry`: "the entry of `cluster` is `entry`" (0: not allocated), or [`Shared::FREE`].
+/// A successor reads the BAT from disk, lays the slots over it, and has the dead worker's map.
+pub trait Shared: Send {
+    /// An unused slot.
+    const FREE: u64 = u64::MAX;
+    fn slots(&self) -> usize;
+    fn load(&self, slot: usize) -> u64;
+    /// One atomic store (release).
+    fn store(&self, slot: usize, value: u64);
+    /// Recorded before a sync or BAT write is issued and after its end.
+    fn set_sync_state(&self, state: SyncState);
+    fn sync_state(&self) -> SyncState;
+}
+
+/// Fate of the last cycle of syncs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum SyncState {
+    Idle = 0,
+    /// Issued, not ended: a successor must find out whether it worked, or count it as failed.
+    Running = 1,
+    Failed = 2,
+}
+
+/// A BAT change found in the shared table at a takeover.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Carried {
+    pub slot: usize,
+    pub cluster: u32,
+    /// Image cluster, 0: not allocated.
+    pub place: u32,
+    /// The entry on disk, which a completed sync has made durable.
+    pub durable: u32,
+}
+
+/// Where the engine stands, for `list`, `doctor` and tests.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Status {
+    /// Something waits for space on the host file system.
+    pub no_space: bool,
+    /// A sync or BAT write failed: flushes fail until the device is closed.
+    pub failed: bool,
+    /// One more than the highest place in use or possibly named by the durable BAT.
+    pub alloc_end: u32,
+    /// Clusters below `alloc_end` that are free for use.
+    pub free: u32,
+    /// Entries changed and not durable.
+    pub dirty: u32,
+    /// Requests not answered.
+    pub requests: u32,
+    pub reads: u64,
+    pub writes: u64,
+    pub zeroes: u64,
+    pub flushes: u64,
+    pub copied_up: u64,
+    pub allocated: u64,
+}

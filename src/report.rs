@@ -1,0 +1,1 @@
+//! Messages to the user: console, log file, last error.

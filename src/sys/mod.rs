@@ -1,0 +1,1 @@
+//! System calls, ioctls, aligned buffers, file locks: where `unsafe` lives.
