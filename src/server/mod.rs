@@ -1,1 +1,3 @@
-//! server
+//! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
+
+pub mod proto;
