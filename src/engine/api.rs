@@ -49,9 +49,15 @@ pub enum Event<'a> {
     Request(Request),
     /// A file operation ended: all of its bytes were transferred, or it failed. The caller continues short transfers
     /// itself; a read that meets the end of the file is EIO.
-    Done { op: OpId, result: Result<(), Errno> },
+    Done {
+        op: OpId,
+        result: Result<(), Errno>,
+    },
     /// A `ReadBat` ended.
-    BatRead { op: OpId, result: Result<&'a [u8], Errno> },
+    BatRead {
+        op: OpId,
+        result: Result<&'a [u8], Errno>,
+    },
     /// About once a second: ages changes of the BAT, retries what met ENOSPC.
     Tick,
     /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
@@ -62,8 +68,14 @@ pub enum Event<'a> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Buf {
     /// The data buffer of a request, from this byte on.
-    Request { req: ReqId, off: u64 },
-    Bounce { id: BounceId, off: u32 },
+    Request {
+        req: ReqId,
+        off: u64,
+    },
+    Bounce {
+        id: BounceId,
+        off: u32,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

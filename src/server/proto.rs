@@ -124,10 +124,17 @@ pub enum ToWorker {
 pub enum FromWorker {
     Ready(WorkerReady),
     /// The chain cannot be opened.
-    Failed { code: i32, message: String },
-    Flushed { error: Option<(i32, String)> },
+    Failed {
+        code: i32,
+        message: String,
+    },
+    Flushed {
+        error: Option<(i32, String)>,
+    },
     /// An error: the in-use mark stays.
-    Closed { error: Option<(i32, String)> },
+    Closed {
+        error: Option<(i32, String)>,
+    },
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
