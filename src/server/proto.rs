@@ -19,7 +19,7 @@ pub enum Marked {
     Ignore,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LevelName {
     pub path: PathBuf,
     pub raw: bool,
@@ -45,6 +45,7 @@ pub struct AttachRequest {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)]
 pub enum AttachReply {
     Ready(DeviceRecord),
     Error { code: i32, message: String },
