@@ -1,3 +1,4 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
+pub mod frame;
 pub mod proto;

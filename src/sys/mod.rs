@@ -1,1 +1,3 @@
 //! System calls, ioctls, aligned buffers, file locks: where `unsafe` lives.
+
+pub mod scm;
