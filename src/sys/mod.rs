@@ -1,3 +1,6 @@
 //! System calls, ioctls, aligned buffers, file locks: where `unsafe` lives.
 
+pub mod calendar;
+pub mod pidfd;
 pub mod scm;
+pub mod stdio;

@@ -1,1 +1,0 @@
-//! Messages to the user: console, log file, last error.
