@@ -1,1 +1,12 @@
-//! format
+//! Bytes only: header, BAT, geometry, limits, GUIDs. No files, no clocks.
+
+#![forbid(unsafe_code)]
+
+pub mod bat;
+pub mod geometry;
+pub mod guid;
+pub mod header;
+pub mod limits;
+
+#[cfg(test)]
+mod tests;

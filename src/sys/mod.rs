@@ -4,3 +4,7 @@ pub mod calendar;
 pub mod pidfd;
 pub mod scm;
 pub mod stdio;
+
+pub mod aligned;
+pub mod fiemap;
+pub mod statx;

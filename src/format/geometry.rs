@@ -1,0 +1,24 @@
+//! The geometry that headers and descriptors carry. Nothing computes with it; it must only be what everybody writes.
+
+/// Heads and cylinders of a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    pub cylinders: u32,
+    pub heads: u32,
+}
+
+/// Geometry of a disk of so many sectors (rounded to clusters).
+pub fn chs(sectors: u64) -> Geometry {
+    if sectors > 1_032_192 && sectors < 16_777_216 {
+        return Geometry { cylinders: (sectors / 1008) as u32, heads: 16 };
+    }
+    let none = Geometry { cylinders: sectors as u32, heads: 1 };
+    let Some(per_track) = [63, 32, 16, 8].into_iter().find(|n| sectors % n == 0) else {
+        return none;
+    };
+    let tracks = sectors / per_track;
+    match [16, 8, 4, 2].into_iter().find(|n| tracks % n == 0) {
+        Some(heads) => Geometry { cylinders: (tracks / heads) as u32, heads: heads as u32 },
+        None => none,
+    }
+}

@@ -1,0 +1,255 @@
+//! The 64-byte header of a ploop1 image.
+
+use crate::bail;
+use crate::error::{Error, Kind, Result};
+use crate::format::{bat, geometry};
+use crate::units::ClusterSize;
+
+/// Bytes of the header.
+pub const SIZE: usize = 64;
+
+/// `m_DiskInUse`: open for writing, or not closed cleanly.
+pub const IN_USE: u32 = 0x746F_6E59;
+
+/// `m_DiskInUse`: closed cleanly, and the format extension is valid ("v2.1").
+pub const CLOSED_V21: u32 = 0x312e_3276;
+
+/// `m_Flags`: no data cluster was ever allocated. Not to be trusted when reading.
+pub const FLAG_EMPTY: u32 = 0x1;
+
+/// `m_Flags`: a version conversion was interrupted.
+pub const FLAG_CONVERT: u32 = 0x2;
+
+const SIGNATURE_V1: &[u8; 16] = b"WithoutFreeSpace";
+const SIGNATURE_V2: &[u8; 16] = b"WithouFreSpacExt";
+const TYPE: u32 = 2;
+
+/// Version of the format: what BAT entries count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub enum Version {
+    /// Sectors; sizes below 2 TiB.
+    V1,
+    /// Clusters.
+    V2,
+}
+
+impl Version {
+    /// 1 or 2.
+    pub fn number(self) -> u32 {
+        match self {
+            Version::V1 => 1,
+            Version::V2 => 2,
+        }
+    }
+
+    /// From 1 or 2.
+    pub fn from_number(n: u32) -> Result<Version> {
+        match n {
+            1 => Ok(Version::V1),
+            2 => Ok(Version::V2),
+            _ => bail!(Param, "format version {n}: must be 1 or 2"),
+        }
+    }
+}
+
+/// A decoded header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    pub version: Version,
+    pub heads: u32,
+    pub cylinders: u32,
+    /// `m_Sectors`.
+    pub cluster: ClusterSize,
+    /// `m_Size`: virtual clusters. Kept, but [`Header::clusters`] decides.
+    pub size_clusters: u32,
+    /// `m_SizeInSectors`.
+    pub sectors: u64,
+    /// `m_DiskInUse`.
+    pub in_use: u32,
+    /// `m_FirstBlockOffset`, in sectors.
+    pub first_data_sector: u32,
+    /// `m_Flags`.
+    pub flags: u32,
+    /// `m_FormatExtensionOffset`, in sectors.
+    pub extension: u64,
+}
+
+/// Whether these bytes begin with a signature of a ploop1 image.
+pub fn has_signature(bytes: &[u8]) -> bool {
+    bytes.starts_with(SIGNATURE_V1) || bytes.starts_with(SIGNATURE_V2)
+}
+
+fn u32_at(bytes: &[u8; SIZE], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8; SIZE], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+impl Header {
+    /// Header of a new, empty image: not in use, flagged empty. `sectors` is rounded up to a cluster.
+    pub fn new(version: Version, cluster: ClusterSize, sectors: u64) -> Result<Header> {
+        let bs = u64::from(cluster.sectors());
+        let too_large = || {
+            let max = crate::format::limits::format_max(version, cluster);
+            Error::new(
+                Kind::Param,
+                format!("disk size {sectors} sectors: version {} holds at most {max}", version.number()),
+            )
+        };
+        if sectors == 0 {
+            bail!(Param, "disk size 0: must be at least one sector");
+        }
+        let clusters = sectors.div_ceil(bs);
+        let size_clusters = u32::try_from(clusters).map_err(|_| too_large())?;
+        let size = clusters * bs;
+        if version == Version::V1 && size > u64::from(u32::MAX) {
+            return Err(too_large());
+        }
+        let first_data = bat::first_data(clusters, cluster) * bs;
+        let geometry = geometry::chs(size);
+        Ok(Header {
+            version,
+            heads: geometry.heads,
+            cylinders: geometry.cylinders,
+            cluster,
+            size_clusters,
+            sectors: size,
+            in_use: 0,
+            // At most 16 GiB of BAT.
+            first_data_sector: u32::try_from(first_data).map_err(|_| too_large())?,
+            flags: FLAG_EMPTY,
+            extension: 0,
+        })
+    }
+
+    /// Decodes and checks a header by itself; see [`check_layout`](Self::check_layout) for the rest. The first 64
+    /// bytes count.
+    pub fn parse(bytes: &[u8]) -> Result<Header> {
+        let Some(b) = bytes.first_chunk::<SIZE>() else {
+            bail!(Read, "header of {} bytes: a ploop1 image begins with {SIZE}", bytes.len());
+        };
+        let version = if b.starts_with(SIGNATURE_V1) {
+            Version::V1
+        } else if b.starts_with(SIGNATURE_V2) {
+            Version::V2
+        } else {
+            bail!(
+                Format,
+                "signature '{}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'",
+                b[..16].escape_ascii()
+            );
+        };
+        let kind = u32_at(b, 16);
+        if kind != TYPE {
+            bail!(Format, "image type {kind} at offset 16 of the header: must be {TYPE}");
+        }
+        let tracks = u32_at(b, 28);
+        let cluster = ClusterSize::from_sectors(u64::from(tracks))
+            .map_err(|e| e.as_kind(Kind::Format).context("offset 28 of the header"))?;
+        let first_data_sector = u32_at(b, 48);
+        if first_data_sector == 0 || first_data_sector % cluster.sectors() != 0 {
+            bail!(
+                Format,
+                "first data sector {first_data_sector} at offset 48 of the header: must be a multiple of the cluster \
+                 size, {} sectors, and not 0",
+                cluster.sectors()
+            );
+        }
+        Ok(Header {
+            version,
+            heads: u32_at(b, 20),
+            cylinders: u32_at(b, 24),
+            cluster,
+            size_clusters: u32_at(b, 32),
+            // Version 1 leaves the upper half unused.
+            sectors: match version {
+                Version::V1 => u64::from(u32_at(b, 36)),
+                Version::V2 => u64_at(b, 36),
+            },
+            in_use: u32_at(b, 44),
+            first_data_sector,
+            flags: u32_at(b, 52),
+            extension: u64_at(b, 56),
+        })
+    }
+
+    /// The bytes of this header.
+    pub fn encode(&self) -> [u8; SIZE] {
+        let mut b = [0; SIZE];
+        b[..16].copy_from_slice(match self.version {
+            Version::V1 => SIGNATURE_V1,
+            Version::V2 => SIGNATURE_V2,
+        });
+        let mut put = |at: usize, value: u32| b[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        put(16, TYPE);
+        put(20, self.heads);
+        put(24, self.cylinders);
+        put(28, self.cluster.sectors());
+        put(32, self.size_clusters);
+        put(36, self.sectors as u32);
+        if self.version == Version::V2 {
+            put(40, (self.sectors >> 32) as u32);
+        }
+        put(44, self.in_use);
+        put(48, self.first_data_sector);
+        put(52, self.flags);
+        put(56, self.extension as u32);
+        put(60, (self.extension >> 32) as u32);
+        b
+    }
+
+    /// Whether size and start of the data agree: the data begins in the first whole cluster after the BAT. With
+    /// another value part of the BAT would be taken for data, or data for BAT.
+    pub fn check_layout(&self) -> Result<()> {
+        let bs = u64::from(self.cluster.sectors());
+        let clusters = self.sectors.div_ceil(bs);
+        if clusters == 0 {
+            bail!(Format, "disk size 0 at offset 36 of the header: must be at least one sector");
+        }
+        if clusters > u64::from(u32::MAX) {
+            bail!(
+                Format,
+                "disk size {} sectors at offset 36 of the header: at most {} clusters of {bs} sectors",
+                self.sectors,
+                u32::MAX
+            );
+        }
+        let want = bat::first_data(clusters, self.cluster) * bs;
+        if u64::from(self.first_data_sector) != want {
+            bail!(
+                Format,
+                "first data sector {} at offset 48 of the header: must be {want} for {clusters} clusters of {bs} \
+                 sectors",
+                self.first_data_sector
+            );
+        }
+        Ok(())
+    }
+
+    /// Virtual clusters, the last one perhaps partial (qemu makes such images).
+    pub fn clusters(&self) -> u32 {
+        let clusters = self.sectors.div_ceil(u64::from(self.cluster.sectors()));
+        clusters.min(u64::from(u32::MAX)) as u32
+    }
+
+    /// First data cluster of the file (`l1`): as many hold header and BAT.
+    pub fn first_data(&self) -> u32 {
+        self.first_data_sector / self.cluster.sectors()
+    }
+
+    pub fn cluster(&self) -> ClusterSize {
+        self.cluster
+    }
+
+    /// Not closed cleanly: in use, or in a state that nobody documents. "v2.1" is a clean state.
+    pub fn is_marked(&self) -> bool {
+        self.in_use != 0 && self.in_use != CLOSED_V21
+    }
+
+    /// A version conversion was interrupted.
+    pub fn is_converting(&self) -> bool {
+        self.flags & FLAG_CONVERT != 0
+    }
+}
