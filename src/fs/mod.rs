@@ -1,1 +1,13 @@
-//! fs
+//! What is inside a disk: the partition table, file systems made and checked by helper programs, mounts, the balloon
+//! file.
+
+#![forbid(unsafe_code)]
+
+pub mod balloon;
+pub mod gpt;
+pub mod helper;
+pub mod mkfs;
+pub mod mount;
+pub mod mounts;
+pub mod probe;
+pub mod stat;

@@ -1,0 +1,183 @@
+//! Helper programs (mkfs, tune2fs, fsck, ...): where they are looked for, how they are run, and what of them is shown.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::{Error, Kind, Result};
+use crate::report;
+
+/// Searched in this order; the caller's PATH has no say.
+const FOLDERS: [&str; 5] = ["/sbin", "/bin", "/usr/sbin", "/usr/bin", "/usr/local/sbin"];
+
+/// Exit status of a program that could not be started.
+pub const NOT_STARTED: i32 = 127;
+
+/// At most this much of a program's output is kept.
+const KEEP: usize = 64 * 1024;
+
+/// How a program ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Exit status; 127 not started, 128 + signal when killed.
+    pub status: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Outcome {
+    /// What the program complained about, or its status: for the end of an error message.
+    pub fn complaint(&self) -> String {
+        let lines: Vec<&str> = self.err.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+        let tail = &lines[lines.len().saturating_sub(4)..];
+        match tail.is_empty() {
+            true => format!("status {}", self.status),
+            false => format!("status {}: {}", self.status, tail.join("; ")),
+        }
+    }
+}
+
+/// Where a helper is: an absolute name as it is, the tools of ext file systems first where OpenVZ puts its own.
+pub fn find(program: &str) -> Option<PathBuf> {
+    if program.starts_with('/') {
+        return executable(Path::new(program)).then(|| program.into());
+    }
+    let own: Vec<PathBuf> = match program.strip_suffix("2fs") {
+        Some(stem @ ("tune" | "resize" | "dumpe")) => {
+            vec![format!("/usr/libexec/{stem}2fs").into(), format!("/sbin/{stem}4fs").into()]
+        }
+        _ => Vec::new(),
+    };
+    own.into_iter().chain(FOLDERS.iter().map(|f| Path::new(f).join(program))).find(|p| executable(p))
+}
+
+fn executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+/// Runs a program to its end with an empty standard input. Its output goes to the log (level 1). A program that is not
+/// there ends with 127, as in a shell; an error is returned only when the run was cancelled or its end could not be
+/// learnt.
+pub fn run(program: &str, args: &[&OsStr]) -> Result<Outcome> {
+    let shown = show(program, args);
+    report::say(1, format_args!("Running: {shown}"));
+    if report::cancel::requested() {
+        return Err(Error::new(Kind::Sys, format!("{shown}: not run, the operation was cancelled")));
+    }
+    let Some(path) = find(program) else {
+        let err = format!("{program} not found in {}", FOLDERS.join(", "));
+        return Ok(Outcome { status: NOT_STARTED, out: String::new(), err });
+    };
+    let child = Command::new(path)
+        .args(args)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let child = match child {
+        Ok(child) => child,
+        Err(e) => return Ok(Outcome { status: NOT_STARTED, out: String::new(), err: e.to_string() }),
+    };
+    let outcome = collect(child)
+        .map_err(|e| Error::with(Kind::Sys, format!("{shown}: its exit status could not be collected"), e))?;
+    for line in outcome.out.lines().chain(outcome.err.lines()).filter(|l| !l.trim().is_empty()) {
+        report::say(1, line);
+    }
+    match report::cancel::requested() {
+        true => Err(Error::new(Kind::Sys, format!("{shown}: stopped, the operation was cancelled"))),
+        false => Ok(outcome),
+    }
+}
+
+/// Drains both pipes in this very thread: a signal that asks for cancellation must find no other one to interrupt.
+fn collect(mut child: Child) -> io::Result<Outcome> {
+    let _guard = i32::try_from(child.id()).ok().and_then(report::cancel::register_child);
+    let mut pipes = [
+        (child.stdout.take().map(|p| File::from(OwnedFd::from(p))), Vec::new()),
+        (child.stderr.take().map(|p| File::from(OwnedFd::from(p))), Vec::new()),
+    ];
+    while pipes.iter().any(|(pipe, _)| pipe.is_some()) {
+        let open: Vec<usize> = (0..pipes.len()).filter(|i| pipes[*i].0.is_some()).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            pipes.iter().filter_map(|(p, _)| p.as_ref()).map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let ready: Vec<bool> = fds.iter().map(|f| f.any().unwrap_or(true)).collect();
+        for (i, _) in open.into_iter().zip(ready).filter(|(_, ready)| *ready) {
+            let (pipe, kept) = &mut pipes[i];
+            if !pipe.as_mut().is_some_and(|p| more(p, kept)) {
+                *pipe = None;
+            }
+        }
+    }
+    let status = child.wait()?;
+    let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    let [out, err] = pipes.map(|(_, kept)| String::from_utf8_lossy(&kept).into_owned());
+    Ok(Outcome { status, out, err })
+}
+
+/// Reads once; false at the end.
+fn more(pipe: &mut File, kept: &mut Vec<u8>) -> bool {
+    let mut buf = [0; 4096];
+    match pipe.read(&mut buf) {
+        Ok(0) => false,
+        Ok(n) => {
+            kept.extend_from_slice(&buf[..n]);
+            if kept.len() > 2 * KEEP {
+                kept.drain(..kept.len() - KEEP);
+            }
+            true
+        }
+        Err(e) => e.kind() == io::ErrorKind::Interrupted,
+    }
+}
+
+fn show(program: &str, args: &[&OsStr]) -> String {
+    let mut shown = OsString::from(program);
+    for a in args {
+        shown.push(" ");
+        shown.push(a);
+    }
+    shown.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_program_is_127() {
+        let o = run("no-such-program-here", &[]).unwrap();
+        assert_eq!(o.status, NOT_STARTED);
+        assert!(o.complaint().contains("not found"));
+    }
+
+    #[test]
+    fn status_output_and_empty_input() {
+        let o = run("sh", &["-c".as_ref(), "cat; echo out; echo oops >&2; exit 3".as_ref()]).unwrap();
+        assert_eq!((o.status, o.out.as_str(), o.err.as_str()), (3, "out\n", "oops\n"));
+        assert_eq!(o.complaint(), "status 3: oops");
+        let o = run("sh", &["-c".as_ref(), "kill -9 $$".as_ref()]).unwrap();
+        assert_eq!(o.status, 128 + 9);
+    }
+
+    #[test]
+    fn much_output_does_not_block() {
+        let script =
+            "i=0; while [ $i -lt 40000 ]; do echo 0123456789abcdef; echo 0123456789abcdef >&2; i=$((i+1)); done";
+        let o = run("sh", &["-c".as_ref(), script.as_ref()]).unwrap();
+        assert_eq!(o.status, 0);
+        assert!(o.out.len() <= 2 * KEEP && o.err.len() <= 2 * KEEP);
+    }
+}

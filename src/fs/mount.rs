@@ -1,0 +1,221 @@
+//! Mounting and unmounting the inner file system.
+
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::helper;
+use super::mounts::{self, Names};
+use super::probe::{self, Found};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::report;
+
+/// How to mount.
+#[derive(Clone, Debug, Default)]
+pub struct MountSpec {
+    /// None: what the superblock says, `ext4` if nothing is recognised.
+    pub fstype: Option<String>,
+    pub read_only: bool,
+    pub noatime: bool,
+    /// Journalled user and group quota.
+    pub quota: bool,
+    /// Options as after `mount -o`.
+    pub options: Option<String>,
+}
+
+/// Words of `-o` that are flags for the kernel, not text for the file system: the flag, and whether it is set.
+const WORDS: [(&str, MsFlags, bool); 19] = [
+    ("ro", MsFlags::MS_RDONLY, true),
+    ("rw", MsFlags::MS_RDONLY, false),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("atime", MsFlags::MS_NOATIME, false),
+    ("nodiratime", MsFlags::MS_NODIRATIME, true),
+    ("diratime", MsFlags::MS_NODIRATIME, false),
+    ("relatime", MsFlags::MS_RELATIME, true),
+    ("strictatime", MsFlags::MS_STRICTATIME, true),
+    ("lazytime", MsFlags::MS_LAZYTIME, true),
+    ("nosuid", MsFlags::MS_NOSUID, true),
+    ("suid", MsFlags::MS_NOSUID, false),
+    ("nodev", MsFlags::MS_NODEV, true),
+    ("dev", MsFlags::MS_NODEV, false),
+    ("noexec", MsFlags::MS_NOEXEC, true),
+    ("exec", MsFlags::MS_NOEXEC, false),
+    ("sync", MsFlags::MS_SYNCHRONOUS, true),
+    ("async", MsFlags::MS_SYNCHRONOUS, false),
+    ("dirsync", MsFlags::MS_DIRSYNC, true),
+    ("mand", MsFlags::MS_MANDLOCK, true),
+];
+
+/// Options that mean something to mount(8) or to fstab only.
+fn for_fstab_only(word: &str) -> bool {
+    matches!(
+        word,
+        "" | "defaults" | "auto" | "noauto" | "user" | "nouser" | "users" | "owner" | "group" | "_netdev" | "nofail"
+    ) || word.starts_with("x-")
+        || word.starts_with("X-")
+}
+
+/// Kernel flags and the text left for the file system.
+fn split(options: &str) -> (MsFlags, Vec<&str>) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for word in options.split(',').filter(|w| !for_fstab_only(w)) {
+        match WORDS.iter().find(|(name, ..)| *name == word) {
+            Some((_, flag, on)) => flags.set(*flag, *on),
+            None => data.push(word),
+        }
+    }
+    (flags, data)
+}
+
+/// Mounts `device` at `target`. Nothing is mounted after an error.
+pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()> {
+    let found = probe::device(device).ctx(Kind::Mount, || format!("{} cannot be read", device.display()))?;
+    let fstype = spec.fstype.as_deref().or(found.map(Found::name)).unwrap_or("ext4");
+    let (mut flags, mut data) = split(spec.options.as_deref().unwrap_or_default());
+    flags.set(MsFlags::MS_RDONLY, spec.read_only || flags.contains(MsFlags::MS_RDONLY));
+    flags.set(MsFlags::MS_NOATIME, spec.noatime || flags.contains(MsFlags::MS_NOATIME));
+
+    // Of a device that cannot be written a journal cannot be replayed: what is there is shown as it is. ext says in its
+    // superblock that there is something to replay; the others are asked again when they refuse.
+    let skip_replay = found.filter(|_| spec.read_only).and_then(Found::without_replay);
+    let ext = matches!(found, Some(Found::Ext { .. }));
+    if let Some(option) = skip_replay.filter(|o| ext && !data.contains(o)) {
+        report::say(0, format_args!("The journal on {} has to be replayed; mounting with {option}", device.display()));
+        data.push(option);
+    }
+    let shown = format!("{} at {} as {fstype}, options \"{}\"", device.display(), target.display(), data.join(","));
+    report::say(0, format_args!("Mounting {shown}{}", if spec.read_only { ", read-only" } else { "" }));
+    let mut result = call(device, target, fstype, flags, &data);
+    if result.is_err()
+        && let Some(option) = skip_replay.filter(|o| !ext && !data.contains(o))
+    {
+        data.push(option);
+        result = call(device, target, fstype, flags, &data);
+    }
+    result.map_err(|errno| refused(errno, &shown, found, fstype))?;
+
+    if spec.quota {
+        let mut with_quota = vec!["usrjquota=aquota.user", "grpjquota=aquota.group", "jqfmt=vfsv0"];
+        with_quota.extend(&data);
+        let remounted = call(device, target, fstype, flags | MsFlags::MS_REMOUNT, &with_quota);
+        if let Err(errno) = remounted {
+            let _ = umount2(target, MntFlags::empty());
+            return Err(errno).ctx(Kind::Mount, || format!("quota cannot be switched on for {shown}"));
+        }
+    }
+    Ok(())
+}
+
+fn call(device: &Path, target: &Path, fstype: &str, flags: MsFlags, data: &[&str]) -> nix::Result<()> {
+    let data = data.join(",");
+    mount(Some(device), target, Some(fstype), flags, (!data.is_empty()).then_some(data.as_str()))
+}
+
+fn refused(errno: Errno, shown: &str, found: Option<Found>, fstype: &str) -> Error {
+    let hint = match (errno, found) {
+        (Errno::ENODEV, _) => format!("; this kernel has no file system {fstype} (modprobe {fstype}?)"),
+        (_, None) => "; no ext, xfs or btrfs file system was recognised there".to_string(),
+        (Errno::EINVAL, Some(_)) => "; the kernel's log (dmesg) says more".to_string(),
+        (Errno::EPERM, _) => "; mounting needs root (CAP_SYS_ADMIN)".to_string(),
+        (Errno::EUCLEAN, _) => "; the file system is damaged, check it (ploop mount -F, or e2fsck)".to_string(),
+        _ => String::new(),
+    };
+    Error::with(Kind::Mount, format!("cannot mount {shown}{hint}"), std::io::Error::from_raw_os_error(errno as i32))
+}
+
+/// `fsck.ext4 -p` on a device that is not mounted. The program's status if it is below 4 (1 to 3: repaired), else `Fsck`.
+pub fn fsck(device: &Path) -> Result<i32> {
+    let outcome = helper::run("fsck.ext4", &["-p".as_ref(), device.as_os_str()])?;
+    match outcome.status {
+        0..4 => Ok(outcome.status),
+        helper::NOT_STARTED => Err(Error::new(
+            Kind::Fsck,
+            format!("fsck.ext4 cannot be run on {}: {}; install e2fsprogs", device.display(), outcome.err),
+        )),
+        _ => Err(Error::new(
+            Kind::Fsck,
+            format!(
+                "fsck.ext4 -p on {} ended with {}; run e2fsck by hand to see and repair the damage",
+                device.display(),
+                outcome.complaint()
+            ),
+        )),
+    }
+}
+
+/// How often and how long a busy mount point is waited for.
+const TRIES: u32 = 6;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Unmounts one mount point, waiting six seconds for its users. `Umount`.
+pub fn umount(target: &Path) -> Result<()> {
+    report::say(0, format_args!("Unmounting {}", target.display()));
+    for attempt in 0..=TRIES {
+        match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            // Gone meanwhile.
+            Err(Errno::EINVAL) if !still_mounted(target)? => return Ok(()),
+            Err(Errno::EBUSY) if attempt < TRIES && !report::cancel::requested() => sleep(PAUSE),
+            Err(Errno::EBUSY) => {
+                return Err(Error::new(
+                    Kind::Umount,
+                    format!("{} is in use{}; end these processes and try again", target.display(), users(target)),
+                ));
+            }
+            Err(errno) => return Err(errno).ctx(Kind::Umount, || format!("cannot unmount {}", target.display())),
+        }
+    }
+    Ok(())
+}
+
+fn still_mounted(target: &Path) -> Result<bool> {
+    Ok(mounts::read()?.iter().any(|m| m.target == target))
+}
+
+/// Who keeps a mount busy, for the message: ` by pid 12 (bash), ...`.
+fn users(target: &Path) -> String {
+    let Ok(meta) = target.metadata() else { return String::new() };
+    let dev = std::os::unix::fs::MetadataExt::dev(&meta);
+    let on_it = |path: PathBuf| path.metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::dev(&m) == dev);
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let process = entry.path();
+        let files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|f| f.path());
+        if ["cwd", "root", "exe"].map(|l| process.join(l)).into_iter().chain(files).any(on_it) {
+            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+            found.push(format!("{pid} ({})", name.trim()));
+        }
+    }
+    found.truncate(8);
+    match found.is_empty() {
+        true => ", by nobody that /proc shows (another mount on top of it?)".into(),
+        false => format!(" by process {}", found.join(", ")),
+    }
+}
+
+/// Unmounts everything of a device in our mount namespace, last mounted first. The mount points that there were.
+pub fn umount_all(names: &Names) -> Result<Vec<PathBuf>> {
+    let targets: Vec<PathBuf> = mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).map(|m| m.target).collect();
+    for target in targets.iter().rev() {
+        umount(target)?;
+    }
+    Ok(targets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_become_flags_and_the_rest_stays() {
+        let (flags, data) = split("rw,noatime,defaults,data=ordered,x-systemd.automount,ro,,nodev");
+        assert_eq!(flags, MsFlags::MS_NOATIME | MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
+        assert_eq!(data, ["data=ordered"]);
+        assert_eq!(split("ro,rw").0, MsFlags::empty());
+    }
+}
