@@ -162,6 +162,7 @@ pub enum Command {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)]
 pub enum Answer {
     Info { record: DeviceRecord, no_space: bool, failed: bool },
     Done,

@@ -1,0 +1,360 @@
+//! What a worker leaves to its successor: a sealed memfd of atomic 64-bit words that the supervisor keeps.
+//!
+//! The layout has a version; a worker that finds another one does not touch it. Every change is one atomic store, so
+//! that a kill at any instant leaves either the old or the new word.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use crate::bail;
+use crate::engine::api::{Shared, Status, SyncState};
+use crate::error::{IoContext, Kind, Result};
+use crate::server::fuse::{Head, Op, RESENT};
+use crate::sys::words::{self, Words};
+
+/// "ploopshm"
+const MAGIC: u64 = u64::from_le_bytes(*b"ploopshm");
+const VERSION: u64 = 1;
+
+/// Changes of the BAT that may wait to become durable.
+pub const SLOTS: usize = 131_072;
+
+// Word numbers.
+const AT_MAGIC: usize = 0;
+const AT_VERSION: usize = 1;
+const AT_SYNC: usize = 2;
+const AT_FAILED: usize = 3;
+const AT_PANICKED: usize = 4;
+const AT_NO_SPACE: usize = 5;
+const AT_COUNTERS: usize = 8;
+const AT_MARKS: usize = 32;
+const AT_STRIKES: usize = 128;
+const AT_SLOTS: usize = 2048;
+
+/// Words of the whole.
+const WORDS: usize = AT_SLOTS + SLOTS;
+/// Bytes of the whole.
+pub const SIZE: usize = WORDS * 8;
+
+/// Threads that can name the request they are working on.
+pub const MARKS: usize = 8;
+const MARK_WORDS: usize = 4;
+
+const STRIKES: usize = 384;
+const STRIKE_WORDS: usize = 4;
+/// Workers that a request may kill before it is answered EIO.
+pub const MAX_STRIKES: u64 = 3;
+
+/// Makes the memory for a new device: no change, nothing failed.
+pub fn create() -> Result<OwnedFd> {
+    create_words().ctx(Kind::Malloc, || format!("cannot make shared memory of {SIZE} bytes"))
+}
+
+fn create_words() -> io::Result<OwnedFd> {
+    use std::os::fd::AsFd;
+    let fd = words::create(c"ploop-worker", WORDS)?;
+    let w = Words::map(fd.as_fd(), WORDS)?;
+    for slot in &w[AT_SLOTS..] {
+        slot.store(Shm::FREE, Relaxed);
+    }
+    w[AT_VERSION].store(VERSION, Relaxed);
+    w[AT_MAGIC].store(MAGIC, Release);
+    Ok(fd)
+}
+
+/// The memory, mapped. Clones share the mapping.
+#[derive(Clone, Debug)]
+pub struct Shm {
+    words: Arc<Words>,
+}
+
+/// What identifies a request over all the workers that are given it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RequestKey {
+    unique: u64,
+    offset: u64,
+    /// Length and operation code.
+    len: u64,
+}
+
+impl RequestKey {
+    pub fn of(head: &Head) -> RequestKey {
+        let (offset, len) = match head.op {
+            Op::Read { offset, len } | Op::Write { offset, len } => (offset, u64::from(len)),
+            Op::Fallocate { offset, len, .. } => (offset, len),
+            _ => (0, 0),
+        };
+        RequestKey { unique: head.unique & !RESENT, offset, len: u64::from(head.opcode) << 48 | len & ((1 << 48) - 1) }
+    }
+
+    fn words(self) -> [u64; 3] {
+        [self.unique, self.offset, self.len]
+    }
+}
+
+impl Shm {
+    /// Maps what [`create`] made, in this process or another one. Fails on another layout.
+    pub fn map(fd: BorrowedFd) -> Result<Shm> {
+        let words = Words::map(fd, WORDS).ctx(Kind::Malloc, || "cannot map the shared memory of the device")?;
+        let (magic, version) = (words[AT_MAGIC].load(Acquire), words[AT_VERSION].load(Relaxed));
+        if (magic, version) != (MAGIC, VERSION) {
+            bail!(
+                Protocol,
+                "the shared memory of the device has mark {magic:#x} and version {version}: {MAGIC:#x} and {VERSION} \
+                 wanted; another version of the server made it, stop the device and start it again"
+            );
+        }
+        Ok(Shm { words: Arc::new(words) })
+    }
+
+    /// A sync failed, or its outcome is not known: sticky.
+    pub fn set_failed(&self) {
+        self.words[AT_FAILED].store(1, Release);
+    }
+
+    pub fn failed(&self) -> bool {
+        self.words[AT_FAILED].load(Acquire) != 0
+    }
+
+    /// This worker found a fault in itself and is about to die of it.
+    pub fn set_panicked(&self) {
+        self.words[AT_PANICKED].store(1, Release);
+    }
+
+    /// Shows the world where the engine stands.
+    pub fn publish(&self, s: &Status) {
+        let w = &self.words;
+        w[AT_NO_SPACE].store(u64::from(s.no_space), Relaxed);
+        if s.failed {
+            self.set_failed();
+        }
+        let counters = [
+            u64::from(s.alloc_end),
+            u64::from(s.free),
+            u64::from(s.dirty),
+            u64::from(s.requests),
+            s.reads,
+            s.writes,
+            s.zeroes,
+            s.flushes,
+            s.copied_up,
+            s.allocated,
+        ];
+        for (i, v) in counters.into_iter().enumerate() {
+            w[AT_COUNTERS + i].store(v, Relaxed);
+        }
+    }
+
+    /// What was published last; about a second old.
+    pub fn status(&self) -> Status {
+        let c = |i: usize| self.words[AT_COUNTERS + i].load(Relaxed);
+        Status {
+            no_space: self.words[AT_NO_SPACE].load(Relaxed) != 0,
+            failed: self.failed(),
+            alloc_end: c(0) as u32,
+            free: c(1) as u32,
+            dirty: c(2) as u32,
+            requests: c(3) as u32,
+            reads: c(4),
+            writes: c(5),
+            zeroes: c(6),
+            flushes: c(7),
+            copied_up: c(8),
+            allocated: c(9),
+        }
+    }
+
+    /// The changes of the BAT in the table: (slot, cluster, place).
+    pub fn carried(&self) -> Vec<(usize, u32, u32)> {
+        (0..SLOTS)
+            .map(|slot| (slot, self.load(slot)))
+            .filter(|&(_, v)| v != Self::FREE)
+            .map(|(slot, v)| (slot, (v >> 32) as u32, v as u32))
+            .collect()
+    }
+
+    /// Thread `thread` works on this request from now on; `None`: on nothing in particular.
+    pub fn mark(&self, thread: usize, key: Option<RequestKey>) {
+        let at = AT_MARKS + thread % MARKS * MARK_WORDS;
+        let w = &self.words[at..at + MARK_WORDS];
+        match key {
+            Some(key) => {
+                for (w, v) in w[1..].iter().zip(key.words()) {
+                    w.store(v, Relaxed);
+                }
+                w[0].store(1, Release);
+            }
+            None => w[0].store(0, Release),
+        }
+    }
+
+    /// At a takeover, before the first request: gives a strike to the requests that the dead worker was working on.
+    /// Returns how the strikes of the requests that come back are to be counted.
+    pub fn settle_marks(&self) -> Strikes {
+        let panicked = self.words[AT_PANICKED].swap(0, Acquire) != 0;
+        let mut named = false;
+        for thread in 0..MARKS {
+            let at = AT_MARKS + thread * MARK_WORDS;
+            let w = &self.words[at..at + MARK_WORDS];
+            if w[0].swap(0, Acquire) != 0 {
+                named = true;
+                self.strike(RequestKey {
+                    unique: w[1].load(Relaxed),
+                    offset: w[2].load(Relaxed),
+                    len: w[3].load(Relaxed),
+                });
+            }
+        }
+        Strikes { all: panicked && !named }
+    }
+
+    fn strike_of(&self, key: RequestKey) -> Option<usize> {
+        (0..STRIKES).map(|i| AT_STRIKES + i * STRIKE_WORDS).find(|&at| {
+            self.words[at].load(Relaxed) != 0
+                && key.words().iter().zip(&self.words[at + 1..]).all(|(v, w)| w.load(Relaxed) == *v)
+        })
+    }
+
+    fn strike(&self, key: RequestKey) {
+        let at = self.strike_of(key).unwrap_or_else(|| {
+            // The row with the fewest strikes gives way.
+            let at = (0..STRIKES)
+                .map(|i| AT_STRIKES + i * STRIKE_WORDS)
+                .min_by_key(|&at| self.words[at].load(Relaxed))
+                .unwrap_or(AT_STRIKES);
+            self.words[at].store(0, Release);
+            for (w, v) in self.words[at + 1..].iter().zip(key.words()) {
+                w.store(v, Relaxed);
+            }
+            at
+        });
+        let n = self.words[at].load(Relaxed);
+        self.words[at].store(n + 1, Release);
+    }
+
+    /// Whether a request that came back has killed [`MAX_STRIKES`] workers and must be answered EIO.
+    pub fn struck_out(&self, key: RequestKey, how: &Strikes) -> bool {
+        if how.all {
+            self.strike(key);
+        }
+        self.strike_of(key).is_some_and(|at| self.words[at].load(Relaxed) >= MAX_STRIKES)
+    }
+
+    /// The request is answered: its strikes are forgotten.
+    pub fn forgive(&self, key: RequestKey) {
+        if let Some(at) = self.strike_of(key) {
+            self.words[at].store(0, Release);
+        }
+    }
+}
+
+/// How the strikes of requests that come back are counted; see [`Shm::settle_marks`].
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Strikes {
+    /// The dead worker found a fault in itself but did not say in which request: every unanswered one is suspect.
+    pub all: bool,
+}
+
+impl Shared for Shm {
+    fn slots(&self) -> usize {
+        SLOTS
+    }
+
+    fn load(&self, slot: usize) -> u64 {
+        self.words[AT_SLOTS + slot].load(Acquire)
+    }
+
+    fn store(&self, slot: usize, value: u64) {
+        self.words[AT_SLOTS + slot].store(value, Release);
+    }
+
+    fn set_sync_state(&self, state: SyncState) {
+        self.words[AT_SYNC].store(state as u64, Release);
+        if state == SyncState::Failed {
+            self.set_failed();
+        }
+    }
+
+    fn sync_state(&self) -> SyncState {
+        match self.words[AT_SYNC].load(Acquire) {
+            0 => SyncState::Idle,
+            1 => SyncState::Running,
+            _ => SyncState::Failed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    fn head(unique: u64) -> Head {
+        Head { unique, opcode: 16, op: Op::Write { offset: 4096, len: 512 } }
+    }
+
+    #[test]
+    fn a_successor_finds_what_was_left() {
+        let fd = create().unwrap();
+        let a = Shm::map(fd.as_fd()).unwrap();
+        assert!(a.carried().is_empty());
+        a.store(7, 5 << 32 | 9);
+        a.store(SLOTS - 1, 6 << 32);
+        a.set_sync_state(SyncState::Running);
+        a.publish(&Status { no_space: true, writes: 11, allocated: 3, ..Status::default() });
+        drop(a);
+        let b = Shm::map(fd.as_fd()).unwrap();
+        assert_eq!(b.carried(), [(7, 5, 9), (SLOTS - 1, 6, 0)]);
+        assert_eq!(b.sync_state(), SyncState::Running);
+        assert!(!b.failed());
+        assert_eq!(b.status(), Status { no_space: true, writes: 11, allocated: 3, ..Status::default() });
+        b.set_sync_state(SyncState::Failed);
+        assert!(Shm::map(fd.as_fd()).unwrap().failed());
+    }
+
+    #[test]
+    fn other_layouts_are_left_alone() {
+        let fd = words::create(c"other", WORDS).unwrap();
+        assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Protocol);
+        let fd = words::create(c"other", 8).unwrap();
+        assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Malloc);
+    }
+
+    #[test]
+    fn three_strikes_and_out() {
+        let fd = create().unwrap();
+        let (guilty, innocent) = (head(40), head(42));
+        for death in 1..=3 {
+            let shm = Shm::map(fd.as_fd()).unwrap();
+            shm.mark(1, Some(RequestKey::of(&innocent)));
+            shm.mark(1, None);
+            shm.mark(0, Some(RequestKey::of(&guilty)));
+            let how = shm.settle_marks();
+            let back = Head { unique: guilty.unique | RESENT, ..guilty };
+            assert_eq!(shm.struck_out(RequestKey::of(&back), &how), death == 3);
+            assert!(!shm.struck_out(RequestKey::of(&innocent), &how));
+        }
+        let shm = Shm::map(fd.as_fd()).unwrap();
+        shm.forgive(RequestKey::of(&guilty));
+        assert!(!shm.struck_out(RequestKey::of(&guilty), &Strikes::default()));
+    }
+
+    #[test]
+    fn a_panic_without_a_name_makes_all_suspect() {
+        let fd = create().unwrap();
+        let shm = Shm::map(fd.as_fd()).unwrap();
+        for death in 1..=3 {
+            shm.set_panicked();
+            let how = shm.settle_marks();
+            assert!(how.all);
+            for unique in 1..=300 {
+                let out = shm.struck_out(RequestKey::of(&head(unique)), &how);
+                assert!(!out || death == 3);
+            }
+            assert_eq!(shm.struck_out(RequestKey::of(&head(99)), &Strikes::default()), death == 3);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The worker's I/O memory: one mapping, populated and locked, that lives as long as the process.
+//!
+//! The kernel reads and writes it behind our back (rings, /dev/fuse), and several threads hand parts of it to each other.
+//! So no reference to its bytes is ever made: it is copied into, copied from, and named by offsets.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+
+/// Size of a transparent huge page on the machines we know; elsewhere only an alignment.
+const HUGE: usize = 2 << 20;
+
+/// A mapping of private memory that is never unmapped.
+#[derive(Debug)]
+pub struct Arena {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no reference;
+// who may touch which part at what time is agreed among the threads and with the kernel outside of this type.
+unsafe impl Send for Arena {}
+// SAFETY: see above.
+unsafe impl Sync for Arena {}
+
+/// A part of the arena: offset and length in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Span {
+    pub at: usize,
+    pub len: usize,
+}
+
+impl Span {
+    /// `len` bytes from byte `off` of this part on; the whole must lie inside.
+    pub fn part(self, off: usize, len: usize) -> Span {
+        assert!(
+            off <= self.len && len <= self.len - off,
+            "bytes {off}+{len} of a buffer of {} are outside of it",
+            self.len
+        );
+        Span { at: self.at + off, len }
+    }
+}
+
+impl Arena {
+    /// Maps `len` bytes (rounded up to 2 MiB) on huge pages where they can be had, and touches all of them. They are
+    /// locked where that is permitted, and never given back.
+    pub fn leak(len: usize) -> io::Result<&'static Arena> {
+        let len = len.next_multiple_of(HUGE);
+        // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, disturbs nobody.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len + HUGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let skip = start.addr().next_multiple_of(HUGE) - start.addr();
+        // SAFETY: `skip` is less than HUGE, and the mapping has HUGE bytes more than `len`; so `base .. base + len` and
+        // the two rests lie inside the mapping made above, of which nothing is in use yet.
+        let base = unsafe {
+            let base = start.cast::<u8>().add(skip);
+            if skip > 0 {
+                libc::munmap(start, skip);
+            }
+            libc::munmap(base.add(len).cast(), HUGE - skip);
+            libc::madvise(base.cast(), len, libc::MADV_HUGEPAGE);
+            libc::madvise(base.cast(), len, libc::MADV_DONTFORK);
+            if libc::madvise(base.cast(), len, libc::MADV_POPULATE_WRITE) != 0 {
+                // Before 5.14: one store in every page does the same.
+                for at in (0..len).step_by(4096) {
+                    base.add(at).write_volatile(0);
+                }
+            }
+            libc::mlock(base.cast(), len);
+            base
+        };
+        let Some(base) = NonNull::new(base) else {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        };
+        Ok(Box::leak(Box::new(Arena { base, len })))
+    }
+
+    /// Bytes of the arena.
+    pub fn bytes(&self) -> usize {
+        self.len
+    }
+
+    /// The address of a part, for the kernel. Panics if it is not inside: no offset comes from outside of the worker.
+    pub(super) fn ptr(&self, span: Span) -> *mut u8 {
+        assert!(
+            span.at <= self.len && span.len <= self.len - span.at,
+            "buffer {}+{} is outside of the arena of {} bytes",
+            span.at,
+            span.len,
+            self.len
+        );
+        // SAFETY: just checked to be inside the mapping.
+        unsafe { self.base.as_ptr().add(span.at) }
+    }
+
+    /// Copies `bytes` to the beginning of `to`.
+    pub fn put(&self, to: Span, bytes: &[u8]) {
+        let to = self.ptr(to.part(0, bytes.len()));
+        // SAFETY: `to` has room for `bytes`, which is ordinary memory outside of the arena.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// Fills `bytes` from the beginning of `from`.
+    pub fn get(&self, from: Span, bytes: &mut [u8]) {
+        let from = self.ptr(from.part(0, bytes.len()));
+        // SAFETY: `from` holds as many bytes, and `bytes` is ordinary memory outside of the arena.
+        unsafe { ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    /// Copies `from` to the beginning of `to`.
+    pub fn copy(&self, from: Span, to: Span) {
+        let to = self.ptr(to.part(0, from.len));
+        // SAFETY: both lie inside the arena and are `from.len` bytes long; `copy` allows an overlap.
+        unsafe { ptr::copy(self.ptr(from), to, from.len) }
+    }
+
+    /// Fills a part with zeroes.
+    pub fn zero(&self, span: Span) {
+        // SAFETY: the part lies inside the arena.
+        unsafe { ptr::write_bytes(self.ptr(span), 0, span.len) }
+    }
+
+    /// Writes a part to `file` at `offset`; may write less.
+    pub fn pwrite(&self, file: BorrowedFd, span: Span, offset: u64) -> io::Result<usize> {
+        // SAFETY: the kernel only reads the part, which lies inside the arena.
+        let n = unsafe { libc::pwrite(file.as_raw_fd(), self.ptr(span).cast(), span.len, offset as libc::off_t) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    }
+
+    /// Reads from `file` at `offset` into a part; may read less.
+    pub fn pread(&self, file: BorrowedFd, span: Span, offset: u64) -> io::Result<usize> {
+        // SAFETY: the kernel writes at most the part, which lies inside the arena.
+        let n = unsafe { libc::pread(file.as_raw_fd(), self.ptr(span).cast(), span.len, offset as libc::off_t) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    }
+
+    /// One read from `fd` that fills `head` first, then the part.
+    pub fn read_after(&self, fd: BorrowedFd, head: &mut [u8], span: Span) -> io::Result<usize> {
+        let iov = [
+            libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() },
+            libc::iovec { iov_base: self.ptr(span).cast(), iov_len: span.len },
+        ];
+        // SAFETY: two buffers of the stated lengths: one exclusively borrowed, the other inside the arena.
+        let n = unsafe { libc::readv(fd.as_raw_fd(), iov.as_ptr(), 2) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    }
+
+    /// One write to `fd` of `head` followed by the part.
+    pub fn write_after(&self, fd: BorrowedFd, head: &[u8], span: Span) -> io::Result<usize> {
+        let iov = [
+            libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() },
+            libc::iovec { iov_base: self.ptr(span).cast(), iov_len: span.len },
+        ];
+        // SAFETY: the kernel only reads the two buffers, which have the stated lengths.
+        let n = unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), if span.len == 0 { 1 } else { 2 }) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn parts_are_copied_and_cleared() {
+        let a = Arena::leak(1).unwrap();
+        assert_eq!(a.bytes(), HUGE);
+        let one = Span { at: 4096, len: 16 };
+        let two = Span { at: 8192, len: 16 };
+        a.put(one, b"0123456789abcdef");
+        a.copy(one.part(4, 8), two);
+        a.zero(two.part(2, 2));
+        let mut got = [0; 10];
+        a.get(two, &mut got);
+        assert_eq!(&got, b"45\0\089ab\0\0");
+    }
+
+    #[test]
+    fn files_are_read_and_written_around_a_head() {
+        let a = Arena::leak(1).unwrap();
+        let (r, w) = nix::unistd::pipe().unwrap();
+        let data = Span { at: 512, len: 6 };
+        a.put(data, b"world!");
+        assert_eq!(a.write_after(w.as_fd(), b"hello ", data).unwrap(), 12);
+        let mut head = [0; 4];
+        assert_eq!(a.read_after(r.as_fd(), &mut head, Span { at: 0, len: 100 }).unwrap(), 12);
+        let mut rest = [0; 8];
+        a.get(Span { at: 0, len: 8 }, &mut rest);
+        assert_eq!((&head, &rest), (b"hell", b"o world!"));
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of the arena")]
+    fn nothing_outside_is_touched() {
+        let a = Arena::leak(1).unwrap();
+        a.zero(Span { at: HUGE - 8, len: 9 });
+    }
+}

@@ -1,0 +1,74 @@
+//! What keeps a process that serves a block device from waiting on that device: no reclaim through it, no page faults,
+//! no core dump to it. All of it is best effort: what is not permitted is left out.
+
+use std::fs;
+use std::io;
+
+/// 1 = this thread is part of an I/O path: its allocations must not wait for file systems or block devices.
+const PR_SET_IO_FLUSHER: i32 = 57;
+
+/// Marks the calling thread as part of the I/O path. Threads started afterwards inherit it.
+pub fn io_flusher() -> io::Result<()> {
+    prctl(PR_SET_IO_FLUSHER, 1)
+}
+
+/// No core dump is written when this process dies.
+pub fn not_dumpable() -> io::Result<()> {
+    prctl(libc::PR_SET_DUMPABLE, 0)
+}
+
+fn prctl(option: i32, value: libc::c_ulong) -> io::Result<()> {
+    const NONE: libc::c_ulong = 0;
+    // SAFETY: these options take plain numbers and touch no memory of ours.
+    match unsafe { libc::prctl(option, value, NONE, NONE, NONE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The OOM killer takes others first.
+pub fn spare_from_oom() -> io::Result<()> {
+    fs::write("/proc/self/oom_score_adj", "-1000").or_else(|_| fs::write("/proc/self/oom_score_adj", "-999"))
+}
+
+/// All memory, now and later, is present and stays so.
+pub fn lock_memory() -> io::Result<()> {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    Ok(mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?)
+}
+
+/// One heap for all threads: each further one would cost locked memory.
+pub fn one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number in the allocator; called before other threads run.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Signals that other programs, shells and service managers send to whole groups do not end this process.
+pub fn ignore_signals() -> io::Result<()> {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGPIPE, libc::SIGXFSZ] {
+        // SAFETY: SIG_IGN is no handler of ours; nothing runs in signal context.
+        if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// `flock(2)` on the description of `file`: exclusive, waiting if `wait`.
+pub fn flock_exclusive(file: &fs::File, wait: bool) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let how = libc::LOCK_EX | if wait { 0 } else { libc::LOCK_NB };
+    loop {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::flock(file.as_raw_fd(), how) } == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! 64-bit words in memory shared with other processes by a memfd.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU64;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// A mapping of a memfd as atomic words; unmapped when dropped.
+#[derive(Debug)]
+pub struct Words {
+    base: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the mapping is reached through shared references to atomics only, and belongs to no thread.
+unsafe impl Send for Words {}
+// SAFETY: see above.
+unsafe impl Sync for Words {}
+
+/// Makes a memfd of `count` zero words that can neither shrink nor grow any more.
+pub fn create(name: &CStr, count: usize) -> io::Result<OwnedFd> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    nix::unistd::ftruncate(&fd, (count * 8) as i64)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(fd)
+}
+
+impl Words {
+    /// Maps a memfd made by [`create`] with the same count.
+    pub fn map(fd: BorrowedFd, count: usize) -> io::Result<Words> {
+        let wanted = (count * 8) as u64;
+        let found = File::from(fd.try_clone_to_owned()?).metadata()?.len();
+        let seals = fcntl(fd, FcntlArg::F_GET_SEALS)?;
+        if found != wanted || seals & SealFlag::F_SEAL_SHRINK.bits() == 0 {
+            return Err(io::Error::other(format!(
+                "shared memory of {found} bytes with seals {seals:#x}: {wanted} bytes, sealed against shrinking, wanted"
+            )));
+        }
+        // SAFETY: a fresh mapping at a place that the kernel chooses; its file is sealed and long enough, so that no
+        // access can meet its end.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                count * 8,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                fd.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        match NonNull::new(base.cast::<AtomicU64>()) {
+            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Words { base, count }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping has `count` words, is page-aligned, lives until drop, and whoever else has it mapped
+        // changes it by whole atomic words only.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `map`; no reference outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.count * 8) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::Ordering::SeqCst;
+
+    #[test]
+    fn two_mappings_see_one_memory() {
+        let fd = create(c"test", 1024).unwrap();
+        let a = Words::map(fd.as_fd(), 1024).unwrap();
+        let b = Words::map(fd.as_fd(), 1024).unwrap();
+        a[1023].store(42, SeqCst);
+        assert_eq!(b[1023].load(SeqCst), 42);
+        assert!(Words::map(fd.as_fd(), 1025).is_err());
+        assert!(nix::unistd::ftruncate(&fd, 10).is_err());
+    }
+}
