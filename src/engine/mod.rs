@@ -1,5 +1,332 @@
+#![forbid(unsafe_code)]
 //! The I/O engine: read, write, zero, flush, allocation, copy-on-write.
 //!
-//! A machine without threads, clocks or files: [`api`] says what goes in and what comes out.
+//! A machine without threads, clocks or files: [`api`] says what goes in and what comes out. The rules it keeps:
+//!
+//! - Data before entry: a BAT page written by a flush holds only entries whose data writes had completed before that
+//!   flush's data sync began; a later change keeps its last durable value in it ([`dirty`], [`cycle`]).
+//! - A flush joins only a cycle that starts after it arrived.
+//! - Nothing is given out twice: a place is reused when neither the durable BAT nor a page on its way to the disk names
+//!   it and nothing is in flight on it ([`dirty`], [`space`]).
+//! - An entry is published when the whole cluster's content is right: a place allocated in this run and never written
+//!   reads as zero; any other is zeroed, copied up or wholly written first ([`job`]).
+//! - A failed sync or BAT write is final: no more cycles, every flush fails.
+//!
+//! Reads and writes of mapped clusters take one look at the [`map`] and end in one file operation.
 
 pub mod api;
+mod cycle;
+mod dirty;
+mod io;
+mod job;
+mod map;
+mod request;
+mod space;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use api::{Action, BounceId, Carried, Config, Errno, Event, LevelConfig, OpId, ReqId, Request, RequestKind};
+use api::{Shared, Status, SyncState};
+use cycle::Cycle;
+use dirty::Dirty;
+use io::Io;
+use job::Job;
+use map::{Ent, Map};
+use request::{IntMap, Req, Seg, Slab};
+use space::Space;
+
+/// A file operation in flight.
+enum Op {
+    Io(Io),
+    /// Part of filling a page of the map.
+    Bat {
+        page: u32,
+        level: u8,
+    },
+    /// Step of the job that holds this cluster.
+    Job {
+        cluster: u32,
+    },
+    /// The top's file grows.
+    Grow,
+    Sync,
+    BatWrite,
+}
+
+/// The engine of one device.
+pub struct Engine<S: Shared> {
+    config: Config,
+    top: u8,
+    /// The top is a raw file: nothing to allocate, no BAT.
+    raw_top: bool,
+    map: Map,
+    dirty: Dirty<S>,
+    space: Space,
+    cycle: Cycle,
+    reqs: IntMap<ReqId, Req>,
+    ops: Slab<Op>,
+    jobs: IntMap<u32, Job>,
+    /// Segments to be worked on in this step.
+    ready: VecDeque<Seg>,
+    /// Operations that met ENOSPC and wait for the next tick, with the number of their retry.
+    parked: Vec<OpId>,
+    bounces: Vec<BounceId>,
+    bounce_wait: VecDeque<u32>,
+    /// Segments that wait for a slot of the shared table.
+    slot_wait: Vec<Seg>,
+    closing: bool,
+    closed: bool,
+    stats: Status,
+}
+
+/// ENOSPC, EIO, EROFS, EINVAL, EFBIG.
+const NO_SPACE: Errno = 28;
+const IO: Errno = 5;
+const READ_ONLY: Errno = 30;
+const INVALID: Errno = 22;
+const TOO_BIG: Errno = 27;
+
+impl<S: Shared> Engine<S> {
+    /// An engine over an opened chain. `carried` is what a dead worker's shared table held that the disk does not.
+    pub fn new(config: Config, carried: Vec<Carried>, shared: S) -> Self {
+        let clusters = config.device_bytes.div_ceil(1 << config.cluster_shift);
+        let top = config.levels.len().saturating_sub(1) as u8;
+        let raw_top = matches!(config.levels.last(), Some(LevelConfig::Raw { .. }));
+        shared.set_sync_state(if config.failed { SyncState::Failed } else { SyncState::Idle });
+        Engine {
+            top,
+            raw_top,
+            map: Map::new(clusters, config.map_pages),
+            dirty: Dirty::new(shared, &carried),
+            space: Space::new(&config.alloc),
+            cycle: Cycle::new(config.failed),
+            reqs: IntMap::default(),
+            ops: Slab::new(),
+            jobs: IntMap::default(),
+            ready: VecDeque::new(),
+            parked: Vec::new(),
+            bounces: (0..config.bounces).rev().map(BounceId).collect(),
+            bounce_wait: VecDeque::new(),
+            slot_wait: Vec::new(),
+            closing: false,
+            closed: false,
+            stats: Status::default(),
+            config,
+        }
+    }
+
+    /// Takes an event in and appends what is to be done to `out`.
+    pub fn step(&mut self, event: Event<'_>, out: &mut Vec<Action>) {
+        match event {
+            Event::Request(r) => self.accept(r, out),
+            Event::Done { op, result } => self.done(op, result, out),
+            Event::BatRead { op, result } => self.bat_read(op, result, out),
+            Event::Tick => self.tick(out),
+            Event::Close => self.close(out),
+        }
+        loop {
+            while let Some(seg) = self.ready.pop_front() {
+                self.process(seg, out);
+            }
+            self.look_after_space(out);
+            self.look_after_cycle(out);
+            if !self.slot_wait.is_empty() && self.dirty.has_free_slot() {
+                self.ready.extend(std::mem::take(&mut self.slot_wait));
+            }
+            if self.ready.is_empty() {
+                break;
+            }
+        }
+        self.look_after_close(out);
+    }
+
+    /// Where the engine stands.
+    pub fn status(&self) -> Status {
+        Status {
+            no_space: self.space.no_space && !self.space.waiters.is_empty() || !self.parked.is_empty(),
+            failed: self.cycle.failed,
+            alloc_end: self.space.end(),
+            free: self.space.free_below_end(),
+            dirty: self.dirty.len() as u32,
+            requests: self.reqs.len() as u32,
+            ..self.stats
+        }
+    }
+
+    /// A sync or BAT write failed: flushes fail until the device is closed.
+    pub fn is_failed(&self) -> bool {
+        self.cycle.failed
+    }
+
+    /// Nothing is in flight, waiting or changed.
+    pub fn is_idle(&self) -> bool {
+        self.reqs.is_empty() && self.ops.is_empty() && self.jobs.is_empty() && self.dirty.len() == 0
+    }
+
+    fn accept(&mut self, r: Request, out: &mut Vec<Action>) {
+        let refuse = if r.kind == RequestKind::Flush {
+            None
+        } else if r.offset.checked_add(r.len).is_none_or(|end| end > self.config.device_bytes) {
+            Some(INVALID)
+        } else if r.kind != RequestKind::Read && !self.config.writable {
+            Some(READ_ONLY)
+        } else {
+            None
+        };
+        if let Some(errno) = refuse {
+            out.push(Action::Reply { req: r.id, result: Err(errno) });
+            return;
+        }
+        match r.kind {
+            RequestKind::Read => self.stats.reads += 1,
+            RequestKind::Write => self.stats.writes += 1,
+            RequestKind::Zero => self.stats.zeroes += 1,
+            RequestKind::Flush => self.stats.flushes += 1,
+        }
+        if r.kind == RequestKind::Flush {
+            self.accept_flush(r.id, out);
+            return;
+        }
+        self.reqs.insert(r.id, Req { kind: r.kind, offset: r.offset, pending: 1, error: None });
+        self.ready.push_back(Seg { req: r.id, off: r.offset, len: r.len });
+    }
+
+    /// One pending part of a request is over.
+    fn part_done(&mut self, req: ReqId, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        let Some(r) = self.reqs.get_mut(&req) else { return };
+        if let Err(errno) = result {
+            r.error.get_or_insert(errno);
+        }
+        r.pending -= 1;
+        if r.pending == 0 {
+            let result = r.error.map_or(Ok(()), Err);
+            self.reqs.remove(&req);
+            out.push(Action::Reply { req, result });
+        }
+    }
+
+    fn start(&mut self, op: Op) -> OpId {
+        OpId(self.ops.insert(op))
+    }
+
+    fn done(&mut self, op: OpId, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        if result == Err(NO_SPACE) && self.park(op) {
+            return;
+        }
+        match self.ops.remove(op.0) {
+            Some(Op::Io(io)) => self.io_done(io, result, out),
+            Some(Op::Job { cluster }) => self.job_step_done(cluster, result, out),
+            Some(Op::Grow) => self.grow_done(result, out),
+            Some(Op::Sync) => self.sync_done(result, out),
+            Some(Op::BatWrite) => self.bat_written(result, out),
+            Some(Op::Bat { page, level }) => self.page_part(page, level, Err(result.err().unwrap_or(IO)), out),
+            None => {}
+        }
+    }
+
+    /// A write that met ENOSPC waits for the next tick; while closing, and for what must not be held, it fails.
+    fn park(&mut self, op: OpId) -> bool {
+        let waits = !self.closing
+            && match self.ops.get(op.0) {
+                Some(Op::Io(io)) => io.is_write(),
+                Some(Op::Job { cluster }) => self.jobs.get(cluster).is_some_and(Job::may_wait),
+                _ => false,
+            };
+        if waits {
+            self.parked.push(op);
+        }
+        waits
+    }
+
+    fn tick(&mut self, out: &mut Vec<Action>) {
+        for op in std::mem::take(&mut self.parked) {
+            match self.ops.get(op.0) {
+                Some(Op::Io(io)) => out.push(io.action(op)),
+                Some(&Op::Job { cluster }) => self.job_again(cluster, op, out),
+                _ => {}
+            }
+        }
+        self.retry_space();
+        self.cycle.age(self.dirty.len() > 0);
+    }
+
+    fn close(&mut self, out: &mut Vec<Action>) {
+        self.closing = true;
+        for op in std::mem::take(&mut self.parked) {
+            self.done(op, Err(NO_SPACE), out);
+        }
+        self.retry_space();
+    }
+
+    fn retry_space(&mut self) {
+        self.space.blocked = false;
+        self.ready.extend(std::mem::take(&mut self.space.waiters));
+    }
+
+    fn look_after_space(&mut self, out: &mut Vec<Action>) {
+        if !self.config.writable || self.raw_top {
+            return;
+        }
+        if self.space.is_exhausted() {
+            for seg in std::mem::take(&mut self.space.waiters) {
+                self.part_done(seg.req, Err(TOO_BIG), out);
+            }
+        }
+        let wanted = !self.space.waiters.is_empty() && !self.space.blocked;
+        if self.closing && !wanted {
+            return;
+        }
+        if let Some(range) = self.space.grow(wanted) {
+            let op = self.start(Op::Grow);
+            let (file_off, len) = (self.file_off(range.start), self.file_off(range.end - range.start));
+            out.push(Action::Fallocate { op, file_off, len });
+        }
+    }
+
+    fn grow_done(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        match result {
+            Ok(()) => {
+                self.space.grown();
+                self.ready.extend(std::mem::take(&mut self.space.waiters));
+            }
+            Err(NO_SPACE) if self.space.not_grown() => {}
+            Err(NO_SPACE) if !self.closing => {
+                // Writes wait for space. A zeroing must not be held: on a loop device it would stop all other I/O.
+                for seg in std::mem::take(&mut self.space.waiters) {
+                    if self.is_write(seg.req) {
+                        self.space.waiters.push(seg);
+                    } else {
+                        self.part_done(seg.req, Err(NO_SPACE), out);
+                    }
+                }
+            }
+            Err(errno) => {
+                if errno != NO_SPACE {
+                    self.space.not_grown();
+                }
+                for seg in std::mem::take(&mut self.space.waiters) {
+                    self.part_done(seg.req, Err(errno), out);
+                }
+            }
+        }
+    }
+
+    fn kind(&self, req: ReqId) -> Option<RequestKind> {
+        self.reqs.get(&req).map(|r| r.kind)
+    }
+
+    /// Byte offset of a place of the top's file, or bytes of so many clusters.
+    fn file_off(&self, place: u32) -> u64 {
+        u64::from(place) << self.config.cluster_shift
+    }
+
+    /// What the top's durable BAT says of a cluster without a change.
+    fn durable_place(&self, ent: Ent) -> u32 {
+        match ent.place() {
+            Some((level, place)) if level == self.top => place,
+            _ => 0,
+        }
+    }
+}

@@ -13,11 +13,11 @@ pub fn chs(sectors: u64) -> Geometry {
         return Geometry { cylinders: (sectors / 1008) as u32, heads: 16 };
     }
     let none = Geometry { cylinders: sectors as u32, heads: 1 };
-    let Some(per_track) = [63, 32, 16, 8].into_iter().find(|n| sectors % n == 0) else {
+    let Some(per_track) = [63, 32, 16, 8].into_iter().find(|n| sectors.is_multiple_of(*n)) else {
         return none;
     };
     let tracks = sectors / per_track;
-    match [16, 8, 4, 2].into_iter().find(|n| tracks % n == 0) {
+    match [16, 8, 4, 2].into_iter().find(|n| tracks.is_multiple_of(*n)) {
         Some(heads) => Geometry { cylinders: (tracks / heads) as u32, heads: heads as u32 },
         None => none,
     }

@@ -149,7 +149,7 @@ impl Header {
         let cluster = ClusterSize::from_sectors(u64::from(tracks))
             .map_err(|e| e.as_kind(Kind::Format).context("offset 28 of the header"))?;
         let first_data_sector = u32_at(b, 48);
-        if first_data_sector == 0 || first_data_sector % cluster.sectors() != 0 {
+        if first_data_sector == 0 || !first_data_sector.is_multiple_of(cluster.sectors()) {
             bail!(
                 Format,
                 "first data sector {first_data_sector} at offset 48 of the header: must be a multiple of the cluster \

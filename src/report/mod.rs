@@ -216,7 +216,7 @@ mod tests {
             assert_eq!(ptr, last_error_ptr(), "the address never changes");
             warn("short\0tail");
             assert_eq!(last_error(), "short?tail");
-            std::thread::spawn(|| assert_eq!(last_error(), "")).join().ok().expect("other thread");
+            std::thread::spawn(|| assert_eq!(last_error(), "")).join().expect("other thread");
         })
         .join()
         .expect("thread");

@@ -1,0 +1,277 @@
+//! Flush cycles: sync data, write the changed BAT pages, sync; with no changed page, one sync.
+
+use super::api::{Action, BAT_PAGE, Errno, LevelConfig, ReqId, Shared, SyncState};
+use super::map::{Ent, HEADER_ENTRIES, clusters_of, page_of};
+use super::{Engine, IO, Op};
+
+/// BAT pages written at the same time.
+const PAGES_AT_ONCE: usize = 32;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Idle,
+    /// Pages of the map that hold changes have to be read first (after a takeover).
+    Loading,
+    DataSync,
+    Pages,
+    FinalSync,
+}
+
+/// The running cycle and what waits for the next one.
+pub struct Cycle {
+    phase: Phase,
+    pub failed: bool,
+    /// Flushes that arrived before the cycle began.
+    joined: Vec<ReqId>,
+    waiting: Vec<ReqId>,
+    /// Clusters whose changes the cycle takes along.
+    going: Vec<u32>,
+    /// BAT pages still to be written, descending.
+    pages: Vec<u32>,
+    in_flight: usize,
+    ticks: u32,
+    /// A cycle that began after the last request was answered, while closing, has ended.
+    final_done: bool,
+    final_running: bool,
+}
+
+impl Cycle {
+    pub fn new(failed: bool) -> Cycle {
+        Cycle {
+            phase: Phase::Idle,
+            failed,
+            joined: Vec::new(),
+            waiting: Vec::new(),
+            going: Vec::new(),
+            pages: Vec::new(),
+            in_flight: 0,
+            ticks: 0,
+            final_done: false,
+            final_running: false,
+        }
+    }
+
+    /// A tick has passed with or without changes.
+    pub fn age(&mut self, changed: bool) {
+        self.ticks = if changed { self.ticks + 1 } else { 0 };
+    }
+
+    fn flushes(&self) -> usize {
+        self.joined.len() + self.waiting.len()
+    }
+}
+
+impl<S: Shared> Engine<S> {
+    pub(super) fn accept_flush(&mut self, id: ReqId, out: &mut Vec<Action>) {
+        if self.cycle.failed {
+            out.push(Action::Reply { req: id, result: Err(IO) });
+        } else if !self.config.writable {
+            out.push(Action::Reply { req: id, result: Ok(()) });
+        } else {
+            self.cycle.waiting.push(id);
+        }
+    }
+
+    pub(super) fn look_after_cycle(&mut self, out: &mut Vec<Action>) {
+        if self.cycle.failed {
+            self.fail_waiting(out);
+            return;
+        }
+        if !self.config.writable {
+            return;
+        }
+        let begin = match self.cycle.phase {
+            Phase::Idle => self.wants_cycle(),
+            Phase::Loading => true,
+            _ => false,
+        };
+        if begin {
+            self.begin_cycle(out);
+        }
+    }
+
+    fn wants_cycle(&mut self) -> bool {
+        let pressed = self.dirty.is_tight() || !self.slot_wait.is_empty() || !self.space.waiters.is_empty();
+        !self.cycle.waiting.is_empty()
+            || self.cycle.ticks >= self.config.bat_age && self.dirty.any_can_go()
+            || pressed && self.dirty.any_can_go()
+            || self.wants_final()
+    }
+
+    /// While closing: all is answered, but not all is durable.
+    fn wants_final(&mut self) -> bool {
+        if !self.closing || self.closed || !self.is_quiet() {
+            return false;
+        }
+        if self.dirty.len() > 0 && !self.dirty.any_can_go() {
+            // What never got its data: its write failed and was answered so.
+            let clusters: Vec<u32> = self.dirty.iter().filter(|(_, d)| !d.ready).map(|(c, _)| c).collect();
+            for cluster in clusters {
+                if let Some(place) = self.dirty.revert(cluster) {
+                    self.space.give(place);
+                }
+            }
+        }
+        self.dirty.len() > 0 || !self.cycle.final_done
+    }
+
+    /// No request but flushes, no job, nothing growing.
+    fn is_quiet(&self) -> bool {
+        self.reqs.is_empty() && self.jobs.is_empty() && self.ready.is_empty() && self.space.growing.is_none()
+    }
+
+    fn begin_cycle(&mut self, out: &mut Vec<Action>) {
+        let mut pages: Vec<u32> =
+            self.dirty.iter().filter(|(_, change)| change.can_go()).map(|(cluster, _)| page_of(cluster)).collect();
+        pages.dedup();
+        let missing: Vec<u32> = pages.iter().copied().filter(|&p| !self.map.is_loaded(p)).collect();
+        if !missing.is_empty() {
+            self.cycle.phase = Phase::Loading;
+            for page in missing {
+                if self.map.loading(page).is_none() {
+                    self.load(page, out);
+                }
+            }
+            return;
+        }
+        pages.reverse();
+        self.cycle.pages = pages;
+        self.cycle.joined = std::mem::take(&mut self.cycle.waiting);
+        self.cycle.going = self.dirty.start();
+        self.cycle.phase = Phase::DataSync;
+        self.cycle.ticks = 0;
+        self.cycle.final_running = self.closing && self.is_quiet();
+        self.dirty.shared.set_sync_state(SyncState::Running);
+        let op = self.start(Op::Sync);
+        out.push(Action::Sync { op });
+    }
+
+    /// A page with changes cannot be read: they can never become durable.
+    pub(super) fn cycle_page_failed(&mut self, page: u32, out: &mut Vec<Action>) {
+        let needed = self.dirty.in_range(clusters_of(page)).next().is_some();
+        if self.cycle.phase == Phase::Loading && needed {
+            self.fail_cycle(out);
+        }
+    }
+
+    pub(super) fn sync_done(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        match (result, self.cycle.phase) {
+            (Err(_), _) => self.fail_cycle(out),
+            (Ok(()), Phase::DataSync) if !self.cycle.pages.is_empty() => {
+                self.cycle.phase = Phase::Pages;
+                self.write_pages(out);
+            }
+            (Ok(()), _) => self.finish_cycle(out),
+        }
+    }
+
+    fn write_pages(&mut self, out: &mut Vec<Action>) {
+        while self.cycle.in_flight < PAGES_AT_ONCE {
+            let Some(page) = self.cycle.pages.pop() else { return };
+            self.cycle.in_flight += 1;
+            let data = self.page_image(page);
+            let op = self.start(Op::BatWrite);
+            out.push(Action::WriteBat { op, page, data });
+        }
+    }
+
+    /// A BAT page with the changes of this cycle; for all others their last durable value.
+    fn page_image(&mut self, page: u32) -> Box<[u8; BAT_PAGE]> {
+        let mut data = Box::new([0u8; BAT_PAGE]);
+        if page == 0 {
+            data[..64].copy_from_slice(&self.config.header);
+        }
+        let Some(&LevelConfig::Ploop { v1, clusters, .. }) = self.config.levels.last() else { return data };
+        let per_entry = if v1 { 1 << (self.config.cluster_shift - 9) } else { 1 };
+        let range = clusters_of(page);
+        for c in range.start..range.end.min(u64::from(clusters)) {
+            let cluster = c as u32;
+            let Some(ent) = self.map.get(cluster) else { continue };
+            let place = match self.dirty.get(cluster) {
+                Some(change) if ent.is(Ent::DIRTY) => change.writing.unwrap_or(change.durable),
+                _ => self.durable_place(ent),
+            };
+            let at = ((c + HEADER_ENTRIES) as usize * 4) % BAT_PAGE;
+            data[at..at + 4].copy_from_slice(&(place * per_entry).to_le_bytes());
+        }
+        data
+    }
+
+    pub(super) fn bat_written(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        self.cycle.in_flight = self.cycle.in_flight.saturating_sub(1);
+        if self.cycle.failed {
+            return;
+        }
+        if result.is_err() {
+            self.fail_cycle(out);
+            return;
+        }
+        self.write_pages(out);
+        if self.cycle.in_flight == 0 {
+            self.cycle.phase = Phase::FinalSync;
+            let op = self.start(Op::Sync);
+            out.push(Action::Sync { op });
+        }
+    }
+
+    fn finish_cycle(&mut self, out: &mut Vec<Action>) {
+        self.dirty.shared.set_sync_state(SyncState::Idle);
+        let mut freed_any = false;
+        for cluster in std::mem::take(&mut self.cycle.going) {
+            let (over, freed) = self.dirty.made_durable(cluster);
+            if over {
+                self.map.mark(cluster, Ent::DIRTY, false);
+            }
+            if let Some(place) = freed {
+                self.space.give(place);
+                freed_any = true;
+            }
+        }
+        for req in std::mem::take(&mut self.cycle.joined) {
+            out.push(Action::Reply { req, result: Ok(()) });
+        }
+        self.cycle.phase = Phase::Idle;
+        self.cycle.final_done |= std::mem::take(&mut self.cycle.final_running);
+        self.ready.extend(std::mem::take(&mut self.slot_wait));
+        if freed_any {
+            self.ready.extend(std::mem::take(&mut self.space.waiters));
+        }
+    }
+
+    /// What a sync or BAT write did is not known any more: no later success may hide that.
+    fn fail_cycle(&mut self, out: &mut Vec<Action>) {
+        self.cycle.failed = true;
+        self.cycle.phase = Phase::Idle;
+        self.cycle.pages.clear();
+        self.dirty.shared.set_sync_state(SyncState::Failed);
+        self.fail_waiting(out);
+    }
+
+    fn fail_waiting(&mut self, out: &mut Vec<Action>) {
+        let joined = std::mem::take(&mut self.cycle.joined);
+        for req in joined.into_iter().chain(std::mem::take(&mut self.cycle.waiting)) {
+            out.push(Action::Reply { req, result: Err(IO) });
+        }
+        for seg in std::mem::take(&mut self.slot_wait) {
+            self.part_done(seg.req, Err(IO), out);
+        }
+    }
+
+    pub(super) fn look_after_close(&mut self, out: &mut Vec<Action>) {
+        if !self.closing || self.closed || !self.is_quiet() || self.cycle.flushes() > 0 {
+            return;
+        }
+        if !self.ops.is_empty() {
+            return;
+        }
+        let result = if self.cycle.failed {
+            Err(IO)
+        } else if !self.config.writable || self.dirty.len() == 0 && self.cycle.final_done {
+            Ok(())
+        } else {
+            return;
+        };
+        self.closed = true;
+        out.push(Action::Closed { result });
+    }
+}

@@ -1,0 +1,193 @@
+//! Changes of the top's BAT that are not durable yet.
+//!
+//! Each is kept in the shared table too, so that a worker's successor has it. A place may be used again only when
+//! neither the durable BAT nor a BAT page on its way to the disk can name it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::api::{Carried, Shared};
+
+/// The entry of one cluster: what it is to be, and what the disk may say. Places are image clusters, 0: none.
+#[derive(Clone, Copy, Debug)]
+pub struct Change {
+    pub current: u32,
+    pub durable: u32,
+    /// Value in a BAT page of the running cycle.
+    pub writing: Option<u32>,
+    /// The data that `current` names has been written.
+    pub ready: bool,
+    pub slot: u32,
+}
+
+impl Change {
+    /// A cycle that starts now can make this durable.
+    pub fn can_go(&self) -> bool {
+        self.ready && self.writing.is_none() && self.current != self.durable
+    }
+
+    fn may_be_on_disk(&self, place: u32) -> bool {
+        place == self.durable || self.writing == Some(place)
+    }
+}
+
+/// All changes, and the free slots of the shared table.
+pub struct Dirty<S: Shared> {
+    changes: BTreeMap<u32, Change>,
+    free_slots: Vec<u32>,
+    total: usize,
+    pub shared: S,
+}
+
+fn pack(cluster: u32, place: u32) -> u64 {
+    u64::from(cluster) << 32 | u64::from(place)
+}
+
+impl<S: Shared> Dirty<S> {
+    /// Takes over what a dead worker left; every other slot is cleared.
+    pub fn new(shared: S, carried: &[Carried]) -> Self {
+        let mut changes = BTreeMap::new();
+        let mut taken = vec![false; shared.slots()];
+        for c in carried {
+            if c.place == c.durable || c.slot >= taken.len() {
+                continue;
+            }
+            taken[c.slot] = true;
+            let slot = c.slot as u32;
+            let change = Change { current: c.place, durable: c.durable, writing: None, ready: true, slot };
+            changes.insert(c.cluster, change);
+        }
+        let free_slots: Vec<u32> = (0..taken.len()).rev().filter(|&i| !taken[i]).map(|i| i as u32).collect();
+        for &slot in &free_slots {
+            if shared.load(slot as usize) != S::FREE {
+                shared.store(slot as usize, S::FREE);
+            }
+        }
+        Dirty { changes, free_slots, total: taken.len(), shared }
+    }
+
+    pub fn len(&self) -> usize {
+        self.changes.len()
+    }
+
+    pub fn get(&self, cluster: u32) -> Option<&Change> {
+        self.changes.get(&cluster)
+    }
+
+    pub fn in_range(&self, clusters: Range<u64>) -> impl Iterator<Item = (u32, &Change)> {
+        let end = clusters.end.min(u64::from(u32::MAX)) as u32;
+        self.changes.range(clusters.start as u32..end).map(|(c, d)| (*c, d))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &Change)> {
+        self.changes.iter().map(|(c, d)| (*c, d))
+    }
+
+    /// Less than half of the table is free: time for a cycle.
+    pub fn is_tight(&self) -> bool {
+        self.free_slots.len() * 2 < self.total
+    }
+
+    /// A cycle that starts now would make something durable.
+    pub fn any_can_go(&self) -> bool {
+        self.changes.values().any(Change::can_go)
+    }
+
+    /// A slot for a change that is to come, `None` if the table is full.
+    pub fn take_slot(&mut self) -> Option<u32> {
+        self.free_slots.pop()
+    }
+
+    pub fn give_slot_back(&mut self, slot: u32) {
+        self.free_slots.push(slot);
+    }
+
+    pub fn has_free_slot(&self) -> bool {
+        !self.free_slots.is_empty()
+    }
+
+    pub fn has_slot_for(&self, cluster: u32) -> bool {
+        !self.free_slots.is_empty() || self.changes.contains_key(&cluster)
+    }
+
+    /// The entry of `cluster` becomes `place`. `durable` is what the disk says if there is no change yet, `slot` one
+    /// taken before (else one is taken here; see [`has_slot_for`](Self::has_slot_for)). Returns a place that nothing
+    /// names any more.
+    pub fn set(
+        &mut self,
+        cluster: u32,
+        place: u32,
+        ready: bool,
+        durable: u32,
+        slot: Option<u32>,
+    ) -> Result<Option<u32>, TableFull> {
+        if let Some(change) = self.changes.get_mut(&cluster) {
+            if let Some(spare) = slot {
+                self.free_slots.push(spare);
+            }
+            let old = std::mem::replace(&mut change.current, place);
+            change.ready = ready;
+            self.shared.store(change.slot as usize, pack(cluster, place));
+            return Ok((old != 0 && old != place && !change.may_be_on_disk(old)).then_some(old));
+        }
+        let slot = slot.or_else(|| self.free_slots.pop()).ok_or(TableFull)?;
+        self.shared.store(slot as usize, pack(cluster, place));
+        self.changes.insert(cluster, Change { current: place, durable, writing: None, ready, slot });
+        Ok(None)
+    }
+
+    /// The data of the cluster's place has been written.
+    pub fn set_ready(&mut self, cluster: u32) {
+        if let Some(change) = self.changes.get_mut(&cluster) {
+            change.ready = true;
+        }
+    }
+
+    /// What a cycle that starts now takes along; each is marked as being written.
+    pub fn start(&mut self) -> Vec<u32> {
+        let mut going = Vec::new();
+        for (cluster, change) in &mut self.changes {
+            if change.can_go() {
+                change.writing = Some(change.current);
+                going.push(*cluster);
+            }
+        }
+        going
+    }
+
+    /// The cycle made the cluster's written value durable. Returns whether the change is over, and a place that is
+    /// free now.
+    pub fn made_durable(&mut self, cluster: u32) -> (bool, Option<u32>) {
+        let Some(change) = self.changes.get_mut(&cluster) else { return (false, None) };
+        let Some(written) = change.writing.take() else { return (false, None) };
+        let old = std::mem::replace(&mut change.durable, written);
+        let freed = (old != 0 && old != written && old != change.current).then_some(old);
+        let over = change.current == change.durable;
+        if over {
+            self.forget(cluster);
+        }
+        (over, freed)
+    }
+
+    /// Drops a change whose current value equals the durable one again, or that never got its data; the place it named
+    /// is returned as free.
+    pub fn revert(&mut self, cluster: u32) -> Option<u32> {
+        let change = *self.changes.get(&cluster)?;
+        if change.writing.is_some() {
+            return None;
+        }
+        self.forget(cluster);
+        (change.current != 0 && change.current != change.durable).then_some(change.current)
+    }
+
+    fn forget(&mut self, cluster: u32) {
+        if let Some(change) = self.changes.remove(&cluster) {
+            self.shared.store(change.slot as usize, S::FREE);
+            self.free_slots.push(change.slot);
+        }
+    }
+}
+
+/// The shared table has no free slot.
+#[derive(Debug)]
+pub struct TableFull;

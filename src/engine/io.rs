@@ -1,0 +1,366 @@
+//! Requests cut at cluster borders: each piece becomes part of a file operation, a job, or waits.
+
+use super::api::{Action, BAT_PAGE, Buf, Errno, Event, LevelConfig, OpId, ReqId, RequestKind, Shared};
+use super::map::{ENTRIES, Ent, Page, clusters_of, page_of};
+use super::request::Seg;
+use super::{Engine, IO, Op};
+
+/// Neighbouring pieces that stand together in one file become one operation.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    level: u8,
+    file_off: u64,
+    len: u64,
+    /// Offset in the request's buffer.
+    at: u64,
+    first: u32,
+    count: u32,
+}
+
+/// Read, write or zeroing in place, in flight.
+#[derive(Clone, Copy)]
+pub(super) struct Io {
+    req: ReqId,
+    kind: RequestKind,
+    run: Run,
+}
+
+impl Io {
+    /// What the caller is asked to do; asked again after ENOSPC.
+    pub(super) fn action(&self, op: OpId) -> Action {
+        let Run { level, file_off, len, at, .. } = self.run;
+        let buf = Buf::Request { req: self.req, off: at };
+        match self.kind {
+            RequestKind::Read => Action::Read { op, level, file_off, len, to: buf },
+            RequestKind::Write => Action::Write { op, file_off, len, from: buf },
+            _ => Action::ZeroRange { op, file_off, len },
+        }
+    }
+
+    pub(super) fn is_write(&self) -> bool {
+        self.kind == RequestKind::Write
+    }
+}
+
+impl<S: Shared> Engine<S> {
+    /// Works on a segment as far as possible. Its pending count goes over to what it starts.
+    pub(super) fn process(&mut self, seg: Seg, out: &mut Vec<Action>) {
+        let Some(req) = self.reqs.get(&seg.req) else { return };
+        let (kind, base) = (req.kind, req.offset);
+        let shift = self.config.cluster_shift;
+        let end = seg.off + seg.len;
+        let mut off = seg.off;
+        let mut run = None;
+        while off < end {
+            let cluster = (off >> shift) as u32;
+            let Some(ent) = self.map.get(cluster) else {
+                let stop = end.min(clusters_of(page_of(cluster)).end << shift);
+                self.wait_for_page(cluster, Seg { req: seg.req, off, len: stop - off }, out);
+                off = stop;
+                continue;
+            };
+            let stop = end.min((u64::from(cluster) + 1) << shift);
+            let piece = Seg { req: seg.req, off, len: stop - off };
+            match kind {
+                RequestKind::Read => self.read_piece(piece, cluster, ent, off - base, &mut run, out),
+                RequestKind::Write => self.write_piece(piece, cluster, ent, off - base, &mut run, out),
+                _ => self.zero_piece(piece, cluster, ent, &mut run, out),
+            }
+            off = stop;
+        }
+        self.issue(seg.req, run.take(), out);
+        self.part_done(seg.req, Ok(()), out);
+    }
+
+    /// The segment waits in a queue; that counts as pending.
+    pub(super) fn hold(&mut self, req: ReqId) {
+        if let Some(r) = self.reqs.get_mut(&req) {
+            r.pending += 1;
+        }
+    }
+
+    fn read_piece(
+        &mut self,
+        piece: Seg,
+        cluster: u32,
+        ent: Ent,
+        at: u64,
+        run: &mut Option<Run>,
+        out: &mut Vec<Action>,
+    ) {
+        if ent.is(Ent::HELD) && self.job_blocks_reads(cluster) {
+            self.wait_for_job(cluster, piece);
+            return;
+        }
+        let within = piece.off & ((1 << self.config.cluster_shift) - 1);
+        let Some((level, place)) = ent.place() else {
+            out.push(Action::ZeroFill { req: piece.req, off: at, len: piece.len });
+            return;
+        };
+        let file_off = self.file_off(place) + within;
+        let len = piece.len.min(self.readable(level, file_off));
+        if len < piece.len {
+            out.push(Action::ZeroFill { req: piece.req, off: at + len, len: piece.len - len });
+        }
+        if len > 0 {
+            self.extend(piece.req, run, Run { level, file_off, len, at, first: cluster, count: 1 }, out);
+        }
+    }
+
+    /// Bytes from `file_off` on that a level's file has; beyond a raw base all is zero.
+    pub(super) fn readable(&self, level: u8, file_off: u64) -> u64 {
+        match self.config.levels.get(usize::from(level)) {
+            Some(LevelConfig::Raw { bytes }) => bytes.saturating_sub(file_off),
+            _ => u64::MAX,
+        }
+    }
+
+    fn write_piece(
+        &mut self,
+        piece: Seg,
+        cluster: u32,
+        ent: Ent,
+        at: u64,
+        run: &mut Option<Run>,
+        out: &mut Vec<Action>,
+    ) {
+        if ent.is(Ent::HELD) {
+            self.wait_for_job(cluster, piece);
+            return;
+        }
+        let within = piece.off & ((1 << self.config.cluster_shift) - 1);
+        let place = match ent.place() {
+            Some((level, place)) if level == self.top => Some(place),
+            _ => self.allocate(piece, cluster, ent, out),
+        };
+        if let Some(place) = place {
+            let file_off = self.file_off(place) + within;
+            let next = Run { level: self.top, file_off, len: piece.len, at, first: cluster, count: 1 };
+            self.extend(piece.req, run, next, out);
+        }
+    }
+
+    /// The range of one cluster is to read as zero.
+    fn zero_piece(&mut self, piece: Seg, cluster: u32, ent: Ent, run: &mut Option<Run>, out: &mut Vec<Action>) {
+        if ent.is(Ent::HELD) {
+            self.wait_for_job(cluster, piece);
+            return;
+        }
+        let Some((level, place)) = ent.place() else { return };
+        let start = u64::from(cluster) << self.config.cluster_shift;
+        let end = (start + (1 << self.config.cluster_shift)).min(self.config.device_bytes);
+        let whole = piece.off == start && piece.off + piece.len == end;
+        if level != self.top {
+            // A lower level has it: hide that with a cluster of the top's own.
+            self.allocate_zero(piece, cluster, ent, whole, out);
+        } else if whole && !ent.is(Ent::LOWER) && !self.raw_top {
+            self.unmap(piece, cluster, ent, place);
+        } else {
+            let file_off = self.file_off(place) + (piece.off - start);
+            let next = Run { level, file_off, len: piece.len, at: 0, first: cluster, count: 1 };
+            self.extend(piece.req, run, next, out);
+        }
+    }
+
+    /// Drops the top's entry of a cluster that nothing else has. The place stays taken until that is durable.
+    fn unmap(&mut self, piece: Seg, cluster: u32, ent: Ent, place: u32) {
+        if ent.in_flight() > 0 {
+            self.drain(cluster, piece);
+        } else if !self.dirty.has_slot_for(cluster) {
+            self.wait_for_slot(piece);
+        } else if let Ok(freed) = self.dirty.set(cluster, 0, true, place, None) {
+            self.map.set_place(cluster, None);
+            self.map.mark(cluster, Ent::DIRTY, true);
+            if let Some(p) = freed {
+                self.space.give(p);
+            }
+            self.settle(cluster);
+        }
+    }
+
+    /// A change that says what the disk says already is none.
+    fn settle(&mut self, cluster: u32) {
+        let none = self.dirty.get(cluster).is_some_and(|d| d.current == d.durable && d.writing.is_none());
+        if none {
+            self.dirty.revert(cluster);
+            self.map.mark(cluster, Ent::DIRTY, false);
+        }
+    }
+
+    pub(super) fn wait_for_slot(&mut self, piece: Seg) {
+        self.hold(piece.req);
+        self.slot_wait.push(piece);
+    }
+
+    /// Adds to the run, or issues it and begins another.
+    fn extend(&mut self, req: ReqId, run: &mut Option<Run>, next: Run, out: &mut Vec<Action>) {
+        self.map.enter(next.first);
+        match run {
+            Some(r)
+                if r.level == next.level && r.file_off + r.len == next.file_off && r.first + r.count == next.first =>
+            {
+                r.len += next.len;
+                r.count += 1;
+            }
+            _ => {
+                let full = run.replace(next);
+                self.issue(req, full, out);
+            }
+        }
+    }
+
+    fn issue(&mut self, req: ReqId, run: Option<Run>, out: &mut Vec<Action>) {
+        let (Some(run), Some(kind)) = (run, self.kind(req)) else { return };
+        self.hold(req);
+        let io = Io { req, kind, run };
+        let op = self.start(Op::Io(io));
+        out.push(io.action(op));
+    }
+
+    pub(super) fn io_done(&mut self, io: Io, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        let wrote = result.is_ok() && io.kind != RequestKind::Read;
+        for cluster in io.run.first..io.run.first + io.run.count {
+            let ent = self.map.leave(cluster);
+            if wrote && ent.is(Ent::DIRTY) {
+                self.dirty.set_ready(cluster);
+            }
+            if ent.is(Ent::HELD) && ent.in_flight() == 0 {
+                self.drained(cluster);
+            }
+        }
+        self.part_done(io.req, result, out);
+    }
+
+    fn wait_for_page(&mut self, cluster: u32, seg: Seg, out: &mut Vec<Action>) {
+        self.hold(seg.req);
+        let page = page_of(cluster);
+        if self.map.loading(page).is_none() {
+            self.load(page, out);
+        }
+        match self.map.loading(page) {
+            Some(l) => l.waiters.push(seg),
+            None => self.ready.push_back(seg),
+        }
+    }
+
+    /// Begins to fill a page; one that needs no reads is there at once.
+    pub(super) fn load(&mut self, page: u32, out: &mut Vec<Action>) {
+        let clusters = clusters_of(page);
+        let mut content = Page::new();
+        let mut reads = Vec::new();
+        for (level, config) in self.config.levels.iter().enumerate() {
+            match *config {
+                LevelConfig::Raw { bytes } => {
+                    let held = bytes.div_ceil(1 << self.config.cluster_shift).min(clusters.end);
+                    for c in clusters.start..held {
+                        let ent = content.ent(c as u32);
+                        ent.set_place(Some((level as u8, c as u32)));
+                        ent.mark(Ent::LOWER, (level as u8) < self.top);
+                    }
+                }
+                LevelConfig::Ploop { clusters: n, .. } if clusters.start < u64::from(n) => reads.push(level as u8),
+                LevelConfig::Ploop { .. } => {}
+            }
+        }
+        self.map.begin(page, content, reads.len() as u32);
+        if reads.is_empty() {
+            self.page_complete(page, out);
+        }
+        for level in reads {
+            let op = self.start(Op::Bat { page, level });
+            out.push(Action::ReadBat { op, level, page, len: BAT_PAGE as u32 });
+        }
+    }
+
+    pub(super) fn bat_read(&mut self, op: OpId, result: Result<&[u8], Errno>, out: &mut Vec<Action>) {
+        match self.ops.get(op.0) {
+            Some(&Op::Bat { page, level }) => {
+                self.ops.remove(op.0);
+                self.page_part(page, level, result, out);
+            }
+            // A `BatRead` for anything else is a fault of the caller; the operation counts as failed.
+            _ => self.step_other(op, out),
+        }
+    }
+
+    fn step_other(&mut self, op: OpId, out: &mut Vec<Action>) {
+        self.step(Event::Done { op, result: Err(IO) }, out);
+    }
+
+    /// One level's BAT page has come: the highest level that has a cluster wins, whatever the order.
+    pub(super) fn page_part(&mut self, page: u32, level: u8, bytes: Result<&[u8], Errno>, out: &mut Vec<Action>) {
+        let bytes = bytes.and_then(|b| if b.len() == BAT_PAGE { Ok(b) } else { Err(IO) });
+        let parsed = bytes.and_then(|b| self.lay_over(page, level, b));
+        let Some(loading) = self.map.loading(page) else { return };
+        if let Err(errno) = parsed {
+            loading.error.get_or_insert(errno);
+        }
+        loading.left -= 1;
+        if loading.left > 0 {
+            return;
+        }
+        let failed = loading.error;
+        self.page_complete(page, out);
+        if failed.is_some() {
+            self.cycle_page_failed(page, out);
+        }
+    }
+
+    fn lay_over(&mut self, page: u32, level: u8, bytes: &[u8]) -> Result<(), Errno> {
+        let Some(&LevelConfig::Ploop { v1, clusters, first_data, file_clusters }) =
+            self.config.levels.get(usize::from(level))
+        else {
+            return Err(IO);
+        };
+        let top = level == self.top;
+        let writable_top = top && self.config.writable;
+        let limit = if writable_top { u32::MAX } else { file_clusters };
+        let per_entry = if v1 { 1u32 << (self.config.cluster_shift - 9) } else { 1 };
+        let range = clusters_of(page);
+        let Some(loading) = self.map.loading(page) else { return Err(IO) };
+        debug_assert_eq!(bytes.len(), ENTRIES * 4);
+        for c in range.start..range.end.min(u64::from(clusters)) {
+            let slot = ((c + super::map::HEADER_ENTRIES) % ENTRIES as u64) as usize * 4;
+            let raw = u32::from_le_bytes([bytes[slot], bytes[slot + 1], bytes[slot + 2], bytes[slot + 3]]);
+            if raw == 0 {
+                continue;
+            }
+            let place = raw / per_entry;
+            if !raw.is_multiple_of(per_entry) || place < first_data || place >= limit {
+                return Err(IO);
+            }
+            let ent = loading.page.ent(c as u32);
+            match ent.place() {
+                Some((have, _)) if have > level => {}
+                _ => ent.set_place(Some((level, place))),
+            }
+            if !top {
+                ent.mark(Ent::LOWER, true);
+            }
+        }
+        Ok(())
+    }
+
+    /// All parts are there: changes not durable yet lie over what the disk said.
+    fn page_complete(&mut self, page: u32, out: &mut Vec<Action>) {
+        let range = clusters_of(page);
+        let top = self.top;
+        if let Some(loading) = self.map.loading(page) {
+            for (cluster, change) in self.dirty.in_range(range) {
+                let ent = loading.page.ent(cluster);
+                match ent.place() {
+                    _ if change.current != 0 => ent.set_place(Some((top, change.current))),
+                    Some((level, _)) if level == top => ent.set_place(None),
+                    _ => {}
+                }
+                ent.mark(Ent::DIRTY, true);
+                loading.page.pin();
+            }
+        }
+        let (waiters, error) = self.map.finish(page);
+        match error {
+            None => self.ready.extend(waiters),
+            Some(errno) => waiters.into_iter().for_each(|seg| self.part_done(seg.req, Err(errno), out)),
+        }
+    }
+}
