@@ -1,1 +1,83 @@
-//! chain
+//! A chain of deltas, opened: validated, marked in use, and described for the engine; and closed again.
+
+#![forbid(unsafe_code)]
+
+mod close;
+mod open;
+mod table;
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::api::{AllocConfig, Carried, LevelConfig};
+use crate::format::header::Version;
+use crate::units::ClusterSize;
+
+pub use close::close;
+pub use open::open;
+
+#[cfg(test)]
+mod tests;
+
+/// What to do with an in-use mark on the top.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Marked {
+    /// Error 37, nothing written (file lists).
+    Refuse,
+    /// Check and go on (mounts by descriptor); read-only mounts write nothing.
+    Recover,
+    /// Read-only look at an image that another host may be writing (`-r --force`).
+    Ignore,
+}
+
+/// A file of a chain, open.
+#[derive(Debug)]
+pub struct LevelFile {
+    /// Readable; the top of a writable chain writable, too. Never a descriptor whose position anybody uses.
+    pub file: File,
+    /// For messages.
+    pub name: PathBuf,
+    /// Without header and BAT; only the base can be.
+    pub raw: bool,
+    /// O_DIRECT is on.
+    pub direct: bool,
+}
+
+/// How to open a chain.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    pub writable: bool,
+    /// Cluster size of a raw base; needed where there is no delta above it.
+    pub raw_cluster: Option<ClusterSize>,
+    pub marked: Marked,
+    /// Set at a takeover: what the shared table of the worker before holds, as (slot, cluster, image cluster or 0).
+    pub carried: Option<Vec<(usize, u32, u32)>>,
+    /// Bytes to allocate ahead at once; at least one cluster is.
+    pub ahead: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions { writable: false, raw_cluster: None, marked: Marked::Refuse, carried: None, ahead: 64 << 20 }
+    }
+}
+
+/// An opened chain, as the engine needs it.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    pub cluster: ClusterSize,
+    /// Of all its ploop1 images; none for a raw disk.
+    pub version: Option<Version>,
+    pub device_bytes: u64,
+    /// Base first.
+    pub levels: Vec<LevelConfig>,
+    /// Header of the top as it stands on disk; zeroes for a raw disk.
+    pub header: [u8; 64],
+    pub alloc: AllocConfig,
+    /// Changes of the BAT that a takeover brings along.
+    pub carried: Vec<Carried>,
+    /// The top carried the in-use mark before.
+    pub was_marked: bool,
+}

@@ -1,1 +1,20 @@
-//! descriptor
+//! DiskDescriptor.xml: which images make up a disk, and the tree of its snapshots.
+
+#![forbid(unsafe_code)]
+
+mod commit;
+mod lock;
+mod model;
+mod parse;
+mod write;
+mod xml;
+
+pub use commit::{rename_new, sync_parent};
+pub use lock::{LockedDescriptor, lock_path};
+pub use model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Shot};
+
+/// Name of the descriptor in an image's folder.
+pub const FILE_NAME: &str = "DiskDescriptor.xml";
+
+#[cfg(test)]
+mod tests;

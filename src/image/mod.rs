@@ -1,1 +1,10 @@
-//! image
+//! One image file: opening, making, checking and completing it.
+
+#![forbid(unsafe_code)]
+
+pub mod complete;
+pub mod open;
+pub mod scan;
+
+#[cfg(test)]
+mod tests;

@@ -5,19 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::chain::Marked;
+
 /// No frame is larger.
 pub const MAX_FRAME: usize = 256 * 1024;
-
-/// What to do with an in-use mark on the top.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub enum Marked {
-    /// Error 37, nothing written (file lists).
-    Refuse,
-    /// Check and go on (mounts by descriptor); read-only mounts write nothing.
-    Recover,
-    /// Read-only look at an image that another host may be writing (`-r --force`).
-    Ignore,
-}
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LevelName {

@@ -1,0 +1,53 @@
+//! Closing the top of a chain cleanly.
+
+use std::io;
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::header::{self, Header};
+use crate::image::complete;
+use crate::report;
+
+use super::open::write_header;
+use super::{Chain, LevelFile};
+
+/// Closes a writable chain after the engine has flushed everything: completes the top, cuts it to `alloc_end` clusters,
+/// syncs, and then takes the in-use mark away. An error leaves the mark.
+///
+/// Completing only serves other programs' checks: where it finds no space the image is closed all the same, since its
+/// content is whole; a warning tells so.
+pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
+    let name = top.name.display();
+    if chain.version.is_none() {
+        top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+        return Ok(());
+    }
+    let header = Header::parse(&chain.header)?;
+    let cluster = header.cluster;
+    if alloc_end < header.first_data() {
+        bail!(Param, "image {name} cannot be cut to {alloc_end} clusters: header and BAT fill {}", header.first_data());
+    }
+    let end = u64::from(alloc_end) * cluster.bytes();
+    let len = top.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    if len < end {
+        bail!(Format, "image {name} has {len} bytes: {end} are in use, it was cut by somebody else");
+    }
+    // Space taken ahead goes first, so that it is not completed.
+    if len > end {
+        top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+    }
+    match complete::complete(&top.file, cluster, end) {
+        Ok(()) => {}
+        Err(e) if harmless(&e) => report::warn(format_args!("image {name} stays sparse: {e}")),
+        Err(e) => return Err(Error::with(Kind::Write, format!("cannot complete image {name}"), e)),
+    }
+    top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    let empty = if alloc_end == header.first_data() { header::FLAG_EMPTY } else { 0 };
+    let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
+    write_header(top, &closed)
+}
+
+/// Whether the image is as sound as before though it was not completed.
+fn harmless(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::Other)
+}

@@ -1,0 +1,278 @@
+//! Opening a chain.
+
+use std::path::Path;
+
+use crate::bail;
+use crate::engine::api::{AllocConfig, LevelConfig};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::bat;
+use crate::format::header::{self, Header, Version};
+use crate::image::scan::Scan;
+use crate::sys::aligned::{AlignedBuf, read_full, write_all};
+use crate::units::{ClusterSize, MAX_CHAIN, SECTOR};
+
+use super::table::{scan_carried, scan_level};
+use super::{Chain, LevelFile, Marked, OpenOptions};
+
+/// The part of a file that its header is read and written with: direct I/O needs whole sectors of up to this size.
+pub(super) const HEAD: usize = 4096;
+
+enum Kinds {
+    Raw { bytes: u64 },
+    Ploop { header: Header, len: u64 },
+}
+
+/// Opens a chain, base first: validates every level, and makes the top ready for writing if it is to be written.
+///
+/// The first thing written is the in-use mark, durable before anything else changes; nothing is written when
+/// something is not sound. Read-only chains are not written to at all.
+pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
+    let Some(top) = levels.last() else {
+        bail!(Param, "a chain without images: needs at least one");
+    };
+    if levels.len() > MAX_CHAIN {
+        bail!(Param, "a chain of {} images: at most {MAX_CHAIN}", levels.len());
+    }
+    if options.writable && options.marked == Marked::Ignore {
+        bail!(Param, "image {}: an in-use mark can be ignored only for reading", top.name.display());
+    }
+    let takeover = options.carried.is_some();
+    if options.writable {
+        // What an earlier process wrote and did not sync must not be relied upon before it is durable.
+        top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync image {}", top.name.display()))?;
+    }
+    let mut kinds = Vec::with_capacity(levels.len());
+    for (i, level) in levels.iter().enumerate() {
+        kinds.push(identify(level, i)?);
+    }
+    let cluster = check_together(levels, &kinds, options.raw_cluster)?;
+    let was_marked = check_marks(levels, &kinds, options)?;
+
+    let mut configs = Vec::with_capacity(levels.len());
+    let mut top_scan = None;
+    let mut carried = Vec::new();
+    for (i, (level, kind)) in levels.iter().zip(&kinds).enumerate() {
+        match kind {
+            Kinds::Raw { bytes } => configs.push(LevelConfig::Raw { bytes: *bytes }),
+            Kinds::Ploop { header, len } => {
+                let is_top = i + 1 == levels.len();
+                let scan = match (&options.carried, is_top) {
+                    (Some(slots), true) => {
+                        let (scan, c) = scan_carried(level, header, *len, slots)?;
+                        carried = c;
+                        scan
+                    }
+                    _ => scan_level(level, header, *len)?,
+                };
+                configs.push(LevelConfig::Ploop {
+                    v1: header.version == Version::V1,
+                    clusters: header.clusters(),
+                    first_data: header.first_data(),
+                    file_clusters: (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32,
+                });
+                if is_top {
+                    top_scan = Some(scan);
+                }
+            }
+        }
+    }
+
+    let mut chain = Chain {
+        cluster,
+        version: None,
+        device_bytes: 0,
+        levels: configs,
+        header: [0; header::SIZE],
+        alloc: AllocConfig::default(),
+        carried,
+        was_marked,
+    };
+    match (kinds.last(), top_scan) {
+        (Some(Kinds::Ploop { header, len }), Some(scan)) => {
+            chain.version = Some(header.version);
+            chain.device_bytes = header.sectors * SECTOR;
+            chain.header = header.encode();
+            if options.writable {
+                chain.header = prepare_top(top, header, takeover)?;
+                chain.alloc = alloc_config(header, &scan, options.ahead);
+                cut(top, u64::from(scan.end) * cluster.bytes(), *len)?;
+                if let Some(LevelConfig::Ploop { file_clusters, .. }) = chain.levels.last_mut() {
+                    *file_clusters = scan.end;
+                }
+            }
+        }
+        (Some(Kinds::Raw { bytes }), _) => chain.device_bytes = *bytes,
+        _ => {}
+    }
+    Ok(chain)
+}
+
+/// What a level is, by itself.
+fn identify(level: &LevelFile, index: usize) -> Result<Kinds> {
+    let name = level.name.display();
+    let len = level.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    let mut head = AlignedBuf::new(HEAD);
+    let got = read_full(&level.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
+    if level.raw {
+        if index != 0 {
+            bail!(Param, "image {name} is raw and stands at level {index}: only the base can be raw");
+        }
+        if header::has_signature(&head[..got]) {
+            bail!(Param, "image {name} has the signature of a ploop1 image: it is not opened as raw");
+        }
+        return Ok(Kinds::Raw { bytes: len / SECTOR * SECTOR });
+    }
+    if got < HEAD {
+        bail!(Open, "image {name} has {len} bytes: a ploop1 image has at least {HEAD}");
+    }
+    let header = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h)).map_err(|e| at_image(e, level))?;
+    if header.is_converting() {
+        bail!(
+            Busy,
+            "image {name}: a version conversion was interrupted (flags {:#x} at offset 52): it must be finished or \
+             undone first",
+            header.flags
+        );
+    }
+    Ok(Kinds::Ploop { header, len })
+}
+
+fn at_image(e: Error, level: &LevelFile) -> Error {
+    e.context(format_args!("image {}", level.name.display()))
+}
+
+/// Rules between the levels; answers the cluster size.
+fn check_together(levels: &[LevelFile], kinds: &[Kinds], raw_cluster: Option<ClusterSize>) -> Result<ClusterSize> {
+    let mut cluster: Option<(ClusterSize, &Path)> = None;
+    let mut version: Option<(Version, &Path)> = None;
+    // Size in sectors of the level below.
+    let mut below: Option<(u64, &Path)> = None;
+    for (level, kind) in levels.iter().zip(kinds) {
+        let name = level.name.as_path();
+        let shown = name.display();
+        let sectors = match kind {
+            Kinds::Raw { bytes } => {
+                cluster = raw_cluster.map(|c| (c, name));
+                bytes / SECTOR
+            }
+            Kinds::Ploop { header, .. } => {
+                if let Some((c, other)) = cluster
+                    && c != header.cluster
+                {
+                    bail!(
+                        Param,
+                        "image {shown} has clusters of {} sectors, {} of {}: must be the same in a chain",
+                        header.cluster.sectors(),
+                        other.display(),
+                        c.sectors()
+                    );
+                }
+                if let Some((v, other)) = version
+                    && v != header.version
+                {
+                    bail!(
+                        Format,
+                        "image {shown} has format version {}, {} has {}: must be the same in a chain",
+                        header.version.number(),
+                        other.display(),
+                        v.number()
+                    );
+                }
+                cluster = Some((header.cluster, name));
+                version = Some((header.version, name));
+                header.sectors
+            }
+        };
+        if let Some((size, other)) = below
+            && size > sectors
+        {
+            bail!(
+                Param,
+                "image {shown} has {sectors} sectors, {} below it {size}: a lower image must not be larger",
+                other.display()
+            );
+        }
+        below = Some((sectors, name));
+    }
+    match cluster {
+        Some((cluster, _)) => Ok(cluster),
+        None => bail!(Param, "a raw image alone does not tell its cluster size: it must be given"),
+    }
+}
+
+/// In-use marks; answers whether the top has one.
+fn check_marks(levels: &[LevelFile], kinds: &[Kinds], options: &OpenOptions) -> Result<bool> {
+    let mut top_marked = false;
+    for (i, (level, kind)) in levels.iter().zip(kinds).enumerate() {
+        let Kinds::Ploop { header, .. } = kind else { continue };
+        let marked = header.is_marked();
+        top_marked = marked && i + 1 == levels.len();
+        // At a takeover the mark is our own.
+        let own = top_marked && options.carried.is_some();
+        if marked && !own && options.marked == Marked::Refuse {
+            bail!(
+                InUse,
+                "image {} is marked in use ({:#010x} at offset 44): it is open elsewhere or was not closed cleanly; \
+                 mount its descriptor or run `ploop check -d` on it once nobody has it open",
+                level.name.display(),
+                header.in_use
+            );
+        }
+    }
+    Ok(top_marked)
+}
+
+/// Marks the top in use, durably; answers its header. At a takeover it is marked.
+fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; header::SIZE]> {
+    let marked = Header {
+        in_use: header::IN_USE,
+        flags: header.flags & !header::FLAG_EMPTY,
+        // Void from the first write on, and a stale offset makes qemu refuse the image.
+        extension: 0,
+        ..*header
+    };
+    if takeover && header.in_use != header::IN_USE {
+        bail!(
+            Protocol,
+            "image {} was taken over but is not marked in use ({:#010x} at offset 44): it was closed or replaced",
+            top.name.display(),
+            header.in_use
+        );
+    }
+    if marked != *header {
+        write_header(top, &marked)?;
+    }
+    Ok(marked.encode())
+}
+
+/// Replaces the header, durably; the rest of the first block stays.
+pub(super) fn write_header(top: &LevelFile, header: &Header) -> Result<()> {
+    let name = top.name.display();
+    let mut head = AlignedBuf::new(HEAD);
+    let got = read_full(&top.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read the header of {name}"))?;
+    if got < HEAD {
+        bail!(Read, "image {name} ends after {got} bytes: a ploop1 image has at least {HEAD}");
+    }
+    head[..header::SIZE].copy_from_slice(&header.encode());
+    write_all(&top.file, &head, 0).ctx(Kind::Write, || format!("cannot write the header of {name}"))?;
+    top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync the header of {name}"))
+}
+
+/// Cuts what nothing names behind the last cluster in use.
+fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
+    if end < len {
+        let name = top.name.display();
+        top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+        top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    }
+    Ok(())
+}
+
+fn alloc_config(header: &Header, scan: &Scan, ahead: u64) -> AllocConfig {
+    AllocConfig {
+        end: scan.end,
+        free: scan.places.gaps(header.first_data(), scan.end),
+        ahead: (ahead / header.cluster.bytes()).clamp(1, u64::from(u32::MAX)) as u32,
+        limit: bat::place_limit(header.version, header.cluster),
+    }
+}

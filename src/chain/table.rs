@@ -1,0 +1,125 @@
+//! The BATs of a chain, scanned: an entry that is not sound ends the opening, and nothing was written by then.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::bail;
+use crate::engine::api::Carried;
+use crate::error::{Kind, Result};
+use crate::format::bat;
+use crate::format::header::Header;
+use crate::image::scan::{Found, Problem, Scan, Visitor, scan};
+
+use super::LevelFile;
+
+/// Refuses what is fatal to data; passes what is only untidy.
+struct Strict<'a> {
+    name: &'a Path,
+    header: &'a Header,
+    file_len: u64,
+    /// Clusters whose entries on disk are wanted.
+    wanted: HashMap<u32, u32>,
+}
+
+impl Visitor for Strict<'_> {
+    fn entry(&mut self, cluster: u32, place: u32) {
+        if !self.wanted.is_empty()
+            && let Some(durable) = self.wanted.get_mut(&cluster)
+        {
+            *durable = place;
+        }
+    }
+
+    fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
+        // Left by a shrunk disk or an older program; never read, and not given out while it names a cluster.
+        if problem == Problem::BeyondDisk {
+            return Ok(());
+        }
+        bail!(Format, "image {}: {}", self.name.display(), describe(self.header, self.file_len, found, problem))
+    }
+}
+
+/// Entry, value and rule in words.
+pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) -> String {
+    let at = bat::HEADER_BYTES + 4 * found.cluster;
+    let value = found.entry;
+    let head = format!("BAT entry of cluster {} (offset {at}) is {value}", found.cluster);
+    match problem {
+        Problem::BeyondDisk => {
+            format!("{head}: the disk has {} clusters, entries behind them must be 0", header.clusters())
+        }
+        Problem::Misaligned => {
+            format!("{head}: must be a multiple of the cluster size, {} sectors", header.cluster.sectors())
+        }
+        Problem::BeyondFile => format!(
+            "{head}: must lie inside the file, which holds {} whole clusters ({file_len} bytes)",
+            file_len / header.cluster.bytes()
+        ),
+        Problem::InTable => {
+            format!("{head}: header and BAT fill the first {} clusters of the file", header.first_data())
+        }
+        Problem::Twice => format!("{head}: another cluster's entry has the same value, each must be unique"),
+    }
+}
+
+/// Scans one image.
+pub fn scan_level(level: &LevelFile, header: &Header, file_len: u64) -> Result<Scan> {
+    let mut visitor = Strict { name: &level.name, header, file_len, wanted: HashMap::new() };
+    scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
+}
+
+/// Scans the top at a takeover and lays the carried changes over it. Both the value on disk and the carried one count
+/// as taken: the old entry may become the durable one again at a power cut.
+pub fn scan_carried(
+    level: &LevelFile,
+    header: &Header,
+    file_len: u64,
+    carried: &[(usize, u32, u32)],
+) -> Result<(Scan, Vec<Carried>)> {
+    let wanted = carried.iter().map(|&(_, cluster, _)| (cluster, 0)).collect();
+    let mut visitor = Strict { name: &level.name, header, file_len, wanted };
+    let mut found = scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))?;
+    let file_clusters = file_len / header.cluster.bytes();
+    let mut out = Vec::with_capacity(carried.len());
+    for &(slot, cluster, place) in carried {
+        if cluster >= header.clusters() {
+            bail!(
+                Protocol,
+                "slot {slot} of the shared table names cluster {cluster}: image {} has {}",
+                level.name.display(),
+                header.clusters()
+            );
+        }
+        let durable = visitor.wanted.get(&cluster).copied().unwrap_or(0);
+        if place != 0 {
+            if place < header.first_data() || u64::from(place) >= file_clusters {
+                bail!(
+                    Protocol,
+                    "slot {slot} of the shared table puts cluster {cluster} at place {place}: image {} has data at {} \
+                     to {file_clusters}",
+                    level.name.display(),
+                    header.first_data()
+                );
+            }
+            if place != durable && !found.places.insert(place) {
+                bail!(
+                    Protocol,
+                    "slot {slot} of the shared table puts cluster {cluster} of image {} at place {place}, which \
+                     another cluster has",
+                    level.name.display()
+                );
+            }
+            found.end = found.end.max(place + 1);
+        }
+        out.push(Carried { slot, cluster, place, durable });
+    }
+    Ok((found, out))
+}
+
+fn name_it(e: crate::error::Error, name: &Path) -> crate::error::Error {
+    match e.kind() {
+        // Named already by the visitor.
+        Kind::Format if e.to_string().starts_with("image ") => e,
+        _ => e.context(format_args!("image {}", name.display())),
+    }
+}

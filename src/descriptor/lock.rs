@@ -1,0 +1,149 @@
+//! The lock that every operation on a disk takes.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+
+use super::model::Descriptor;
+
+/// How long a lock held elsewhere is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Byte ranges of the base image that the newer line locks (offset, length): any operation; operations that take long.
+const RANGE_ANY: (i64, i64) = (200, 5);
+const RANGE_LONG: (i64, i64) = (300, 5);
+
+/// A descriptor read under its lock; dropping it unlocks.
+#[derive(Debug)]
+pub struct LockedDescriptor {
+    /// Resolved path of the file.
+    pub path: PathBuf,
+    pub descriptor: Descriptor,
+    /// The lock file; it stays on disk.
+    _lock: Flock<File>,
+}
+
+impl LockedDescriptor {
+    /// Locks a descriptor and reads it. Waits up to 60 s for others. A path that cannot be resolved is error 39, all
+    /// else is 23.
+    pub fn open(path: &Path) -> Result<LockedDescriptor> {
+        LockedDescriptor::open_within(path, PATIENCE)
+    }
+
+    /// The same with another limit.
+    pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
+        let path = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
+        let until = Instant::now() + patience;
+        let lock = lock_file(&path, until)?;
+        let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
+        wait_for_ranges(&descriptor, until)?;
+        Ok(LockedDescriptor { path, descriptor, _lock: lock })
+    }
+
+    /// Stores the descriptor as it stands in memory.
+    pub fn commit(&self) -> Result<()> {
+        self.descriptor.commit(&self.path)
+    }
+}
+
+impl std::ops::Deref for LockedDescriptor {
+    type Target = Descriptor;
+
+    fn deref(&self) -> &Descriptor {
+        &self.descriptor
+    }
+}
+
+impl std::ops::DerefMut for LockedDescriptor {
+    fn deref_mut(&mut self) -> &mut Descriptor {
+        &mut self.descriptor
+    }
+}
+
+/// Path of a descriptor's lock file.
+pub fn lock_path(descriptor: &Path) -> PathBuf {
+    let mut name: OsString = descriptor.into();
+    name.push(".lck");
+    name.into()
+}
+
+fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
+    let name = lock_path(path);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&name)
+        .ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?;
+    let mut pause = Duration::from_millis(5);
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) => file,
+            Err((_, e)) => {
+                return Err(Error::with(
+                    Kind::Lock,
+                    format!("cannot lock {}", name.display()),
+                    std::io::Error::from(e),
+                ));
+            }
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!(Lock, "{} is locked: another operation on this disk is running; try again later", name.display());
+        }
+        std::thread::sleep(pause.min(left));
+        pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}
+
+/// Programs of the newer line (and qemu) mark the base image instead of a lock file.
+fn wait_for_ranges(descriptor: &Descriptor, until: Instant) -> Result<()> {
+    let Ok(base) = descriptor.first_image() else { return Ok(()) };
+    // A missing image is for the operation to report, which knows whether it needs one.
+    let Ok(fd) = crate::image::open::open_level(&base.file, Some(&descriptor.dir)) else { return Ok(()) };
+    let Ok((file, _)) = crate::image::open::reopen(&fd, Default::default()) else { return Ok(()) };
+    if held(&file, RANGE_LONG) {
+        bail!(
+            Lock,
+            "image {} is locked (bytes 300 to 304): a long operation of another program is running on it",
+            base.file.display()
+        );
+    }
+    while held(&file, RANGE_ANY) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!(Lock, "image {} is locked (bytes 200 to 204) by another program", base.file.display());
+        }
+        std::thread::sleep(left.min(Duration::from_secs(1)));
+    }
+    Ok(())
+}
+
+/// Whether a write lock on the range would meet another one.
+fn held(file: &File, (start, len): (i64, i64)) -> bool {
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    };
+    if fcntl(file, FcntlArg::F_GETLK(&mut lock)).is_err() || lock.l_type == libc::F_UNLCK as i16 {
+        return false;
+    }
+    // A lock of the whole file that belongs to a description is that of a server on a level of its chain.
+    let server = lock.l_pid == -1 && lock.l_start == 0 && lock.l_len == 0;
+    !server
+}

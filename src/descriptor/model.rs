@@ -1,0 +1,223 @@
+//! The descriptor as data, and the questions it answers.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::error::{Error, Kind, Result};
+use crate::format::geometry;
+use crate::format::guid::{self, Guid};
+use crate::units::{ClusterSize, MAX_CHAIN};
+
+/// What kind of image the base is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ImageMode {
+    /// Clusters are allocated when written.
+    Expanded,
+    /// All clusters of the base were allocated when it was made.
+    Preallocated,
+    /// The base is the disk, byte for byte.
+    Raw,
+}
+
+/// Which program line's root element the file has. Either is read; what was read is kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// `Parallels_disk_image`.
+    Parallels,
+    /// `Virtuozzo_disk_image`.
+    Virtuozzo,
+}
+
+/// A delta.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Image {
+    pub guid: Guid,
+    /// Absolute.
+    pub file: PathBuf,
+}
+
+/// Stages of the newer line's merge upwards. Such a delta is half merged: it cannot be used or written down by us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReverseMerge {
+    /// `TemporaryZero`.
+    Zeroing,
+    /// `TemporaryZeroSwap`.
+    Swapped,
+}
+
+/// A snapshot: a node of the tree, with the image of the same GUID.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Shot {
+    pub guid: Guid,
+    pub parent: Guid,
+    /// To be removed when nobody uses it.
+    pub temporary: bool,
+    /// Set with `temporary`.
+    pub reverse_merge: Option<ReverseMerge>,
+}
+
+/// A disk's descriptor.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Descriptor {
+    /// Folder of the file, resolved: images in it are stored by their names.
+    pub dir: PathBuf,
+    pub layout: Layout,
+    /// 0 if the file does not tell.
+    pub size_sectors: u64,
+    /// Geometry at creation; never updated.
+    pub cylinders: u32,
+    pub heads: u32,
+    pub blocksize: ClusterSize,
+    pub mode: ImageMode,
+    /// Sectors; 0: no limit.
+    pub max_delta_size: u64,
+    /// In the file's order; the first is taken for the base.
+    pub images: Vec<Image>,
+    pub shots: Vec<Shot>,
+    /// The writable top; in old files not the constant [`guid::TOP`].
+    pub top: Guid,
+}
+
+impl Descriptor {
+    /// A disk of one image.
+    pub fn new_base(image: &Path, size_sectors: u64, blocksize: ClusterSize, mode: ImageMode) -> Result<Descriptor> {
+        let Some(dir) = image.parent().filter(|_| image.is_absolute()) else {
+            bail!(Param, "image path {}: must be absolute", image.display());
+        };
+        let g = geometry::chs(size_sectors);
+        Ok(Descriptor {
+            dir: dir.to_owned(),
+            layout: Layout::Parallels,
+            size_sectors,
+            cylinders: g.cylinders,
+            heads: g.heads,
+            blocksize,
+            mode,
+            max_delta_size: 0,
+            images: vec![Image { guid: guid::TOP, file: image.to_owned() }],
+            shots: vec![Shot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None }],
+            top: guid::TOP,
+        })
+    }
+
+    /// The first image of the file: names new deltas, identifies the device.
+    pub fn first_image(&self) -> Result<&Image> {
+        self.images.first().ok_or_else(|| Error::new(Kind::DiskDescr, "a descriptor without images"))
+    }
+
+    pub fn image(&self, guid: &Guid) -> Option<&Image> {
+        self.images.iter().find(|i| i.guid == *guid)
+    }
+
+    pub fn shot(&self, guid: &Guid) -> Option<&Shot> {
+        self.shots.iter().find(|s| s.guid == *guid)
+    }
+
+    /// Whether another delta stands on this one.
+    pub fn has_children(&self, guid: &Guid) -> bool {
+        self.shots.iter().any(|s| s.parent == *guid)
+    }
+
+    /// Whether an image is raw in this disk: only the base can be, whatever `Type` all of them carry.
+    pub fn is_raw(&self, image: &Image) -> bool {
+        self.mode == ImageMode::Raw && self.shot(&image.guid).is_some_and(|s| s.parent.is_none())
+    }
+
+    /// The images from the base to `guid`.
+    pub fn chain(&self, guid: &Guid) -> Result<Vec<&Image>> {
+        if self.shot(guid).is_none() {
+            bail!(NoSnap, "no snapshot {guid} in the descriptor");
+        }
+        let mut chain = Vec::new();
+        let mut at = *guid;
+        loop {
+            let mut shots = self.shots.iter().filter(|s| s.guid == at);
+            let Some(shot) = shots.next() else {
+                bail!(DiskDescr, "descriptor: snapshot {at}, a parent in the chain of {guid}, is missing");
+            };
+            let mut images = self.images.iter().filter(|i| i.guid == at);
+            let Some(image) = images.next() else {
+                bail!(DiskDescr, "descriptor: snapshot {at} has no image");
+            };
+            if shots.next().is_some() || images.next().is_some() {
+                bail!(DiskDescr, "descriptor: snapshot {at} is there twice");
+            }
+            if shot.reverse_merge.is_some() {
+                bail!(
+                    DiskDescr,
+                    "descriptor: snapshot {at} is marked TemporaryZero, half merged by another program: that program \
+                     must finish it"
+                );
+            }
+            chain.push(image);
+            if chain.len() > self.shots.len() {
+                bail!(DiskDescr, "descriptor: the chain of {guid} runs in a circle");
+            }
+            if shot.parent.is_none() {
+                break;
+            }
+            at = shot.parent;
+        }
+        if chain.len() > MAX_CHAIN {
+            bail!(DiskDescr, "descriptor: the chain of {guid} has {} images: at most {MAX_CHAIN}", chain.len());
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// The whole tree: every snapshot has one image and a way to the base, no file is named twice.
+    pub fn check_tree(&self) -> Result<()> {
+        let mut guids = HashSet::new();
+        for shot in &self.shots {
+            if !guids.insert(shot.guid) {
+                bail!(DiskDescr, "descriptor: snapshot {} is there twice", shot.guid);
+            }
+        }
+        let mut files = HashSet::new();
+        let mut images = HashSet::new();
+        for image in &self.images {
+            if !guids.contains(&image.guid) {
+                bail!(DiskDescr, "descriptor: image {} ({}) has no snapshot", image.guid, image.file.display());
+            }
+            if !images.insert(image.guid) {
+                bail!(DiskDescr, "descriptor: image {} is there twice", image.guid);
+            }
+            if !files.insert(&image.file) {
+                bail!(DiskDescr, "descriptor: file {} is named twice", image.file.display());
+            }
+        }
+        let bases = self.shots.iter().filter(|s| s.parent.is_none()).count();
+        if bases != 1 {
+            bail!(DiskDescr, "descriptor: {bases} snapshots have no parent: must be exactly one");
+        }
+        for shot in &self.shots {
+            self.chain(&shot.guid)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the top the constant GUID, as every program that stores a descriptor does.
+    pub fn normalise_top(&mut self) -> Result<()> {
+        let old = self.top;
+        if old == guid::TOP {
+            return Ok(());
+        }
+        if self.shot(&guid::TOP).is_some() || self.image(&guid::TOP).is_some() {
+            bail!(DiskDescr, "descriptor: TopGUID is {old}, and {} is another snapshot's", guid::TOP);
+        }
+        for image in self.images.iter_mut().filter(|i| i.guid == old) {
+            image.guid = guid::TOP;
+        }
+        for shot in &mut self.shots {
+            if shot.guid == old {
+                shot.guid = guid::TOP;
+            }
+            if shot.parent == old {
+                shot.parent = guid::TOP;
+            }
+        }
+        self.top = guid::TOP;
+        Ok(())
+    }
+}

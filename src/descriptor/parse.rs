@@ -1,0 +1,238 @@
+//! From XML to the model, with the tolerances of the programs that have written such files for fifteen years.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::geometry;
+use crate::format::guid::{self, Guid};
+use crate::units::ClusterSize;
+
+use super::model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Shot};
+use super::xml::{self, Element, cut};
+
+/// Largest file that is read.
+const MAX_BYTES: u64 = 16 << 20;
+
+impl Descriptor {
+    /// Reads a descriptor file. Links on the way to it are the user's business; its images are stored relative to the
+    /// folder that they lead to.
+    pub fn read(path: &Path) -> Result<Descriptor> {
+        let real = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
+        let mut bytes = Vec::new();
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            // A pipe of that name must not hang us.
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&real)
+            .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", real.display()))?;
+        read_limited(file, &real, &mut bytes)?;
+        let dir = real.parent().unwrap_or(Path::new("/"));
+        Descriptor::parse(&bytes, dir).map_err(|e| e.context(format_args!("descriptor {}", real.display())))
+    }
+
+    /// Parses a descriptor whose file lies in the folder `dir` (resolved).
+    pub fn parse(bytes: &[u8], dir: &Path) -> Result<Descriptor> {
+        let root = xml::parse(bytes)?;
+        let layout = match root.name.as_str() {
+            "Virtuozzo_disk_image" => Layout::Virtuozzo,
+            _ => Layout::Parallels,
+        };
+        let parameters = required(&root, "Disk_Parameters", "the root element")?;
+        if parameters.child("Encryption").is_some() {
+            bail!(DiskDescr, "element Encryption: encrypted disks are not supported");
+        }
+        let number = |name| parameters.child(name).and_then(|e| parse_number(&e.text)).unwrap_or(0);
+        let size_sectors = number("Disk_size");
+        let mut cylinders = u32::try_from(number("Cylinders")).unwrap_or(0);
+        let mut heads = u32::try_from(number("Heads")).unwrap_or(0);
+        if cylinders == 0 || heads == 0 {
+            let g = geometry::chs(size_sectors);
+            (cylinders, heads) = (g.cylinders, g.heads);
+        }
+        let storage = storage(&root)?;
+        let blocksize = blocksize(storage)?;
+        let (images, plain) = images(storage, dir)?;
+        let preallocated = preallocated(storage)?;
+        let mode = match (plain, preallocated) {
+            (true, true) => bail!(DiskDescr, "element Preallocated is 1 with images of type Plain: only one can be"),
+            (true, false) => ImageMode::Raw,
+            (false, true) => ImageMode::Preallocated,
+            (false, false) => ImageMode::Expanded,
+        };
+        let snapshots = required(&root, "Snapshots", "the root element")?;
+        let (shots, top) = shots(snapshots, images.len())?;
+        Ok(Descriptor {
+            dir: dir.to_owned(),
+            layout,
+            size_sectors,
+            cylinders,
+            heads,
+            blocksize,
+            mode,
+            max_delta_size: number("Max_delta_size"),
+            images,
+            shots,
+            top,
+        })
+    }
+}
+
+fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
+    let name = path.display();
+    let meta = file.metadata().ctx(Kind::DiskDescr, || format!("cannot look at descriptor {name}"))?;
+    if !meta.is_file() {
+        bail!(DiskDescr, "descriptor {name} is not a regular file");
+    }
+    let got = file.take(MAX_BYTES + 1).read_to_end(bytes);
+    let got = got.ctx(Kind::DiskDescr, || format!("cannot read descriptor {name}"))?;
+    if got as u64 > MAX_BYTES {
+        bail!(DiskDescr, "descriptor {name} is larger than {MAX_BYTES} bytes");
+    }
+    Ok(())
+}
+
+fn required<'a>(parent: &'a Element, name: &str, place: &str) -> Result<&'a Element> {
+    parent.child(name).ok_or_else(|| Error::new(Kind::DiskDescr, format!("element {name} is missing in {place}")))
+}
+
+fn storage(root: &Element) -> Result<&Element> {
+    let data = required(root, "StorageData", "the root element")?;
+    if data.child("Volume").is_some() {
+        bail!(DiskDescr, "element Volume: disks in the volume layout are not supported");
+    }
+    let at = data.children.iter().position(|c| c.name == "Storage");
+    let Some((storage, rest)) = at.and_then(|at| data.children.get(at..)).and_then(<[_]>::split_first) else {
+        bail!(DiskDescr, "element Storage is missing in StorageData");
+    };
+    if let Some(more) = rest.first() {
+        bail!(DiskDescr, "element {} follows Storage: split disks are not supported", cut(&more.name));
+    }
+    Ok(storage)
+}
+
+fn blocksize(storage: &Element) -> Result<ClusterSize> {
+    let element = required(storage, "Blocksize", "Storage")?;
+    let Some(sectors) = parse_number(&element.text) else {
+        bail!(DiskDescr, "element Blocksize is '{}': must be a number of sectors", cut(&element.text));
+    };
+    ClusterSize::from_sectors(sectors).map_err(|e| e.as_kind(Kind::DiskDescr).context("element Blocksize"))
+}
+
+fn preallocated(storage: &Element) -> Result<bool> {
+    match storage.child("Preallocated").map(|e| (parse_number(&e.text), &e.text)) {
+        None | Some((Some(0), _)) => Ok(false),
+        Some((Some(1), _)) => Ok(true),
+        Some((_, text)) => bail!(DiskDescr, "element Preallocated is '{}': must be 0 or 1", cut(text)),
+    }
+}
+
+/// All elements from the first one of that name on are read as such.
+fn from_first<'a>(parent: &'a Element, name: &str) -> &'a [Element] {
+    let first = parent.children.iter().position(|c| c.name == name);
+    first.and_then(|at| parent.children.get(at..)).unwrap_or_default()
+}
+
+fn images(storage: &Element, dir: &Path) -> Result<(Vec<Image>, bool)> {
+    let mut images = Vec::new();
+    let mut plain = false;
+    for element in from_first(storage, "Image") {
+        let guid = parse_guid(required(element, "GUID", "Image")?)?;
+        let kind = required(element, "Type", "Image")?;
+        plain |= kind.text.trim() == "Plain";
+        let file = file_name(&required(element, "File", "Image")?.text);
+        if file.is_empty() {
+            bail!(DiskDescr, "element File of image {guid} is empty");
+        }
+        if file.contains('\0') {
+            bail!(DiskDescr, "element File of image {guid} holds a zero byte");
+        }
+        // Absolute ones replace the folder.
+        images.push(Image { guid, file: join(dir, file) });
+    }
+    if images.is_empty() {
+        bail!(DiskDescr, "no element Image in Storage: at least one is needed");
+    }
+    Ok((images, plain))
+}
+
+fn join(dir: &Path, file: &str) -> PathBuf {
+    dir.join(file)
+}
+
+/// Verbatim, since names may begin or end with a blank, unless the element was laid out over several lines.
+fn file_name(text: &str) -> &str {
+    if text.contains('\n') { text.trim() } else { text }
+}
+
+fn shots(snapshots: &Element, images: usize) -> Result<(Vec<Shot>, Guid)> {
+    let mut shots = Vec::new();
+    for element in from_first(snapshots, "Shot") {
+        let temporary = |name| element.children.iter().rposition(|c| c.name == name);
+        // The one that stands last counts.
+        let stages = [
+            (temporary("Temporary"), None),
+            (temporary("TemporaryZero"), Some(ReverseMerge::Zeroing)),
+            (temporary("TemporaryZeroSwap"), Some(ReverseMerge::Swapped)),
+        ];
+        let stage = stages.into_iter().filter(|s| s.0.is_some()).max_by_key(|s| s.0);
+        shots.push(Shot {
+            guid: parse_guid(required(element, "GUID", "Shot")?)?,
+            parent: parse_guid(required(element, "ParentGUID", "Shot")?)?,
+            temporary: stage.is_some(),
+            reverse_merge: stage.and_then(|s| s.1),
+        });
+    }
+    let mut top = match snapshots.child("TopGUID") {
+        Some(element) => Some(parse_guid(element)?),
+        None => None,
+    };
+    let has_top = |shots: &[Shot]| shots.iter().any(|s| s.guid == guid::TOP);
+    if shots.len() != images {
+        // Descriptors older than snapshots.
+        shots.push(Shot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None });
+        top = top.or(Some(guid::TOP));
+    }
+    if top.is_none() && has_top(&shots) {
+        top = Some(guid::TOP);
+    }
+    let Some(top) = top else {
+        bail!(DiskDescr, "element TopGUID is missing in Snapshots, and no Shot has {}", guid::TOP);
+    };
+    let Some(shot) = shots.iter().find(|s| s.guid == top) else {
+        bail!(DiskDescr, "element TopGUID is {top}: no Shot has that GUID");
+    };
+    if shot.temporary {
+        bail!(DiskDescr, "element TopGUID is {top}, a temporary snapshot: the top must not be one");
+    }
+    if shots.len() != images {
+        bail!(DiskDescr, "{images} elements Image and {} elements Shot: must be as many", shots.len());
+    }
+    Ok((shots, top))
+}
+
+fn parse_guid(element: &Element) -> Result<Guid> {
+    Guid::parse(element.text.trim())
+        .map_err(|e| e.as_kind(Kind::DiskDescr).context(format_args!("element {}", cut(&element.name))))
+}
+
+/// A C number: decimal, 0x hexadecimal or 0 octal, blanks around it allowed.
+pub fn parse_number(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let text = text.strip_prefix('+').unwrap_or(text);
+    if text.starts_with(['+', '-']) {
+        return None;
+    }
+    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return if hex.starts_with('+') { None } else { u64::from_str_radix(hex, 16).ok() };
+    }
+    match text.strip_prefix('0') {
+        Some("") => Some(0),
+        Some(octal) if !octal.starts_with('+') => u64::from_str_radix(octal, 8).ok(),
+        Some(_) => None,
+        None => text.parse().ok(),
+    }
+}

@@ -1,0 +1,138 @@
+//! Completing an image that is closed or becomes a lower delta: no holes, no unwritten space off cluster borders.
+//!
+//! Content never changes: only what reads as zero is written, with zeroes. The classic's check calls an image on ext4
+//! "sparse" (and refuses it) when a hole or an unwritten extent that does not begin and end on cluster borders is left.
+
+use std::fs::File;
+use std::io;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::sys::aligned::{AlignedBuf, write_all};
+use crate::sys::fiemap::{self, Extent};
+use crate::units::ClusterSize;
+
+/// Bytes written at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Rounds after which what is left is an error: each one leaves strictly fewer gaps unless the file system splits
+/// extents anew.
+const ROUNDS: usize = 8;
+
+/// Completes the part `[0, len)` of a file that nobody else writes. `len` is a multiple of the cluster. Does not sync.
+///
+/// Errors leave the content as it was: out of space, for one, only means that the image stays sparse.
+pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
+    let mut zeroes = None;
+    let mut fallocates = true;
+    for _ in 0..ROUNDS {
+        let gaps = find_gaps(file, cluster, len)?;
+        if gaps.is_empty() {
+            return Ok(());
+        }
+        for gap in gaps {
+            fill(file, cluster, gap, &mut fallocates, &mut zeroes)?;
+        }
+    }
+    match find_gaps(file, cluster, len)?.first() {
+        None => Ok(()),
+        Some(gap) => Err(io::Error::other(format!(
+            "{} bytes at offset {} stay sparse though zeroes were written there",
+            gap.len, gap.start
+        ))),
+    }
+}
+
+/// A range that reads as zero and must be filled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Gap {
+    start: u64,
+    len: u64,
+    /// Nothing is allocated there; else unwritten space.
+    hole: bool,
+}
+
+fn find_gaps(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Vec<Gap>> {
+    let mut gaps = Vec::new();
+    let mut at = 0;
+    let walked = fiemap::each_extent(file, 0, len, &mut |extent| {
+        add_hole(&mut gaps, at, extent.start.min(len));
+        at = at.max(extent.end());
+        if extent.unwritten {
+            add_unaligned(&mut gaps, cluster, extent, len);
+        }
+        Ok(())
+    });
+    match walked {
+        Ok(()) => add_hole(&mut gaps, at, len),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+            gaps.clear();
+            let mut at = 0;
+            fiemap::each_data(file, 0, len, &mut |start, end| {
+                add_hole(&mut gaps, at, start);
+                at = end;
+                Ok(())
+            })?;
+            add_hole(&mut gaps, at, len);
+        }
+        Err(e) => return Err(e),
+    }
+    Ok(gaps)
+}
+
+fn add_hole(gaps: &mut Vec<Gap>, start: u64, end: u64) {
+    if start < end {
+        gaps.push(Gap { start, len: end - start, hole: true });
+    }
+}
+
+/// Those parts of an unwritten extent's first and last cluster that make it unaligned.
+fn add_unaligned(gaps: &mut Vec<Gap>, cluster: ClusterSize, extent: Extent, len: u64) {
+    let size = cluster.bytes();
+    let (start, end) = (extent.start, extent.end().min(len));
+    let head_end = start.next_multiple_of(size).min(end);
+    if start < head_end {
+        gaps.push(Gap { start, len: head_end - start, hole: false });
+    }
+    let tail_start = (end / size * size).max(head_end);
+    if tail_start < end {
+        gaps.push(Gap { start: tail_start, len: end - tail_start, hole: false });
+    }
+}
+
+fn fill(
+    file: &File,
+    cluster: ClusterSize,
+    gap: Gap,
+    fallocates: &mut bool,
+    zeroes: &mut Option<AlignedBuf>,
+) -> io::Result<()> {
+    let size = cluster.bytes();
+    let end = gap.start + gap.len;
+    if gap.hole && *fallocates {
+        // Whole clusters need no writing: unwritten space on cluster borders is as good, and reserved at once.
+        let (from, to) = (gap.start.next_multiple_of(size), end / size * size);
+        if from < to {
+            match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from as i64, (to - from) as i64) {
+                Ok(()) => {
+                    write_zeroes(file, gap.start, from, zeroes)?;
+                    return write_zeroes(file, to, end, zeroes);
+                }
+                Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => *fallocates = false,
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+    write_zeroes(file, gap.start, end, zeroes)
+}
+
+fn write_zeroes(file: &File, start: u64, end: u64, zeroes: &mut Option<AlignedBuf>) -> io::Result<()> {
+    let mut at = start;
+    while at < end {
+        let zeroes = zeroes.get_or_insert_with(|| AlignedBuf::new(CHUNK as usize));
+        let len = (end - at).min(CHUNK) as usize;
+        write_all(file, &zeroes[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
+}
