@@ -1,6 +1,11 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
+pub mod daemon;
 pub mod frame;
 pub mod fuse;
+pub mod mounts;
+pub mod nodes;
+pub mod partitions;
 pub mod proto;
+pub mod runtime;
 pub mod shm;

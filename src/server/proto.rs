@@ -43,7 +43,7 @@ pub enum AttachReply {
 }
 
 /// What /run/ploop/NAME/state holds, and what the control socket tells.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 pub struct DeviceRecord {
     /// Layout of this record.
     pub version: u32,
@@ -73,6 +73,9 @@ pub struct DeviceRecord {
     pub fmt_version: u32,
     /// `starting`, `running`, `stopped`, `failed`.
     pub state: String,
+    /// Boot of the host that the device belongs to (/proc/sys/kernel/random/boot_id).
+    #[serde(default)]
+    pub boot: String,
 }
 
 /// A process that cannot be mistaken for a later one of the same number.

@@ -1,0 +1,285 @@
+//! What is known of a device outside its server: the folder /run/ploop/NAME, its record, and whether the record still
+//! tells the truth.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::makedev;
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::proto::{DeviceRecord, MAX_FRAME, ProcessId};
+
+/// Layout of the record that this version writes.
+pub const RECORD_VERSION: u32 = 1;
+
+/// Names of the files in a device's folder.
+pub const STATE: &str = "state";
+pub const CONTROL: &str = "control";
+pub const DISK: &str = "disk";
+
+/// Names of new folders before they are complete.
+const NEW_PREFIX: &str = ".new-";
+
+/// Our mount namespace is that of process 1 (a chroot does not matter), or cannot be compared.
+pub fn in_host_namespace(kind: &str) -> bool {
+    let inode = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/{kind}")).map(|m| m.ino());
+    match (inode("self"), inode("1")) {
+        (Ok(own), Ok(first)) => own == first,
+        _ => true,
+    }
+}
+
+/// Where process 1 sees `path`, as we can reach it.
+fn as_host(path: &str) -> PathBuf {
+    match in_host_namespace("mnt") {
+        true => PathBuf::from(path),
+        false => PathBuf::from(format!("/proc/1/root{path}")),
+    }
+}
+
+/// /run/ploop of process 1's mount namespace.
+pub fn run_dir() -> PathBuf {
+    as_host("/run/ploop")
+}
+
+/// /dev of process 1's mount namespace.
+pub fn dev_dir() -> PathBuf {
+    as_host("/dev")
+}
+
+/// Folder of the device `name`.
+pub fn device_dir(name: &str) -> PathBuf {
+    run_dir().join(name)
+}
+
+/// A folder that others could change would let them put a record or socket of theirs into it.
+pub fn verify_dir(dir: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(dir).ctx(Kind::Open, || format!("cannot look at {}", dir.display()))?;
+    if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        bail!(
+            Open,
+            "{} must be a folder of root that nobody else can write, but has owner {} and mode {:o}; remove or repair it",
+            dir.display(),
+            meta.uid(),
+            meta.mode() & 0o7777
+        );
+    }
+    Ok(())
+}
+
+/// Makes /run/ploop if it is missing and verifies it.
+pub fn make_run_dir() -> Result<PathBuf> {
+    let dir = run_dir();
+    match DirBuilder::new().mode(0o755).create(&dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Error::with(Kind::Mkdir, format!("cannot make {}", dir.display()), e));
+        }
+        _ => {}
+    }
+    verify_dir(&dir)?;
+    Ok(dir)
+}
+
+/// Names of all devices that have a folder; none if there is no /run/ploop.
+pub fn names() -> Result<Vec<String>> {
+    let dir = run_dir();
+    let entries = match fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.ctx(Kind::Open, || format!("cannot list {}", dir.display()))?,
+    };
+    verify_dir(&dir)?;
+    let mut names: Vec<String> =
+        entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).filter(|n| check_name(n).is_ok()).collect();
+    names.sort_by_key(|n| (number(n).is_none(), number(n), n.clone()));
+    Ok(names)
+}
+
+/// N of `ploopN`.
+pub fn number(name: &str) -> Option<u32> {
+    let digits = name.strip_prefix("ploop")?;
+    let canonical = digits == "0" || !digits.starts_with('0');
+    (canonical && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+/// A name that can stand in /dev and in /run/ploop.
+pub fn check_name(name: &str) -> Result<()> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.bytes().all(legal) {
+        bail!(Param, "device name {name:?}: want 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'");
+    }
+    Ok(())
+}
+
+/// The name in `/dev/NAME` or `NAME`, as the user wrote it.
+pub fn name_of(device: &str) -> Result<String> {
+    let name = device.strip_prefix("/dev/").unwrap_or(device);
+    check_name(name)?;
+    Ok(name.to_string())
+}
+
+/// Identifies this boot of the host.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_string()).unwrap_or_default()
+}
+
+/// Identity of a running process; none if there is no such process or it has ended.
+pub fn process(pid: i32) -> Option<ProcessId> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, also parentheses.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X" | "x") {
+        return None;
+    }
+    Some(ProcessId { pid, start_time: fields.nth(18)?.parse().ok()? })
+}
+
+/// Exactly this process runs.
+pub fn alive(id: ProcessId) -> bool {
+    id.pid > 0 && process(id.pid) == Some(id)
+}
+
+/// The record in a device's folder; `None`: there is none, or no whole one.
+pub fn read_record(dir: &Path) -> Result<Option<DeviceRecord>> {
+    verify_dir(dir)?;
+    let path = dir.join(STATE);
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.ctx(Kind::Open, || format!("cannot open {}", path.display()))?,
+    };
+    let mut text = Vec::new();
+    file.take(MAX_FRAME as u64).read_to_end(&mut text).ctx(Kind::Read, || format!("cannot read {}", path.display()))?;
+    Ok(serde_json::from_slice(&text).ok())
+}
+
+/// Replaces the record in a device's folder.
+pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
+    let text = serde_json::to_vec(record).map_err(|e| Error::with(Kind::Protocol, "cannot encode the record", e))?;
+    let new = dir.join("state.new");
+    let write = || {
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(&text)?;
+        fs::rename(&new, dir.join(STATE))
+    };
+    write().ctx(Kind::Write, || format!("cannot write {}", dir.join(STATE).display()))
+}
+
+/// Removes a device's folder with what we put there; anything else keeps it.
+pub fn remove_dir(dir: &Path) -> io::Result<()> {
+    for file in [CONTROL, DISK, "state.new", STATE] {
+        match fs::remove_file(dir.join(file)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    fs::remove_dir(dir)?;
+    if let Some(parent) = dir.parent() {
+        // Only the last device's removal succeeds.
+        let _ = fs::remove_dir(parent);
+    }
+    Ok(())
+}
+
+/// Makes an empty folder that no device has yet; [`publish`] gives it its name.
+pub fn new_dir() -> Result<PathBuf> {
+    let run = make_run_dir()?;
+    let dir = run.join(format!("{NEW_PREFIX}{}", std::process::id()));
+    // Of a process that had our number before.
+    let _ = remove_dir(&dir);
+    make_run_dir()?;
+    DirBuilder::new().mode(0o700).create(&dir).ctx(Kind::Mkdir, || format!("cannot make {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// Gives a complete folder its device's name; false: the name is taken.
+pub fn publish(dir: &Path, name: &str) -> Result<bool> {
+    let target = device_dir(name);
+    let flags = nix::fcntl::RenameFlags::RENAME_NOREPLACE;
+    match nix::fcntl::renameat2(nix::fcntl::AT_FDCWD, dir, nix::fcntl::AT_FDCWD, &target, flags) {
+        Ok(()) => Ok(true),
+        Err(nix::Error::EEXIST) => Ok(false),
+        Err(e) => Err(e).ctx(Kind::Rename, || format!("cannot rename {} to {}", dir.display(), target.display())),
+    }
+}
+
+/// Folders that servers which died very early left behind. Call under the global lock.
+pub fn remove_unborn() {
+    let Ok(entries) = fs::read_dir(run_dir()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_prefix(NEW_PREFIX)?.parse().ok());
+        if pid.is_some_and(|pid| process(pid).is_none()) {
+            let _ = remove_dir(&entry.path());
+        }
+    }
+}
+
+/// Device number and disk sequence number (0: the kernel has none) of a whole disk, from /sys; opens nothing.
+pub fn disk_identity(backing: &str) -> Option<(u64, u64)> {
+    let dir = Path::new("/sys/block").join(backing);
+    let (major, minor) = parse_dev(&fs::read_to_string(dir.join("dev")).ok()?)?;
+    let seq = fs::read_to_string(dir.join("diskseq")).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0);
+    Some((makedev(major, minor), seq))
+}
+
+/// `7:10000`, as /sys writes it.
+pub fn parse_dev(text: &str) -> Option<(u64, u64)> {
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// A loop device is bound to a file.
+pub fn is_bound(backing: &str) -> bool {
+    Path::new("/sys/block").join(backing).join("loop").exists()
+}
+
+/// The disk behind is the very one that the record was made for: same boot, number and sequence number.
+pub fn backing_is_ours(record: &DeviceRecord) -> bool {
+    !record.backing.is_empty()
+        && check_name(&record.backing).is_ok()
+        && record.boot == boot_id()
+        && disk_identity(&record.backing) == Some((record.rdev, record.diskseq))
+        && is_bound(&record.backing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers() {
+        assert_eq!(number("ploop0"), Some(0));
+        assert_eq!(number("ploop12"), Some(12));
+        for bad in ["ploop", "ploop01", "ploopx", "loop1", "ploop-1", "ploop99999999999"] {
+            assert_eq!(number(bad), None, "{bad}");
+        }
+        assert_eq!(name_of("/dev/ploop3").unwrap(), "ploop3");
+        for bad in ["", "/dev/", "/dev/../x", "a/b", ".x", "a b", "/dev/disk/by-id"] {
+            assert_eq!(name_of(bad).unwrap_err().kind(), Kind::Param, "{bad}");
+        }
+    }
+
+    #[test]
+    fn own_process_is_alive_and_others_of_its_number_are_not() {
+        let me = process(std::process::id() as i32).unwrap();
+        assert!(me.start_time > 0 && alive(me));
+        assert!(!alive(ProcessId { start_time: me.start_time + 1, ..me }));
+        assert!(!alive(ProcessId::default()));
+    }
+
+    #[test]
+    fn records_are_read_as_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = DeviceRecord { name: "ploop7".into(), rdev: 5, ..Default::default() };
+        write_record(dir.path(), &record).unwrap();
+        if fs::metadata(dir.path()).unwrap().uid() == 0 {
+            assert_eq!(read_record(dir.path()).unwrap(), Some(record));
+            fs::write(dir.path().join(STATE), "{").unwrap();
+            assert_eq!(read_record(dir.path()).unwrap(), None);
+        }
+        remove_dir(dir.path()).unwrap_or_default();
+    }
+}

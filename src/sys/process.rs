@@ -1,0 +1,96 @@
+//! What a daemon asks of the kernel about itself and others.
+
+use std::ffi::{CStr, OsStr};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// Privileges were raised at exec (setuid, file capabilities): the environment belongs to somebody else.
+pub fn privileges_raised() -> bool {
+    // SAFETY: getauxval only reads the auxiliary vector.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
+/// The file that this code was loaded from: the shared library, or the executable.
+pub fn own_object() -> Option<PathBuf> {
+    let mut info = MaybeUninit::<libc::Dl_info>::zeroed();
+    // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as long
+    // as the object, that is as long as this code.
+    unsafe {
+        if libc::dladdr(own_object as *const libc::c_void, info.as_mut_ptr()) == 0 {
+            return None;
+        }
+        let name = info.assume_init().dli_fname;
+        (!name.is_null()).then(|| OsStr::from_bytes(CStr::from_ptr(name).to_bytes()).into())
+    }
+}
+
+/// Takes over what descriptor `fd` refers to, close-on-exec, and leaves `/dev/null` (or, without one, nothing) there.
+/// For the first lines of a program, when nothing else knows the standard descriptors.
+pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a standard
+    // descriptor that, by contract, nobody owns yet.
+    unsafe {
+        let taken = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10);
+        if taken < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 && null != fd {
+            libc::dup2(null, fd);
+            libc::close(null);
+        } else if null < 0 {
+            libc::close(fd);
+        }
+        Ok(OwnedFd::from_raw_fd(taken))
+    }
+}
+
+/// Makes `fd` known under the number `to`, close-on-exec; what was there is closed. For the first lines of a program.
+pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
+    // SAFETY: `fd` is ours; `to` is, by contract, nobody's.
+    match unsafe { libc::dup3(fd.as_raw_fd(), to, libc::O_CLOEXEC) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Closes all descriptors from `first` on. For the first lines of a program, before anything was opened.
+pub fn close_from(first: RawFd) {
+    // SAFETY: by contract no object of this program owns one of these descriptors.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) != 0 {
+            for fd in first..4096 {
+                libc::close(fd);
+            }
+        }
+    }
+}
+
+/// Default dispositions (those of ignored signals are inherited) and nothing blocked.
+pub fn reset_signals() {
+    // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the set
+    // is initialised by sigemptyset.
+    unsafe {
+        for signal in 1..=64 {
+            if signal != libc::SIGPIPE {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+        let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut());
+    }
+}
+
+/// Memory reclaim caused by this thread does no I/O, which might be ours (Linux 5.6, CAP_SYS_RESOURCE).
+pub fn set_io_flusher() -> io::Result<()> {
+    const PR_SET_IO_FLUSHER: i32 = 57;
+    // SAFETY: this prctl takes numbers only.
+    match unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
