@@ -1,0 +1,447 @@
+/*
+ * libploop: OpenVZ ploop disk images. C interface of libploop.so.1, link with -lploop.
+ *
+ * Generated from src/capi; the functions' rules in short: 0 is success where nothing else is said, other values are
+ * SYSEXIT codes (below); structs for parameters are zeroed first, then filled; strings are borrowed for the call.
+ */
+
+#ifndef _LIBPLOOP_H_
+#define _LIBPLOOP_H_
+
+#include <sys/types.h>
+#include <linux/types.h>
+
+/* Marks old functions; may be defined before, for example to nothing. */
+#ifndef PLOOP_DEPRECATED
+#if defined(__GNUC__) || defined(__clang__)
+#define PLOOP_DEPRECATED __attribute__((deprecated))
+#else
+#define PLOOP_DEPRECATED
+#endif
+#endif
+
+/* Usual name of a descriptor. */
+#define DISKDESCRIPTOR_XML "DiskDescriptor.xml"
+
+/* ploop_switch_snapshot_ex(): keep the old top delta. */
+#define PLOOP_SNAP_SKIP_TOPDELTA_DESTROY 1
+
+/* ploop_switch_snapshot_ex(): make the snapshot itself the top. */
+#define PLOOP_SNAP_SKIP_TOPDELTA_CREATE 2
+
+/* ploop_set_verbose_level(): print nothing (initially so). */
+#define PLOOP_LOG_NOCONSOLE (-2)
+
+/* ploop_set_verbose_level(): errors only, to standard error. */
+#define PLOOP_LOG_NOSTDOUT (-1)
+
+/* ploop_set_verbose_level(): everything, with the time. */
+#define PLOOP_LOG_TIMESTAMPS 4
+
+/* What functions that return 0 on success return otherwise; the exit codes of the ploop program too. */
+enum {
+    /* Cannot create a file. */
+    SYSEXIT_CREAT = 1,
+    /* Cannot allocate or open a device. */
+    SYSEXIT_DEVICE = 2,
+    /* A request to a device or file failed. */
+    SYSEXIT_DEVIOC = 3,
+    /* Cannot open a file, or its header is unusable. */
+    SYSEXIT_OPEN = 4,
+    /* Out of memory. */
+    SYSEXIT_MALLOC = 5,
+    /* Read failed or came short. */
+    SYSEXIT_READ = 6,
+    /* Write failed or came short. */
+    SYSEXIT_WRITE = 7,
+    SYSEXIT_RESERVED_8 = 8,
+    /* State of a device is missing or unreadable. */
+    SYSEXIT_SYSFS = 9,
+    SYSEXIT_RESERVED_10 = 10,
+    /* Bad image format, unrepaired image, images that differ. */
+    SYSEXIT_PLOOPFMT = 11,
+    /* Other system error, failed helper program. */
+    SYSEXIT_SYS = 12,
+    /* Corrupt copy stream, bad answer of the other side. */
+    SYSEXIT_PROTOCOL = 13,
+    /* Too many passes while copying. */
+    SYSEXIT_LOOP = 14,
+    /* stat or statfs failed. */
+    SYSEXIT_FSTAT = 15,
+    /* Sync failed. */
+    SYSEXIT_FSYNC = 16,
+    /* Another operation is in progress. */
+    SYSEXIT_EBUSY = 17,
+    /* Lock of the balloon failed. */
+    SYSEXIT_FLOCK = 18,
+    /* Truncation failed. */
+    SYSEXIT_FTRUNCATE = 19,
+    /* Allocation of space failed. */
+    SYSEXIT_FALLOCATE = 20,
+    /* Mount failed, or the image is attached already. */
+    SYSEXIT_MOUNT = 21,
+    /* Unmount failed. */
+    SYSEXIT_UMOUNT = 22,
+    /* Descriptor not locked, or not readable after locking. */
+    SYSEXIT_LOCK = 23,
+    /* Making the file system failed. */
+    SYSEXIT_MKFS = 24,
+    SYSEXIT_RESERVED_25 = 25,
+    /* Resizing the file system failed. */
+    SYSEXIT_RESIZE_FS = 26,
+    /* mkdir failed. */
+    SYSEXIT_MKDIR = 27,
+    /* rename failed. */
+    SYSEXIT_RENAME = 28,
+    /* Internal inconsistency. */
+    SYSEXIT_ABORT = 29,
+    /* Relocation of clusters failed. */
+    SYSEXIT_RELOC = 30,
+    SYSEXIT_RESERVED_31 = 31,
+    SYSEXIT_RESERVED_32 = 32,
+    /* Change of the partition table failed. */
+    SYSEXIT_CHANGE_GPT = 33,
+    SYSEXIT_RESERVED_34 = 34,
+    /* unlink failed. */
+    SYSEXIT_UNLINK = 35,
+    /* mknod failed. */
+    SYSEXIT_MKNOD = 36,
+    /* Image is marked as in use, or used by a device. */
+    SYSEXIT_PLOOPINUSE = 37,
+    /* Invalid argument, unsupported request. */
+    SYSEXIT_PARAM = 38,
+    /* Descriptor missing, not storable, inconsistent. */
+    SYSEXIT_DISKDESCR = 39,
+    /* The image has no device. */
+    SYSEXIT_DEV_NOT_MOUNTED = 40,
+    /* fsck failed. */
+    SYSEXIT_FSCK = 41,
+    SYSEXIT_RESERVED_42 = 42,
+    /* No such snapshot. */
+    SYSEXIT_NOSNAP = 43
+};
+
+/* How an image keeps its data (ploop_create_param.mode, ploop_disk_images_data.mode). */
+enum ploop_image_mode {
+    /* Grows as it is written. */
+    PLOOP_EXPANDED_MODE = 0,
+    /* The same format with all space taken at creation. */
+    PLOOP_EXPANDED_PREALLOCATED_MODE = 1,
+    /* Plain bytes of the disk. */
+    PLOOP_RAW_MODE = 2
+};
+
+/* Flags of ploop_create_param. */
+enum ploop_create_flags {
+    /* Initialise the file system's inode tables at once, not later in the background. */
+    PLOOP_CREATE_NOLAZY = 1
+};
+
+/* Flags of ploop_replace_param. */
+enum ploop_replace_flags {
+    /* The new file takes the old file's name. */
+    PLOOP_REPLACE_KEEP_NAME = 1
+};
+
+/* State of the library behind a ploop_disk_images_data; opaque. */
+struct ploop_disk_images_runtime_data;
+
+/* How to mount an image. */
+struct ploop_mount_param {
+    /* Device to use; empty: one is chosen and its path stored here. */
+    char device[64];
+    /* Non-zero: attach and mount read-only. */
+    int ro;
+    /* Flags of mount(2); MS_NOATIME is honoured, others are ignored. */
+    int flags;
+    /* Keep 0. */
+    int unused1;
+    /* File system; NULL: ext4. */
+    char *fstype;
+    /* Existing folder to mount on; NULL: attach the device only. */
+    char *target;
+    /* Snapshot to mount; NULL: the top delta. */
+    char *guid;
+    /* Non-zero: journalled user and group quota. */
+    int quota;
+    /* More mount options, or NULL. */
+    char *mount_data;
+    /* Cluster size in sectors, for raw images mounted by file name only; 0: from the descriptor. */
+    unsigned int blocksize;
+    /* Non-zero: run fsck -p before mounting. */
+    int fsck;
+    /* Out: exit code of fsck, if it ran. */
+    int fsck_rc;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to create an image. */
+struct ploop_create_param {
+    /* Size of the disk in sectors, rounded up to the cluster. */
+    unsigned long long size;
+    /* enum ploop_image_mode. */
+    int mode;
+    /* Path of the image; must not exist. DiskDescriptor.xml is made in the same folder. */
+    char *image;
+    /* File system to make (ext4, ext3); NULL: neither partition nor file system. */
+    char *fstype;
+    /* Non-zero: file system on the whole disk; 0: GPT with one partition. */
+    int without_partition;
+    /* Cluster size in sectors, a power of two from 64 to 131072; 0: 2048 (1 MiB). */
+    unsigned int blocksize;
+    /* Block of the file system in bytes; 0: 4096. */
+    unsigned int fsblocksize;
+    /* Format version 1 or 2; 0: the best. */
+    int fmt_version;
+    /* enum ploop_create_flags. */
+    unsigned int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Which image of a chain to replace, by guid, else by cur_file, else by level. */
+struct ploop_replace_param {
+    /* The replacement, an identical copy. */
+    char *file;
+    /* Image to replace, by GUID. */
+    char *guid;
+    /* The same by level in the running device, 0 is the base. */
+    int level;
+    /* The same by file name. */
+    char *cur_file;
+    /* enum ploop_replace_flags. */
+    int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* One image of a disk. Owned by the library, read-only. */
+struct ploop_image_data {
+    char *guid;
+    /* Path. */
+    char *file;
+};
+
+/* One snapshot of a disk. Owned by the library, read-only. */
+struct ploop_snapshot_data {
+    char *guid;
+    /* The null GUID for the base. */
+    char *parent_guid;
+    /* Non-zero: to be merged away when nobody uses it. */
+    int temporary;
+};
+
+/*
+ * A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that
+ * locks the descriptor has read it, and read again by each such function: pointers from here do not outlive the next call.
+ */
+struct ploop_disk_images_data {
+    /* Size of the disk in sectors. */
+    unsigned long long size;
+    unsigned int heads;
+    unsigned int cylinders;
+    unsigned int sectors;
+    /* enum ploop_image_mode. */
+    int mode;
+    int nimages;
+    /* nimages pointers, in the descriptor's order. */
+    struct ploop_image_data **images;
+    char *top_guid;
+    int nsnapshots;
+    /* nsnapshots pointers. */
+    struct ploop_snapshot_data **snapshots;
+    struct ploop_disk_images_runtime_data *runtime;
+    /* Cluster size in sectors. */
+    unsigned int blocksize;
+    /* Limit of the top delta in sectors; 0: none. */
+    unsigned long long max_delta_size;
+    /* Reserved. */
+    char dummy[32];
+};
+
+/* How to resize a disk. */
+struct ploop_resize_param {
+    /* New size in sectors; 0: inflate the balloon to the maximum. */
+    unsigned long long size;
+    /* Non-zero: allow the offline way when the image is not mounted. */
+    int offline_resize;
+    /* Process in whose mount namespace the image may be mounted; 0: none. */
+    pid_t mntns_pid;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to make a snapshot. */
+struct ploop_snapshot_param {
+    /* GUID of the new snapshot; NULL: generated. */
+    char *guid;
+    /* Folder of the new delta; NULL: beside the base image. */
+    char *snap_dir;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to make and mount a temporary snapshot. */
+struct ploop_tsnapshot_param {
+    /* GUID of the new snapshot, required. */
+    char *guid;
+    /* Component that its device gets, required. */
+    char *component_name;
+    /* Folder to mount on, or NULL. */
+    char *target;
+    /* Out: its device. */
+    char device[64];
+    /* Folder of the new delta; NULL: beside the base image. */
+    char *snap_dir;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Which snapshot to switch to. */
+struct ploop_snapshot_switch_param {
+    /* Snapshot that becomes the parent of the new top, required. */
+    const char *guid;
+    /* New GUID of the old top, when it is kept. */
+    const char *guid_old;
+    /* PLOOP_SNAP_SKIP_TOPDELTA_DESTROY, PLOOP_SNAP_SKIP_TOPDELTA_CREATE. */
+    int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Which snapshots to merge. */
+struct ploop_merge_param {
+    /* Keep 0. */
+    int unused1;
+    /* Non-zero, without guid: everything down to the base. */
+    int merge_all;
+    /* Snapshot that is merged into its parent; NULL: the top. */
+    const char *guid;
+    /* Ancestor where the range ends, or NULL. */
+    const char *guid2;
+    /* New file to merge into, or NULL. */
+    const char *new_delta;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to compact an image. */
+struct ploop_discard_param {
+    /* Smallest extent worth freeing, bytes; 0: the cluster. */
+    __u64 minlen_b;
+    /* Bytes to free; 0: all that is free. */
+    __u64 to_free;
+    /* Non-zero: mount the image for it when it is not mounted. */
+    int automount;
+    /* Polled; non-zero stops. May be NULL. */
+    const int *stop;
+    /* Non-zero: defragment first. */
+    int defrag;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* What statfs(2) says about the file system inside, in blocks of fs_bsize bytes. */
+struct ploop_info {
+    unsigned long long fs_bsize;
+    unsigned long long fs_blocks;
+    unsigned long long fs_bfree;
+    unsigned long long fs_inodes;
+    unsigned long long fs_ifree;
+};
+
+/* Format of a disk. */
+struct ploop_spec {
+    /* Size of the disk in sectors. */
+    off_t size;
+    /* Cluster size in sectors. */
+    __u32 blocksize;
+    /* 1 or 2; 0 for raw. */
+    int fmt_version;
+    /* Reserved, left alone. */
+    char dummy[32];
+};
+
+/* Space of an image, in bytes. */
+struct ploop_discard_stat {
+    /* Used by the file system. */
+    off_t data_size;
+    /* Size of the disk without the balloon. */
+    off_t ploop_size;
+    /* Size of the top delta's file. */
+    off_t image_size;
+    /* Size of the balloon. */
+    off_t balloon_size;
+};
+
+/* How to send a copy of a running disk. */
+struct ploop_copy_send_param {
+    const char *device;
+    /* Regular file, pipe or socket. */
+    int ofd;
+    /* Command run before the last pass, or NULL. */
+    const char *flush_cmd;
+    /* Descriptor of the receiver's answers; negative: none (0 is a descriptor). */
+    int feedback_fd;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to receive a copy. */
+struct ploop_copy_receive_param {
+    /* File to make; must not exist. */
+    const char *file;
+    /* Pipe or socket. */
+    int ifd;
+    /* Descriptor for answers to the sender; negative: none (0 is a descriptor). */
+    int feedback_fd;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Not used by any function. */
+struct ploop_copy_param {
+    int ofd;
+    char dummy[32];
+};
+
+/* Not used by any function. */
+struct ploop_copy_stat {
+    __u64 xferred_total;
+    __u64 xferred;
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif /* __cplusplus */
+
+/*
+ * Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the
+ * thread overwrites it.
+ */
+const char *ploop_get_last_error(void);
+
+/*
+ * Opens fname (appending) as the log file and closes the old one, which stays in use when that fails. NULL: no log file.
+ * Returns 0 or -1.
+ */
+int ploop_set_log_file(const char *fname);
+
+/* Level up to which messages go to the log file: -1 errors, 0 progress, 1 details, 3 debug (initially 3). */
+void ploop_set_log_level(int level);
+
+/*
+ * Level up to which messages go to standard output, and errors to standard error: PLOOP_LOG_NOCONSOLE (initially),
+ * PLOOP_LOG_NOSTDOUT, 0 progress, 1 details, 3 debug, PLOOP_LOG_TIMESTAMPS.
+ */
+void ploop_set_verbose_level(int level);
+
+/* Asks the operation that runs in the calling thread to stop; for signal handlers, which interrupt just that thread. */
+void ploop_cancel_operation(void);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif /* __cplusplus */
+
+#endif  /* _LIBPLOOP_H_ */

@@ -1,0 +1,214 @@
+//! The C ABI against the golden tables in `tests/abi/`: layouts and numbers of the classic 1.15, and the committed header
+//! against the one made from the sources.
+
+use ploop::Kind;
+use ploop::capi::consts::*;
+use ploop::capi::kernel_consts;
+use ploop::capi::types::*;
+use std::collections::BTreeMap;
+use std::mem::offset_of;
+use std::path::Path;
+
+const LAYOUT: &str = include_str!("abi/libploop.so.1.layout.tsv");
+const CONSTANTS: &str = include_str!("abi/libploop.so.1.constants.tsv");
+const GENERATED: &str = include_str!(concat!(env!("OUT_DIR"), "/libploop.h"));
+
+/// Structs of the table that another header declares (or none), and that the library does not have as C types.
+const ELSEWHERE: [&str; 18] = [
+    "ploop_functions",
+    "ploop_ctl_chunk",
+    "ploop_ctl",
+    "ploop_ctl_delta",
+    "ploop_truncate_ctl",
+    "reloc_map",
+    "ploop_index_update_ctl",
+    "ploop_freeblks_ctl_extent",
+    "ploop_freeblks_ctl",
+    "ploop_relocblks_ctl_extent",
+    "ploop_relocblks_ctl",
+    "ploop_balloon_ctl",
+    "ploop_getdevice_ctl",
+    "ploop_track_extent",
+    "ploop_pvd_header",
+    "CHSData",
+    "merge_info",
+    "struct", // the table's title
+];
+
+/// Size of the field that a function returns a reference to; the function is never called.
+fn field_size<T, F>(_: fn(&T) -> &F) -> usize {
+    size_of::<F>()
+}
+
+/// Rows of the table as this library has them: (struct, field) -> (offset, size).
+macro_rules! layout {
+    ($($name:ident { $($field:ident),* $(,)? })*) => {{
+        let mut rows: BTreeMap<(&str, &str), (usize, usize)> = BTreeMap::new();
+        $(
+            let name = stringify!($name);
+            $(rows.insert(
+                (name, stringify!($field)),
+                (offset_of!($name, $field), field_size(|s: &$name| &s.$field)),
+            );)*
+            rows.insert((name, "__sizeof__"), (0, size_of::<$name>()));
+            rows.insert((name, "__alignof__"), (0, align_of::<$name>()));
+        )*
+        rows
+    }};
+}
+
+#[test]
+fn structs_have_the_classic_layout() {
+    let ours = layout! {
+        ploop_mount_param {
+            device, ro, flags, unused1, fstype, target, guid, quota, mount_data, blocksize, fsck, fsck_rc, dummy,
+        }
+        ploop_create_param {
+            size, mode, image, fstype, without_partition, blocksize, fsblocksize, fmt_version, flags, dummy,
+        }
+        ploop_replace_param { file, guid, level, cur_file, flags, dummy }
+        ploop_image_data { guid, file }
+        ploop_snapshot_data { guid, parent_guid, temporary }
+        ploop_disk_images_data {
+            size, heads, cylinders, sectors, mode, nimages, images, top_guid, nsnapshots, snapshots, runtime, blocksize,
+            max_delta_size, dummy,
+        }
+        ploop_resize_param { size, offline_resize, mntns_pid, dummy }
+        ploop_snapshot_param { guid, snap_dir, dummy }
+        ploop_tsnapshot_param { guid, component_name, target, device, snap_dir, dummy }
+        ploop_snapshot_switch_param { guid, guid_old, flags, dummy }
+        ploop_merge_param { unused1, merge_all, guid, guid2, new_delta, dummy }
+        ploop_discard_param { minlen_b, to_free, automount, stop, defrag, dummy }
+        ploop_info { fs_bsize, fs_blocks, fs_bfree, fs_inodes, fs_ifree }
+        ploop_spec { size, blocksize, fmt_version, dummy }
+        ploop_discard_stat { data_size, ploop_size, image_size, balloon_size }
+        ploop_copy_send_param { device, ofd, flush_cmd, feedback_fd, dummy }
+        ploop_copy_receive_param { file, ifd, feedback_fd, dummy }
+        ploop_copy_param { ofd, dummy }
+        ploop_copy_stat { xferred_total, xferred }
+    };
+    let mut golden = BTreeMap::new();
+    for line in LAYOUT.lines() {
+        let column: Vec<&str> = line.split('\t').collect();
+        if !ELSEWHERE.contains(&column[0]) {
+            let number = |i: usize| column[i].parse().unwrap_or_else(|e| panic!("{line}: {e}"));
+            golden.insert((column[0], column[1]), (number(2), number(3)));
+        }
+    }
+    assert_eq!(golden.len(), 141, "rows of libploop.h in the table");
+    assert_eq!(ours, golden);
+}
+
+/// (name) -> (value, header) of the golden table.
+fn golden_constants() -> BTreeMap<&'static str, (i64, &'static str)> {
+    let mut golden = BTreeMap::new();
+    for line in CONSTANTS.lines().skip(1) {
+        let column: Vec<&str> = line.split('\t').collect();
+        golden.insert(column[0], (column[1].parse().unwrap_or_else(|e| panic!("{line}: {e}")), column[3]));
+    }
+    golden
+}
+
+macro_rules! values {
+    ($($name:expr),* $(,)?) => {
+        BTreeMap::from([$((stringify!($name).rsplit("::").next().unwrap_or_default().trim(), $name as i64)),*])
+    };
+}
+
+#[test]
+fn constants_have_the_classic_values() {
+    use ploop_create_flags::*;
+    use ploop_image_mode::*;
+    use ploop_replace_flags::*;
+    use ploop_sysexit::*;
+    let mut ours = values![
+        PLOOP_EXPANDED_MODE,
+        PLOOP_EXPANDED_PREALLOCATED_MODE,
+        PLOOP_RAW_MODE,
+        PLOOP_CREATE_NOLAZY,
+        PLOOP_REPLACE_KEEP_NAME,
+        PLOOP_SNAP_SKIP_TOPDELTA_DESTROY,
+        PLOOP_SNAP_SKIP_TOPDELTA_CREATE,
+        PLOOP_LOG_NOCONSOLE,
+        PLOOP_LOG_NOSTDOUT,
+        PLOOP_LOG_TIMESTAMPS,
+        SYSEXIT_CREAT,
+        SYSEXIT_DEVICE,
+        SYSEXIT_DEVIOC,
+        SYSEXIT_OPEN,
+        SYSEXIT_MALLOC,
+        SYSEXIT_READ,
+        SYSEXIT_WRITE,
+        SYSEXIT_RESERVED_8,
+        SYSEXIT_SYSFS,
+        SYSEXIT_RESERVED_10,
+        SYSEXIT_PLOOPFMT,
+        SYSEXIT_SYS,
+        SYSEXIT_PROTOCOL,
+        SYSEXIT_LOOP,
+        SYSEXIT_FSTAT,
+        SYSEXIT_FSYNC,
+        SYSEXIT_EBUSY,
+        SYSEXIT_FLOCK,
+        SYSEXIT_FTRUNCATE,
+        SYSEXIT_FALLOCATE,
+        SYSEXIT_MOUNT,
+        SYSEXIT_UMOUNT,
+        SYSEXIT_LOCK,
+        SYSEXIT_MKFS,
+        SYSEXIT_RESERVED_25,
+        SYSEXIT_RESIZE_FS,
+        SYSEXIT_MKDIR,
+        SYSEXIT_RENAME,
+        SYSEXIT_ABORT,
+        SYSEXIT_RELOC,
+        SYSEXIT_RESERVED_31,
+        SYSEXIT_RESERVED_32,
+        SYSEXIT_CHANGE_GPT,
+        SYSEXIT_RESERVED_34,
+        SYSEXIT_UNLINK,
+        SYSEXIT_MKNOD,
+        SYSEXIT_PLOOPINUSE,
+        SYSEXIT_PARAM,
+        SYSEXIT_DISKDESCR,
+        SYSEXIT_DEV_NOT_MOUNTED,
+        SYSEXIT_FSCK,
+        SYSEXIT_RESERVED_42,
+        SYSEXIT_NOSNAP,
+    ];
+    ours.extend(kernel_consts::ALL.iter().copied());
+    let golden: BTreeMap<&str, i64> = golden_constants().into_iter().map(|(n, (v, _))| (n, v)).collect();
+    assert_eq!(ours, golden);
+}
+
+#[test]
+fn error_kinds_are_the_exit_codes() {
+    for (name, (value, _)) in golden_constants().iter().filter(|(n, _)| n.starts_with("SYSEXIT_")) {
+        let kind = Kind::from_code(*value as i32);
+        assert_eq!(kind.is_none(), name.contains("RESERVED"), "{name}");
+        if let Some(kind) = kind {
+            assert_eq!(kind.code(), *value as i32, "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_committed_header_is_the_generated_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/ploop/libploop.h");
+    if std::env::var_os("PLOOP_UPDATE_HEADER").is_some() {
+        std::fs::write(&path, GENERATED).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    if committed != GENERATED {
+        let line = committed.lines().zip(GENERATED.lines()).position(|(a, b)| a != b);
+        let line = line.unwrap_or(committed.lines().count().min(GENERATED.lines().count()));
+        panic!(
+            "{} differs from src/capi at line {}:\n  committed: {}\n  generated: {}\nrefresh it with: \
+             PLOOP_UPDATE_HEADER=1 cargo test --test abi",
+            path.display(),
+            line + 1,
+            committed.lines().nth(line).unwrap_or("(end)"),
+            GENERATED.lines().nth(line).unwrap_or("(end)"),
+        );
+    }
+}
