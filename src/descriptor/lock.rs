@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl, open};
+use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::reopen::{Access, reopen};
 
 use super::model::Descriptor;
 
@@ -112,8 +114,7 @@ fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
 fn wait_for_ranges(descriptor: &Descriptor, until: Instant) -> Result<()> {
     let Ok(base) = descriptor.first_image() else { return Ok(()) };
     // A missing image is for the operation to report, which knows whether it needs one.
-    let Ok(fd) = crate::image::open::open_level(&base.file, Some(&descriptor.dir)) else { return Ok(()) };
-    let Ok((file, _)) = crate::image::open::reopen(&fd, Default::default()) else { return Ok(()) };
+    let Some(file) = open_quietly(&base.file) else { return Ok(()) };
     if held(&file, RANGE_LONG) {
         bail!(
             Lock,
@@ -146,4 +147,14 @@ fn held(file: &File, (start, len): (i64, i64)) -> bool {
     // A lock of the whole file that belongs to a description is that of a server on a level of its chain.
     let server = lock.l_pid == -1 && lock.l_start == 0 && lock.l_len == 0;
     !server
+}
+
+/// A regular file, for asking about its locks alone: its content is not looked at.
+fn open_quietly(path: &Path) -> Option<File> {
+    let fd = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW, Mode::empty()).ok()?;
+    let kind = SFlag::from_bits_truncate(fstat(&fd).ok()?.st_mode & SFlag::S_IFMT.bits());
+    if kind != SFlag::S_IFREG {
+        return None;
+    }
+    reopen(&fd, Access::default()).ok().map(|(file, _)| file)
 }

@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod complete;
+pub mod content;
+pub mod create;
 pub mod open;
 pub mod scan;
 

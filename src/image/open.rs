@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -13,13 +13,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 
-/// How a file is reopened.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Access {
-    pub write: bool,
-    /// O_DIRECT, if the file system takes it.
-    pub direct: bool,
-}
+pub use crate::sys::reopen::{Access, reopen};
 
 /// An O_PATH descriptor of an image: a regular file.
 ///
@@ -72,25 +66,6 @@ pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
             format!("cannot look at {}", path.display()),
             std::io::Error::from_raw_os_error(e as i32),
         )),
-    }
-}
-
-/// Opens the file behind a descriptor anew: no name is looked up. Times are not touched where that is permitted. The
-/// second value tells whether O_DIRECT is on.
-pub fn reopen(fd: impl AsFd, access: Access) -> std::io::Result<(File, bool)> {
-    let name = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
-    let mode = if access.write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
-    let mut extra = OFlag::O_NOATIME;
-    if access.direct {
-        extra |= OFlag::O_DIRECT;
-    }
-    loop {
-        match open(name.as_str(), mode | OFlag::O_CLOEXEC | extra, Mode::empty()) {
-            Ok(fd) => return Ok((File::from(fd), extra.contains(OFlag::O_DIRECT))),
-            Err(Errno::EPERM) if extra.contains(OFlag::O_NOATIME) => extra.remove(OFlag::O_NOATIME),
-            Err(Errno::EINVAL) if extra.contains(OFlag::O_DIRECT) => extra.remove(OFlag::O_DIRECT),
-            Err(e) => return Err(e.into()),
-        }
     }
 }
 

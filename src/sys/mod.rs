@@ -9,6 +9,7 @@ pub mod loopdev;
 pub mod partition;
 pub mod pidfd;
 pub mod process;
+pub mod reopen;
 pub mod ring;
 pub mod scm;
 pub mod statx;

@@ -1,0 +1,348 @@
+//! Making images, empty or with content.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::bail;
+use crate::descriptor::ImageMode;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::header::{self, Header, Version};
+use crate::format::{bat, limits};
+use crate::report;
+use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+use crate::units::{ClusterSize, SECTOR};
+
+use super::complete::complete;
+use super::content::{Content, Piece};
+
+/// What to make.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Params {
+    pub version: Version,
+    pub cluster: ClusterSize,
+    /// Rounded by [`limits::round_size`].
+    pub sectors: u64,
+    pub mode: ImageMode,
+}
+
+/// What was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Built {
+    /// The disk's size, rounded.
+    pub sectors: u64,
+    /// None for a raw image.
+    pub header: Option<Header>,
+    /// Length of the file in bytes.
+    pub bytes: u64,
+}
+
+/// Told now and then how many bytes of how many are done. An error ends the making and removes the file.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// Bytes written at once, or a cluster if that is more.
+const WINDOW: u64 = 4 << 20;
+
+/// An image without content.
+pub fn create(path: &Path, params: &Params, progress: Progress<'_>) -> Result<Built> {
+    build(path, params, &[], progress)
+}
+
+/// Makes an image with this content, exclusively, mode 0600, and syncs it; the folder's entry is for the caller to make
+/// durable, usually after a rename. Pieces may come in any order and must not overlap; what none covers reads as zero.
+///
+/// A file of that name is an error (38) and stays. If anything fails the new file is removed.
+pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progress<'_>) -> Result<Built> {
+    let sectors = limits::round_size(params.version, params.cluster, params.sectors)?;
+    let content = Content::new(pieces, sectors * SECTOR)?;
+    let plan = plan(params, sectors)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|e| {
+            let kind = if e.kind() == io::ErrorKind::AlreadyExists { Kind::Param } else { Kind::Creat };
+            Error::with(kind, format!("cannot create image {}", path.display()), e)
+        })?;
+    let mut work = Work { file: &file, path, params, plan, content, progress, done: 0, total: 0 };
+    let made = match params.mode {
+        ImageMode::Expanded => work.expanded(),
+        ImageMode::Preallocated => work.preallocated(),
+        ImageMode::Raw => work.raw(),
+    };
+    let made = made.and_then(|bytes| {
+        file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {}", path.display()))?;
+        Ok(Built { sectors, header: work.plan.header, bytes })
+    });
+    if made.is_err() {
+        // Ours: it was made exclusively above.
+        let _ = std::fs::remove_file(path);
+    }
+    made
+}
+
+struct Plan {
+    /// None for raw.
+    header: Option<Header>,
+    sectors: u64,
+}
+
+fn plan(params: &Params, sectors: u64) -> Result<Plan> {
+    if params.mode == ImageMode::Raw {
+        return Ok(Plan { header: None, sectors });
+    }
+    let header = Header::new(params.version, params.cluster, sectors)?;
+    if params.mode == ImageMode::Preallocated {
+        let end = u64::from(header.first_data()) + u64::from(header.clusters());
+        if end > u64::from(bat::place_limit(params.version, params.cluster)) {
+            bail!(
+                Param,
+                "disk size {sectors} sectors: a preallocated version {} image cannot name so many clusters",
+                params.version.number()
+            );
+        }
+    }
+    Ok(Plan { header: Some(header), sectors })
+}
+
+struct Work<'a> {
+    file: &'a File,
+    path: &'a Path,
+    params: &'a Params,
+    plan: Plan,
+    content: Content<'a>,
+    progress: Progress<'a>,
+    done: u64,
+    total: u64,
+}
+
+impl Work<'_> {
+    fn cluster(&self) -> u64 {
+        self.params.cluster.bytes()
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        write_all(self.file, bytes, at)
+            .ctx(Kind::Write, || format!("cannot write image {} at offset {at}", self.path.display()))
+    }
+
+    fn advance(&mut self, bytes: u64) -> Result<()> {
+        self.done = (self.done + bytes).min(self.total);
+        (self.progress)(self.done, self.total)
+    }
+
+    fn header(&self) -> Result<Header> {
+        self.plan.header.ok_or_else(|| Error::new(Kind::Param, "a raw image has no header"))
+    }
+
+    /// Header and BAT, then the clusters that hold anything but zeroes, in the disk's order.
+    fn expanded(&mut self) -> Result<u64> {
+        let mut header = self.header()?;
+        let size = self.cluster();
+        let (version, cluster) = (self.params.version, self.params.cluster);
+        let table = u64::from(header.first_data()) * size;
+        self.total = table + self.content.bytes();
+        let mut place = header.first_data();
+        let mut entries: Vec<(u32, u32)> = Vec::new();
+        self.windows(&mut |work, at, window| {
+            let clusters = window.len() as u64 / size;
+            let mut i = 0;
+            while i < clusters {
+                let run = (i..clusters).take_while(|n| !is_zero(part(window, *n, 1, size))).count() as u64;
+                if run == 0 {
+                    i += 1;
+                    continue;
+                }
+                work.write(part(window, i, run, size), u64::from(place) * size)?;
+                for n in i..i + run {
+                    let entry = bat::encode(version, cluster, place).filter(|_| place < u32::MAX);
+                    let Some(entry) = entry else {
+                        bail!(Param, "version {} cannot name image cluster {place}", version.number());
+                    };
+                    entries.push(((at / size + n) as u32, entry));
+                    place += 1;
+                }
+                i += run;
+            }
+            Ok(())
+        })?;
+        if !entries.is_empty() {
+            header.flags &= !header::FLAG_EMPTY;
+        }
+        let mut next = entries.iter().peekable();
+        self.table(&header, table, &mut |put, first, last| {
+            while let Some(&&(c, entry)) = next.peek() {
+                if u64::from(c) >= last {
+                    break;
+                }
+                put(u64::from(c) - first, entry);
+                next.next();
+            }
+        })?;
+        self.plan.header = Some(header);
+        Ok(u64::from(place) * size)
+    }
+
+    /// Every cluster has its place from the start, reserved and reading as zero where nothing is written.
+    fn preallocated(&mut self) -> Result<u64> {
+        let mut header = self.header()?;
+        // All of them are data clusters.
+        header.flags &= !header::FLAG_EMPTY;
+        let size = self.cluster();
+        let table = u64::from(header.first_data()) * size;
+        let len = table + u64::from(header.clusters()) * size;
+        self.total = table + self.content.bytes();
+        let reserved = self.reserve(len)?;
+        self.content_in_place(table)?;
+        let (version, cluster, first_data) = (self.params.version, self.params.cluster, header.first_data());
+        let clusters = u64::from(header.clusters());
+        self.table(&header, table, &mut |put, first, last| {
+            for c in first..last.min(clusters) {
+                // Bounded by `plan`.
+                put(c - first, bat::encode(version, cluster, first_data + c as u32).unwrap_or(0));
+            }
+        })?;
+        if reserved {
+            self.finish(len)?;
+        }
+        self.plan.header = Some(header);
+        Ok(len)
+    }
+
+    fn raw(&mut self) -> Result<u64> {
+        let len = self.plan.sectors * SECTOR;
+        self.total = self.content.bytes();
+        self.reserve(len)?;
+        self.content_in_place(0)?;
+        self.finish(len)?;
+        Ok(len)
+    }
+
+    /// Space for the whole file, reading as zero; false if it is only long enough.
+    fn reserve(&mut self, len: u64) -> Result<bool> {
+        let name = self.path.display();
+        match fallocate(self.file, FallocateFlags::empty(), 0, len as i64) {
+            Ok(()) => return Ok(true),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {}
+            Err(e) => {
+                return Err(Error::with(
+                    Kind::Fallocate,
+                    format!("cannot reserve {len} bytes for image {name}"),
+                    io::Error::from(e),
+                ));
+            }
+        }
+        if self.params.mode == ImageMode::Preallocated {
+            report::warn(format_args!("image {name}: the file system cannot reserve space, the file is made sparse"));
+            self.file.set_len(len).ctx(Kind::Ftruncate, || format!("cannot extend image {name} to {len} bytes"))?;
+            return Ok(false);
+        }
+        let zeroes = AlignedBuf::new(WINDOW as usize);
+        self.total += len;
+        let mut at = 0;
+        while at < len {
+            let n = (len - at).min(WINDOW);
+            self.write(&zeroes[..n as usize], at)?;
+            self.advance(n)?;
+            at += n;
+        }
+        Ok(true)
+    }
+
+    /// Content at its place on the disk plus `shift`, whole clusters.
+    fn content_in_place(&mut self, shift: u64) -> Result<()> {
+        self.windows(&mut |work, at, window| {
+            if is_zero(window) { Ok(()) } else { work.write(window, shift + at) }
+        })
+    }
+
+    /// Reserved space must be on cluster borders to pass for whole.
+    fn finish(&mut self, len: u64) -> Result<()> {
+        complete(self.file, self.params.cluster, len)
+            .ctx(Kind::Write, || format!("cannot complete image {}", self.path.display()))
+    }
+
+    /// Calls `each` with every stretch of whole clusters (the disk's offset and bytes) that has content.
+    fn windows(&mut self, each: &mut dyn FnMut(&mut Self, u64, &[u8]) -> Result<()>) -> Result<()> {
+        let size = self.cluster();
+        let span = WINDOW.max(size);
+        let mut buf = AlignedBuf::new(span as usize);
+        let end = self.plan.sectors * SECTOR;
+        while let Some(first) = self.content.next_offset() {
+            let start = first / size * size;
+            let len = span.min(end - start) as usize;
+            let window = &mut buf[..len];
+            window.fill(0);
+            let mut read = 0;
+            while let Some(chunk) = self.content.take(start + len as u64) {
+                let at = (chunk.device_offset - start) as usize;
+                let into = &mut window[at..at + chunk.len as usize];
+                match chunk.source {
+                    super::content::Source::Bytes(bytes) => {
+                        into.copy_from_slice(&bytes[chunk.source_offset as usize..][..chunk.len as usize]);
+                    }
+                    super::content::Source::File { file, .. } => {
+                        read_exact(file, into, chunk.source_offset).ctx(Kind::Read, || {
+                            format!(
+                                "cannot read the content of image {} at {}",
+                                self.path.display(),
+                                chunk.device_offset
+                            )
+                        })?
+                    }
+                }
+                read += chunk.len;
+            }
+            each(self, start, window)?;
+            self.advance(read)?;
+        }
+        Ok(())
+    }
+
+    /// Writes header and BAT. `fill` puts the entries of clusters `[first, last)` into slots counted from `first`.
+    fn table(&mut self, header: &Header, table: u64, fill: &mut FillTable<'_>) -> Result<()> {
+        let mut buf = AlignedBuf::new(table.min(WINDOW) as usize);
+        let mut at = 0;
+        while at < table {
+            let len = (table - at).min(WINDOW) as usize;
+            let bytes = &mut buf[..len];
+            bytes.fill(0);
+            let skip = if at == 0 { header::SIZE } else { 0 };
+            let first = (at + skip as u64 - bat::HEADER_BYTES) / 4;
+            let last = (at + len as u64 - bat::HEADER_BYTES) / 4;
+            fill(
+                &mut |slot, entry| {
+                    let from = skip + slot as usize * 4;
+                    bytes[from..from + 4].copy_from_slice(&entry.to_le_bytes());
+                },
+                first,
+                last,
+            );
+            if at == 0 {
+                bytes[..header::SIZE].copy_from_slice(&header.encode());
+            }
+            self.write(&buf[..len], at)?;
+            self.advance(len as u64)?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+}
+
+type FillTable<'a> = dyn FnMut(&mut dyn FnMut(u64, u32), u64, u64) + 'a;
+
+fn part(window: &[u8], cluster: u64, count: u64, size: u64) -> &[u8] {
+    &window[(cluster * size) as usize..((cluster + count) * size) as usize]
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|c| c == &ZEROES[..c.len()])
+}
