@@ -146,6 +146,50 @@ enum ploop_replace_flags {
 /* State of the library behind a ploop_disk_images_data; opaque. */
 struct ploop_disk_images_runtime_data;
 
+/* One image of a disk. Owned by the library, read-only. */
+struct ploop_image_data {
+    char *guid;
+    /* Path. */
+    char *file;
+};
+
+/* One snapshot of a disk. Owned by the library, read-only. */
+struct ploop_snapshot_data {
+    char *guid;
+    /* The null GUID for the base. */
+    char *parent_guid;
+    /* Non-zero: to be merged away when nobody uses it. */
+    int temporary;
+};
+
+/*
+ * A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that
+ * locks the descriptor has read it, and read again by each such function: pointers from here do not outlive the next call.
+ */
+struct ploop_disk_images_data {
+    /* Size of the disk in sectors. */
+    unsigned long long size;
+    unsigned int heads;
+    unsigned int cylinders;
+    unsigned int sectors;
+    /* enum ploop_image_mode. */
+    int mode;
+    int nimages;
+    /* nimages pointers, in the descriptor's order. */
+    struct ploop_image_data **images;
+    char *top_guid;
+    int nsnapshots;
+    /* nsnapshots pointers. */
+    struct ploop_snapshot_data **snapshots;
+    struct ploop_disk_images_runtime_data *runtime;
+    /* Cluster size in sectors. */
+    unsigned int blocksize;
+    /* Limit of the top delta in sectors; 0: none. */
+    unsigned long long max_delta_size;
+    /* Reserved. */
+    char dummy[32];
+};
+
 /* How to mount an image. */
 struct ploop_mount_param {
     /* Device to use; empty: one is chosen and its path stored here. */
@@ -213,50 +257,6 @@ struct ploop_replace_param {
     /* enum ploop_replace_flags. */
     int flags;
     /* Reserved, keep 0. */
-    char dummy[32];
-};
-
-/* One image of a disk. Owned by the library, read-only. */
-struct ploop_image_data {
-    char *guid;
-    /* Path. */
-    char *file;
-};
-
-/* One snapshot of a disk. Owned by the library, read-only. */
-struct ploop_snapshot_data {
-    char *guid;
-    /* The null GUID for the base. */
-    char *parent_guid;
-    /* Non-zero: to be merged away when nobody uses it. */
-    int temporary;
-};
-
-/*
- * A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that
- * locks the descriptor has read it, and read again by each such function: pointers from here do not outlive the next call.
- */
-struct ploop_disk_images_data {
-    /* Size of the disk in sectors. */
-    unsigned long long size;
-    unsigned int heads;
-    unsigned int cylinders;
-    unsigned int sectors;
-    /* enum ploop_image_mode. */
-    int mode;
-    int nimages;
-    /* nimages pointers, in the descriptor's order. */
-    struct ploop_image_data **images;
-    char *top_guid;
-    int nsnapshots;
-    /* nsnapshots pointers. */
-    struct ploop_snapshot_data **snapshots;
-    struct ploop_disk_images_runtime_data *runtime;
-    /* Cluster size in sectors. */
-    unsigned int blocksize;
-    /* Limit of the top delta in sectors; 0: none. */
-    unsigned long long max_delta_size;
-    /* Reserved. */
     char dummy[32];
 };
 
@@ -415,6 +415,30 @@ struct ploop_copy_stat {
 #ifdef __cplusplus
 extern "C" {
 #endif /* __cplusplus */
+
+/*
+ * Makes an object for the disk with descriptor fname, to be freed by ploop_close_dd(). The descriptor is not read yet.
+ * Missing descriptor: SYSEXIT_DISKDESCR, and *di is left alone.
+ */
+int ploop_open_dd(struct ploop_disk_images_data **di, const char *fname);
+
+/* Frees an object of ploop_open_dd() and everything in it. NULL is allowed. */
+void ploop_close_dd(struct ploop_disk_images_data *di);
+
+/*
+ * Sets the component (at most 63 bytes) by which devices of this object are made and looked for: one image can be attached
+ * once for each. NULL or "": none.
+ */
+int ploop_set_component_name(struct ploop_disk_images_data *di, const char *component_name);
+
+/* Stores the path of the top delta in out, a buffer of len bytes. Too short: SYSEXIT_PARAM. */
+int ploop_get_top_delta_fname(struct ploop_disk_images_data *di, char *out, int len);
+
+/* Stores the path of the base delta in out, a buffer of len bytes. Too short: SYSEXIT_PARAM. */
+int ploop_get_base_delta_fname(struct ploop_disk_images_data *di, char *out, int len);
+
+/* Stores a new random GUID in uuid, a buffer of len bytes (at least 39). */
+int ploop_uuid_generate(char *uuid, int len);
 
 /*
  * Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the

@@ -2,6 +2,8 @@
 //! return classic codes. Panics never cross; memory handed out comes from malloc.
 //!
 //! What is exported, by file:
+//! - [`descriptor`]: ploop_open_dd, ploop_close_dd, ploop_set_component_name, ploop_get_top_delta_fname,
+//!   ploop_get_base_delta_fname, ploop_uuid_generate
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //!
@@ -10,6 +12,8 @@
 mod boundary;
 pub mod consts;
 mod convert;
+pub mod descriptor;
+mod handle;
 pub mod kernel_consts;
 pub mod log;
 pub mod types;
