@@ -3,6 +3,7 @@
 //! Content never changes: only what reads as zero is written, with zeroes. The classic's check calls an image on ext4
 //! "sparse" (and refuses it) when a hole or an unwritten extent that does not begin and end on cluster borders is left.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 
@@ -45,11 +46,23 @@ pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
 
 /// A range that reads as zero and must be filled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Gap {
-    start: u64,
-    len: u64,
+pub struct Gap {
+    pub start: u64,
+    pub len: u64,
     /// Nothing is allocated there; else unwritten space.
-    hole: bool,
+    pub hole: bool,
+}
+
+impl fmt::Display for Gap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.hole { "a hole" } else { "unwritten space off cluster borders" };
+        write!(f, "{what} of {} bytes at offset {}", self.len, self.start)
+    }
+}
+
+/// The first thing that [`complete`] would fill in `[0, len)`.
+pub fn first_gap(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Option<Gap>> {
+    Ok(find_gaps(file, cluster, len)?.first().copied())
 }
 
 fn find_gaps(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Vec<Gap>> {

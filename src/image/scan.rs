@@ -227,3 +227,26 @@ impl Work<'_> {
         Ok(())
     }
 }
+
+/// Entry, value and rule in words.
+pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) -> String {
+    let at = bat::HEADER_BYTES + 4 * found.cluster;
+    let value = found.entry;
+    let head = format!("BAT entry of cluster {} (offset {at}) is {value}", found.cluster);
+    match problem {
+        Problem::BeyondDisk => {
+            format!("{head}: the disk has {} clusters, entries behind them must be 0", header.clusters())
+        }
+        Problem::Misaligned => {
+            format!("{head}: must be a multiple of the cluster size, {} sectors", header.cluster.sectors())
+        }
+        Problem::BeyondFile => format!(
+            "{head}: must lie inside the file, which holds {} whole clusters ({file_len} bytes)",
+            file_len / header.cluster.bytes()
+        ),
+        Problem::InTable => {
+            format!("{head}: header and BAT fill the first {} clusters of the file", header.first_data())
+        }
+        Problem::Twice => format!("{head}: another cluster's entry has the same value, each must be unique"),
+    }
+}
