@@ -1,5 +1,5 @@
-//! The GUID partition table: written as the classic tool writes it (one partition, named `primary`, from the first
-//! cluster to the last whole one that leaves a cluster free), read with every check sum proved.
+//! The GUID partition table of a new disk, as the classic tool writes it: one partition, named `primary`, from the first
+//! cluster to the last whole one that leaves a cluster free.
 
 use std::io;
 
@@ -121,124 +121,13 @@ impl Layout {
     }
 }
 
-/// A partition found on a disk; positions in logical sectors of that disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Partition {
-    /// From 1, as in the node's name.
-    pub number: u32,
-    pub first: u64,
-    pub last: u64,
-    pub name: String,
-}
-
-/// A valid table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Table {
-    /// Bytes of a logical sector for which the table was made.
-    pub sector: u64,
-    pub partitions: Vec<Partition>,
-    /// The first copy was damaged, the one at the end was taken.
-    pub from_backup: bool,
-}
-
 /// Reads bytes of a disk at a byte offset, all or nothing.
 pub type ReadAt<'a> = dyn FnMut(u64, &mut [u8]) -> io::Result<()> + 'a;
-
-/// The table of a disk of `bytes` bytes with logical sectors of `sector` bytes. None if there is no signature where
-/// one belongs; a table with wrong check sums or impossible partitions in both copies is an error (`Format`).
-pub fn read(read_at: &mut ReadAt<'_>, bytes: u64, sector: u64) -> Result<Option<Table>> {
-    let sectors = bytes / sector;
-    if sectors < 6 {
-        return Ok(None);
-    }
-    let mut signature = [0; 8];
-    read_or(read_at, sector, &mut signature)?;
-    if &signature != b"EFI PART" {
-        return Ok(None);
-    }
-    let primary = match read_copy(read_at, 1, sectors, sector) {
-        Ok(partitions) => return Ok(Some(Table { sector, partitions, from_backup: false })),
-        Err(e) if e.kind() == Kind::Format => e,
-        Err(e) => return Err(e),
-    };
-    match read_copy(read_at, sectors - 1, sectors, sector) {
-        Ok(partitions) => Ok(Some(Table { sector, partitions, from_backup: true })),
-        Err(backup) if backup.kind() == Kind::Format => {
-            Err(Error::new(Kind::Format, format!("{primary}; the copy at the end: {backup}")))
-        }
-        Err(e) => Err(e),
-    }
-}
-
-fn read_or(read_at: &mut ReadAt<'_>, offset: u64, buf: &mut [u8]) -> Result<()> {
-    let len = buf.len();
-    read_at(offset, buf)
-        .map_err(|e| Error::with(Kind::Read, format!("partition table: {len} bytes at {offset} cannot be read"), e))
-}
-
-fn read_copy(read_at: &mut ReadAt<'_>, own: u64, sectors: u64, sector: u64) -> Result<Vec<Partition>> {
-    let bad = |what: String| Error::new(Kind::Format, format!("partition table at sector {own}: {what}"));
-    let mut header = vec![0; sector as usize];
-    read_or(read_at, own * sector, &mut header)?;
-    let u32_at = |h: &[u8], at: usize| u32::from_le_bytes([h[at], h[at + 1], h[at + 2], h[at + 3]]);
-    let u64_at = |h: &[u8], at: usize| u64::from(u32_at(h, at)) | u64::from(u32_at(h, at + 4)) << 32;
-
-    if &header[..8] != b"EFI PART" {
-        return Err(bad("no signature".into()));
-    }
-    let size = u32_at(&header, 12) as usize;
-    if !(HEADER..=header.len()).contains(&size) {
-        return Err(bad(format!("header of {size} bytes, wanted {HEADER} to {}", header.len())));
-    }
-    let stored = u32_at(&header, 16);
-    header[16..20].fill(0);
-    let seen = crc32fast::hash(&header[..size]);
-    if seen != stored {
-        return Err(bad(format!("check sum of the header is {seen:#010x}, the header says {stored:#010x}")));
-    }
-    let place = u64_at(&header, 24);
-    if place != own {
-        return Err(bad(format!("the header says it is sector {place}")));
-    }
-    let (first_usable, last_usable) = (u64_at(&header, 40), u64_at(&header, 48));
-    let (array, count, entry) = (u64_at(&header, 72), u32_at(&header, 80), u32_at(&header, 84));
-    // Bounds before anything is allocated by the header's word: the standard's entry sizes are 128 * 2^n.
-    if !(128..=4096).contains(&entry) || !entry.is_power_of_two() || count == 0 || count > 1024 {
-        return Err(bad(format!("{count} entries of {entry} bytes")));
-    }
-    let len = u64::from(count) * u64::from(entry);
-    if array < 2 || array.checked_add(len.div_ceil(sector)).is_none_or(|end| end > sectors) {
-        return Err(bad(format!("entries at sector {array} do not fit a disk of {sectors} sectors")));
-    }
-    let mut entries = vec![0; len as usize];
-    read_or(read_at, array * sector, &mut entries)?;
-    let (seen, stored) = (crc32fast::hash(&entries), u32_at(&header, 88));
-    if seen != stored {
-        return Err(bad(format!("check sum of the entries is {seen:#010x}, the header says {stored:#010x}")));
-    }
-
-    let mut found = Vec::new();
-    for (i, e) in entries.chunks_exact(entry as usize).enumerate() {
-        if e[..16].iter().all(|b| *b == 0) {
-            continue;
-        }
-        let (first, last) = (u64_at(e, 32), u64_at(e, 40));
-        if first < first_usable || first > last || last > last_usable || last >= sectors {
-            return Err(bad(format!(
-                "partition {} from sector {first} to {last} does not lie in the usable sectors {first_usable} to {last_usable} of {sectors}",
-                i + 1
-            )));
-        }
-        let units: Vec<u16> =
-            e[56..128].chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]])).take_while(|u| *u != 0).collect();
-        found.push(Partition { number: i as u32 + 1, first, last, name: String::from_utf16_lossy(&units) });
-    }
-    Ok(found)
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::partitions::{Entry, read_gpt};
 
     fn disk(sectors: u64, pieces: &[Piece]) -> Vec<u8> {
         let mut d = vec![0; (sectors * SECTOR) as usize];
@@ -248,13 +137,12 @@ mod tests {
         d
     }
 
-    fn parse(d: &[u8]) -> Result<Option<Table>> {
-        let mut at = |o: u64, buf: &mut [u8]| -> io::Result<()> {
-            let o = o as usize;
-            buf.copy_from_slice(d.get(o..o + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
+    fn partitions(d: &[u8]) -> Vec<Entry> {
+        read_gpt(d.len() as u64, |buf, at| {
+            buf.copy_from_slice(&d[at as usize..at as usize + buf.len()]);
             Ok(())
-        };
-        read(&mut at, d.len() as u64, SECTOR)
+        })
+        .unwrap()
     }
 
     #[test]
@@ -266,43 +154,32 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn both_copies_are_read_as_written() {
         let layout = Layout::single(8192, ClusterSize::from_sectors(64).unwrap()).unwrap();
-        let d = disk(8192, &layout.pieces());
-        let table = parse(&d).unwrap().unwrap();
-        assert!(!table.from_backup);
-        assert_eq!(table.partitions, [Partition { number: 1, first: 64, last: 8127, name: "primary".into() }]);
-    }
-
-    #[test]
-    fn backup_serves_when_the_first_copy_is_damaged() {
-        let layout = Layout::single(8192, ClusterSize::from_sectors(64).unwrap()).unwrap();
+        let want = [Entry { number: 1, start: 64 * SECTOR, length: (8192 - 128) * SECTOR }];
         let mut d = disk(8192, &layout.pieces());
+        assert_eq!(partitions(&d), want);
+        let name: Vec<u8> = "primary".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert_eq!(d[1024 + 56..1024 + 56 + name.len()], name);
         d[512 + 40] ^= 1;
-        assert!(parse(&d).unwrap().unwrap().from_backup);
-        let end = d.len();
-        d[end - 512 + 40] ^= 1;
-        assert_eq!(parse(&d).unwrap_err().kind(), Kind::Format);
+        assert_eq!(partitions(&d), want, "the copy at the end");
     }
 
     #[test]
-    fn no_byte_of_the_first_copy_can_change_unseen() {
-        let layout = Layout::single(512, ClusterSize::from_sectors(64).unwrap()).unwrap();
-        let good = disk(512, &layout.pieces());
-        for at in (512..512 + HEADER).chain(1024..1024 + 256) {
-            let mut d = good.clone();
-            d[at] ^= 0x10;
-            match parse(&d) {
-                Ok(Some(t)) => assert!(t.from_backup, "byte {at}"),
-                Ok(None) => assert!(at < 520, "byte {at}"),
-                Err(e) => panic!("byte {at}: {e}"),
-            }
+    fn another_tool_finds_no_fault() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk");
+        let layout = Layout::single(65536, ClusterSize::DEFAULT).unwrap();
+        std::fs::write(&file, disk(65536, &layout.pieces())).unwrap();
+        let args = ["-s", "-m"].map(std::ffi::OsStr::new);
+        let args = [&args[..], &[file.as_os_str(), "unit".as_ref(), "s".as_ref(), "print".as_ref()]].concat();
+        let seen = crate::fs::helper::run("parted", &args).unwrap();
+        if seen.status == crate::fs::helper::NOT_STARTED {
+            println!("SKIP: parted is not installed");
+            return;
         }
-    }
-
-    #[test]
-    fn a_disk_without_table_has_none() {
-        assert_eq!(parse(&vec![0; 65536]).unwrap(), None);
-        assert_eq!(parse(&[0; 512]).unwrap(), None);
+        assert_eq!((seen.status, seen.err.as_str()), (0, ""), "{}", seen.out);
+        assert!(seen.out.contains(":65536s:") && seen.out.contains(":gpt:"), "{}", seen.out);
+        assert!(seen.out.contains("1:2048s:63487s:61440s::primary:;"), "{}", seen.out);
     }
 }

@@ -22,6 +22,8 @@ pub struct Mount {
     /// What was mounted, as the mounting process named it.
     pub source: PathBuf,
     pub read_only: bool,
+    /// Options of the file system, not of this mount of it.
+    pub options: String,
 }
 
 /// All mounts, oldest first.
@@ -58,6 +60,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
         fstype,
         source,
         read_only: ro(mount_options) || ro(super_options),
+        options: String::from_utf8_lossy(super_options).into_owned(),
     })
 }
 

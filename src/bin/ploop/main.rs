@@ -1,1 +1,224 @@
-fn main() {}
+//! The `ploop` command: finds the command by name, runs it, turns its end into an exit status. One file per command.
+//! Links named `mount.ploop`, `umount.ploop` and `ploop-balloon` make it these tools.
+
+#![forbid(unsafe_code)]
+
+mod getopt;
+mod init;
+mod later;
+mod values;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command as Process, ExitCode};
+
+use ploop::error::{Error, Kind};
+use ploop::report;
+use ploop::sys::signals;
+
+use getopt::{HELP, Long, Parsed, VERSION};
+
+/// How a command fails.
+pub enum Fail {
+    /// Wrong use: the message if there is one, then the command's usage, on stderr; status 38.
+    Usage(Option<String>),
+    /// A wrong argument: the message on stderr; status 38.
+    Mistake(String),
+    /// The library's error, shown by its log.
+    Library(Error),
+    /// Nothing more to say.
+    Status(u8),
+}
+
+impl From<Error> for Fail {
+    fn from(e: Error) -> Fail {
+        Fail::Library(e)
+    }
+}
+
+/// A wrong argument.
+pub fn mistake(message: impl Into<String>) -> Fail {
+    Fail::Mistake(message.into())
+}
+
+/// Wrong use of the command.
+pub fn misuse<T>() -> Result<T, Fail> {
+    Err(Fail::Usage(None))
+}
+
+/// Result data, on stdout whatever the level is.
+pub fn result(text: impl std::fmt::Display) -> Result<(), Fail> {
+    write_out(format!("{text}\n").as_bytes())
+}
+
+/// The same for bytes that need not be UTF-8.
+pub fn write_out(bytes: &[u8]) -> Result<(), Fail> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => Ok(()),
+        // Whoever read it has seen enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Err(Fail::Status(141)),
+        Err(e) => Err(Fail::Library(Error::with(Kind::Write, "standard output cannot be written", e))),
+    }
+}
+
+/// A command: its name, its letters and long options, its usage, what it does.
+pub struct Command {
+    pub name: &'static str,
+    pub short: &'static str,
+    pub long: &'static [Long],
+    pub usage: &'static str,
+    pub run: fn(Parsed) -> Result<(), Fail>,
+}
+
+const COMMANDS: [&Command; 1] = [&init::COMMAND];
+
+/// The console level until `-v` says otherwise.
+const CONSOLE: i32 = 3;
+
+const SUMMARY: &str = "\
+Usage: ploop [-v...] COMMAND [options] ARGUMENTS
+
+  ploop init -s SIZE FILE            make a disk: an image, and DiskDescriptor.xml beside it
+  ploop mount [-r] [-m DIR] DISK     make it a block device, and mount its file system
+  ploop umount { -d DEVICE | -m DIR | DISK }
+  ploop list [-a]                    devices
+  ploop info [-s] [-d] DISK          how full it is, its size, its device
+  ploop info --image FILE            what is in an image file
+  ploop check { DISK | FILE }        look for damage, change nothing
+  ploop tour                         see all of it work, in a temporary folder
+  ploop doctor                       what this machine offers, and what is wrong with devices
+
+DISK is a DiskDescriptor.xml; mount also takes a bare image FILE.
+ploop COMMAND --help tells more; so does the manual page ploop(8).
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let program = args.next().unwrap_or_default();
+    let args: Vec<OsString> = args.collect();
+    signals::cancel_on_termination();
+    report::set_verbose_level(CONSOLE);
+    let status = match Path::new(&program).file_name().and_then(OsStr::to_str) {
+        Some("ploop-balloon") => later::balloon(),
+        _ => ploop_command(&args),
+    };
+    ExitCode::from(status)
+}
+
+fn ploop_command(args: &[OsString]) -> u8 {
+    let mut level = CONSOLE;
+    let mut rest = args;
+    while let Some((first, tail)) = rest.split_first() {
+        match global(first.as_bytes(), level) {
+            Some(Global::Level(new)) => level = new,
+            Some(Global::Help) => return ended(SUMMARY, write_out(SUMMARY.as_bytes())),
+            Some(Global::Version) => return ended(SUMMARY, version()),
+            Some(Global::Bad) => {
+                eprintln!("ploop: unknown option {}", first.to_string_lossy());
+                return ended(SUMMARY, misuse());
+            }
+            None => break,
+        }
+        rest = tail;
+    }
+    report::set_verbose_level(level);
+    let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
+    match COMMANDS.iter().find(|c| name == c.name) {
+        Some(command) => run(command, args),
+        None => external(name, args),
+    }
+}
+
+/// Runs one command with its arguments.
+pub fn run(command: &Command, args: &[OsString]) -> u8 {
+    let _operation = report::cancel::begin();
+    let parsed = match getopt::parse(args, command.short, command.long) {
+        Ok(parsed) => parsed,
+        Err(message) => {
+            return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name)))));
+        }
+    };
+    let asked = parsed.options.iter().find(|(o, _)| matches!(*o, HELP | VERSION));
+    let end = match asked {
+        Some((HELP, _)) => write_out(command.usage.as_bytes()),
+        Some(_) => version(),
+        None => (command.run)(parsed),
+    };
+    ended(command.usage, end)
+}
+
+fn version() -> Result<(), Fail> {
+    result(format_args!("ploop {}", env!("CARGO_PKG_VERSION")))
+}
+
+fn ended(usage: &str, end: Result<(), Fail>) -> u8 {
+    const PARAM: u8 = Kind::Param as u8;
+    match end {
+        Ok(()) => 0,
+        Err(Fail::Usage(message)) => {
+            if let Some(message) = message {
+                eprintln!("{message}");
+            }
+            eprint!("{usage}");
+            PARAM
+        }
+        Err(Fail::Mistake(message)) => {
+            eprintln!("{message}");
+            PARAM
+        }
+        Err(Fail::Library(e)) => {
+            report::error(&e);
+            e.code() as u8
+        }
+        Err(Fail::Status(status)) => status,
+    }
+}
+
+enum Global {
+    Level(i32),
+    Help,
+    Version,
+    Bad,
+}
+
+/// An option before the command; none when the command begins.
+fn global(arg: &[u8], level: i32) -> Option<Global> {
+    let option = arg.strip_prefix(b"-")?;
+    Some(match option {
+        b"-help" => Global::Help,
+        b"-version" => Global::Version,
+        // -v, -vv and so on.
+        _ if !option.is_empty() && option.iter().all(|b| *b == b'v') => {
+            Global::Level(level.saturating_add(i32::try_from(option.len()).unwrap_or(i32::MAX)))
+        }
+        // -v3, -v-1.
+        [b'v', number @ ..] => match std::str::from_utf8(number).ok().and_then(|n| n.parse().ok()) {
+            Some(level) => Global::Level(level),
+            None => Global::Bad,
+        },
+        _ => Global::Bad,
+    })
+}
+
+/// A command that is not ours: `ploop-NAME` from PATH takes over, with the remaining arguments.
+fn external(name: &OsStr, args: &[OsString]) -> u8 {
+    let mut program = OsString::from("ploop-");
+    program.push(name);
+    if !name.as_bytes().contains(&b'/') {
+        let error = Process::new(&program).args(args).exec();
+        if error.kind() != io::ErrorKind::NotFound {
+            eprintln!("ploop: {} cannot be run: {error}", program.to_string_lossy());
+        }
+    }
+    match later::is_classic(name) {
+        true => later::not_yet(&name.to_string_lossy()),
+        false => {
+            let message = format!("ploop: unknown command {}", name.to_string_lossy());
+            ended(SUMMARY, Err(Fail::Usage(Some(message))))
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Commands of the classic tools that this version does not have.
+
+use std::ffi::OsStr;
+
+use ploop::error::Kind;
+
+const CLASSIC: [&str; 24] = [
+    "balloon",
+    "clear",
+    "convert",
+    "copy",
+    "delete",
+    "getdev",
+    "grow",
+    "merge",
+    "replace",
+    "resize",
+    "restore-descriptor",
+    "rm",
+    "snapshot",
+    "snapshot-delete",
+    "snapshot-list",
+    "snapshot-merge",
+    "snapshot-switch",
+    "start",
+    "stat",
+    "stop",
+    "tsnapshot",
+    "encrypt",
+    "degrade",
+    "fscheck",
+];
+
+/// Is it a command of the classic tool?
+pub fn is_classic(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|n| CLASSIC.contains(&n))
+}
+
+/// Says that a command is not there; the exit status.
+pub fn not_yet(name: &str) -> u8 {
+    eprintln!(
+        "ploop {name}: this version ({}) does not have this command yet; it has init, mount, umount, list, info, check, tour and doctor",
+        env!("CARGO_PKG_VERSION")
+    );
+    Kind::Param as u8
+}
+
+/// `ploop-balloon`.
+pub fn balloon() -> u8 {
+    eprintln!(
+        "ploop-balloon: this version ({}) does not have its commands yet (show, status, clear, change, complete, check, repair, discard)",
+        env!("CARGO_PKG_VERSION")
+    );
+    Kind::Param as u8
+}

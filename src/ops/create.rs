@@ -1,0 +1,271 @@
+//! Making a disk: the image, with partition, file system and balloon file in it, and its descriptor. No device and no
+//! root are needed. All of it grows under temporary names; the image gets its name when it is whole, the descriptor
+//! comes last.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::scratch::Scratch;
+use crate::bail;
+use crate::descriptor::{self, Descriptor, ImageMode};
+use crate::error::{IoContext, Kind, Result};
+use crate::format::header::{self, Header, Version};
+use crate::format::limits;
+use crate::fs::gpt::Layout;
+use crate::fs::mkfs::{self, FsSpec, FsType};
+use crate::image::content::Piece;
+use crate::image::create::{self as build, Params};
+use crate::image::open;
+use crate::report;
+use crate::units::{ClusterSize, SECTOR};
+
+/// Block size of a file system when none is asked for.
+const FS_BLOCK: u32 = 4096;
+
+/// A file system wanted in the new disk.
+#[derive(Clone, Copy, Debug)]
+pub struct FsParams {
+    pub fstype: FsType,
+    /// Bytes; 0: 4096.
+    pub block_size: u32,
+    /// Leave the inode tables to the first mount.
+    pub lazy: bool,
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct CreateParams {
+    pub image: PathBuf,
+    /// Size of the disk; rounded to whole clusters.
+    pub sectors: u64,
+    pub cluster: ClusterSize,
+    /// Without meaning for raw images.
+    pub version: Version,
+    pub mode: ImageMode,
+    /// None: an empty disk.
+    pub fs: Option<FsParams>,
+    /// The file system fills the disk, there is no partition table.
+    pub without_partition: bool,
+}
+
+/// Makes image and descriptor. An image or descriptor that is there already is `Param`, and nothing is touched; what
+/// an interrupted creation left in the folder is replaced or completed.
+pub fn create_image(params: &CreateParams) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let target = Target::find(&params.image)?;
+    let params = CreateParams { image: target.image.clone(), sectors: size(params)?, ..params.clone() };
+    let layout = match params.fs.is_some() && !params.without_partition {
+        true => Some(Layout::single(params.sectors, params.cluster)?),
+        false => None,
+    };
+    if exists(&target.descriptor)? {
+        bail!(
+            Param,
+            "{} exists already: a folder holds one disk; use another folder, or remove the old disk first",
+            target.descriptor.display()
+        );
+    }
+    let there = exists(&target.image)?;
+    if there && !exists(&target.folder.join(super::scratch::NAME))? {
+        return target.image_exists();
+    }
+
+    let scratch = Scratch::take(&target.folder)?;
+    if there {
+        // An interrupted creation keeps its own name of the image until the descriptor is there: the image is ours and
+        // whole, only the descriptor is missing.
+        if !same_file(&scratch.image(), &target.image)? {
+            return target.image_exists();
+        }
+        target.same_parameters(&params)?;
+        report::say(0, format_args!("{} was left by an interrupted creation, completing it", target.image.display()));
+        return target.commit(&params);
+    }
+    scratch.clear()?;
+    report::say(
+        0,
+        format_args!(
+            "Creating delta {} bs={} size={} sectors {}",
+            target.image.display(),
+            params.cluster.sectors(),
+            params.sectors,
+            kind_of_image(&params)
+        ),
+    );
+    fill(&scratch, &params, layout.as_ref())?;
+    target.place(&scratch)?;
+    target.commit(&params).inspect_err(|_| {
+        // It is the file that we gave this name a moment ago.
+        if same_file(&scratch.image(), &target.image).unwrap_or(false) {
+            let _ = fs::remove_file(&target.image);
+        }
+    })?;
+    report::say(0, format_args!("Created {} and {}", target.image.display(), target.descriptor.display()));
+    Ok(())
+}
+
+fn kind_of_image(params: &CreateParams) -> String {
+    match params.mode {
+        ImageMode::Raw => "raw".into(),
+        ImageMode::Expanded => format!("v{}", params.version.number()),
+        ImageMode::Preallocated => format!("v{} preallocated", params.version.number()),
+    }
+}
+
+/// The size that the disk will have, in sectors.
+fn size(params: &CreateParams) -> Result<u64> {
+    let version = match params.mode {
+        ImageMode::Raw => Version::V2,
+        _ => params.version,
+    };
+    let sectors = limits::round_size(version, params.cluster, params.sectors)?;
+    if params.fs.is_some() && sectors > limits::MAX_FS_SECTORS {
+        bail!(
+            Param,
+            "disk size {} sectors: with a file system at most {} (16 TiB)",
+            params.sectors,
+            limits::MAX_FS_SECTORS
+        );
+    }
+    if sectors == 0 {
+        bail!(
+            Param,
+            "disk size {} sectors cannot be rounded to a cluster of {} sectors in a version {} image; use a smaller cluster (-b)",
+            params.sectors,
+            params.cluster.sectors(),
+            version.number()
+        );
+    }
+    Ok(sectors)
+}
+
+fn image_params(params: &CreateParams) -> Params {
+    Params { version: params.version, cluster: params.cluster, sectors: params.sectors, mode: params.mode }
+}
+
+/// Builds the whole image under its temporary name, durable.
+fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Result<()> {
+    let mut progress = |_, _| match report::cancel::requested() {
+        true => bail!(Creat, "making {} was cancelled", params.image.display()),
+        false => Ok(()),
+    };
+    let Some(fs) = params.fs else {
+        return build::create(&scratch.image(), &image_params(params), &mut progress).map(drop);
+    };
+    let (first, sectors) = layout.map_or((0, params.sectors), |l| (l.first, l.sectors()));
+    let content_path = scratch.content();
+    let content = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&content_path)
+        .ctx(Kind::Creat, || format!("{} cannot be made", content_path.display()))?;
+    content
+        .set_len(sectors * SECTOR)
+        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), sectors * SECTOR))?;
+    let block_size = if fs.block_size == 0 { FS_BLOCK } else { fs.block_size };
+    let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy };
+    report::say(0, format_args!("Making file system {}", fs.fstype.name()));
+    mkfs::make(&content_path, &spec, scratch.path())?;
+    let table = layout.map(Layout::pieces);
+    let mut pieces = vec![Piece::file(first * SECTOR, &content, sectors * SECTOR)];
+    pieces.extend(table.iter().flatten().map(|p| Piece::bytes(p.offset, &p.bytes)));
+    build::build(&scratch.image(), &image_params(params), &pieces, &mut progress)?;
+    fs::remove_file(&content_path).ctx(Kind::Unlink, || content_path.display().to_string())
+}
+
+/// The names that the new disk will have.
+struct Target {
+    folder: PathBuf,
+    image: PathBuf,
+    descriptor: PathBuf,
+}
+
+impl Target {
+    fn find(image: &Path) -> Result<Target> {
+        let Some(name) = image.file_name() else {
+            bail!(Param, "{} does not name a file", image.display());
+        };
+        let folder = match image.parent() {
+            Some(p) if !p.as_os_str().is_empty() => p,
+            _ => Path::new("."),
+        };
+        let folder = fs::canonicalize(folder).ctx(Kind::Creat, || format!("folder {}", folder.display()))?;
+        let target = Target { image: folder.join(name), descriptor: folder.join(descriptor::FILE_NAME), folder };
+        if target.image == target.descriptor {
+            bail!(Param, "{} is the descriptor's name; give the image another one", image.display());
+        }
+        Ok(target)
+    }
+
+    fn image_exists<T>(&self) -> Result<T> {
+        bail!(
+            Param,
+            "{} exists already and is left as it is; give another name, or remove it yourself",
+            self.image.display()
+        )
+    }
+
+    /// Gives the image its name, which nothing may have. A second name is best: as long as the first one stays, an
+    /// interrupted creation can be told from somebody's image.
+    fn place(&self, scratch: &Scratch) -> Result<()> {
+        let from = scratch.image();
+        match fs::hard_link(&from, &self.image) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return self.image_exists(),
+            // A file system without links.
+            Err(_) => descriptor::rename_new(&from, &self.image)?,
+            Ok(()) => {}
+        }
+        descriptor::sync_parent(&self.image)
+    }
+
+    fn commit(&self, params: &CreateParams) -> Result<()> {
+        report::say(0, format_args!("Storing {}", self.descriptor.display()));
+        Descriptor::new_base(&self.image, params.sectors, params.cluster, params.mode)?.commit_new(&self.descriptor)
+    }
+
+    /// Is the whole image that is there the one now asked for?
+    fn same_parameters(&self, params: &CreateParams) -> Result<()> {
+        let shown = || self.image.display().to_string();
+        let fd = open::open_level(&self.image, Some(&self.folder))?;
+        let (file, _) = open::reopen(&fd, open::Access::default()).ctx(Kind::Open, shown)?;
+        let seen = match params.mode {
+            ImageMode::Raw => file.metadata().ctx(Kind::Fstat, shown)?.len() == params.sectors * SECTOR,
+            _ => {
+                let mut head = [0; header::SIZE];
+                file.read_exact_at(&mut head, 0).ctx(Kind::Read, shown)?;
+                let header = Header::parse(&head)?;
+                (header.version, header.cluster, header.sectors) == (params.version, params.cluster, params.sectors)
+            }
+        };
+        if !seen {
+            bail!(
+                Param,
+                "{} was left by an interrupted creation with other parameters; remove it, or repeat with the same ones",
+                self.image.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Is there anything of this name? A link to nothing counts.
+fn exists(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e).ctx(Kind::Creat, || path.display().to_string()),
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> Result<bool> {
+    let id = |p: &Path| match fs::symlink_metadata(p) {
+        Ok(m) => Ok(Some((m.dev(), m.ino()))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).ctx(Kind::Fstat, || p.display().to_string()),
+    };
+    Ok(id(a)?.is_some_and(|a| id(b).is_ok_and(|b| b == Some(a))))
+}
