@@ -3,9 +3,12 @@
 pub mod daemon;
 pub mod frame;
 pub mod fuse;
+pub mod helper;
+pub mod loopdev;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;
 pub mod proto;
 pub mod runtime;
 pub mod shm;
+pub mod spawn;

@@ -1,0 +1,223 @@
+//! Short-lived processes that do what a device's server must not do itself: open, bind, scan and unbind its own device.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use serde::{Deserialize, Serialize};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::loopdev::{self, Binding, Patience};
+use crate::server::{daemon, frame, mounts, nodes, partitions, runtime};
+use crate::sys::process;
+
+/// What a helper is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Job {
+    /// Bind the file `disk` to a loop device from number `first` on. Events: `Chosen` (each time one is made), `Attached`.
+    Attach { disk: PathBuf, first: u32, read_only: bool, name: String },
+    /// Undo an attach that was killed or gave up.
+    UndoAttach { backing: String, rdev: u64 },
+    /// Unbind. Events: `Opened`, then it waits for [`Go`]; `Done`.
+    Detach { binding: Binding, patience: Patience },
+    /// Partitions from the table, where the kernel has no parser.
+    Scan { binding: Binding },
+    /// Remove what a dead server left.
+    Clean { name: String },
+    /// All requests of a FUSE connection fail from now on.
+    Abort { connection: u64 },
+}
+
+/// What a helper tells.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum JobEvent {
+    Chosen(Binding),
+    Attached(Binding),
+    Opened,
+    Done,
+    Error { code: i32, message: String },
+}
+
+/// Tells a detaching helper to go on.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Go;
+
+/// Longest wait of a helper for its parent.
+const PARENT: Duration = Duration::from_secs(30);
+
+/// A running helper.
+pub struct Helper {
+    pub child: Child,
+    pub sock: OwnedFd,
+}
+
+impl Helper {
+    /// Starts `program` as a helper and gives it its job.
+    pub fn start(program: &Path, job: &Job) -> Result<Helper> {
+        let (ours, theirs) = frame::pair()?;
+        let child = command(program, "helper").stdin(theirs).spawn();
+        let child = child.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+        let helper = Helper { child, sock: ours };
+        frame::send(&helper.sock, job, &[])?;
+        Ok(helper)
+    }
+
+    /// Waits for the last event; kills the helper at the end of `limit`.
+    pub fn finish(mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        let result = loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match frame::recv_within::<JobEvent>(&self.sock, left) {
+                Ok(Some((JobEvent::Done, _))) => break Ok(()),
+                Ok(Some((JobEvent::Error { code, message }, _))) => break Err(remote_error(code, message)),
+                Ok(Some(_)) => {}
+                Ok(None) => break Err(Error::new(Kind::Sys, "a helper process of ploop-server died")),
+                Err(e) => break Err(e),
+            }
+        };
+        // Killed or not, one that sleeps in the kernel cannot be waited for.
+        let _ = self.child.kill();
+        let reaped = Instant::now() + Duration::from_secs(1);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < reaped {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        result
+    }
+}
+
+/// The server's program in one of its modes, with a clean environment and no terminal.
+pub fn command(program: &Path, mode: &str) -> Command {
+    let mut command = Command::new(program);
+    command
+        .arg0("ploop-server")
+        .arg(mode)
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+/// An error that came over a socket.
+pub fn remote_error(code: i32, message: String) -> Error {
+    Error::new(Kind::from_code(code).unwrap_or(Kind::Sys), message)
+}
+
+/// Mode `helper`: one job from the socket on standard input.
+pub fn main() -> i32 {
+    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(Some((job, _))) = frame::recv_within::<Job>(&sock, PARENT) else { return 1 };
+    let event = match run(job, sock.as_fd()) {
+        Ok(event) => event,
+        Err(e) => JobEvent::Error { code: e.code(), message: e.to_string() },
+    };
+    match frame::send(&sock, &event, &[]) {
+        Ok(()) => 0,
+        Err(_) => 1,
+    }
+}
+
+fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
+    // A reclaim of memory must not end in the device that this process is about to bind.
+    let _ = process::set_io_flusher();
+    match job {
+        Job::Attach { disk, first, read_only, name } => {
+            let chosen = |binding: &Binding| frame::send(sock, &JobEvent::Chosen(binding.clone()), &[]);
+            loopdev::attach(&disk, first, read_only, &name, chosen).map(JobEvent::Attached)
+        }
+        Job::UndoAttach { backing, rdev } => loopdev::undo_attach(&backing, rdev).map(|()| JobEvent::Done),
+        Job::Detach { binding, patience } => {
+            let opened = || {
+                frame::send(sock, &JobEvent::Opened, &[])?;
+                match frame::recv_within::<Go>(sock, PARENT)? {
+                    Some(_) => Ok(()),
+                    None => bail!(Sys, "the supervisor died"),
+                }
+            };
+            loopdev::detach(&binding, patience, opened).map(|()| JobEvent::Done)
+        }
+        Job::Scan { binding } => {
+            let disk = loopdev::open(&binding, 0).ctx(Kind::Open, || format!("cannot open {}", binding.backing))?;
+            partitions::scan(&binding.backing, &disk)
+                .ctx(Kind::Device, || format!("cannot make the partitions of {} known", binding.backing))?;
+            Ok(JobEvent::Done)
+        }
+        Job::Clean { name } => clean(&name).map(|()| JobEvent::Done),
+        Job::Abort { connection } => abort(connection).map(|()| JobEvent::Done),
+    }
+}
+
+/// Removes what a dead server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in use,
+/// or alive.
+fn clean(name: &str) -> Result<()> {
+    daemon::leave_callers_world()?;
+    runtime::check_name(name)?;
+    let dir = runtime::device_dir(name);
+    if fs::symlink_metadata(&dir).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let Some(record) = runtime::read_record(&dir)? else {
+        bail!(Device, "{} holds no record of a device; look at it and remove it", dir.display());
+    };
+    if record.name != name {
+        bail!(Device, "the record in {} is of {:?}; look at it and remove it", dir.display(), record.name);
+    }
+    let this_boot = record.boot == runtime::boot_id();
+    for (who, id) in [("supervisor", record.supervisor), ("worker", record.worker)] {
+        if this_boot && runtime::alive(id) {
+            bail!(Busy, "{name} is served: its {who} is process {}", id.pid);
+        }
+    }
+    if this_boot && !record.backing.is_empty() {
+        let binding = Binding { backing: record.backing.clone(), rdev: record.rdev, diskseq: record.diskseq };
+        if runtime::backing_is_ours(&record) {
+            let numbers = mounts::numbers(&binding.backing, binding.rdev);
+            if let Some(point) = mounts::mounted_anywhere(&numbers) {
+                bail!(DevIoc, "{name} has lost its server and is still mounted at {point}; unmount it first");
+            }
+            let patience = Patience { busy: Duration::from_secs(5), mounted: Duration::ZERO };
+            loopdev::detach(&binding, patience, || {
+                remove_nodes(name, record.rdev);
+                Ok(())
+            })?;
+        } else if record.state == "starting" {
+            loopdev::undo_attach(&record.backing, record.rdev)?;
+        }
+    }
+    remove_nodes(name, record.rdev);
+    let disk = dir.join(runtime::DISK);
+    while mounts::anonymous_number(&disk).is_some() {
+        umount2(&disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot unmount {}", disk.display()))?;
+    }
+    runtime::remove_dir(&dir).ctx(Kind::Unlink, || format!("cannot remove {}", dir.display()))
+}
+
+/// The disk's node must have the recorded number; partitions' nodes of a name that was ours are ours.
+fn remove_nodes(name: &str, rdev: u64) {
+    let dev = Path::new("/dev");
+    for (path, number) in nodes::existing(dev, name) {
+        if path != dev.join(name) || number == rdev {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// By the control file system, mounted where nobody else sees it.
+fn abort(connection: u64) -> Result<()> {
+    let none: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make / private")?;
+    // Any folder will do: the mount is seen by this process alone.
+    mount(Some("none"), "/proc", Some("fusectl"), MsFlags::empty(), none).ctx(Kind::Mount, || "cannot mount fusectl")?;
+    let path = format!("/proc/{connection}/abort");
+    let mut file = File::options().write(true).open(&path).ctx(Kind::Open, || format!("cannot open fusectl{path}"))?;
+    std::io::Write::write_all(&mut file, b"1").ctx(Kind::Write, || format!("cannot write fusectl{path}"))
+}

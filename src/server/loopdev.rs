@@ -1,0 +1,266 @@
+//! Binding a file to a loop device and letting it go. Runs in short-lived processes only: each of these calls may wait
+//! for the device's own server.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::{mounts, partitions, runtime};
+use crate::sys::{loopdev, partition};
+
+/// How many numbers above the first choice are tried.
+const TRIES: u32 = 1000;
+/// Device number of /dev/loop-control, for a /dev that lacks it.
+const CONTROL: (u64, u64) = (10, 237);
+/// Between two tries at something busy.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How long the kernel may take to unbind a device that nobody holds any more.
+const UNBIND: Duration = Duration::from_secs(20);
+
+/// One binding of one loop device: its name in /sys/block, number and disk sequence number.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Binding {
+    pub backing: String,
+    pub rdev: u64,
+    /// 0: the kernel has none.
+    pub diskseq: u64,
+}
+
+/// Opens a special file of /dev, or one made for the moment if /dev has none of that number.
+fn open_special(name: &str, kind: SFlag, rdev: u64, options: &OpenOptions) -> io::Result<File> {
+    let right = |meta: &fs::Metadata| {
+        let same_kind = match kind {
+            SFlag::S_IFBLK => meta.file_type().is_block_device(),
+            _ => meta.file_type().is_char_device(),
+        };
+        same_kind && meta.rdev() == rdev
+    };
+    let path = Path::new("/dev").join(name);
+    let file = if fs::symlink_metadata(&path).is_ok_and(|m| right(&m)) {
+        options.open(&path)?
+    } else {
+        let own = PathBuf::from(format!("/dev/.ploop-{}-{name}", std::process::id()));
+        mknod(&own, kind, Mode::from_bits_truncate(0o600), rdev)?;
+        let file = options.open(&own);
+        let _ = fs::remove_file(&own);
+        file?
+    };
+    match right(&file.metadata()?) {
+        true => Ok(file),
+        false => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+    }
+}
+
+fn control() -> Result<File> {
+    let options = OpenOptions::new().read(true).write(true).clone();
+    open_special("loop-control", SFlag::S_IFCHR, makedev(CONTROL.0, CONTROL.1), &options)
+        .ctx(Kind::Device, || "cannot open /dev/loop-control; the kernel needs the loop driver (modprobe loop)")
+}
+
+/// Opens exactly the disk that `binding` names; ESTALE: the loop device serves another file by now, or none.
+pub fn open(binding: &Binding, flags: i32) -> io::Result<File> {
+    let stale = || io::Error::from_raw_os_error(libc::ESTALE);
+    if runtime::disk_identity(&binding.backing) != Some((binding.rdev, binding.diskseq)) {
+        return Err(stale());
+    }
+    let options = OpenOptions::new().read(true).custom_flags(flags).clone();
+    let file = open_special(&binding.backing, SFlag::S_IFBLK, binding.rdev, &options)?;
+    // Asked of what was opened: the number may have got a new owner between the look and the opening.
+    match binding.diskseq == 0 || partition::diskseq(file.as_fd())? == binding.diskseq {
+        true => Ok(file),
+        false => Err(stale()),
+    }
+}
+
+fn set_queue(backing: &str, what: &str, value: &str) {
+    // The device works without, only slower.
+    let _ = fs::write(format!("/sys/block/{backing}/queue/{what}"), value);
+}
+
+/// Binds `disk` to a new loop device, its number `first` or above. `chosen` learns each device that is made, before it
+/// is bound. `name` is what losetup shows.
+pub fn attach(
+    disk: &Path,
+    first: u32,
+    read_only: bool,
+    name: &str,
+    mut chosen: impl FnMut(&Binding) -> Result<()>,
+) -> Result<Binding> {
+    let control = control()?;
+    for n in first..first + TRIES {
+        match loopdev::add(control.as_fd(), n) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => continue,
+            Err(e) => return Err(Error::with(Kind::Loop, format!("cannot make the loop device {n}"), e)),
+        }
+        let backing = format!("loop{n}");
+        let Some((rdev, _)) = runtime::disk_identity(&backing) else {
+            bail!(Sysfs, "/sys/block/{backing}/dev cannot be read; is sysfs mounted at /sys?");
+        };
+        // The number is enough to find and undo it; the sequence number comes with the binding.
+        let mut binding = Binding { backing, rdev, diskseq: 0 };
+        chosen(&binding)?;
+        set_queue(&binding.backing, "scheduler", "none");
+        let options = OpenOptions::new().read(true).write(!read_only).clone();
+        let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
+            .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
+        let file = options.open(disk).ctx(Kind::Open, || format!("cannot open {}", disk.display()))?;
+        let mut flags = loopdev::DIRECT_IO | loopdev::PARTSCAN;
+        if read_only {
+            flags |= loopdev::READ_ONLY;
+        }
+        match loopdev::configure(device.as_fd(), file.as_fd(), loopdev::Info::new(flags, name.as_bytes())) {
+            Ok(()) => {}
+            // Somebody took the device between its making and now: theirs.
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
+            Err(e) => {
+                drop(device);
+                let _ = loopdev::remove(control.as_fd(), n);
+                let text = format!("LOOP_CONFIGURE of {} failed (Linux 5.8 or later is needed)", binding.backing);
+                return Err(Error::with(Kind::Loop, text, e));
+            }
+        }
+        set_queue(&binding.backing, "max_sectors_kb", "1024");
+        binding.diskseq = runtime::disk_identity(&binding.backing).map_or(0, |(_, seq)| seq);
+        return Ok(binding);
+    }
+    bail!(Loop, "all loop devices from {first} to {} are taken", first + TRIES - 1)
+}
+
+/// How long [`detach`] tries.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Patience {
+    /// Somebody has it open, udev for one.
+    pub busy: Duration,
+    /// It is mounted.
+    pub mounted: Duration,
+}
+
+/// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names), unbinds and removes it.
+/// Busy to the end: error 3, and all is as before, except that the names are gone.
+pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    let number = binding.backing.strip_prefix("loop").and_then(|n| n.parse().ok());
+    let Some(device) = open_alone(binding, start, patience)? else {
+        opened()?;
+        return Ok(());
+    };
+    opened()?;
+    let end = start + patience.busy;
+    for part in partitions::known(&binding.backing) {
+        while let Err(e) = partition::delete(device.as_fd(), part.number as i32) {
+            match e.raw_os_error() {
+                Some(libc::ENXIO) => break,
+                Some(libc::EBUSY) if Instant::now() < end => sleep(PAUSE),
+                _ => {
+                    let _ = partitions::scan(&binding.backing, &device);
+                    let text = format!("partition {} of {} is in use", part.number, binding.backing);
+                    return Err(Error::with(Kind::DevIoc, text, e));
+                }
+            }
+        }
+    }
+    loop {
+        match loopdev::clear(device.as_fd()) {
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => break,
+            other => other.ctx(Kind::DevIoc, || format!("cannot unbind {}", binding.backing))?,
+        }
+        // With other openers the kernel only marks it, to be unbound whenever the last one goes. We want it now or not.
+        let Ok(mut info) = loopdev::status(device.as_fd()) else { break };
+        info.flags &= !loopdev::AUTOCLEAR;
+        loopdev::set_status(device.as_fd(), &info)
+            .ctx(Kind::DevIoc, || format!("cannot keep {} bound", binding.backing))?;
+        if Instant::now() >= end {
+            let _ = partitions::scan(&binding.backing, &device);
+            bail!(DevIoc, "{} is open in another process; close it and try again", binding.backing);
+        }
+        sleep(PAUSE);
+    }
+    drop(device);
+    let end = Instant::now() + UNBIND;
+    while still_bound(binding) {
+        if Instant::now() >= end {
+            bail!(DevIoc, "{} is still bound {} s after it was unbound", binding.backing, UNBIND.as_secs());
+        }
+        sleep(Duration::from_millis(2));
+    }
+    if let (Some(number), Ok(control)) = (number, control()) {
+        remove(&control, number);
+    }
+    Ok(())
+}
+
+fn still_bound(binding: &Binding) -> bool {
+    runtime::is_bound(&binding.backing)
+        && runtime::disk_identity(&binding.backing) == Some((binding.rdev, binding.diskseq))
+}
+
+/// An unbound device is harmless: it may stay if somebody looks at it for too long.
+fn remove(control: &File, number: u32) {
+    let end = Instant::now() + Duration::from_secs(2);
+    while let Err(e) = loopdev::remove(control.as_fd(), number) {
+        if e.raw_os_error() != Some(libc::EBUSY) || Instant::now() >= end {
+            break;
+        }
+        sleep(Duration::from_millis(10));
+    }
+}
+
+/// The device opened exclusively; `None`: it serves us no more.
+fn open_alone(binding: &Binding, start: Instant, patience: Patience) -> Result<Option<File>> {
+    loop {
+        if !still_bound(binding) {
+            return Ok(None);
+        }
+        match open(binding, libc::O_EXCL) {
+            Ok(device) => return Ok(Some(device)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ESTALE | libc::ENXIO | libc::ENODEV)) => return Ok(None),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                let mounted = mounts::mounted_anywhere(&mounts::numbers(&binding.backing, binding.rdev));
+                let limit = if mounted.is_some() { patience.mounted } else { patience.busy };
+                if start.elapsed() >= limit {
+                    let where_ = mounted.map_or("in use by another process".into(), |m| format!("mounted at {m}"));
+                    return Err(Error::with(Kind::DevIoc, format!("{} is {where_}", binding.backing), e));
+                }
+                sleep(PAUSE);
+            }
+            Err(e) => return Err(Error::with(Kind::DevIoc, format!("cannot open {}", binding.backing), e)),
+        }
+    }
+}
+
+/// Undoes an attach of unknown fate: whatever is bound to the device of number `rdev` came from the killed attach.
+pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
+    let Some((now, diskseq)) = runtime::disk_identity(backing) else { return Ok(()) };
+    if now != rdev {
+        return Ok(());
+    }
+    let binding = Binding { backing: backing.into(), rdev, diskseq };
+    // Bound to somebody else's file: the attach lost a race for the number.
+    if runtime::is_bound(backing) && !names_our_file(backing) {
+        return Ok(());
+    }
+    if runtime::is_bound(backing) {
+        return detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, || Ok(()));
+    }
+    if let (Some(number), Ok(control)) = (backing.strip_prefix("loop").and_then(|n| n.parse().ok()), control()) {
+        remove(&control, number);
+    }
+    Ok(())
+}
+
+/// The file behind is one of our FUSE files: by name while its mount is there, `/` once that is detached.
+fn names_our_file(backing: &str) -> bool {
+    let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
+    let file = file.trim_end();
+    file == "/" || Path::new(file).starts_with("/run/ploop")
+}

@@ -1,0 +1,80 @@
+//! Starting a server from a library that lives in anybody's process: no signal handlers, no inherited descriptors, and
+//! no trust in wait statuses, which the process may have taken for itself.
+#![forbid(unsafe_code)]
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::bail;
+use crate::error::{IoContext, Kind, Result};
+use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord};
+use crate::server::{frame, helper};
+use crate::sys::process;
+
+/// Longest wait for a device. The server's own limits are shorter, and undo what was begun.
+const ATTACH: Duration = Duration::from_secs(600);
+
+const PROGRAM: &str = "ploop-server";
+
+/// Folders that packages put the server into.
+const FOLDERS: [&str; 2] = ["/usr/libexec/ploop", "/usr/lib/ploop"];
+
+/// Finds the server's program: `$PLOOP_SERVER` (not when privileges were raised at exec), beside the library, beside
+/// the executable, in the packages' folders.
+pub fn find_server() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PLOOP_SERVER").filter(|p| !p.is_empty())
+        && !process::privileges_raised()
+    {
+        let path = PathBuf::from(path);
+        if !is_program(&path) {
+            bail!(Sys, "$PLOOP_SERVER names {}, which is not a program", path.display());
+        }
+        return Ok(path);
+    }
+    let mut folders = Vec::new();
+    for object in [process::own_object(), std::env::current_exe().ok()].into_iter().flatten() {
+        let object = object.canonicalize().unwrap_or(object);
+        let Some(folder) = object.parent() else { continue };
+        folders.push(folder.to_path_buf());
+        // Where cargo puts test programs and libraries.
+        if let (Some("deps" | "examples"), Some(parent)) = (folder.file_name().and_then(|n| n.to_str()), folder.parent())
+        {
+            folders.push(parent.to_path_buf());
+        }
+    }
+    folders.extend(FOLDERS.map(PathBuf::from));
+    for folder in &folders {
+        let path = folder.join(PROGRAM);
+        if path.is_absolute() && is_program(&path) {
+            return Ok(path);
+        }
+    }
+    let looked: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+    bail!(Sys, "{PROGRAM} was not found in {}; install it or set $PLOOP_SERVER", looked.join(", "))
+}
+
+fn is_program(path: &Path) -> bool {
+    path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+/// Starts a server for one device and waits until the device is there. `levels` are O_PATH descriptors of the images,
+/// base first. After an error nothing is left behind.
+pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRecord> {
+    let program = find_server()?;
+    let (ours, theirs) = frame::pair()?;
+    let mut child = helper::command(&program, "start")
+        .stdin(theirs)
+        .spawn()
+        .ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+    let sent = frame::send(&ours, request, levels);
+    // The child only starts the server and ends; the caller's process may have reaped it before us.
+    let _ = child.wait();
+    sent?;
+    match frame::recv_within::<AttachReply>(&ours, ATTACH)? {
+        Some((AttachReply::Ready(record), _)) => Ok(record),
+        Some((AttachReply::Error { code, message }, _)) => Err(helper::remote_error(code, message)),
+        None => bail!(Sys, "{} ended without an answer", program.display()),
+    }
+}
