@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::loopdev::{self, Binding, Patience};
-use crate::server::{daemon, frame, mounts, nodes, partitions, runtime};
+use crate::server::{control, daemon, frame, mounts, nodes, partitions, runtime};
 use crate::sys::process;
 
 /// What a helper is to do.
@@ -176,6 +176,9 @@ fn clean(name: &str) -> Result<()> {
             bail!(Busy, "{name} is served: its {who} is process {}", id.pid);
         }
     }
+    if this_boot && control::has_listener(&dir) {
+        bail!(Busy, "{name} is served: a process listens in {}", dir.display());
+    }
     if this_boot && !record.backing.is_empty() {
         let binding = Binding { backing: record.backing.clone(), rdev: record.rdev, diskseq: record.diskseq };
         if runtime::backing_is_ours(&record) {
@@ -216,7 +219,8 @@ fn abort(connection: u64) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make / private")?;
     // Any folder will do: the mount is seen by this process alone.
-    mount(Some("none"), "/proc", Some("fusectl"), MsFlags::empty(), none).ctx(Kind::Mount, || "cannot mount fusectl")?;
+    mount(Some("none"), "/proc", Some("fusectl"), MsFlags::empty(), none)
+        .ctx(Kind::Mount, || "cannot mount fusectl")?;
     let path = format!("/proc/{connection}/abort");
     let mut file = File::options().write(true).open(&path).ctx(Kind::Open, || format!("cannot open fusectl{path}"))?;
     std::io::Write::write_all(&mut file, b"1").ctx(Kind::Write, || format!("cannot write fusectl{path}"))

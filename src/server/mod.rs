@@ -1,5 +1,6 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
+pub mod control;
 pub mod daemon;
 pub mod frame;
 pub mod fuse;
@@ -12,3 +13,5 @@ pub mod proto;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;
+pub mod uevents;
+pub mod workers;

@@ -39,7 +39,8 @@ pub fn find_server() -> Result<PathBuf> {
         let Some(folder) = object.parent() else { continue };
         folders.push(folder.to_path_buf());
         // Where cargo puts test programs and libraries.
-        if let (Some("deps" | "examples"), Some(parent)) = (folder.file_name().and_then(|n| n.to_str()), folder.parent())
+        if let (Some("deps" | "examples"), Some(parent)) =
+            (folder.file_name().and_then(|n| n.to_str()), folder.parent())
         {
             folders.push(parent.to_path_buf());
         }

@@ -1,0 +1,86 @@
+//! Ending devices: the clean way, and after their server died.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use crate::bail;
+use crate::device::{State, find, lock};
+use crate::error::{Error, Kind, Result};
+use crate::server::helper::{Helper, Job, remote_error};
+use crate::server::proto::{Answer, Command};
+use crate::server::{control, frame, runtime, spawn};
+
+/// The last flush of a large disk to a slow one takes its time; a minute of it goes to those that keep the device busy.
+const STOP: Duration = Duration::from_secs(15 * 60);
+/// A worker without a supervisor starts one in less.
+const SUPERVISOR: Duration = Duration::from_secs(15);
+/// Unbinding what has no server any more.
+const CLEAN: Duration = Duration::from_secs(60);
+/// The end of a supervisor that has answered.
+const EXIT: Duration = Duration::from_secs(5);
+
+/// Detaches the device and closes its image cleanly. Busy: error 3, nothing changed. An error of the last flush is
+/// reported; the device is gone then, and the image stays marked in use.
+pub fn detach(name: &str) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    tell(&name, &Command::Stop)
+}
+
+/// Gives up a device that cannot be served any more: its I/O fails from now on.
+pub fn abort(name: &str) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    tell(&name, &Command::Abort)
+}
+
+fn tell(name: &str, command: &Command) -> Result<()> {
+    let end = Instant::now() + SUPERVISOR;
+    loop {
+        let Some(device) = find::by_name(name)? else {
+            bail!(DevNotMounted, "there is no device {name}");
+        };
+        if device.state == State::Dead {
+            return clean(name);
+        }
+        match control::ask(&runtime::device_dir(name), command, STOP) {
+            Ok((Answer::Error { code, message }, _)) => return Err(remote_error(code, message)),
+            Ok((_, connection)) => {
+                // Its end closes the connection; until then its process would be seen.
+                let _ = frame::recv_within::<Answer>(&connection, EXIT);
+                return Ok(());
+            }
+            // Between two supervisors.
+            Err(e) if e.kind() == Kind::Device && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
+/// are gone and nothing of it is mounted anywhere.
+pub fn clean(name: &str) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    let _lock = lock::global()?;
+    clean_locked(&name)
+}
+
+fn clean_locked(name: &str) -> Result<()> {
+    let job = Job::Clean { name: name.into() };
+    Helper::start(&spawn::find_server()?, &job)?.finish(CLEAN).map_err(|e: Error| e.context(format!("cleaning {name}")))
+}
+
+/// Cleans all dead devices that can be cleaned; the others stay for somebody to look at.
+pub(super) fn clean_dead() -> Result<()> {
+    if !runtime::run_dir().exists() {
+        return Ok(());
+    }
+    let _lock = lock::global()?;
+    runtime::remove_unborn();
+    for name in runtime::names()? {
+        if find::by_name(&name).is_ok_and(|d| d.is_some_and(|d| d.state == State::Dead)) {
+            let _ = clean_locked(&name);
+        }
+    }
+    Ok(())
+}

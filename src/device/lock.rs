@@ -1,0 +1,60 @@
+//! The lock of all processes that look for devices in order to change something.
+#![forbid(unsafe_code)]
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::runtime;
+
+const DIR: &str = "/var/lock/ploop";
+const FILE: &str = "ploop.lck";
+/// The holders have time limits themselves.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Held until dropped.
+pub struct GlobalLock {
+    _file: Flock<File>,
+}
+
+/// Takes the global lock; error 23 after 60 s.
+pub fn global() -> Result<GlobalLock> {
+    let dir = Path::new(DIR);
+    match DirBuilder::new().mode(0o755).recursive(true).create(dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Error::with(Kind::Lock, format!("cannot make {DIR}"), e));
+        }
+        _ => {}
+    }
+    runtime::verify_dir(dir)?;
+    let path = dir.join(FILE);
+    let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(flags)
+        .open(&path)
+        .ctx(Kind::Lock, || format!("cannot open {}", path.display()))?;
+    let end = Instant::now() + LIMIT;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(GlobalLock { _file: lock }),
+            Err((back, nix::Error::EWOULDBLOCK | nix::Error::EINTR)) if Instant::now() < end => file = back,
+            Err((_, nix::Error::EWOULDBLOCK)) => {
+                bail!(Lock, "{} is locked by another process for more than {} s", path.display(), LIMIT.as_secs())
+            }
+            Err((_, e)) => return Err(e).ctx(Kind::Lock, || format!("cannot lock {}", path.display())),
+        }
+        sleep(Duration::from_millis(20));
+    }
+}

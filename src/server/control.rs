@@ -1,0 +1,168 @@
+//! The control socket, /run/ploop/NAME/control: for root alone, one command and one answer a connection. The supervisor
+//! waits for no client.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::sys::stat::{Mode, umask};
+use nix::sys::time::TimeVal;
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::frame;
+use crate::server::proto::{Answer, Command};
+
+/// Most clients at a time; more wait in the kernel's queue.
+pub const MAX_CLIENTS: usize = 32;
+/// A client that says nothing for so long is sent away.
+const SILENCE: Duration = Duration::from_secs(5);
+
+fn new_socket() -> Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+        .ctx(Kind::Sys, || "cannot make a local socket")
+}
+
+/// Addresses hold about 100 bytes, folders of other namespaces more: through the folder's descriptor any length will do.
+fn address(dir: &Path, file: &str) -> Result<(OwnedFd, UnixAddr)> {
+    use nix::fcntl::{OFlag, open};
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let dir = open(dir, flags, Mode::empty()).ctx(Kind::Open, || format!("cannot open {}", dir.display()))?;
+    let path = format!("/proc/self/fd/{}/{file}", dir.as_raw_fd());
+    let address = UnixAddr::new(path.as_str()).ctx(Kind::Sys, || format!("{path} is too long for a socket"))?;
+    Ok((dir, address))
+}
+
+/// Makes the listening socket `file` in `dir`, for root alone.
+pub fn listen_at(dir: &Path, file: &str) -> Result<OwnedFd> {
+    let sock = new_socket()?;
+    let (_dir, address) = address(dir, file)?;
+    let mask = umask(Mode::from_bits_truncate(0o177));
+    let bound = bind(sock.as_raw_fd(), &address);
+    umask(mask);
+    bound.ctx(Kind::Sys, || format!("cannot make {}/{file}", dir.display()))?;
+    listen(&sock, Backlog::new(64).unwrap_or(Backlog::MAXCONN)).ctx(Kind::Sys, || "cannot listen")?;
+    Ok(sock)
+}
+
+/// Asks a supervisor and waits for its answer no longer than `limit`. Returns the connection too, which stays open as
+/// long as the supervisor lives.
+pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, OwnedFd)> {
+    let sock = new_socket()?;
+    let (_dir, address) = address(dir, super::runtime::CONTROL)?;
+    // A supervisor that does not accept must not hang us once its queue is full.
+    let seconds = TimeVal::new(limit.as_secs().clamp(1, 10) as _, 0);
+    setsockopt(&sock, sockopt::SendTimeout, &seconds).ctx(Kind::Sys, || "cannot set a time limit")?;
+    connect(sock.as_raw_fd(), &address).ctx(Kind::Device, || format!("no supervisor answers in {}", dir.display()))?;
+    let peer = getsockopt(&sock, sockopt::PeerCredentials).ctx(Kind::Sys, || "cannot see who answers")?;
+    if peer.uid() != 0 {
+        crate::bail!(Protocol, "a process of user {} answers in {}: root wanted", peer.uid(), dir.display());
+    }
+    frame::prepare(&sock);
+    frame::send_within(&sock, command, &[], limit.min(Duration::from_secs(10)))?;
+    match frame::recv_within::<Answer>(&sock, limit)? {
+        Some((answer, _)) => Ok((answer, sock)),
+        None => Err(Error::new(Kind::Device, format!("the supervisor in {} ended without an answer", dir.display()))),
+    }
+}
+
+/// Somebody, supervisor or worker, holds the listening socket: the device is not dead. Holds in any PID namespace.
+pub fn has_listener(dir: &Path) -> bool {
+    let (Ok(sock), Ok((_dir, address))) = (new_socket(), address(dir, super::runtime::CONTROL)) else { return false };
+    // Not waiting: a full queue has a listener too.
+    let _ = nix::fcntl::fcntl(&sock, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK));
+    matches!(connect(sock.as_raw_fd(), &address), Ok(()) | Err(nix::Error::EAGAIN))
+}
+
+/// A connection on which nothing was said yet.
+pub struct Client {
+    pub sock: OwnedFd,
+    since: Instant,
+}
+
+/// What a look at a client showed.
+pub enum Heard {
+    Nothing,
+    Command(Command),
+    /// Gone, or talking nonsense.
+    Over,
+}
+
+impl Client {
+    /// Takes one new connection if there is one and it is root's.
+    pub fn accept(listener: &UnixListener) -> Option<Client> {
+        let (stream, _) = listener.accept().ok()?;
+        let sock = OwnedFd::from(stream);
+        let peer = getsockopt(&sock, sockopt::PeerCredentials).ok()?;
+        if peer.uid() != 0 {
+            return None;
+        }
+        frame::prepare(&sock);
+        Some(Client { sock, since: Instant::now() })
+    }
+
+    pub fn hear(&self) -> Heard {
+        match frame::recv_within::<Command>(&self.sock, Duration::ZERO) {
+            Ok(Some((command, _))) => Heard::Command(command),
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => Heard::Nothing,
+            _ => Heard::Over,
+        }
+    }
+
+    pub fn silent_too_long(&self) -> bool {
+        self.since.elapsed() >= SILENCE
+    }
+}
+
+/// Answers; a client that does not take it gets nothing.
+pub fn answer(sock: &OwnedFd, answer: &Answer) {
+    let _ = frame::send_within(sock, answer, &[], Duration::ZERO);
+}
+
+/// An error as an answer.
+pub fn refusal(e: &Error) -> Answer {
+    Answer::Error { code: e.code(), message: e.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn one_question_one_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("d".repeat(150));
+        std::fs::create_dir(&deep).unwrap();
+        let listener = UnixListener::from(listen_at(&deep, "control").unwrap());
+        let mode = std::fs::metadata(deep.join("control")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP: only root is answered");
+            return;
+        }
+        let e = ask(&deep, &Command::Info, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(e.errno(), Some(libc::ETIMEDOUT));
+        // The one that gave up.
+        assert!(Client::accept(&listener).is_some());
+        assert!(has_listener(&deep));
+        assert!(Client::accept(&listener).is_some_and(|c| matches!(c.hear(), Heard::Over)));
+        let asker = std::thread::spawn(move || ask(&deep, &Command::Stop, Duration::from_secs(10)).map(|a| a.0));
+        let client = Client::accept(&listener).unwrap();
+        loop {
+            match client.hear() {
+                Heard::Command(Command::Stop) => break,
+                Heard::Nothing => std::thread::yield_now(),
+                _ => panic!("unexpected"),
+            }
+        }
+        answer(&client.sock, &Answer::Done);
+        assert!(matches!(asker.join().unwrap(), Ok(Answer::Done)));
+        assert!(matches!(client.hear(), Heard::Over));
+        drop(listener);
+        assert!(!has_listener(dir.path()));
+    }
+}

@@ -1,0 +1,191 @@
+//! The worker as its supervisor sees it: start, messages, death.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use crate::error::{IoContext, Kind, Result};
+use crate::server::proto::{FromWorker, ProcessId, ToWorker, WorkerReady, WorkerStart};
+use crate::server::{frame, helper, runtime};
+use crate::sys::pidfd;
+
+/// What a worker gets with its first message, and gives to a supervisor that it has to start.
+pub struct Descriptors {
+    pub fuse: OwnedFd,
+    pub shm: OwnedFd,
+    pub witness: OwnedFd,
+    pub binary: OwnedFd,
+    pub listener: OwnedFd,
+    /// O_PATH, base first.
+    pub levels: Vec<OwnedFd>,
+}
+
+impl Descriptors {
+    /// In the order of the protocol.
+    pub fn all(&self) -> Vec<BorrowedFd<'_>> {
+        let fixed = [&self.fuse, &self.shm, &self.witness, &self.binary, &self.listener];
+        fixed.into_iter().chain(&self.levels).map(AsFd::as_fd).collect()
+    }
+
+    /// From what came in that order; `None`: too few.
+    pub fn from_all(fds: Vec<OwnedFd>) -> Option<Descriptors> {
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next();
+        let (fuse, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
+        Some(Descriptors { fuse, shm, witness, binary, listener, levels: fds.collect() })
+    }
+
+    /// The server's program, whatever became of its file's name.
+    pub fn program(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.binary.as_raw_fd()).into()
+    }
+}
+
+/// One worker process.
+pub struct Worker {
+    pub id: ProcessId,
+    pub pidfd: OwnedFd,
+    /// None once the other end is closed.
+    pub sock: Option<OwnedFd>,
+    child: Option<Child>,
+    pub ready: Option<WorkerReady>,
+    /// Why it could not open the chain.
+    pub refused: Option<(i32, String)>,
+    /// It has closed the image: how that went.
+    pub closed: Option<Option<(i32, String)>>,
+}
+
+impl Worker {
+    /// Starts one. Nothing is waited for.
+    pub fn start(fds: &Descriptors, start: &WorkerStart) -> Result<Worker> {
+        let (ours, theirs) = frame::pair()?;
+        let child = helper::command(&fds.program(), "worker").stdin(theirs).spawn();
+        let child = child.ctx(Kind::Sys, || "cannot start a worker")?;
+        let pid = child.id() as i32;
+        let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
+        let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
+        let worker =
+            Worker { id, pidfd, sock: Some(ours), child: Some(child), ready: None, refused: None, closed: None };
+        worker.send(&ToWorker::Start(start.clone()), &fds.all())?;
+        Ok(worker)
+    }
+
+    /// One that has started this supervisor.
+    pub fn adopt(pid: i32, sock: OwnedFd) -> Result<Worker> {
+        let gone = || std::io::Error::from_raw_os_error(libc::ESRCH);
+        let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
+        let id =
+            runtime::process(pid).ok_or_else(gone).ctx(Kind::Sys, || format!("the worker, process {pid}, died"))?;
+        Ok(Worker { id, pidfd, sock: Some(sock), child: None, ready: None, refused: None, closed: None })
+    }
+
+    /// Sends a message; a worker that is dead or dying is no error here.
+    pub fn send(&self, message: &ToWorker, fds: &[BorrowedFd]) -> Result<()> {
+        match &self.sock {
+            Some(sock) => frame::send(sock, message, fds),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes one message, if there is one. The end of the connection is remembered.
+    pub fn receive(&mut self) -> Option<FromWorker> {
+        let sock = self.sock.as_ref()?;
+        match frame::recv_within::<FromWorker>(sock, Duration::ZERO) {
+            Ok(Some((message, _))) => Some(message),
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => None,
+            // What is not understood cannot be trusted any more; the process is watched by its pidfd.
+            Ok(None) | Err(_) => {
+                self.sock = None;
+                None
+            }
+        }
+    }
+
+    pub fn kill(&self) {
+        pidfd::send_signal(self.pidfd.as_raw_fd(), libc::SIGKILL);
+    }
+
+    /// Reaps a dead worker. True: somebody killed it, it did not fail by itself.
+    pub fn reap(&mut self) -> bool {
+        let Some(child) = &mut self.child else { return true };
+        match child.wait() {
+            Ok(status) => matches!(status.signal(), Some(libc::SIGKILL | libc::SIGTERM)),
+            Err(_) => true,
+        }
+    }
+}
+
+/// Deaths, and what follows from them.
+#[derive(Default)]
+pub struct Deaths {
+    failed: VecDeque<Instant>,
+    quick: u32,
+}
+
+/// So many failed starts within [`WINDOW`] are enough.
+const FAILED_STARTS: usize = 5;
+const WINDOW: Duration = Duration::from_secs(10);
+
+impl Deaths {
+    /// A worker died; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next one;
+    /// `None`: never.
+    pub fn add(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
+        if ready {
+            self.quick = 0;
+            return Some(now);
+        }
+        self.quick = (self.quick + 1).min(6);
+        if !killed {
+            self.failed.push_back(now);
+        }
+        while self.failed.front().is_some_and(|t| now.duration_since(*t) > WINDOW) {
+            self.failed.pop_front();
+        }
+        match self.failed.len() >= FAILED_STARTS {
+            true => None,
+            // All five fit into the window.
+            false => Some(now + Duration::from_millis(25 << self.quick)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_failed_starts_are_enough() {
+        let start = Instant::now();
+        let mut deaths = Deaths::default();
+        assert_eq!(deaths.add(start, true, false), Some(start));
+        let mut now = start;
+        for _ in 0..4 {
+            now = deaths.add(now, false, false).unwrap();
+        }
+        assert!(now - start < Duration::from_secs(3));
+        assert_eq!(deaths.add(now, false, false), None);
+        // Spread over a longer time they are not, and kills never are.
+        let mut deaths = Deaths::default();
+        let mut now = start;
+        for _ in 0..20 {
+            now = deaths.add(now, false, false).unwrap() + Duration::from_secs(3);
+        }
+        for _ in 0..20 {
+            now = deaths.add(now, false, true).unwrap();
+        }
+    }
+
+    #[test]
+    fn descriptors_keep_their_order() {
+        let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        assert!(Descriptors::from_all((0..4).map(|_| open()).collect()).is_none());
+        let fds: Vec<OwnedFd> = (0..7).map(|_| open()).collect();
+        let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let fds = Descriptors::from_all(fds).unwrap();
+        assert_eq!(fds.all().iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), numbers);
+    }
+}
