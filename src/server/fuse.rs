@@ -188,6 +188,11 @@ impl Reply {
         self
     }
 
+    /// The request that is answered.
+    pub fn unique(&self) -> u64 {
+        u64_at(&self.bytes, 8)
+    }
+
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }

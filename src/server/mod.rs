@@ -14,4 +14,5 @@ pub mod runtime;
 pub mod shm;
 pub mod spawn;
 pub mod uevents;
+pub mod worker;
 pub mod workers;

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use crate::bail;
 use crate::engine::api::{Shared, Status, SyncState};
 use crate::error::{IoContext, Kind, Result};
-use crate::server::fuse::{Head, Op, RESENT};
+use crate::server::fuse::RESENT;
 use crate::sys::words::{self, Words};
 
 /// "ploopshm"
@@ -81,13 +81,8 @@ pub struct RequestKey {
 }
 
 impl RequestKey {
-    pub fn of(head: &Head) -> RequestKey {
-        let (offset, len) = match head.op {
-            Op::Read { offset, len } | Op::Write { offset, len } => (offset, u64::from(len)),
-            Op::Fallocate { offset, len, .. } => (offset, len),
-            _ => (0, 0),
-        };
-        RequestKey { unique: head.unique & !RESENT, offset, len: u64::from(head.opcode) << 48 | len & ((1 << 48) - 1) }
+    pub fn new(unique: u64, opcode: u32, offset: u64, len: u64) -> RequestKey {
+        RequestKey { unique: unique & !RESENT, offset, len: u64::from(opcode) << 48 | len & ((1 << 48) - 1) }
     }
 
     fn words(self) -> [u64; 3] {
@@ -292,8 +287,8 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
-    fn head(unique: u64) -> Head {
-        Head { unique, opcode: 16, op: Op::Write { offset: 4096, len: 512 } }
+    fn key(unique: u64) -> RequestKey {
+        RequestKey::new(unique, 16, 4096, 512)
     }
 
     #[test]
@@ -326,20 +321,19 @@ mod tests {
     #[test]
     fn three_strikes_and_out() {
         let fd = create().unwrap();
-        let (guilty, innocent) = (head(40), head(42));
+        let (guilty, innocent) = (key(40), key(42));
         for death in 1..=3 {
             let shm = Shm::map(fd.as_fd()).unwrap();
-            shm.mark(1, Some(RequestKey::of(&innocent)));
+            shm.mark(1, Some(innocent));
             shm.mark(1, None);
-            shm.mark(0, Some(RequestKey::of(&guilty)));
+            shm.mark(0, Some(guilty));
             let how = shm.settle_marks();
-            let back = Head { unique: guilty.unique | RESENT, ..guilty };
-            assert_eq!(shm.struck_out(RequestKey::of(&back), &how), death == 3);
-            assert!(!shm.struck_out(RequestKey::of(&innocent), &how));
+            assert_eq!(shm.struck_out(key(40 | RESENT), &how), death == 3);
+            assert!(!shm.struck_out(innocent, &how));
         }
         let shm = Shm::map(fd.as_fd()).unwrap();
-        shm.forgive(RequestKey::of(&guilty));
-        assert!(!shm.struck_out(RequestKey::of(&guilty), &Strikes::default()));
+        shm.forgive(guilty);
+        assert!(!shm.struck_out(guilty, &Strikes::default()));
     }
 
     #[test]
@@ -351,10 +345,10 @@ mod tests {
             let how = shm.settle_marks();
             assert!(how.all);
             for unique in 1..=300 {
-                let out = shm.struck_out(RequestKey::of(&head(unique)), &how);
+                let out = shm.struck_out(key(unique), &how);
                 assert!(!out || death == 3);
             }
-            assert_eq!(shm.struck_out(RequestKey::of(&head(99)), &Strikes::default()), death == 3);
+            assert_eq!(shm.struck_out(key(99), &Strikes::default()), death == 3);
         }
     }
 }

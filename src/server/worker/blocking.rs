@@ -1,0 +1,124 @@
+//! Operations that wait in the kernel: syncs in one thread, allocation and zeroing in another.
+//!
+//! Syncs do not go by the ring, whose own threads are slower at it, and not in a thread that completes others: one slow
+//! sync would hold up all reads.
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{fdatasync, ftruncate};
+
+use crate::chain::LevelFile;
+
+use super::core::{AUX_THREAD, AuxJob, Core, Pending, SYNC_THREAD};
+
+/// File systems allocate and zero in blocks of at most so many bytes without touching their neighbours.
+const BLOCK: u64 = 4096;
+
+type Outcome = Result<(), Errno>;
+
+/// The sync thread.
+pub fn sync_thread(core: &Core) -> ! {
+    loop {
+        let op = core.syncs.pop();
+        let result = again(|| fdatasync(&core.top().file)).map_err(|e| e as i32);
+        core.tell(SYNC_THREAD, Pending::Done { op, result });
+    }
+}
+
+/// The thread that allocates and zeroes.
+pub fn aux_thread(core: &Core) -> ! {
+    let mut zero_ways = Ways::default();
+    loop {
+        let (op, result) = match core.aux.pop() {
+            AuxJob::Fallocate { op, file_off, len } => (op, grow(core.top(), file_off, len)),
+            AuxJob::ZeroRange { op, file_off, len } => (op, zero_ways.zero(core, file_off, len)),
+        };
+        core.tell(AUX_THREAD, Pending::Done { op, result: result.map_err(|e| e as i32) });
+    }
+}
+
+fn again(mut call: impl FnMut() -> nix::Result<()>) -> Outcome {
+    loop {
+        match call() {
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            other => return other,
+        }
+    }
+}
+
+fn unsupported(e: Errno) -> bool {
+    matches!(e, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL)
+}
+
+/// Makes the file at least `file_off + len` bytes long; what is new is allocated where the file system can do that.
+fn grow(top: &LevelFile, file_off: u64, len: u64) -> Outcome {
+    match again(|| fallocate(&top.file, FallocateFlags::empty(), file_off as i64, len as i64)) {
+        Err(e) if unsupported(e) => {}
+        other => return other,
+    }
+    let end = file_off + len;
+    let now = top.file.metadata().map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?.len();
+    if now >= end { Ok(()) } else { again(|| ftruncate(&top.file, end as i64)) }
+}
+
+/// What the file system has refused so far.
+#[derive(Default)]
+struct Ways {
+    no_zero_range: bool,
+    no_punch: bool,
+}
+
+impl Ways {
+    fn zero(&mut self, core: &Core, file_off: u64, len: u64) -> Outcome {
+        let end = file_off + len;
+        let (first, last) = (file_off.next_multiple_of(BLOCK), end - end % BLOCK);
+        if first >= last {
+            return write_zeroes(core, file_off, len);
+        }
+        // Within a block the file system would go through the page cache, past our direct I/O.
+        write_zeroes(core, file_off, first - file_off)?;
+        write_zeroes(core, last, end - last)?;
+        self.zero_blocks(core, first, last - first)
+    }
+
+    fn zero_blocks(&mut self, core: &Core, file_off: u64, len: u64) -> Outcome {
+        let file = &core.top().file;
+        let (at, n) = (file_off as i64, len as i64);
+        if !self.no_zero_range {
+            let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            match again(|| fallocate(file, mode, at, n)) {
+                Err(e) if unsupported(e) => self.no_zero_range = true,
+                other => return other,
+            }
+        }
+        if !self.no_punch {
+            let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            match again(|| fallocate(file, mode, at, n)) {
+                Err(e) if unsupported(e) => self.no_punch = true,
+                // Space is only hoped for: a later write asks for it.
+                other => return other,
+            }
+        }
+        write_zeroes(core, file_off, len)
+    }
+}
+
+fn write_zeroes(core: &Core, mut file_off: u64, mut len: u64) -> Outcome {
+    let zeroes = core.memory.zeroes();
+    while len > 0 {
+        let part = zeroes.part(0, len.min(zeroes.len as u64) as usize);
+        match core.memory.arena.pwrite(core.top().file.as_fd(), part, file_off) {
+            Ok(0) => return Err(Errno::EIO),
+            Ok(n) => {
+                file_off += n as u64;
+                len -= n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+    Ok(())
+}

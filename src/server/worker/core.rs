@@ -1,0 +1,343 @@
+//! What all threads of the worker share: the engine, the requests, the buffers, and how actions are carried out.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+
+use crate::chain::LevelFile;
+use crate::engine::Engine;
+use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
+use crate::server::fuse::{self, Head, RESENT};
+use crate::server::shm::{RequestKey, Shm, Strikes};
+use crate::sys::arena::Span;
+
+use super::locked;
+use super::log::Log;
+use super::memory::{BufId, Common, Memory, REQUESTS};
+use super::queue::{Inbox, Jobs};
+
+/// I/O threads of a worker.
+pub const THREADS: usize = 2;
+/// The thread numbers of those that do no I/O by ring, for [`Core::step`].
+pub const SYNC_THREAD: usize = THREADS;
+pub const AUX_THREAD: usize = THREADS + 1;
+pub const MAIN_THREAD: usize = THREADS + 2;
+
+/// The flush that the supervisor asked for; no request of the kernel's.
+pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
+
+/// What the main thread is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Notice {
+    Flushed(Result<(), Errno>),
+    Closed(Result<(), Errno>),
+}
+
+/// Work for the thread that allocates and zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AuxJob {
+    Fallocate { op: OpId, file_off: u64, len: u64 },
+    ZeroRange { op: OpId, file_off: u64, len: u64 },
+}
+
+/// What the engine is to be told.
+#[derive(Clone, Copy, Debug)]
+pub enum Pending {
+    Request(Request),
+    Done {
+        op: OpId,
+        result: Result<(), Errno>,
+    },
+    /// A page of a BAT, in the arena.
+    Bat {
+        op: OpId,
+        result: Result<Span, Errno>,
+    },
+    Tick,
+    Close,
+}
+
+/// How the answer to a request looks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Answer {
+    /// The data.
+    Read = 0,
+    /// The number of bytes.
+    Write = 1,
+    /// Nothing.
+    Status = 2,
+}
+
+/// A request in flight. One thread at a time has to do with it: the one that reads it, then, by way of the engine's
+/// lock, the one that answers it.
+#[derive(Debug, Default)]
+struct Slot {
+    unique: AtomicU64,
+    offset: AtomicU64,
+    len: AtomicU64,
+    opcode: AtomicU32,
+    /// [`Answer`] and buffer.
+    how: AtomicU32,
+}
+
+/// The thread that carries actions out.
+pub trait Hands {
+    /// Starts `Read`, `Write`, `ReadBat` or `WriteBat`.
+    fn start(&mut self, core: &Core, action: Action);
+    /// A request was answered.
+    fn free(&mut self, core: &Core, buf: BufId, request: u32);
+}
+
+pub struct Core {
+    pub fuse: OwnedFd,
+    pub memory: Memory,
+    pub common: Common,
+    slots: Box<[Slot]>,
+    engine: Mutex<Engine<Shm>>,
+    pub inboxes: [Inbox<Action>; THREADS],
+    pub syncs: Jobs<OpId>,
+    pub aux: Jobs<AuxJob>,
+    pub notices: Inbox<Notice>,
+    /// Base first.
+    pub levels: Vec<LevelFile>,
+    pub device_bytes: u64,
+    /// For STATFS.
+    pub block_bytes: u32,
+    pub writable: bool,
+    /// The block device is gone: no more requests for data.
+    pub closing: AtomicBool,
+    /// Somebody stopped reading /dev/fuse for want of buffers.
+    pub starving: AtomicBool,
+    pub shm: Shm,
+    pub strikes: Strikes,
+    pub log: Log,
+}
+
+/// What a [`Core`] is made of.
+pub struct Parts {
+    pub fuse: OwnedFd,
+    pub memory: Memory,
+    pub engine: Engine<Shm>,
+    pub levels: Vec<LevelFile>,
+    pub device_bytes: u64,
+    pub block_bytes: u32,
+    pub writable: bool,
+    pub shm: Shm,
+    pub strikes: Strikes,
+    pub log: Log,
+}
+
+impl Core {
+    pub fn new(p: Parts) -> std::io::Result<Core> {
+        Ok(Core {
+            fuse: p.fuse,
+            memory: p.memory,
+            common: Common::new(),
+            slots: (0..REQUESTS).map(|_| Slot::default()).collect(),
+            engine: Mutex::new(p.engine),
+            inboxes: [Inbox::new()?, Inbox::new()?],
+            syncs: Jobs::new(),
+            aux: Jobs::new(),
+            notices: Inbox::new()?,
+            levels: p.levels,
+            device_bytes: p.device_bytes,
+            block_bytes: p.block_bytes,
+            writable: p.writable,
+            closing: AtomicBool::new(false),
+            starving: AtomicBool::new(false),
+            shm: p.shm,
+            strikes: p.strikes,
+            log: p.log,
+        })
+    }
+
+    /// The file that is written.
+    pub fn top(&self) -> &LevelFile {
+        &self.levels[self.levels.len() - 1]
+    }
+
+    /// Remembers a request until it is answered.
+    pub fn register(&self, id: u32, head: &Head, answer: Answer, offset: u64, len: u64, buf: BufId) {
+        let slot = &self.slots[id as usize];
+        slot.unique.store(head.unique, Relaxed);
+        slot.offset.store(offset, Relaxed);
+        slot.len.store(len, Relaxed);
+        slot.opcode.store(head.opcode, Relaxed);
+        slot.how.store((answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
+    }
+
+    fn key(&self, id: ReqId) -> Option<RequestKey> {
+        let slot = self.slots.get(id.0 as usize)?;
+        let (offset, len) = (slot.offset.load(Relaxed), slot.len.load(Relaxed));
+        Some(RequestKey::new(slot.unique.load(Relaxed), slot.opcode.load(Relaxed), offset, len))
+    }
+
+    /// Where the bytes of an operation are.
+    pub fn span(&self, buf: Buf, len: u64) -> Span {
+        let (whole, off) = match buf {
+            Buf::Request { req, off } => (self.request_span(req), off as usize),
+            Buf::Bounce { id, off } => (self.memory.bounce(id), off as usize),
+        };
+        whole.part(off, len as usize)
+    }
+
+    fn request_span(&self, req: ReqId) -> Span {
+        let slot = &self.slots[req.0 as usize];
+        let whole = self.memory.buffer(BufId::from_raw(slot.how.load(Relaxed) as u16));
+        whole.part(0, slot.len.load(Relaxed) as usize)
+    }
+
+    /// Tells the engine everything in `pending` and appends its actions to `actions`, those that take effect at once
+    /// being done. Nothing is left in `pending`.
+    pub fn step(&self, thread: usize, pending: &mut Vec<Pending>, actions: &mut Vec<Action>) {
+        let mut page = [0; BAT_PAGE];
+        let first = actions.len();
+        let mut engine = locked(&self.engine);
+        for p in pending.drain(..) {
+            match p {
+                Pending::Request(r) => {
+                    self.shm.mark(thread, self.key(r.id));
+                    engine.step(Event::Request(r), actions);
+                    self.shm.mark(thread, None);
+                }
+                Pending::Done { op, result } => engine.step(Event::Done { op, result }, actions),
+                Pending::Bat { op, result: Ok(span) } => {
+                    let page = &mut page[..span.len];
+                    self.memory.arena.get(span, page);
+                    engine.step(Event::BatRead { op, result: Ok(page) }, actions);
+                }
+                Pending::Bat { op, result: Err(e) } => engine.step(Event::BatRead { op, result: Err(e) }, actions),
+                Pending::Tick => engine.step(Event::Tick, actions),
+                Pending::Close => engine.step(Event::Close, actions),
+            }
+        }
+        // Another thread may be told to answer the request, or to write the bounce buffer, as soon as the lock is free.
+        for i in first..actions.len() {
+            match actions[i] {
+                Action::ZeroFill { req, off, len } if !answered_next(&actions[i + 1..], req) => {
+                    self.zero_fill(req, off, len);
+                    actions[i] = Action::ZeroFill { req, off, len: 0 };
+                }
+                Action::Overlay { bounce, at, from, len } => {
+                    let to = self.memory.bounce(bounce).part(at as usize, len as usize);
+                    match from {
+                        Some((req, off)) => {
+                            self.memory.arena.copy(self.request_span(req).part(off as usize, len as usize), to);
+                        }
+                        None => self.memory.arena.zero(to),
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn zero_fill(&self, req: ReqId, off: u64, len: u64) {
+        self.memory.arena.zero(self.request_span(req).part(off as usize, len as usize));
+    }
+
+    /// Carries out what [`step`](Self::step) left to be done.
+    pub fn execute(&self, actions: &mut Vec<Action>, hands: &mut impl Hands) {
+        for action in actions.drain(..) {
+            match action {
+                Action::Reply { req, result } => self.reply(req, result, hands),
+                Action::ZeroFill { len: 0, .. } | Action::Overlay { .. } => {}
+                Action::ZeroFill { req, off, len } => self.zero_fill(req, off, len),
+                Action::Read { .. } | Action::Write { .. } | Action::ReadBat { .. } | Action::WriteBat { .. } => {
+                    hands.start(self, action);
+                }
+                Action::Fallocate { op, file_off, len } => self.aux.push(AuxJob::Fallocate { op, file_off, len }),
+                Action::ZeroRange { op, file_off, len } => self.aux.push(AuxJob::ZeroRange { op, file_off, len }),
+                Action::Sync { op } => self.syncs.push(op),
+                Action::Closed { result } => self.notices.push(Notice::Closed(result)),
+            }
+        }
+    }
+
+    fn reply(&self, req: ReqId, result: Result<(), Errno>, hands: &mut impl Hands) {
+        if req == OWN_FLUSH {
+            self.notices.push(Notice::Flushed(result));
+            return;
+        }
+        let slot = &self.slots[req.0 as usize];
+        let unique = slot.unique.load(Relaxed);
+        let how = slot.how.load(Relaxed);
+        let len = slot.len.load(Relaxed);
+        let buf = BufId::from_raw(how as u16);
+        match result {
+            Ok(()) if how >> 16 == Answer::Read as u32 => {
+                let head = fuse::reply_head(unique, 0, len as usize);
+                let data = self.memory.buffer(buf).part(0, len as usize);
+                let sent = self.memory.arena.write_after(self.fuse.as_fd(), &head, data);
+                self.sent(unique, sent.map(drop));
+            }
+            Ok(()) if how >> 16 == Answer::Write as u32 => self.send(&fuse::Reply::written(unique, len as u32)),
+            Ok(()) => self.send(&fuse::Reply::status(unique, 0)),
+            Err(e) => self.send(&fuse::Reply::status(unique, e)),
+        }
+        if unique & RESENT != 0
+            && let Some(key) = self.key(req)
+        {
+            self.shm.forgive(key);
+        }
+        hands.free(self, buf, req.0);
+    }
+
+    /// Answers without data, or with few.
+    pub fn send(&self, reply: &fuse::Reply) {
+        let sent = nix::unistd::write(&self.fuse, reply.bytes());
+        self.sent(reply.unique(), sent.map(drop).map_err(std::io::Error::from));
+    }
+
+    fn sent(&self, unique: u64, result: std::io::Result<()>) {
+        match result {
+            Ok(()) => {}
+            // Nobody waits for it any more: the caller was killed, or the connection has ended.
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) || fuse::is_over(&e) => {}
+            Err(e) => self.log.say(format!("the answer to request {unique} was refused: {e}")),
+        }
+    }
+
+    /// For threads other than the I/O threads: a request was answered.
+    pub fn give(&self, buf: BufId, request: u32) {
+        self.common.give(buf, request);
+        if self.starving.swap(false, AcqRel) {
+            self.inboxes[0].ring();
+        }
+    }
+
+    pub fn status(&self) -> Status {
+        locked(&self.engine).status()
+    }
+
+    /// Tells the engine one thing, from a thread without a ring.
+    pub fn tell(&self, thread: usize, event: Pending) {
+        let mut pending = vec![event];
+        let mut actions = Vec::new();
+        self.step(thread, &mut pending, &mut actions);
+        self.execute(&mut actions, &mut Elsewhere);
+    }
+}
+
+/// The answer follows in the same batch, so that nobody else can have been told to send it.
+fn answered_next(rest: &[Action], req: ReqId) -> bool {
+    rest.iter()
+        .find(|a| !matches!(a, Action::ZeroFill { req: r, .. } if *r == req))
+        .is_some_and(|a| matches!(a, Action::Reply { req: r, .. } if *r == req))
+}
+
+/// Hands of a thread without a ring: the I/O threads do it.
+pub struct Elsewhere;
+
+impl Hands for Elsewhere {
+    fn start(&mut self, core: &Core, action: Action) {
+        core.inboxes[0].push(action);
+    }
+
+    fn free(&mut self, core: &Core, buf: BufId, request: u32) {
+        core.give(buf, request);
+    }
+}

@@ -1,0 +1,209 @@
+//! The file operations of one I/O thread: started in its ring, continued where they fell short, ended for the engine.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+
+use crate::engine::api::{Action, BAT_PAGE, Errno, OpId};
+use crate::sys::arena::Span;
+use crate::sys::ring::Ring;
+
+use super::core::{Core, Hands, Pending};
+use super::memory::{BufId, Stash};
+
+/// Operations handed over in one system call.
+const RING: u32 = 256;
+
+/// What a file operation is for.
+#[derive(Clone, Copy, Debug)]
+enum Goal {
+    Data(OpId),
+    /// Reading a page of a BAT into this buffer; so many bytes are wanted.
+    ReadBat(OpId, Span, u32),
+    /// Writing a page of the BAT from this buffer.
+    WriteBat(OpId, Span),
+}
+
+/// A file operation in the ring.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    goal: Goal,
+    level: u8,
+    write: bool,
+    /// What is left to be transferred.
+    span: Span,
+    file_off: u64,
+}
+
+/// What became of an operation.
+#[derive(Clone, Copy, Debug)]
+pub enum Landed {
+    /// It goes on.
+    Again,
+    Done(Pending),
+}
+
+pub struct Files {
+    pub ring: Ring,
+    pub stash: Stash,
+    /// A buffer was freed since this was looked at.
+    pub freed: bool,
+    flights: Vec<Flight>,
+    /// Numbers of flights that have landed.
+    idle: Vec<u32>,
+    pages: Vec<Span>,
+    /// Pages whose content the engine sees with the next step.
+    shown: Vec<Span>,
+    /// What waits for a page buffer.
+    waiting: VecDeque<Action>,
+    /// The ring refused an operation: nothing can go on.
+    broken: Option<io::Error>,
+}
+
+impl Files {
+    pub fn new(core: &Core, thread: usize) -> io::Result<Files> {
+        Ok(Files {
+            ring: Ring::new(RING, core.memory.arena)?,
+            stash: core.common.share(),
+            freed: false,
+            flights: Vec::with_capacity(1024),
+            idle: Vec::with_capacity(1024),
+            pages: core.memory.pages(thread),
+            shown: Vec::with_capacity(64),
+            waiting: VecDeque::with_capacity(64),
+            broken: None,
+        })
+    }
+
+    /// The engine has seen the pages that were read.
+    pub fn seen(&mut self) {
+        self.pages.append(&mut self.shown);
+    }
+
+    /// At the end of a turn: starts what waited for page buffers, gives away what exceeds this thread's share.
+    pub fn settle(&mut self, core: &Core) -> io::Result<()> {
+        while !self.pages.is_empty()
+            && let Some(action) = self.waiting.pop_front()
+        {
+            self.start(core, action);
+        }
+        core.common.level(&mut self.stash);
+        self.broken.take().map_or(Ok(()), Err)
+    }
+
+    fn launch(&mut self, core: &Core, flight: Flight) {
+        let tag = match self.idle.pop() {
+            Some(tag) => {
+                self.flights[tag as usize] = flight;
+                tag
+            }
+            None => {
+                self.flights.push(flight);
+                self.flights.len() as u32 - 1
+            }
+        };
+        self.fly(core, tag);
+    }
+
+    fn fly(&mut self, core: &Core, tag: u32) {
+        let f = self.flights[tag as usize];
+        let file = core.levels[usize::from(f.level)].file.as_fd();
+        let pushed = if f.write {
+            self.ring.write(file, f.span, f.file_off, u64::from(tag))
+        } else {
+            self.ring.read(file, f.span, f.file_off, u64::from(tag))
+        };
+        if let Err(e) = pushed {
+            self.broken.get_or_insert(e);
+        }
+    }
+
+    /// The operation `tag` has come back from the ring.
+    pub fn landed(&mut self, core: &Core, tag: u64, result: i32) -> io::Result<Landed> {
+        let Some(f) = self.flights.get_mut(tag as usize) else {
+            return Err(io::Error::other(format!("the ring completed operation {tag}, which was never started")));
+        };
+        let left = f.span.len;
+        let moved = match result {
+            n if n >= 0 && n as usize >= left => left,
+            n if n > 0 && !core.levels[usize::from(f.level)].direct => n as usize,
+            // Direct I/O goes on at a sector.
+            n if n >= 512 => n as usize & !511,
+            n if -n == libc::EAGAIN || -n == libc::EINTR => 0,
+            n => {
+                // The end of the file, in the middle of what was wanted or behind it.
+                let got = BAT_PAGE - left + n.max(0) as usize;
+                let enough = matches!(f.goal, Goal::ReadBat(_, _, len) if n >= 0 && got >= len as usize);
+                let error = if n < 0 { -n } else { libc::EIO };
+                return Ok(self.end(tag as u32, if enough { Ok(()) } else { Err(error) }));
+            }
+        };
+        if moved == left {
+            return Ok(self.end(tag as u32, Ok(())));
+        }
+        f.span = f.span.part(moved, left - moved);
+        f.file_off += moved as u64;
+        self.fly(core, tag as u32);
+        Ok(Landed::Again)
+    }
+
+    fn end(&mut self, tag: u32, result: Result<(), Errno>) -> Landed {
+        self.idle.push(tag);
+        Landed::Done(match self.flights[tag as usize].goal {
+            Goal::Data(op) => Pending::Done { op, result },
+            Goal::WriteBat(op, page) => {
+                self.pages.push(page);
+                Pending::Done { op, result }
+            }
+            Goal::ReadBat(op, page, len) => {
+                self.shown.push(page);
+                Pending::Bat { op, result: result.map(|()| page.part(0, len as usize)) }
+            }
+        })
+    }
+}
+
+impl Hands for Files {
+    fn start(&mut self, core: &Core, action: Action) {
+        let top = (core.levels.len() - 1) as u8;
+        let flight = match action {
+            Action::Read { op, level, file_off, len, to } => {
+                Flight { goal: Goal::Data(op), level, write: false, span: core.span(to, len), file_off }
+            }
+            Action::Write { op, file_off, len, from } => {
+                Flight { goal: Goal::Data(op), level: top, write: true, span: core.span(from, len), file_off }
+            }
+            other => match (other, self.pages.pop()) {
+                (Action::ReadBat { op, level, page, len }, Some(span)) => Flight {
+                    goal: Goal::ReadBat(op, span, len),
+                    level,
+                    write: false,
+                    span,
+                    file_off: u64::from(page) * BAT_PAGE as u64,
+                },
+                (Action::WriteBat { op, page, data }, Some(span)) => {
+                    core.memory.arena.put(span, &data[..]);
+                    Flight {
+                        goal: Goal::WriteBat(op, span),
+                        level: top,
+                        write: true,
+                        span,
+                        file_off: u64::from(page) * BAT_PAGE as u64,
+                    }
+                }
+                (other, page) => {
+                    self.pages.extend(page);
+                    self.waiting.push_back(other);
+                    return;
+                }
+            },
+        };
+        self.launch(core, flight);
+    }
+
+    fn free(&mut self, _core: &Core, buf: BufId, request: u32) {
+        self.stash.give(buf, request);
+        self.freed = true;
+    }
+}

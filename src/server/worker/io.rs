@@ -1,0 +1,270 @@
+//! An I/O thread: reads requests from /dev/fuse, asks the engine, does the file I/O by its ring, answers.
+//!
+//! One turn takes whatever is there: completions, requests, work from other threads; locks the engine once; and hands
+//! all new operations to the kernel in one system call, which also waits. No request lies unread while a thread with
+//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has come
+//! since; a thread that stops for want of buffers wakes the other one, and whoever frees a buffer then looks again.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+
+use crate::engine::api::{Action, ReqId, Request, RequestKind};
+use crate::server::fuse::{self, HEAD, Head, MAX_IO, Op, Reply};
+use crate::server::shm::RequestKey;
+use crate::sys::ring::Completion;
+use crate::units::SECTOR;
+
+use super::core::{Answer, Core, Pending, THREADS};
+use super::files::{Files, Landed};
+use super::memory::{BufId, SMALL};
+
+/// Requests read in one turn; the answers of the first must not wait for ever.
+const BATCH: usize = 32;
+
+const TAG_FUSE: u64 = u64::MAX;
+const TAG_INBOX: u64 = u64::MAX - 1;
+
+/// FALLOCATE modes that mean "reads as zero": punch a hole, zero the range; both keep the size.
+const PUNCH: u32 = 0x03;
+const ZERO: u32 = 0x11;
+
+/// Why reading requests ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Drained {
+    /// Nothing more is there.
+    Empty,
+    /// Enough for this turn.
+    Batch,
+    /// No buffers.
+    Starved,
+    /// The connection has ended.
+    Over,
+}
+
+pub struct IoThread<'a> {
+    core: &'a Core,
+    number: usize,
+    files: Files,
+    pending: Vec<Pending>,
+    /// The poll of /dev/fuse is under way.
+    armed: bool,
+    /// Requests may be there.
+    look: bool,
+}
+
+impl<'a> IoThread<'a> {
+    /// For the calling thread, which must go on to [`run`](Self::run).
+    pub fn new(core: &'a Core, number: usize) -> io::Result<IoThread<'a>> {
+        let files = Files::new(core, number)?;
+        Ok(IoThread { core, number, files, pending: Vec::with_capacity(512), armed: false, look: true })
+    }
+
+    /// Serves until the process ends. An error is one of the ring itself, with which nothing can go on.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut done: Vec<Completion> = Vec::with_capacity(1024);
+        let mut actions: Vec<Action> = Vec::with_capacity(1024);
+        self.files.ring.poll_in(self.core.inboxes[self.number].as_fd(), false, TAG_INBOX)?;
+        loop {
+            if self.look {
+                self.look()?;
+            }
+            if !self.pending.is_empty() {
+                self.core.step(self.number, &mut self.pending, &mut actions);
+                self.files.seen();
+            }
+            self.core.execute(&mut actions, &mut self.files);
+            self.files.settle(self.core)?;
+            if self.files.freed && self.core.starving.load(Ordering::Acquire) {
+                self.look = true;
+            }
+            self.files.freed = false;
+            self.files.ring.submit(usize::from(!self.look))?;
+            self.files.ring.completions(&mut done);
+            for c in done.drain(..) {
+                match c.tag {
+                    TAG_FUSE => {
+                        self.armed = false;
+                        self.look = true;
+                    }
+                    TAG_INBOX => {
+                        let inbox = &self.core.inboxes[self.number];
+                        inbox.take(&mut actions);
+                        self.look = true;
+                        self.files.ring.poll_in(inbox.as_fd(), false, TAG_INBOX)?;
+                    }
+                    tag => match self.files.landed(self.core, tag, c.result)? {
+                        Landed::Again => {}
+                        Landed::Done(p) => self.pending.push(p),
+                    },
+                }
+            }
+        }
+    }
+
+    /// Reads requests, and sees to it that somebody notices the next ones.
+    fn look(&mut self) -> io::Result<()> {
+        match self.drain() {
+            Drained::Batch => {}
+            Drained::Empty => {
+                self.look = false;
+                if !self.armed {
+                    self.files.ring.poll_in(self.core.fuse.as_fd(), true, TAG_FUSE)?;
+                    self.armed = true;
+                }
+            }
+            Drained::Starved => {
+                if !self.core.starving.swap(true, Ordering::AcqRel) {
+                    self.core.inboxes[(self.number + 1) % THREADS].ring();
+                }
+                // Something may have been given back between the last look and the flag.
+                self.core.common.refill(&mut self.files.stash);
+                self.look = self.files.stash.next().is_some();
+            }
+            Drained::Over => self.look = false,
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Drained {
+        let core = self.core;
+        let mut head = [0; HEAD];
+        for _ in 0..BATCH {
+            if self.files.stash.next().is_none() {
+                core.common.refill(&mut self.files.stash);
+            }
+            let Some((big, id)) = self.files.stash.next() else {
+                return Drained::Starved;
+            };
+            let span = core.memory.buffer(big);
+            let len = match core.memory.arena.read_after(core.fuse.as_fd(), &mut head, span) {
+                Ok(len) => len,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    core.starving.store(false, Ordering::Release);
+                    return Drained::Empty;
+                }
+                Err(e) if fuse::is_over(&e) => return Drained::Over,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ENOENT)) => continue,
+                Err(e) => {
+                    core.log.say(format!("cannot read a request from the kernel: {e}"));
+                    continue;
+                }
+            };
+            match fuse::parse(&head, len) {
+                Some(request) => self.accept(&request, big, id),
+                None => core.log.say(format!("a request of {len} bytes from the kernel is not understood: {head:?}")),
+            }
+        }
+        Drained::Batch
+    }
+
+    /// Answers a request or makes it known to the engine. `big` holds the data of a write; it and the number `id` are
+    /// the next ones of the stash, which are taken here if they are needed.
+    fn accept(&mut self, head: &Head, big: BufId, id: u32) {
+        let core = self.core;
+        if core.log.trace {
+            core.log.say(format!("request {} {:?}", head.unique, head.op));
+        }
+        let answer = match self.admit(head, big, id) {
+            Ok(answer) => answer,
+            Err(errno) => Some(Reply::status(head.unique, errno)),
+        };
+        if let Some(reply) = answer {
+            core.send(&reply);
+        }
+    }
+
+    fn admit(&mut self, head: &Head, big: BufId, id: u32) -> Result<Option<Reply>, i32> {
+        let core = self.core;
+        let unique = head.unique;
+        let (kind, answer, offset, len) = match head.op {
+            Op::Read { offset, len } => {
+                let len = u64::from(len).min(core.device_bytes.saturating_sub(offset));
+                if len == 0 {
+                    return Ok(Some(Reply::status(unique, 0)));
+                }
+                (RequestKind::Read, Answer::Read, offset, len)
+            }
+            Op::Write { offset, len } => {
+                let len = u64::from(len);
+                self.within(offset, len)?;
+                if len == 0 {
+                    return Ok(Some(Reply::written(unique, 0)));
+                }
+                (RequestKind::Write, Answer::Write, offset, len)
+            }
+            Op::Fallocate { mode, .. } if mode != PUNCH && mode != ZERO => return Err(libc::EOPNOTSUPP),
+            Op::Fallocate { offset, len, .. } => {
+                if !core.writable {
+                    return Err(libc::EROFS);
+                }
+                let len = len.min(core.device_bytes.saturating_sub(offset));
+                if len == 0 {
+                    return Ok(Some(Reply::status(unique, 0)));
+                }
+                (RequestKind::Zero, Answer::Status, offset, len)
+            }
+            Op::Fsync if !core.writable => return Ok(Some(Reply::status(unique, 0))),
+            Op::Fsync => (RequestKind::Flush, Answer::Status, 0, 0),
+            Op::GetAttr => return Ok(Some(Reply::attr(unique, core.device_bytes))),
+            Op::Open => return Ok(Some(Reply::open(unique))),
+            Op::StatFs => return Ok(Some(Reply::statfs(unique, core.device_bytes, core.block_bytes))),
+            Op::Nothing => return Ok(Some(Reply::status(unique, 0))),
+            Op::NoReply => return Ok(None),
+            Op::Unknown => return Err(libc::ENOSYS),
+        };
+        if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            return Err(libc::EINVAL);
+        }
+        if core.closing.load(Ordering::Acquire) {
+            return Err(libc::EIO);
+        }
+        let key = RequestKey::new(unique, head.opcode, offset, len);
+        if head.resent() && core.shm.struck_out(key, &core.strikes) {
+            core.log.say(format!("request {unique} {:?} has killed several workers: it fails", head.op));
+            core.shm.forgive(key);
+            return Err(libc::EIO);
+        }
+        let buf = match kind {
+            RequestKind::Read | RequestKind::Write => {
+                if len > MAX_IO as u64 {
+                    return Err(libc::EIO);
+                }
+                self.place(kind, big, len as usize)
+            }
+            RequestKind::Zero | RequestKind::Flush => {
+                self.files.stash.take_none();
+                BufId::NONE
+            }
+        };
+        core.register(id, head, answer, offset, len, buf);
+        self.pending.push(Pending::Request(Request { id: ReqId(id), kind, offset, len }));
+        Ok(None)
+    }
+
+    fn within(&self, offset: u64, len: u64) -> Result<(), i32> {
+        if !self.core.writable {
+            return Err(libc::EROFS);
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.core.device_bytes => Ok(()),
+            _ => Err(libc::ENOSPC),
+        }
+    }
+
+    /// A buffer for a request: a small one if that is enough, so that the big one is free for the next request.
+    fn place(&mut self, kind: RequestKind, big: BufId, len: usize) -> BufId {
+        if len <= SMALL
+            && let Some(small) = self.files.stash.take_small()
+        {
+            if kind == RequestKind::Write {
+                let memory = &self.core.memory;
+                memory.arena.copy(memory.buffer(big).part(0, len), memory.buffer(small));
+            }
+            return small;
+        }
+        self.files.stash.take_big();
+        big
+    }
+}

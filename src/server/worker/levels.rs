@@ -1,0 +1,185 @@
+//! The files of a chain, opened by the worker itself and locked.
+//!
+//! A description of its own matters: I/O of a dead worker lands for seconds after its death, and a lock on a description
+//! falls only when the last of it is over. Whoever takes over waits for that lock. So these descriptors are
+//! close-on-exec and never given to anybody.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::bail;
+use crate::chain::LevelFile;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::proto::LevelName;
+use crate::sys::aligned::AlignedBuf;
+use crate::sys::calm;
+use crate::sys::statx::direct_align;
+
+/// Direct I/O must allow sectors: the device has blocks of so many bytes.
+const SECTOR: u32 = 512;
+
+/// Opens every level (given by O_PATH descriptors, base first) anew: the top of a writable chain for writing, the rest
+/// for reading only and without changing times; with direct I/O where file and device below take single sectors.
+pub fn open(paths: &[OwnedFd], names: &[LevelName], writable: bool) -> Result<Vec<LevelFile>> {
+    if paths.len() != names.len() || paths.is_empty() {
+        bail!(Protocol, "{} descriptors came for {} images: as many wanted", paths.len(), names.len());
+    }
+    let top = paths.len() - 1;
+    paths.iter().zip(names).enumerate().map(|(i, (path, name))| open_one(path, name, writable && i == top)).collect()
+}
+
+fn open_one(path: &OwnedFd, name: &LevelName, writable: bool) -> Result<LevelFile> {
+    let open = |flags: i32| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(writable);
+        let path = format!("/proc/self/fd/{}", path.as_raw_fd());
+        if writable {
+            return options.custom_flags(flags).open(path);
+        }
+        match options.custom_flags(flags | libc::O_NOATIME).open(&path) {
+            // Only for the owner of the file.
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => options.custom_flags(flags).open(&path),
+            other => other,
+        }
+    };
+    let (file, direct) = match open(libc::O_DIRECT) {
+        Ok(file) if takes_sectors(&file) => (file, true),
+        Ok(_) => (open(0).ctx(Kind::Open, || cannot_open(name))?, false),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => (open(0).ctx(Kind::Open, || cannot_open(name))?, false),
+        Err(e) => return Err(Error::with(Kind::Open, cannot_open(name), e)),
+    };
+    Ok(LevelFile { file, name: name.path.clone(), raw: name.raw, direct })
+}
+
+fn cannot_open(name: &LevelName) -> String {
+    format!("cannot open {}", name.path.display())
+}
+
+/// Whether direct I/O on the file takes single sectors in memory aligned to sectors.
+fn takes_sectors(file: &File) -> bool {
+    match direct_align(file) {
+        Ok(Some(align)) => (1..=SECTOR).contains(&align.offset) && (1..=SECTOR).contains(&align.memory),
+        // The kernel does not tell: try. An alignment of 4096 is refused here.
+        _ => {
+            let mut buf = AlignedBuf::new(2 * SECTOR as usize);
+            let fine = |offset| {
+                use std::os::unix::fs::FileExt;
+                file.read_at(&mut buf[..SECTOR as usize], offset).is_ok()
+            };
+            [0, u64::from(SECTOR)].into_iter().all(fine)
+        }
+    }
+}
+
+/// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
+/// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
+pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool) -> Result<()> {
+    let Some((top, lower)) = levels.split_last() else { return Ok(()) };
+    if writable {
+        lock_top(top, takeover)?;
+    } else {
+        lock_range(top, libc::F_RDLCK, takeover)?;
+    }
+    lower.iter().try_for_each(|level| lock_range(level, libc::F_RDLCK, takeover))
+}
+
+fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
+    let taken = retry(takeover, || calm::flock_exclusive(&top.file, takeover));
+    match taken {
+        Ok(()) => lock_range(top, libc::F_WRLCK, takeover),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(in_use(top)),
+        Err(e) => Err(Error::with(
+            Kind::Mount,
+            format!("cannot lock {}; the file system must support flock for writing", top.name.display()),
+            e,
+        )),
+    }
+}
+
+fn in_use(level: &LevelFile) -> Error {
+    Error::new(
+        Kind::Mount,
+        format!("image {} is in use by another device; unmount that first (ploop list)", level.name.display()),
+    )
+}
+
+/// A lock over the whole file that belongs to the description. Where the file system has none, it is left out: it only
+/// guards against a second server, the barrier is the other lock.
+fn lock_range(level: &LevelFile, kind: i32, takeover: bool) -> Result<()> {
+    let range = libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    let set = || {
+        let how = if takeover { FcntlArg::F_OFD_SETLKW(&range) } else { FcntlArg::F_OFD_SETLK(&range) };
+        Ok(fcntl(&level.file, how).map(drop)?)
+    };
+    match retry(takeover, set) {
+        Ok(()) => Ok(()),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Err(in_use(level)),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Tries for a second: a server that has just ended may still have I/O under way.
+fn retry(takeover: bool, mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    for _ in 0..20 {
+        match lock() {
+            Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !takeover => sleep(Duration::from_millis(50)),
+            other => return other,
+        }
+    }
+    lock()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    fn level(dir: &tempfile::TempDir, writable: bool) -> Result<LevelFile> {
+        let path = dir.path().join("image");
+        if !path.exists() {
+            std::fs::write(&path, [7; 8192]).unwrap();
+        }
+        let fd: OwnedFd = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path).unwrap().into();
+        let name = LevelName { path: PathBuf::from(&path), raw: true };
+        Ok(open(&[fd], &[name], writable)?.remove(0))
+    }
+
+    #[test]
+    fn a_writer_is_alone() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let first = [level(&dir, true).unwrap()];
+        lock(&first, true, false).unwrap();
+        let second = [level(&dir, true).unwrap()];
+        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::Mount);
+        let reader = [level(&dir, false).unwrap()];
+        assert_eq!(lock(&reader, false, false).unwrap_err().kind(), Kind::Mount);
+        drop(first);
+        lock(&reader, false, false).unwrap();
+        lock(&[level(&dir, false).unwrap()], false, false).unwrap();
+        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::Mount);
+    }
+
+    #[test]
+    fn a_successor_waits_for_the_lock() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let first = [level(&dir, true).unwrap()];
+        lock(&first, true, false).unwrap();
+        let second = [level(&dir, true).unwrap()];
+        std::thread::scope(|s| {
+            let waiting = s.spawn(|| lock(&second, true, true));
+            sleep(Duration::from_millis(200));
+            assert!(!waiting.is_finished());
+            drop(first);
+            waiting.join().unwrap().unwrap();
+        });
+    }
+}

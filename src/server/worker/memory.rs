@@ -1,0 +1,253 @@
+//! Buffers for requests, bounces and pages of BATs: all of the worker's I/O memory, made once.
+//!
+//! A request is read from /dev/fuse into a big buffer, because nobody knows how long it is. Short ones move on into a
+//! small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory stays
+//! warm in the caches.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Mutex;
+
+use crate::engine::api::{BAT_PAGE, BounceId};
+use crate::server::fuse::MAX_IO;
+use crate::sys::arena::{Arena, Span};
+
+use super::locked;
+
+/// Requests in flight that the worker can know; the kernel's loop device has 128.
+pub const REQUESTS: usize = 512;
+/// A request of up to so many bytes is kept in a small buffer.
+pub const SMALL: usize = 16 << 10;
+const BIG: usize = MAX_IO;
+const BIGS: usize = 16;
+const SMALLS: usize = 160;
+/// Bounce buffers of the engine, and the bytes of each.
+pub const BOUNCES: usize = 4;
+pub const BOUNCE: usize = 1 << 20;
+/// Pages of BATs in flight, for each I/O thread.
+pub const PAGES: usize = 32;
+/// Zeroes for file systems that cannot make them.
+const ZEROES: usize = 256 << 10;
+
+const AT_BOUNCES: usize = BIGS * BIG;
+const AT_SMALLS: usize = AT_BOUNCES + BOUNCES * BOUNCE;
+const AT_PAGES: usize = AT_SMALLS + SMALLS * SMALL;
+
+/// A data buffer of a request: big ones first, then small ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BufId(u16);
+
+impl BufId {
+    /// No buffer.
+    pub const NONE: BufId = BufId(u16::MAX);
+
+    pub fn raw(self) -> u16 {
+        self.0
+    }
+
+    pub fn from_raw(raw: u16) -> BufId {
+        BufId(raw)
+    }
+
+    fn is_big(self) -> bool {
+        usize::from(self.0) < BIGS
+    }
+}
+
+/// The memory and how it is divided.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub arena: &'static Arena,
+    threads: usize,
+}
+
+impl Memory {
+    /// Maps and populates everything for so many I/O threads.
+    pub fn new(threads: usize) -> io::Result<Memory> {
+        let len = AT_PAGES + threads * PAGES * BAT_PAGE + ZEROES;
+        Ok(Memory { arena: Arena::leak(len)?, threads })
+    }
+
+    pub fn buffer(&self, id: BufId) -> Span {
+        let n = usize::from(id.0);
+        if id.is_big() {
+            Span { at: n * BIG, len: BIG }
+        } else {
+            assert!(n - BIGS < SMALLS, "there is no buffer {n}");
+            Span { at: AT_SMALLS + (n - BIGS) * SMALL, len: SMALL }
+        }
+    }
+
+    pub fn bounce(&self, id: BounceId) -> Span {
+        let n = usize::from(id.0);
+        assert!(n < BOUNCES, "there is no bounce buffer {n}");
+        Span { at: AT_BOUNCES + n * BOUNCE, len: BOUNCE }
+    }
+
+    /// The buffers for pages of BATs that belong to an I/O thread.
+    pub fn pages(&self, thread: usize) -> Vec<Span> {
+        let first = AT_PAGES + thread * PAGES * BAT_PAGE;
+        (0..PAGES).map(|i| Span { at: first + i * BAT_PAGE, len: BAT_PAGE }).collect()
+    }
+
+    /// Bytes that are zero and that nobody changes.
+    pub fn zeroes(&self) -> Span {
+        Span { at: AT_PAGES + self.threads * PAGES * BAT_PAGE, len: ZEROES }
+    }
+}
+
+/// What is free. Each I/O thread has one of its own, so that it seldom has to ask the common one.
+#[derive(Debug, Default)]
+pub struct Stash {
+    bigs: Vec<BufId>,
+    smalls: Vec<BufId>,
+    requests: Vec<u32>,
+}
+
+/// A thread keeps no more than its share, so that the others find something.
+const SHARE_BIGS: usize = BIGS / 2;
+const SHARE_SMALLS: usize = SMALLS / 2;
+const SHARE_REQUESTS: usize = REQUESTS / 2;
+
+impl Stash {
+    fn with_room() -> Stash {
+        Stash {
+            bigs: Vec::with_capacity(BIGS),
+            smalls: Vec::with_capacity(SMALLS),
+            requests: Vec::with_capacity(REQUESTS),
+        }
+    }
+
+    /// A big buffer and a request number without which nothing can be read; they stay in the stash.
+    pub fn next(&self) -> Option<(BufId, u32)> {
+        Some((*self.bigs.last()?, *self.requests.last()?))
+    }
+
+    /// Takes the request number that [`next`](Self::next) showed, and the big buffer.
+    pub fn take_big(&mut self) {
+        self.bigs.pop();
+        self.requests.pop();
+    }
+
+    /// Takes the request number that [`next`](Self::next) showed, and no buffer.
+    pub fn take_none(&mut self) {
+        self.requests.pop();
+    }
+
+    /// Takes the request number that [`next`](Self::next) showed, and a small buffer if there is one.
+    pub fn take_small(&mut self) -> Option<BufId> {
+        let small = self.smalls.pop()?;
+        self.requests.pop();
+        Some(small)
+    }
+
+    /// Takes back what a request held.
+    pub fn give(&mut self, buf: BufId, request: u32) {
+        self.requests.push(request);
+        if buf == BufId::NONE {
+        } else if buf.is_big() {
+            self.bigs.push(buf);
+        } else {
+            self.smalls.push(buf);
+        }
+    }
+}
+
+/// What is free and in no thread's stash.
+#[derive(Debug)]
+pub struct Common {
+    stash: Mutex<Stash>,
+}
+
+impl Common {
+    pub fn new() -> Common {
+        let mut all = Stash::with_room();
+        // Last in, first out: the low ones are used most.
+        all.bigs.extend((0..BIGS).rev().map(|i| BufId(i as u16)));
+        all.smalls.extend((BIGS..BIGS + SMALLS).rev().map(|i| BufId(i as u16)));
+        all.requests.extend((0..REQUESTS as u32).rev());
+        Common { stash: Mutex::new(all) }
+    }
+
+    /// A stash for one thread with its share.
+    pub fn share(&self) -> Stash {
+        let mut mine = Stash::with_room();
+        self.refill(&mut mine);
+        mine
+    }
+
+    /// Fills up a thread's stash to its share, as far as there is something.
+    pub fn refill(&self, mine: &mut Stash) {
+        let mut all = locked(&self.stash);
+        top_up(&mut mine.bigs, &mut all.bigs, SHARE_BIGS);
+        top_up(&mut mine.smalls, &mut all.smalls, SHARE_SMALLS);
+        top_up(&mut mine.requests, &mut all.requests, SHARE_REQUESTS);
+    }
+
+    /// Takes from a thread's stash what exceeds its share.
+    pub fn level(&self, mine: &mut Stash) {
+        if mine.bigs.len() > SHARE_BIGS || mine.smalls.len() > SHARE_SMALLS || mine.requests.len() > SHARE_REQUESTS {
+            let mut all = locked(&self.stash);
+            cut(&mut mine.bigs, &mut all.bigs, SHARE_BIGS);
+            cut(&mut mine.smalls, &mut all.smalls, SHARE_SMALLS);
+            cut(&mut mine.requests, &mut all.requests, SHARE_REQUESTS);
+        }
+    }
+
+    /// For threads without a stash.
+    pub fn give(&self, buf: BufId, request: u32) {
+        locked(&self.stash).give(buf, request);
+    }
+}
+
+fn top_up<T>(to: &mut Vec<T>, from: &mut Vec<T>, share: usize) {
+    let n = share.saturating_sub(to.len()).min(from.len());
+    to.extend(from.drain(from.len() - n..));
+}
+
+fn cut<T>(from: &mut Vec<T>, to: &mut Vec<T>, share: usize) {
+    // The oldest go: what was used last is warm.
+    if from.len() > share {
+        let n = from.len() - share;
+        to.extend(from.drain(..n));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_do_not_overlap() {
+        let m = Memory::new(2).unwrap();
+        let mut all: Vec<Span> = (0..BIGS + SMALLS).map(|i| m.buffer(BufId(i as u16))).collect();
+        all.extend((0..BOUNCES).map(|i| m.bounce(BounceId(i as u16))));
+        all.extend(m.pages(0));
+        all.extend(m.pages(1));
+        all.push(m.zeroes());
+        all.sort_by_key(|s| s.at);
+        assert!(all.windows(2).all(|w| w[0].at + w[0].len <= w[1].at));
+        assert!(all.last().is_some_and(|s| s.at + s.len <= m.arena.bytes()));
+        assert!(all.iter().all(|s| s.at % 4096 == 0));
+        assert!(m.arena.bytes() <= 28 << 20);
+    }
+
+    #[test]
+    fn what_is_given_back_is_found_again() {
+        let common = Common::new();
+        let (mut a, mut b) = (common.share(), common.share());
+        let mut held = Vec::new();
+        while let Some((big, req)) = a.next() {
+            a.take_big();
+            held.push((big, req));
+        }
+        assert_eq!(held.len(), SHARE_BIGS);
+        for (buf, req) in held {
+            b.give(buf, req);
+        }
+        common.level(&mut b);
+        common.refill(&mut a);
+        assert_eq!((a.bigs.len(), b.bigs.len()), (SHARE_BIGS, SHARE_BIGS));
+        assert_eq!(a.requests.len() + b.requests.len(), REQUESTS);
+    }
+}

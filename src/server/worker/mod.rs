@@ -1,0 +1,156 @@
+//! The worker: serves one device, and can be killed at any time.
+//!
+//! It owns what can fail: the image files, the engine, the memory for I/O. The supervisor keeps what must not be lost.
+//! Two threads do the I/O ([`io`]), one syncs, one allocates and zeroes ([`blocking`]), one writes the log; the main
+//! thread talks to the supervisor ([`link`]) and tells the engine the time.
+#![forbid(unsafe_code)]
+
+mod blocking;
+mod core;
+mod files;
+mod io;
+mod levels;
+mod link;
+mod log;
+mod memory;
+mod queue;
+mod setup;
+
+use std::os::fd::AsFd;
+use std::process::{abort, exit};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Mutex, MutexGuard};
+use std::thread::Builder;
+
+use crate::bail;
+use crate::chain::{self, Chain};
+use crate::engine::api::Errno;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::fuse;
+use crate::server::proto::FromWorker;
+use crate::server::shm::Shm;
+use crate::sys::{calm, process};
+
+use self::core::{Core, THREADS};
+use link::Link;
+
+/// The supervisor's socket.
+const SOCKET: i32 = 3;
+
+/// The stack of a thread; all of it is locked in memory.
+const STACK: usize = 256 << 10;
+
+/// A lock that a panicking thread cannot have left: a panic ends the process.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing else
+/// open but the standard ones.
+pub fn worker_main() -> ! {
+    calm::one_heap();
+    let _ = calm::not_dumpable();
+    let _ = calm::ignore_signals();
+    let _ = calm::io_flusher();
+    let _ = calm::spare_from_oom();
+    die_of_panics(None);
+    let Ok(socket) = process::take_standard(SOCKET) else { exit(2) };
+    let Ok(Some((mut link, kept))) = Link::start(socket) else { exit(2) };
+    let started = setup::set_up(&kept).and_then(|worker| {
+        let setup::Worker { core, chain, ready, sink } = worker;
+        // The threads use it until the process ends.
+        let core: &'static Core = Box::leak(Box::new(core));
+        die_of_panics(Some(core.shm.clone()));
+        thread("log", move || sink.run())?;
+        start_threads(core, kept.start.takeover)?;
+        Ok((core, chain, ready))
+    });
+    match started {
+        Ok((core, chain, ready)) => {
+            let heard = link.say(&FromWorker::Ready(ready));
+            if heard.is_err() && !kept.start.takeover {
+                // Nobody has used the device yet.
+                exit(0);
+            }
+            let closed = link.serve(core, &kept);
+            let error = finish(core, &chain, closed).err().map(|e| (e.code(), e.to_string()));
+            let code = i32::from(error.is_some());
+            let _ = link.say(&FromWorker::Closed { error });
+            exit(code)
+        }
+        Err(e) => {
+            let _ = link.say(&FromWorker::Failed { code: e.code(), message: e.to_string() });
+            exit(1)
+        }
+    }
+}
+
+/// A half-dead worker is worse than a dead one. The message goes to the standard error; the successor is told.
+fn die_of_panics(shm: Option<Shm>) {
+    std::panic::set_hook(Box::new(move |info| {
+        if let Some(shm) = &shm {
+            shm.set_panicked();
+        }
+        eprintln!("ploop-server: worker {}: {info}", std::process::id());
+        abort();
+    }));
+}
+
+fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    let spawned = Builder::new().name(name.into()).stack_size(STACK).spawn(run);
+    spawned.map(drop).ctx(Kind::Sys, || format!("cannot start the thread {name}"))
+}
+
+/// Starts all threads. When this returns they serve.
+fn start_threads(core: &'static Core, takeover: bool) -> Result<()> {
+    thread("sync", || blocking::sync_thread(core))?;
+    thread("aux", || blocking::aux_thread(core))?;
+    if takeover {
+        // Before the first read: requests read by ourselves would come back to us, too.
+        fuse::resend(core.fuse.as_fd())
+            .ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
+    }
+    let (tell, told) = sync_channel(THREADS);
+    for number in 0..THREADS {
+        let tell = tell.clone();
+        thread(&format!("io{number}"), move || {
+            let mut io = match io::IoThread::new(core, number) {
+                Ok(io) => {
+                    let _ = tell.send(Ok(()));
+                    io
+                }
+                Err(e) => {
+                    let _ = tell.send(Err(e));
+                    return;
+                }
+            };
+            if let Err(e) = io.run() {
+                panic!("the ring of thread {number} fails: {e}");
+            }
+        })?;
+    }
+    for _ in 0..THREADS {
+        match told.recv() {
+            Ok(made) => {
+                made.ctx(Kind::Sys, || "cannot make an io_uring (sysctl kernel.io_uring_disabled must be 0)")?
+            }
+            Err(_) => bail!(Sys, "an I/O thread ended before it began"),
+        }
+    }
+    Ok(())
+}
+
+/// The engine has written everything; the image becomes a closed one.
+fn finish(core: &Core, chain: &Chain, closed: Result<(), Errno>) -> Result<()> {
+    if let Err(e) = closed {
+        return Err(Error::with(
+            Kind::Fsync,
+            format!(
+                "the last flush of {} failed; the image stays marked in use and must be checked (ploop check)",
+                core.top().name.display()
+            ),
+            std::io::Error::from_raw_os_error(e),
+        ));
+    }
+    if core.writable { chain::close(core.top(), chain, core.status().alloc_end) } else { Ok(()) }
+}

@@ -1,0 +1,162 @@
+//! From the supervisor's first message to a core that can serve: files, locks, chain, engine, memory.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::unistd::fdatasync;
+
+use crate::bail;
+use crate::chain::{self, Chain, Marked, OpenOptions};
+use crate::engine::Engine;
+use crate::engine::api::{Config, Shared, SyncState};
+use crate::error::{IoContext, Kind, Result};
+use crate::format::header::Version;
+use crate::server::proto::{WorkerReady, WorkerStart};
+use crate::server::runtime;
+use crate::server::shm::{Shm, Strikes};
+use crate::sys::calm;
+use crate::units::ClusterSize;
+
+use super::core::{Core, Parts, THREADS};
+use super::memory::{BOUNCE, BOUNCES, Memory};
+use super::{levels, log};
+
+/// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
+const MAP_PAGES: usize = 8192;
+/// Seconds after which a changed page of the BAT is written without a flush.
+const BAT_AGE: u32 = 5;
+/// The largest block size that STATFS tells: the loop device's discard granularity.
+const MAX_BLOCK: u64 = 1 << 20;
+
+/// The descriptors that came with [`WorkerStart`], kept in their order for a new supervisor.
+#[derive(Debug)]
+pub struct Kept {
+    pub start: WorkerStart,
+    fds: Vec<OwnedFd>,
+}
+
+const FUSE: usize = 0;
+const SHM: usize = 1;
+const WITNESS: usize = 2;
+const BINARY: usize = 3;
+const FIRST_LEVEL: usize = 5;
+
+impl Kept {
+    pub fn new(start: WorkerStart, fds: Vec<OwnedFd>) -> Result<Kept> {
+        let wanted = FIRST_LEVEL + start.attach.levels.len();
+        if fds.len() != wanted || wanted == FIRST_LEVEL {
+            bail!(Protocol, "{} descriptors came for {} images: {wanted} wanted", fds.len(), start.attach.levels.len());
+        }
+        Ok(Kept { start, fds })
+    }
+
+    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(|fd| fd.as_fd()).collect()
+    }
+
+    /// The server's program.
+    pub fn binary(&self) -> BorrowedFd<'_> {
+        self.fds[BINARY].as_fd()
+    }
+
+    fn levels(&self) -> &[OwnedFd] {
+        &self.fds[FIRST_LEVEL..]
+    }
+}
+
+/// A worker that is ready to start its threads.
+pub struct Worker {
+    pub core: Core,
+    pub chain: Chain,
+    pub ready: WorkerReady,
+    pub sink: log::Sink,
+}
+
+/// Opens everything. A successor waits here until the last operation of the dead worker is over.
+pub fn set_up(kept: &Kept) -> Result<Worker> {
+    let attach = &kept.start.attach;
+    let takeover = kept.start.takeover;
+    let writable = !attach.read_only;
+    let shm = Shm::map(kept.fds[SHM].as_fd())?;
+    let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join("worker.log"), attach.trace);
+
+    let files = levels::open(kept.levels(), &attach.levels, writable)?;
+    if writable || attach.marked != Marked::Ignore {
+        levels::lock(&files, writable, takeover)?;
+    }
+    let mut strikes = Strikes::default();
+    if takeover {
+        strikes = shm.settle_marks();
+        if shm.sync_state() == SyncState::Running && !synced(kept.fds[WITNESS].as_fd()) {
+            log.say("a sync that was under way when the last worker died has failed".into());
+            shm.set_sync_state(SyncState::Failed);
+        }
+    }
+    let failed = shm.failed() || shm.sync_state() == SyncState::Failed;
+    let options = OpenOptions {
+        writable,
+        raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
+        marked: attach.marked,
+        carried: takeover.then(|| shm.carried()),
+        ..OpenOptions::default()
+    };
+    let chain = chain::open(&files, &options)?;
+    let config = Config {
+        cluster_shift: chain.cluster.shift(),
+        device_bytes: chain.device_bytes,
+        levels: chain.levels.clone(),
+        writable,
+        header: chain.header,
+        alloc: chain.alloc.clone(),
+        bounces: BOUNCES as u16,
+        bounce_bytes: BOUNCE as u32,
+        map_pages: MAP_PAGES,
+        bat_age: BAT_AGE,
+        failed,
+    };
+    let ready = WorkerReady {
+        device_bytes: chain.device_bytes,
+        cluster_sectors: chain.cluster.sectors(),
+        fmt_version: match chain.version {
+            None => 0,
+            Some(Version::V1) => 1,
+            Some(Version::V2) => 2,
+        },
+        was_marked: chain.was_marked,
+        direct: files.iter().all(|f| f.direct),
+    };
+    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
+    let core = Core::new(Parts {
+        fuse,
+        memory,
+        engine: Engine::new(config, chain.carried.clone(), shm.clone()),
+        levels: files,
+        device_bytes: chain.device_bytes,
+        block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32,
+        writable,
+        shm,
+        strikes,
+        log,
+    })
+    .ctx(Kind::Sys, || "cannot make an eventfd")?;
+    // Not permitted: the device works, but not under memory pressure that it causes itself.
+    if let Err(e) = calm::lock_memory() {
+        core.log.say(format!("memory is not locked: {e}"));
+    }
+    Ok(Worker { core, chain, ready, sink })
+}
+
+/// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
+/// opened is reported to its description once, whoever caused it.
+fn synced(witness: BorrowedFd) -> bool {
+    let Ok(file) = witness.try_clone_to_owned().map(File::from) else { return false };
+    loop {
+        match fdatasync(&file) {
+            Err(Errno::EINTR) => {}
+            other => return other.is_ok(),
+        }
+    }
+}
