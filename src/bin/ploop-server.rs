@@ -1,1 +1,47 @@
-fn main() {}
+//! `ploop-server`: the processes that serve a device. Started by the library and by itself, not by people.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use ploop::server::{birth, helper};
+use ploop::sys::process;
+
+fn main() {
+    let mode = std::env::args().nth(1).unwrap_or_default();
+    std::process::exit(match mode.as_str() {
+        "start" => again("supervise"),
+        "adopt" => again("adopted"),
+        "supervise" => birth::supervise(),
+        "adopted" => birth::adopt(),
+        "helper" => helper::main(),
+        "worker" => worker(),
+        _ => {
+            eprintln!(
+                "ploop-server {} is started by libploop for each mounted disk; see ploop(8)",
+                env!("CARGO_PKG_VERSION")
+            );
+            2
+        }
+    });
+}
+
+/// Starts the real process as a child and ends, so that it is nobody's child. It inherits nothing but the socket on
+/// standard input.
+fn again(mode: &str) -> i32 {
+    process::close_from(3);
+    let child = Command::new("/proc/self/exe")
+        .arg0("ploop-server")
+        .arg(mode)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    i32::from(child.is_err())
+}
+
+/// The worker expects its supervisor's socket as descriptor 3.
+fn worker() -> i32 {
+    match process::take_standard(0).and_then(|sock| process::move_to(sock, 3)) {
+        Ok(()) => ploop::server::worker::worker_main(),
+        Err(_) => 1,
+    }
+}

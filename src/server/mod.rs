@@ -1,7 +1,9 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
+pub mod birth;
 pub mod control;
 pub mod daemon;
+pub mod end;
 pub mod frame;
 pub mod fuse;
 pub mod helper;
@@ -13,6 +15,7 @@ pub mod proto;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;
+pub mod supervisor;
 pub mod uevents;
 pub mod worker;
 pub mod workers;

@@ -52,6 +52,8 @@ pub struct Worker {
     /// None once the other end is closed.
     pub sock: Option<OwnedFd>,
     child: Option<Child>,
+    /// Its end was noticed.
+    pub dead: bool,
     pub ready: Option<WorkerReady>,
     /// Why it could not open the chain.
     pub refused: Option<(i32, String)>,
@@ -68,8 +70,16 @@ impl Worker {
         let pid = child.id() as i32;
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
-        let worker =
-            Worker { id, pidfd, sock: Some(ours), child: Some(child), ready: None, refused: None, closed: None };
+        let worker = Worker {
+            id,
+            pidfd,
+            sock: Some(ours),
+            child: Some(child),
+            dead: false,
+            ready: None,
+            refused: None,
+            closed: None,
+        };
         worker.send(&ToWorker::Start(start.clone()), &fds.all())?;
         Ok(worker)
     }
@@ -80,7 +90,7 @@ impl Worker {
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
         let id =
             runtime::process(pid).ok_or_else(gone).ctx(Kind::Sys, || format!("the worker, process {pid}, died"))?;
-        Ok(Worker { id, pidfd, sock: Some(sock), child: None, ready: None, refused: None, closed: None })
+        Ok(Worker { id, pidfd, sock: Some(sock), child: None, dead: false, ready: None, refused: None, closed: None })
     }
 
     /// Sends a message; a worker that is dead or dying is no error here.

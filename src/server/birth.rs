@@ -1,0 +1,368 @@
+//! How a device comes to be, and how a supervisor is replaced.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::socket::{getsockopt, sockopt};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::helper::{Job, JobEvent, remote_error};
+use crate::server::nodes::Nodes;
+use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, FuseSession, ToWorker, WorkerStart};
+use crate::server::supervisor::Supervisor;
+use crate::server::workers::{Descriptors, Worker};
+use crate::server::{control, daemon, frame, fuse, mounts, runtime, shm};
+use crate::sys::process;
+
+/// The first message must come at once.
+const GREETING: Duration = Duration::from_secs(30);
+const HANDSHAKE: Duration = Duration::from_secs(30);
+/// Opening and checking a chain: hundreds of thousands of BAT pages on a slow disk.
+const OPEN: Duration = Duration::from_secs(300);
+/// Binding the loop device: until a takeover is tried, and until the device is given up.
+const BIND: Duration = Duration::from_secs(60);
+const BIND_AGAIN: Duration = Duration::from_secs(30);
+/// Undoing it.
+const UNDO: Duration = Duration::from_secs(60);
+/// Reading the partition table.
+const TABLE: Duration = Duration::from_secs(20);
+
+/// Loop devices are numbered from here, out of the way of those who ask for the first free one.
+const FIRST_LOOP: u32 = 10_000;
+
+/// Mode `supervise`: one device, asked for by the socket on standard input.
+pub fn supervise() -> i32 {
+    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let (request, levels) = match frame::recv_within::<AttachRequest>(&sock, GREETING) {
+        Ok(Some(message)) => message,
+        _ => return 1,
+    };
+    let reply = match attach(request, levels) {
+        Ok(supervisor) => {
+            let reply = AttachReply::Ready(supervisor.record.clone());
+            if frame::send(&sock, &reply, &[]).is_ok() {
+                drop(sock);
+                supervisor.run();
+            } else {
+                // Whoever asked has died, and nobody knows of this device.
+                supervisor.undo();
+            }
+            return 0;
+        }
+        Err(e) => AttachReply::Error { code: e.code(), message: e.to_string() },
+    };
+    let _ = frame::send(&sock, &reply, &[]);
+    1
+}
+
+fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
+    if levels.is_empty() || levels.len() != request.levels.len() || levels.len() != request.ids.len() {
+        bail!(
+            Protocol,
+            "{} images, {} names and {} identities were sent",
+            levels.len(),
+            request.levels.len(),
+            request.ids.len()
+        );
+    }
+    for ((fd, name), id) in levels.iter().zip(&request.levels).zip(&request.ids) {
+        let file = fd.try_clone().map(File::from).and_then(|f| f.metadata());
+        let meta = file.ctx(Kind::Fstat, || format!("cannot look at {}", name.path.display()))?;
+        if !meta.is_file() || (meta.dev(), meta.ino()) != *id {
+            bail!(Open, "{} is not the regular file that was asked for", name.path.display());
+        }
+    }
+    daemon::leave_callers_world()?;
+    let binary = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe");
+    let binary = binary.ctx(Kind::Sys, || "cannot open /proc/self/exe")?;
+    let (dir, record, listener) = choose_name(&request)?;
+    let cleanup = Cleanup { dir: Some(dir.clone()) };
+    let disk = dir.join(runtime::DISK);
+    File::create_new(&disk).ctx(Kind::Creat, || format!("cannot make {}", disk.display()))?;
+    let dev = fuse::open_and_mount(&disk)?;
+    let session = fuse::handshake(dev.as_fd(), HANDSHAKE)?;
+    let mut supervisor = prepare(&dir, record, request, session, binary, listener, dev, levels)?;
+    cleanup.keep();
+    daemon::lock_memory();
+    match supervisor.bring_up(&disk) {
+        Ok(()) => Ok(supervisor),
+        Err(e) => {
+            supervisor.undo();
+            Err(e)
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn prepare(
+    dir: &Path,
+    mut record: DeviceRecord,
+    attach: AttachRequest,
+    fuse: FuseSession,
+    binary: File,
+    listener: OwnedFd,
+    dev: OwnedFd,
+    levels: Vec<OwnedFd>,
+) -> Result<Supervisor> {
+    // A description of the top that nothing is read from or written to: it sees errors of write-back from now on.
+    let witness = match levels.last() {
+        Some(top) if !attach.read_only => format!("/proc/self/fd/{}", top.as_raw_fd()),
+        _ => "/dev/null".into(),
+    };
+    let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
+    record.connection = mounts::anonymous_number(&dir.join(runtime::DISK)).unwrap_or(0);
+    let start = WorkerStart { attach, takeover: false, fuse, device_name: record.name.clone() };
+    let fds = Descriptors {
+        fuse: dev,
+        shm: shm::create()?,
+        witness: witness.into(),
+        binary: binary.into(),
+        listener,
+        levels,
+    };
+    Supervisor::new(dir.into(), record, start, fds)
+}
+
+/// Reserves a name by making its folder, complete with record and control socket.
+fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedFd)> {
+    let new = runtime::new_dir()?;
+    let cleanup = Cleanup { dir: Some(new.clone()) };
+    let listener = control::listen_at(&new, runtime::CONTROL)?;
+    let me = runtime::process(std::process::id() as i32);
+    let mut record = DeviceRecord {
+        version: runtime::RECORD_VERSION,
+        supervisor: me.ok_or_else(|| Error::new(Kind::Sys, "cannot read /proc/self/stat; is /proc mounted?"))?,
+        levels: request.levels.clone(),
+        ids: request.ids.clone(),
+        descriptor: request.descriptor.clone(),
+        component: request.component.clone(),
+        read_only: request.read_only,
+        state: "starting".into(),
+        boot: runtime::boot_id(),
+        ..Default::default()
+    };
+    let dev = runtime::dev_dir();
+    let mut n = 0u32;
+    loop {
+        let name = request.device.clone().unwrap_or_else(|| format!("ploop{n}"));
+        runtime::check_name(&name)?;
+        record.node = dev.join(&name);
+        record.name = name;
+        let taken = std::fs::symlink_metadata(&record.node).is_ok()
+            || Path::new("/sys/class/block").join(&record.name).exists();
+        if !taken {
+            runtime::write_record(&new, &record)?;
+            if runtime::publish(&new, &record.name)? {
+                break;
+            }
+        }
+        if request.device.is_some() {
+            bail!(Busy, "{} exists; remove it or choose another name", record.node.display());
+        }
+        n += 1;
+    }
+    cleanup.keep();
+    Ok((runtime::device_dir(&record.name), record, listener))
+}
+
+/// Removes a folder, and a mount in it, unless all went well.
+struct Cleanup {
+    dir: Option<PathBuf>,
+}
+
+impl Cleanup {
+    fn keep(mut self) {
+        self.dir = None;
+    }
+}
+
+impl Drop for Cleanup {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.dir {
+            // Nothing is bound to the file yet, and the connection is closed, so this waits for nobody.
+            let _ = umount2(&dir.join(runtime::DISK), MntFlags::MNT_DETACH);
+            let _ = runtime::remove_dir(dir);
+        }
+    }
+}
+
+impl Supervisor {
+    /// From an empty folder to a running device.
+    fn bring_up(&mut self, disk: &Path) -> Result<()> {
+        self.start_worker(false);
+        self.wait_ready(Instant::now() + OPEN)?;
+        self.bind(disk)?;
+        // From here on the loop device alone holds the FUSE file, and nobody finds it by a name.
+        umount2(disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot detach {}", disk.display()))?;
+        let _ = std::fs::remove_file(disk);
+        self.nodes.update(self.record.rdev, &[])?;
+        self.record.state = "running".into();
+        self.save();
+        self.scan_now(TABLE);
+        Ok(())
+    }
+
+    fn wait_ready(&mut self, end: Instant) -> Result<()> {
+        loop {
+            match &self.worker {
+                Some(worker) if worker.ready.is_some() => return Ok(()),
+                Some(worker) => {
+                    if let Some((code, message)) = &worker.refused {
+                        return Err(remote_error(*code, message.clone()));
+                    }
+                }
+                None => bail!(Sys, "the server's worker cannot be started"),
+            }
+            if self.ending {
+                bail!(Sys, "the server's worker died while it opened the images");
+            }
+            if Instant::now() >= end {
+                bail!(Sys, "the images could not be opened within {} s", OPEN.as_secs());
+            }
+            self.turn(end, None);
+        }
+    }
+
+    fn bind(&mut self, disk: &Path) -> Result<()> {
+        let top = self.record.levels.last().map(|l| l.path.display().to_string()).unwrap_or_default();
+        let job = Job::Attach {
+            disk: disk.into(),
+            first: FIRST_LOOP + runtime::number(&self.record.name).filter(|n| *n < 5_000).unwrap_or(5_000),
+            read_only: self.record.read_only,
+            name: top,
+        };
+        let helper = self.helper(&job)?;
+        let mut end = Instant::now() + BIND;
+        let mut again = true;
+        let result = loop {
+            match self.helper_event(&helper, end) {
+                Some(JobEvent::Chosen(binding)) => {
+                    // Known before it is bound: whoever cleans up after us needs it.
+                    self.record.backing = binding.backing;
+                    self.record.rdev = binding.rdev;
+                    self.save();
+                }
+                Some(JobEvent::Attached(binding)) => {
+                    self.record.diskseq = binding.diskseq;
+                    break Ok(());
+                }
+                Some(JobEvent::Error { code, message }) => break Err(remote_error(code, message)),
+                Some(_) => {}
+                // The kernel waits for an answer of the worker's, uninterruptibly: another worker may give it.
+                None if again => {
+                    again = false;
+                    end = Instant::now() + BIND_AGAIN;
+                    if let Some(worker) = &self.worker {
+                        worker.kill();
+                    }
+                }
+                None => break Err(Error::new(Kind::Loop, "the loop device could not be bound in time")),
+            }
+        };
+        if result.is_err() {
+            let _ = self.helper_end(helper);
+        } else {
+            self.retire(helper, false);
+        }
+        result
+    }
+
+    /// Kills a helper that failed or hangs; true: it has ended.
+    fn helper_end(&mut self, mut helper: super::helper::Helper) -> bool {
+        let _ = helper.child.kill();
+        let end = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < end {
+            if !matches!(helper.child.try_wait(), Ok(None)) {
+                return true;
+            }
+            self.turn(Instant::now() + Duration::from_millis(20), None);
+        }
+        // It sleeps in the kernel. The device was never in use: the end of the connection wakes it up.
+        self.give_up();
+        let end = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) {
+            self.turn(Instant::now() + Duration::from_millis(20), None);
+        }
+        self.retire(helper, true);
+        false
+    }
+
+    /// Takes everything back of a device that nobody has used.
+    pub(super) fn undo(mut self) {
+        self.nodes.clear();
+        if !self.record.backing.is_empty() {
+            let job = Job::UndoAttach { backing: self.record.backing.clone(), rdev: self.record.rdev };
+            if let Ok(helper) = self.helper(&job) {
+                let done = self.helper_event(&helper, Instant::now() + UNDO).is_some();
+                self.retire(helper, !done);
+            }
+        }
+        let disk = self.dir.join(runtime::DISK);
+        let _ = umount2(&disk, MntFlags::MNT_DETACH);
+        // The mark goes if the worker got so far as to set it.
+        let end = Instant::now() + UNDO;
+        self.tell_worker(&ToWorker::Close);
+        while self.worker.as_ref().is_some_and(|w| w.ready.is_some() && w.closed.is_none())
+            && !self.ending
+            && Instant::now() < end
+        {
+            self.turn(end, None);
+        }
+        self.give_up();
+        let _ = runtime::remove_dir(&self.dir);
+    }
+}
+
+/// Mode `adopted`: a worker that lost its supervisor has started this one.
+pub fn adopt() -> i32 {
+    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(Some((ToWorker::Start(start), fds))) = frame::recv_within::<ToWorker>(&sock, GREETING) else { return 1 };
+    match take_over(sock, start, fds) {
+        Ok(()) => 0,
+        Err(_) => 1,
+    }
+}
+
+fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()> {
+    daemon::leave_callers_world()?;
+    daemon::lock_memory();
+    let Some(fds) = Descriptors::from_all(fds) else { bail!(Protocol, "too few descriptors came from the worker") };
+    let peer = getsockopt(&sock, sockopt::PeerCredentials).ctx(Kind::Sys, || "cannot see who the worker is")?;
+    let worker = Worker::adopt(peer.pid(), sock)?;
+    let me = runtime::process(std::process::id() as i32).unwrap_or_default();
+    let name = start.device_name.clone();
+    runtime::check_name(&name)?;
+    let dir = runtime::device_dir(&name);
+    let found = runtime::read_record(&dir).ok().flatten().filter(|r| r.name == name && r.boot == runtime::boot_id());
+    // Without a record the device goes on, but cannot be found any more.
+    let (dir, record) = match found {
+        Some(record) => (dir, record),
+        None => (PathBuf::new(), DeviceRecord { name: name.clone(), state: "lost".into(), ..Default::default() }),
+    };
+    let mut supervisor = Supervisor::new(dir, record, start, fds)?;
+    supervisor.nodes = Nodes::adopt(&runtime::dev_dir(), &name);
+    supervisor.record.supervisor = me;
+    supervisor.record.worker = worker.id;
+    supervisor.worker = Some(worker);
+    supervisor.assume_ready();
+    match supervisor.record.state.as_str() {
+        // Died while attaching: whoever asked for the device was told so.
+        "starting" => supervisor.undo(),
+        "stopped" => {
+            supervisor.lost = true;
+            supervisor.save();
+            supervisor.run();
+        }
+        _ => {
+            supervisor.save();
+            supervisor.run();
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! How a device ends: cleanly, or given up.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Kind, Result};
+use crate::server::helper::{Go, Job, JobEvent, remote_error};
+use crate::server::loopdev::Patience;
+use crate::server::proto::{Answer, ToWorker, WorkerReady};
+use crate::server::supervisor::{Supervisor, log};
+use crate::server::{control, frame, runtime};
+
+/// How long others may keep the device busy.
+const BUSY: Duration = Duration::from_secs(60);
+/// A mount does not go by waiting, except one that is being unmounted right now.
+const MOUNTED: Duration = Duration::from_secs(2);
+/// Detaching flushes the device's page cache; if nothing comes of it, another worker may do better.
+const DETACH: Duration = Duration::from_secs(180);
+/// The end of a process that has nothing left to do.
+const EXIT: Duration = Duration::from_secs(10);
+
+impl Supervisor {
+    /// The clean end. True: the device is gone (the image's own error, if any, was told); false: it stays as it was.
+    pub(super) fn stop(&mut self) -> bool {
+        let result = match self.unbind() {
+            Ok(()) => self.close(),
+            Err(e) => Err(e),
+        };
+        // Given up meanwhile: the one who did that ends the device.
+        if !self.aborting.is_empty() {
+            let e = Error::new(Kind::Abort, format!("{} was given up by another process", self.record.name));
+            self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&e)));
+            return false;
+        }
+        let gone = self.record.state == "stopped" && self.failed.is_none();
+        if gone {
+            self.give_up();
+            let _ = runtime::remove_dir(&self.dir);
+        }
+        let answer = match &result {
+            Ok(()) => Answer::Done,
+            Err(e) => control::refusal(e),
+        };
+        if let (Err(e), true) = (&result, self.stopping.is_empty()) {
+            log(&self.record.name, &format!("closing the image: {e}"));
+        }
+        self.stopping.drain(..).for_each(|c| control::answer(&c, &answer));
+        gone
+    }
+
+    /// Takes the block device away from under its name. Busy: error 3, nothing changed.
+    fn unbind(&mut self) -> Result<()> {
+        if self.record.state == "stopped" {
+            return Ok(());
+        }
+        if !self.lost {
+            let patience = Patience { busy: BUSY, mounted: MOUNTED };
+            let helper = self.helper(&Job::Detach { binding: self.binding(), patience })?;
+            let mut opened = false;
+            let mut again = true;
+            let result = loop {
+                match self.helper_event(&helper, Instant::now() + DETACH) {
+                    Some(JobEvent::Opened) => {
+                        opened = true;
+                        self.record.state = "stopping".into();
+                        self.nodes.clear();
+                        if let Err(e) = frame::send(&helper.sock, &Go, &[]) {
+                            break Err(e);
+                        }
+                    }
+                    Some(JobEvent::Done) => break Ok(()),
+                    Some(JobEvent::Error { code, message }) => break Err(remote_error(code, message)),
+                    Some(_) => {}
+                    None if !self.aborting.is_empty() || self.failed.is_some() => {
+                        let why = self.failed.clone().unwrap_or("it was given up".into());
+                        break Err(Error::new(Kind::Device, format!("{}: {why}", self.record.name)));
+                    }
+                    None if again => {
+                        again = false;
+                        if let Some(worker) = &self.worker {
+                            worker.kill();
+                        }
+                    }
+                    // The kernel is still writing. No limit turns that into an error.
+                    None => {}
+                }
+            };
+            self.retire(helper, result.is_err());
+            if let Err(e) = result {
+                if self.failed.is_none() && opened {
+                    self.record.state = "running".into();
+                    self.scan_now(Duration::from_secs(5));
+                }
+                return Err(e);
+            }
+        }
+        self.nodes.clear();
+        self.record.state = "stopped".into();
+        self.save();
+        Ok(())
+    }
+
+    /// The image: complete, flushed, unmarked.
+    fn close(&mut self) -> Result<()> {
+        let mut told = None;
+        loop {
+            let worker = self.worker.as_ref();
+            if let Some(error) = worker.and_then(|w| w.closed.clone()) {
+                return match error {
+                    None => Ok(()),
+                    Some((code, message)) => Err(remote_error(code, message)),
+                };
+            }
+            if let Some(why) = &self.failed {
+                return Err(Error::new(Kind::Device, format!("{}: {why}", self.record.name)));
+            }
+            if !self.aborting.is_empty() {
+                return Err(Error::new(Kind::Abort, format!("{} was given up", self.record.name)));
+            }
+            // Once to each worker that is ready for it.
+            if let Some(id) = worker.filter(|w| w.ready.is_some()).map(|w| w.id)
+                && told != Some(id)
+            {
+                told = Some(id);
+                self.tell_worker(&ToWorker::Close);
+            }
+            self.turn(Instant::now() + Duration::from_secs(1), None);
+        }
+    }
+
+    /// The worker ends, and with the last descriptor the connection: what was not answered fails.
+    pub(super) fn give_up(&mut self) {
+        self.ending = true;
+        self.fds = None;
+        let Some(worker) = &self.worker else { return };
+        let closed = worker.closed.is_some();
+        let start = Instant::now();
+        // One that has closed the image ends by itself.
+        while start.elapsed() < EXIT && self.worker.as_ref().is_some_and(|w| runtime::alive(w.id)) {
+            if let Some(worker) = self.worker.as_ref().filter(|_| !closed || start.elapsed() > EXIT / 2) {
+                worker.kill();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if let Some(worker) = self.worker.as_mut().filter(|w| !runtime::alive(w.id)) {
+            worker.reap();
+        }
+    }
+
+    /// `umount --abort`: all I/O fails from now on. A device that is still mounted keeps its record; it is cleaned when
+    /// it is not any more.
+    pub(super) fn abort(mut self) {
+        log(&self.record.name, "given up: its I/O fails from now on");
+        let (binding, connection) = (self.binding(), self.record.connection);
+        let detach = Job::Detach { binding, patience: Patience { busy: MOUNTED, mounted: Duration::ZERO } };
+        self.ending = true;
+        if let Some(worker) = &self.worker {
+            worker.kill();
+        }
+        // By the kernel's own switch too: a worker that sleeps in the kernel keeps the connection open.
+        if connection != 0
+            && let Ok(helper) = self.helper(&Job::Abort { connection })
+        {
+            let _ = helper.finish(Duration::from_secs(5));
+        }
+        self.give_up();
+        self.record.state = "failed".into();
+        self.save();
+        let aborting = std::mem::take(&mut self.aborting);
+        if !self.record.backing.is_empty() && self.detach_dead(&detach) {
+            let _ = runtime::remove_dir(&self.dir);
+        }
+        let stopped = Error::new(Kind::Abort, format!("{} was given up", self.record.name));
+        self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&stopped)));
+        aborting.iter().for_each(|c| control::answer(c, &Answer::Done));
+    }
+
+    fn detach_dead(&mut self, job: &Job) -> bool {
+        let Ok(helper) = self.helper(job) else { return false };
+        let end = Instant::now() + Duration::from_secs(20);
+        let gone = loop {
+            match self.helper_event(&helper, end) {
+                Some(JobEvent::Opened) => {
+                    self.nodes.clear();
+                    if frame::send(&helper.sock, &Go, &[]).is_err() {
+                        break false;
+                    }
+                }
+                Some(JobEvent::Done) => break true,
+                Some(JobEvent::Error { .. }) | None => break false,
+                Some(_) => {}
+            }
+        };
+        self.retire(helper, true);
+        gone
+    }
+
+    /// An adopted worker has long been ready; it does not say so again.
+    pub(super) fn assume_ready(&mut self) {
+        let r = &self.record;
+        let ready = WorkerReady {
+            device_bytes: r.size_sectors * crate::units::SECTOR,
+            cluster_sectors: r.cluster_sectors,
+            fmt_version: r.fmt_version,
+            was_marked: false,
+            direct: true,
+        };
+        if let Some(worker) = &mut self.worker {
+            worker.ready = Some(ready);
+        }
+    }
+}
