@@ -76,19 +76,11 @@ pub fn run(program: &str, args: &[&OsStr]) -> Result<Outcome> {
         let err = format!("{program} not found in {}", FOLDERS.join(", "));
         return Ok(Outcome { status: NOT_STARTED, out: String::new(), err });
     };
-    let child = Command::new(path)
-        .args(args)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let child = match child {
-        Ok(child) => child,
+    let outcome = match spawn(&path, args) {
+        Ok(child) => collect(child)
+            .map_err(|e| Error::with(Kind::Sys, format!("{shown}: its exit status could not be collected"), e))?,
         Err(e) => return Ok(Outcome { status: NOT_STARTED, out: String::new(), err: e.to_string() }),
     };
-    let outcome = collect(child)
-        .map_err(|e| Error::with(Kind::Sys, format!("{shown}: its exit status could not be collected"), e))?;
     for line in outcome.out.lines().chain(outcome.err.lines()).filter(|l| !l.trim().is_empty()) {
         report::say(1, line);
     }
@@ -96,6 +88,21 @@ pub fn run(program: &str, args: &[&OsStr]) -> Result<Outcome> {
         true => Err(Error::new(Kind::Sys, format!("{shown}: stopped, the operation was cancelled"))),
         false => Ok(outcome),
     }
+}
+
+/// Runs a program to its end and says nothing.
+pub fn outcome(program: &Path, args: &[&OsStr]) -> io::Result<Outcome> {
+    collect(spawn(program, args)?)
+}
+
+fn spawn(path: &Path, args: &[&OsStr]) -> io::Result<Child> {
+    Command::new(path)
+        .args(args)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
 }
 
 /// Drains both pipes in this very thread: a signal that asks for cancellation must find no other one to interrupt.

@@ -172,6 +172,14 @@ pub fn umount(target: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Takes a mount out of the tree at once; it ends when its last user does.
+pub fn umount_lazily(target: &Path) -> Result<()> {
+    match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Err(Errno::EINVAL) => Ok(()),
+        other => other.ctx(Kind::Umount, || format!("cannot unmount {}", target.display())),
+    }
+}
+
 fn still_mounted(target: &Path) -> Result<bool> {
     Ok(mounts::read()?.iter().any(|m| m.target == target))
 }

@@ -2,5 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod create;
+pub mod doctor;
+pub mod find;
+pub mod info;
+pub mod list;
+pub mod mount;
 mod scratch;
+pub mod tour;
+pub mod umount;

@@ -3,9 +3,17 @@
 
 #![forbid(unsafe_code)]
 
+mod check;
+mod doctor;
 mod getopt;
+mod helpers;
+mod info;
 mod init;
 mod later;
+mod list;
+mod mount;
+mod tour;
+mod umount;
 mod values;
 
 use std::ffi::{OsStr, OsString};
@@ -74,7 +82,17 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 1] = [&init::COMMAND];
+const COMMANDS: [&Command; 9] = [
+    &init::COMMAND,
+    &mount::COMMAND,
+    &umount::COMMAND,
+    &list::COMMAND,
+    &info::COMMAND,
+    &check::COMMAND,
+    &check::FSCK,
+    &tour::COMMAND,
+    &doctor::COMMAND,
+];
 
 /// The console level until `-v` says otherwise.
 const CONSOLE: i32 = 3;
@@ -103,6 +121,8 @@ fn main() -> ExitCode {
     signals::cancel_on_termination();
     report::set_verbose_level(CONSOLE);
     let status = match Path::new(&program).file_name().and_then(OsStr::to_str) {
+        Some("mount.ploop") => helpers::mount(&args),
+        Some("umount.ploop") => helpers::umount(&args),
         Some("ploop-balloon") => later::balloon(),
         _ => ploop_command(&args),
     };
@@ -138,9 +158,7 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
     let _operation = report::cancel::begin();
     let parsed = match getopt::parse(args, command.short, command.long) {
         Ok(parsed) => parsed,
-        Err(message) => {
-            return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name)))));
-        }
+        Err(message) => return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name))))),
     };
     let asked = parsed.options.iter().find(|(o, _)| matches!(*o, HELP | VERSION));
     let end = match asked {

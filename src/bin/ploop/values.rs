@@ -1,6 +1,7 @@
 //! Values of options: sizes, numbers, formats, GUIDs.
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 
 use ploop::descriptor::ImageMode;
 use ploop::format::guid::Guid;
@@ -75,6 +76,16 @@ pub fn format(text: &OsStr) -> Result<ImageMode, Fail> {
 /// A GUID with or without braces.
 pub fn guid(text: &OsStr) -> Result<Guid, Fail> {
     Guid::parse(&text.to_string_lossy()).map_err(|e| mistake(e.to_string()))
+}
+
+/// A file argument is a descriptor if its name ends in `.xml`; whether it exists does not matter.
+pub fn is_descriptor(file: &OsStr) -> bool {
+    file.as_bytes().ends_with(b".xml")
+}
+
+/// Digits only: the id of a container.
+pub fn is_container_id(text: &OsStr) -> bool {
+    !text.is_empty() && text.as_bytes().iter().all(u8::is_ascii_digit)
 }
 
 /// Text that must be valid UTF-8 (options for the kernel, names).

@@ -1,0 +1,55 @@
+//! `ploop doctor`: what this machine offers, and what is wrong with devices.
+
+use ploop::ops::doctor::{self, Finding, Grade};
+
+use crate::getopt::Parsed;
+use crate::{Command, Fail, misuse, result};
+
+pub const COMMAND: Command = Command {
+    name: "doctor",
+    short: "",
+    long: &[],
+    usage: "\
+Usage: ploop doctor
+
+Shows what this machine has of what disks need, what is missing and how to get it, and the state of every device.
+Exit status 0: all is well; 1: something is missing, or a device needs a look.
+",
+    run,
+};
+
+fn run(parsed: Parsed) -> Result<(), Fail> {
+    if !parsed.operands.is_empty() {
+        return misuse();
+    }
+    let machine = doctor::machine();
+    show(&machine)?;
+    let devices = doctor::devices();
+    match devices.is_empty() {
+        true => result("\nno devices")?,
+        false => {
+            result("")?;
+            show(&devices)?;
+        }
+    }
+    match machine.iter().chain(&devices).all(|f| f.grade == Grade::Good) {
+        true => Ok(()),
+        false => Err(Fail::Status(1)),
+    }
+}
+
+/// One line each, and one more with what to do.
+pub fn show(findings: &[Finding]) -> Result<(), Fail> {
+    for f in findings {
+        let mark = match f.grade {
+            Grade::Good => "ok     ",
+            Grade::Warning => "LOOK   ",
+            Grade::Missing => "MISSING",
+        };
+        result(format_args!("{mark} {:<14} {}", f.subject, f.text))?;
+        if let Some(remedy) = &f.remedy {
+            result(format_args!("        {:<14} -> {remedy}", ""))?;
+        }
+    }
+    Ok(())
+}

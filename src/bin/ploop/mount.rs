@@ -1,0 +1,110 @@
+//! `ploop mount`: a disk or image files become a device, and a mounted file system.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use ploop::descriptor::{self, ImageMode};
+use ploop::error::{Error, Kind};
+use ploop::ops::mount::{self, MountParams, Mounted};
+
+use crate::getopt::Parsed;
+use crate::{Command, Fail, mistake, misuse, result, values};
+
+pub const COMMAND: Command = Command {
+    name: "mount",
+    short: "rFf:b:d:m:t:o:u:c:",
+    long: &[("force", false, FORCE), ("trace", false, TRACE)],
+    usage: "\
+Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
+       ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
+       ploop mount [-r] [...] CONTAINER_ID
+
+Makes a block device of a disk, or of image files, base first, and mounts its file system.
+
+  -r            read-only; nothing is written, also not to the images
+  -m DIR        mount the file system here; without it only the device is made
+  -d DEVICE     name of the device, like /dev/ploop5; else the first free one
+  -t FSTYPE     type of the file system; else it is found out
+  -o OPTIONS    mount options
+  -F            check the file system first (fsck -p)
+  -u UUID       mount this snapshot; the word base means the first one
+  -c NAME       component: a name for an additional mount of the same disk
+  -f FORMAT     raw: the base is a raw image
+  -b CLUSTER    its cluster size in sectors
+  --force       with -r and image files: look at an image that is in use elsewhere
+  --trace       log every request of the device
+",
+    run,
+};
+
+const FORCE: char = '\u{11}';
+const TRACE: char = '\u{12}';
+
+fn run(parsed: Parsed) -> Result<(), Fail> {
+    let mut params = MountParams::default();
+    let mut component = String::new();
+    let mut raw = false;
+    for (option, value) in parsed.options {
+        match option {
+            'r' => params.read_only = true,
+            'F' => params.fsck = true,
+            'f' => raw = values::format(&value)? == ImageMode::Raw,
+            'b' => params.cluster = Some(values::cluster(&value)?),
+            'd' => params.device = Some(values::text(&value, "device name")?),
+            'm' => params.target = Some(PathBuf::from(value)),
+            't' => params.fstype = Some(values::text(&value, "file system type")?),
+            'o' => params.options = Some(values::text(&value, "mount options")?),
+            'u' if value == "base" => params.guid = Some("base".into()),
+            'u' => params.guid = Some(values::guid(&value)?.to_string()),
+            'c' => component = values::text(&value, "component name")?,
+            FORCE => params.force = true,
+            TRACE => params.trace = true,
+            _ => return misuse(),
+        }
+    }
+    let Some(first) = parsed.operands.first() else { return misuse() };
+    let mut files: Vec<PathBuf> = parsed.operands.iter().map(PathBuf::from).collect();
+    if files.len() == 1 && values::is_container_id(first) && !Path::new(first).is_file() {
+        files = vec![container(first)?];
+    }
+    let mounted = match &files[..] {
+        [one] if values::is_descriptor(one.as_os_str()) => mount::mount_descriptor(one, &component, &params)?,
+        _ if files.iter().any(|f| values::is_descriptor(f.as_os_str())) => {
+            return Err(mistake("a DiskDescriptor.xml stands alone: it names its images itself"));
+        }
+        _ => {
+            // As with the classic, -u and -c are accepted with image files and mean nothing.
+            params.guid = None;
+            mount::mount_list(&files, raw, &params)?
+        }
+    };
+    if params.read_only && params.target.is_none() {
+        show_command(&mounted)?;
+    }
+    Ok(())
+}
+
+/// What to type to see the files.
+fn show_command(mounted: &Mounted) -> Result<(), Fail> {
+    let (source, option) = mount::source_and_option(&mounted.device)?;
+    let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();
+    result(format_args!("mount -r {option}{} /mnt", source.display()))
+}
+
+/// The disk of a container: where OpenVZ keeps it, the descriptor if there is one.
+fn container(id: &OsStr) -> Result<PathBuf, Fail> {
+    let id = id.to_string_lossy();
+    let places = ["/vz/private/{}/root.hdd/root.hdd", "/vz/private/{}/root.hdd/root.hds", "/var/lib/vz/private/{}/root.hdd/root.hdd"]
+        .map(|p| PathBuf::from(p.replace("{}", &id)));
+    match places.iter().find(|p| p.exists()) {
+        Some(image) => {
+            let beside = image.with_file_name(descriptor::FILE_NAME);
+            Ok(if beside.exists() { beside } else { image.clone() })
+        }
+        None => {
+            let tried: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
+            let text = format!("no disk of container {id}: none of {} is there", tried.join(", "));
+            Err(Fail::Library(Error::new(Kind::Mount, text)))
+        }
+    }
+}

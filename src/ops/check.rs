@@ -1,0 +1,178 @@
+//! Checking an image file, or a disk with all that its descriptor names.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device;
+use crate::error::{IoContext, Kind, Result};
+use crate::format::guid::{self, Guid};
+pub use crate::image::check::{CheckOptions, CheckReport};
+use crate::image::check::{check_file, read_header};
+use crate::report;
+
+/// Checks one image file, and repairs what the options say. `InUse` if a device of this machine has it open and
+/// anything could be written.
+pub fn check_image(path: &Path, options: &CheckOptions) -> Result<CheckReport> {
+    let _operation = report::cancel::begin();
+    if !options.read_only {
+        refuse_attached(path)?;
+    }
+    let found = check_file(path, None, options)?;
+    tell(&found);
+    Ok(found)
+}
+
+/// Checks all deltas of a disk from the base to `guid` (none: the top), clears marks that a crash left and fills holes;
+/// looks at the tree, at sizes and versions, and reports files that nothing names. `InUse` if the disk runs.
+pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let disk = LockedDescriptor::open(descriptor)?;
+    if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
+        bail!(
+            InUse,
+            "{} runs as {}; unmount it before it is checked",
+            disk.path.display(),
+            running.node().display()
+        );
+    }
+    disk.check_tree()?;
+    let chain = match disk.chain(guid.unwrap_or(&disk.top)) {
+        Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),
+        other => other?,
+    };
+    let mut below: Option<(PathBuf, CheckReport)> = None;
+    for image in chain {
+        // Nothing runs on the disk, so a mark anywhere is a crash's.
+        let options = CheckOptions {
+            check: true,
+            drop_inuse: true,
+            repair_sparse: true,
+            raw: disk.is_raw(image),
+            raw_blocksize: Some(u64::from(disk.blocksize.sectors())),
+            ..CheckOptions::default()
+        };
+        let found = check_file(&image.file, Some(&disk.dir), &options)?;
+        tell(&found);
+        if found.cluster != disk.blocksize {
+            bail!(
+                Param,
+                "{} has clusters of {} sectors, the descriptor says {}",
+                image.file.display(),
+                found.cluster.sectors(),
+                disk.blocksize.sectors()
+            );
+        }
+        if let Some((lower, l)) = &below {
+            fits(lower, l, &image.file, &found)?;
+        }
+        below = Some((image.file.clone(), found));
+    }
+    if let Some((top, found)) = below.filter(|_| guid.is_none_or(|g| *g == disk.top))
+        && found.sectors != disk.size_sectors
+    {
+        report::warn(format_args!(
+            "{} says {} sectors, its top {} has {}; mounts take the image's size",
+            disk.path.display(),
+            disk.size_sectors,
+            top.display(),
+            found.sectors
+        ));
+    }
+    report_leftovers(&disk)
+}
+
+fn fits(lower: &Path, l: &CheckReport, upper: &Path, u: &CheckReport) -> Result<()> {
+    if l.version.is_some() && l.version != u.version {
+        bail!(
+            Format,
+            "{} and {} have different format versions; all deltas of a chain must have one",
+            lower.display(),
+            upper.display()
+        );
+    }
+    if l.sectors > u.sectors {
+        bail!(
+            Format,
+            "{} ({} sectors) is larger than {} ({} sectors) that stands on it",
+            lower.display(),
+            l.sectors,
+            upper.display(),
+            u.sectors
+        );
+    }
+    Ok(())
+}
+
+fn tell(found: &CheckReport) {
+    for note in &found.notes {
+        report::say(0, note);
+    }
+}
+
+/// A server that writes to the file would be fooled by any change.
+fn refuse_attached(path: &Path) -> Result<()> {
+    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot look at image {}", path.display()))?;
+    let id = (meta.dev(), meta.ino());
+    // Whoever cannot ask (not root, no runtime folder) has no devices either.
+    for found in device::list().unwrap_or_default() {
+        if found.state != device::State::Dead && found.record.ids.contains(&id) {
+            bail!(
+                InUse,
+                "{} is part of {}; unmount that first, or look without writing (-r)",
+                path.display(),
+                found.node().display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Files that an interrupted operation can have left: told, never touched.
+fn report_leftovers(disk: &LockedDescriptor) -> Result<()> {
+    let first = &disk.first_image()?.file;
+    for path in orphans(disk, first) {
+        let marked = read_header(&path, None).is_ok_and(|h| h.is_marked());
+        report::warn(format_args!(
+            "{} looks like a delta of this disk but is not in its descriptor{}; an interrupted operation can have left it",
+            path.display(),
+            if marked { " (marked in use)" } else { "" }
+        ));
+    }
+    let mut tmp = disk.path.clone().into_os_string();
+    tmp.push(".tmp");
+    let mut side = vec![PathBuf::from(tmp)];
+    for suffix in [".tmp", ".idx", ".mnt"] {
+        let mut name = first.clone().into_os_string();
+        name.push(suffix);
+        side.push(name.into());
+    }
+    for path in side.iter().filter(|p| p.symlink_metadata().is_ok()) {
+        report::warn(format_args!("{} was left by an interrupted operation", path.display()));
+    }
+    Ok(())
+}
+
+/// `<first image>.{GUID}` beside the first image, not named by the descriptor.
+fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
+    let (Some(folder), Some(stem)) = (first.parent(), first.file_name()) else { return Vec::new() };
+    let is_delta = |name: &OsStr| {
+        let rest = name.as_bytes().strip_prefix(stem.as_bytes()).and_then(|r| r.strip_prefix(b"."));
+        let text = rest.and_then(|r| std::str::from_utf8(r).ok());
+        text.is_some_and(|t| t.starts_with('{') && guid::Guid::parse(t).is_ok())
+    };
+    let mut found: Vec<PathBuf> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| is_delta(&e.file_name()))
+        .map(|e| e.path())
+        .filter(|p| !disk.images.iter().any(|i| i.file == *p))
+        .collect();
+    found.sort();
+    found
+}

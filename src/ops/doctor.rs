@@ -1,0 +1,181 @@
+//! What this machine offers, what is missing and how to get it, and what is wrong with devices.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use crate::device::{self, Device, State};
+use crate::fs::helper;
+use crate::server::{runtime, spawn};
+
+/// One thing that was looked at.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    pub subject: String,
+    pub grade: Grade,
+    /// What was seen.
+    pub text: String,
+    /// What to do, if it is not in order.
+    pub remedy: Option<String>,
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub enum Grade {
+    Good,
+    /// Works, but not as well as it could, or needs a look.
+    Warning,
+    /// Something cannot work.
+    Missing,
+}
+
+fn good(subject: &str, text: impl Into<String>) -> Finding {
+    Finding { subject: subject.into(), grade: Grade::Good, text: text.into(), remedy: None }
+}
+
+fn bad(grade: Grade, subject: &str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    Finding { subject: subject.into(), grade, text: text.into(), remedy: Some(remedy.into()) }
+}
+
+/// What making and mounting disks needs.
+pub fn machine() -> Vec<Finding> {
+    let mut all = vec![kernel(), rights()];
+    all.push(node("FUSE", "/dev/fuse", "fuse", "c 10 229"));
+    all.push(node("loop devices", "/dev/loop-control", "loop", "c 10 237"));
+    all.push(server());
+    all.push(program("mke2fs", "making file systems", "e2fsprogs"));
+    all.push(program("fsck.ext4", "checking file systems (mount -F)", "e2fsprogs"));
+    all.extend(request_timeouts());
+    all
+}
+
+fn kernel() -> Finding {
+    match nix::sys::utsname::uname() {
+        Ok(u) => good("kernel", format!("Linux {}", u.release().to_string_lossy())),
+        Err(e) => bad(Grade::Warning, "kernel", format!("uname: {e}"), "look at the kernel's log"),
+    }
+}
+
+/// CAP_SYS_ADMIN in the effective set.
+fn has_admin() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bits = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    bits.and_then(|b| u64::from_str_radix(b.trim(), 16).ok()).is_some_and(|b| b >> CAP_SYS_ADMIN & 1 == 1)
+}
+
+fn rights() -> Finding {
+    if !nix::unistd::geteuid().is_root() {
+        let text = format!("user {} is not root; disks can be made and checked, but not mounted", nix::unistd::geteuid());
+        return bad(Grade::Missing, "rights", text, "run it as root (sudo ploop ...)");
+    }
+    match has_admin() {
+        true => good("rights", "root"),
+        false => bad(
+            Grade::Missing,
+            "rights",
+            "root, but without CAP_SYS_ADMIN (in a container?)",
+            "run it on the host, or give the container that right and the devices /dev/fuse and /dev/loop*",
+        ),
+    }
+}
+
+fn node(subject: &str, path: &str, module: &str, numbers: &str) -> Finding {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK).open(path);
+    match opened {
+        Ok(_) => good(subject, path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => bad(
+            Grade::Missing,
+            subject,
+            format!("{path} is not there"),
+            format!("modprobe {module}; if that succeeds and the node is still missing: mknod {path} {numbers}"),
+        ),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            bad(Grade::Missing, subject, format!("{path}: {e}"), "run it as root, on the host")
+        }
+        Err(e) => bad(
+            Grade::Missing,
+            subject,
+            format!("{path}: {e}"),
+            format!("modprobe {module}; a kernel without that module has to be replaced by one that has it"),
+        ),
+    }
+}
+
+fn server() -> Finding {
+    match spawn::find_server() {
+        Ok(path) => good("ploop-server", path.display().to_string()),
+        Err(e) => bad(
+            Grade::Missing,
+            "ploop-server",
+            e.to_string(),
+            "build or install the whole package (cargo build builds it), or name the program in $PLOOP_SERVER",
+        ),
+    }
+}
+
+fn program(name: &str, what: &str, package: &str) -> Finding {
+    match helper::find(name) {
+        Some(path) => good(name, path.display().to_string()),
+        None => bad(
+            Grade::Missing,
+            name,
+            format!("not found; {what} needs it"),
+            format!("apt-get install {package} (or the package of that name of your distribution)"),
+        ),
+    }
+}
+
+/// With such a limit the kernel ends a FUSE connection whose server is away for long, and the disk with it.
+fn request_timeouts() -> Option<Finding> {
+    let name = ["default_request_timeout", "max_request_timeout"].into_iter().find(|name| {
+        let value = fs::read_to_string(Path::new("/proc/sys/fs/fuse").join(name)).unwrap_or_default();
+        value.trim().parse::<u64>().is_ok_and(|v| v != 0)
+    })?;
+    Some(bad(
+        Grade::Warning,
+        "FUSE limits",
+        format!("fs.fuse.{name} is set: a disk whose server is away for longer is lost to its users"),
+        format!("sysctl fs.fuse.{name}=0"),
+    ))
+}
+
+/// Devices, each with what its state asks for.
+pub fn devices() -> Vec<Finding> {
+    let devices = match device::list() {
+        Ok(devices) => devices,
+        Err(e) => return vec![bad(Grade::Warning, "devices", e.to_string(), "run it as root")],
+    };
+    devices.iter().map(one).collect()
+}
+
+fn one(d: &Device) -> Finding {
+    let subject = d.node().display().to_string();
+    let of = match d.record.levels.is_empty() {
+        true => "no record of its image".to_string(),
+        false => format!("{} of {}", d.state.as_str(), d.top().display()),
+    };
+    let remedy = match d.state {
+        State::Running | State::Starting => {
+            // A device works without a supervisor, but nobody would start a new worker.
+            return match runtime::alive(d.record.supervisor) || d.state == State::Starting {
+                true => good(&subject, of),
+                false => bad(Grade::Warning, &subject, format!("{of}, without a supervisor"), "wait some seconds, the worker starts one"),
+            };
+        }
+        State::NoSpace => format!(
+            "writes wait for space: free some on the file system of {}; they go on by themselves",
+            d.top().display()
+        ),
+        State::Failed => format!(
+            "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log, save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"
+        ),
+        State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
+        State::Dead => format!(
+            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; the next mount by descriptor repairs the image"
+        ),
+    };
+    let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };
+    bad(grade, &subject, of, remedy)
+}

@@ -1,0 +1,105 @@
+//! Finding devices: by disk, by base image, by mount point; and the mount points of a device.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::{self, Device, State};
+use crate::error::{IoContext, Kind, Result};
+use crate::fs::mounts::{self, Mount, Names};
+use crate::server::{nodes, partitions, runtime};
+
+/// A component name that is longer would be found by nobody.
+pub const COMPONENT_MAX: usize = 63;
+
+/// Refuses component names that cannot be stored. `Param`.
+pub fn check_component(component: &str) -> Result<()> {
+    if component.len() > COMPONENT_MAX || component.contains(['\0', '\n']) {
+        bail!(Param, "component name {component:?}: at most {COMPONENT_MAX} bytes, no line breaks");
+    }
+    Ok(())
+}
+
+/// The device of a base image under exactly this component.
+pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
+    Ok(device::by_base(base, Some(component))?.into_iter().next())
+}
+
+/// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
+pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
+    let disk = LockedDescriptor::open(descriptor)?;
+    let Some(found) = of_base(&disk.first_image()?.file, component)? else { return Ok(None) };
+    if !runs(found.state) {
+        bail!(Sys, "{} holds this disk but does not run (state: {}); see ploop doctor", found.node().display(), found.state.as_str());
+    }
+    Ok(Some(found.node().to_owned()))
+}
+
+/// Is the device there for its users (perhaps waiting for space, perhaps refusing writes)?
+pub fn runs(state: State) -> bool {
+    matches!(state, State::Running | State::NoSpace | State::Failed)
+}
+
+/// Nodes of all devices over the base of this disk, whatever their components. No lock is taken.
+pub fn get_devs(descriptor: &Path) -> Result<Vec<PathBuf>> {
+    let disk = Descriptor::read(descriptor)?;
+    let found = device::by_base(&disk.first_image()?.file, None)?;
+    Ok(found.iter().map(|d| d.node().to_owned()).collect())
+}
+
+/// Node of the device whose base is this file, under this component. A file that is not there belongs to none.
+pub fn find_dev(component: &str, base: &Path) -> Result<Option<PathBuf>> {
+    Ok(of_base(base, component)?.map(|d| d.node().to_owned()))
+}
+
+/// The numbers and nodes by which a device's mounts are known.
+pub fn names(device: &Device) -> Names {
+    let record = &device.record;
+    let mut names = Names::default();
+    // A record whose disk is another one by now names nothing that is ours.
+    if !runtime::backing_is_ours(record) {
+        return names;
+    }
+    names.devs.push(record.rdev);
+    names.nodes.push(record.node.clone());
+    names.nodes.push(Path::new("/dev").join(&record.backing));
+    for known in partitions::known(&record.backing) {
+        names.devs.push(known.rdev);
+        names.nodes.push(Path::new("/dev").join(format!("{}p{}", record.backing, known.number)));
+    }
+    let folder = record.node.parent().unwrap_or(Path::new("/dev"));
+    names.nodes.extend(nodes::existing(folder, &record.name).into_iter().map(|(path, _)| path));
+    names
+}
+
+/// The mounts of a device in our mount namespace, oldest first.
+pub fn mounts_of(device: &Device) -> Result<Vec<Mount>> {
+    let names = names(device);
+    Ok(mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).collect())
+}
+
+/// First mount point of a device or of one of its partitions. `Device` if there is no such device.
+pub fn mnt_by_dev(name: &str) -> Result<Option<PathBuf>> {
+    let Some(found) = device::by_node(name)? else { bail!(Device, "{name} is no ploop device") };
+    Ok(mounts_of(&found)?.into_iter().next().map(|m| m.target))
+}
+
+/// The device under a mount point, and what of it is mounted there. None if the folder is not there, is no mount
+/// point, or is one of something else.
+pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
+    let Ok(wanted) = fs::canonicalize(folder) else { return Ok(None) };
+    let id = |p: &Path| fs::metadata(p).map(|m| (m.dev(), m.ino()));
+    let wanted_id = id(&wanted).ctx(Kind::Fstat, || folder.display().to_string())?;
+    // The last mount at a place hides the ones before it.
+    let mounts = mounts::read()?;
+    for found in device::list()? {
+        let names = names(&found);
+        let here = |m: &&Mount| names.mounted_by(m) && (m.target == wanted || id(&m.target).is_ok_and(|i| i == wanted_id));
+        if let Some(mount) = mounts.iter().rev().find(here) {
+            return Ok(Some((found, mount.clone())));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,356 @@
+//! Mounting: a chain of images becomes a device, its file system appears at a folder. A step that fails undoes the ones
+//! before it.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
+
+use super::find;
+use crate::bail;
+use crate::chain::Marked;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::{self, AttachSpec, Device, Level, State};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::guid::Guid;
+use crate::format::header;
+use crate::fs::mount::{self, MountSpec};
+use crate::fs::probe::{self, Found};
+use crate::fs::{mounts, stat};
+use crate::image::open::{self, Access};
+use crate::report;
+use crate::sys::inode_flags;
+use crate::units::ClusterSize;
+
+/// Skips the test whether images on ext4 are mapped by extents.
+const SKIP_EXTENTS: &str = "PLOOP_SKIP_EXT4_EXTENTS_CHECK";
+/// Logs every request of the device.
+const TRACE: &str = "TRACE_REQUESTS";
+
+/// How to mount a disk.
+#[derive(Clone, Debug, Default)]
+pub struct MountParams {
+    pub read_only: bool,
+    /// Look at images that are in use elsewhere; read-only file lists alone.
+    pub force: bool,
+    /// Log every request.
+    pub trace: bool,
+    /// Check the file system first (ext).
+    pub fsck: bool,
+    pub quota: bool,
+    pub noatime: bool,
+    /// Name of the device wanted, `/dev/NAME`.
+    pub device: Option<String>,
+    /// Where to mount the file system; none: only the device is made.
+    pub target: Option<PathBuf>,
+    pub fstype: Option<String>,
+    pub options: Option<String>,
+    /// Snapshot to mount, or the word `base`; none: the top.
+    pub guid: Option<String>,
+    /// Cluster size for a raw base of a file list.
+    pub cluster: Option<ClusterSize>,
+}
+
+/// A mounted disk.
+#[derive(Debug)]
+pub struct Mounted {
+    pub device: Device,
+    /// How fsck ended, if it was run.
+    pub fsck_rc: Option<i32>,
+}
+
+/// Mounts a disk by its descriptor.
+pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams) -> Result<Mounted> {
+    let _operation = report::cancel::begin();
+    let disk = LockedDescriptor::open(descriptor)?;
+    mount_locked(&disk, component, params)
+}
+
+/// The same for a descriptor whose lock is held already.
+pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountParams) -> Result<Mounted> {
+    find::check_component(component)?;
+    check_target(params.target.as_deref())?;
+    if params.force {
+        bail!(Param, "--force is for image files; a disk mounted by its descriptor does not need it");
+    }
+    let guid = wanted(disk, params.guid.as_deref())?;
+    let chain = disk.chain(&guid)?;
+    if !params.read_only && disk.has_children(&guid) {
+        bail!(
+            Param,
+            "snapshot {guid} cannot be mounted for writing: other deltas stand on it and would change with it; mount it read-only (-r)"
+        );
+    }
+    let base = &disk.first_image()?.file;
+    refuse_running(base, component)?;
+
+    let levels = chain
+        .iter()
+        .map(|image| level(&image.file, Some(&disk.dir), disk.is_raw(image)))
+        .collect::<Result<Vec<Level>>>()?;
+    host_checks(&levels)?;
+    let device = attach(AttachSpec {
+        levels,
+        raw_cluster: Some(disk.blocksize),
+        read_only: params.read_only,
+        marked: Marked::Recover,
+        component: component.to_owned(),
+        descriptor: Some(disk.path.clone()),
+        device: params.device.clone(),
+        trace: trace(params),
+    })?;
+    let mounted = finish(device, params)?;
+    if params.target.is_some() {
+        drop_cache(disk);
+    }
+    Ok(mounted)
+}
+
+/// Mounts a chain of files, base first. `raw`: the base is raw.
+pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<Mounted> {
+    let _operation = report::cancel::begin();
+    if files.is_empty() {
+        bail!(Param, "no image to mount");
+    }
+    check_target(params.target.as_deref())?;
+    if params.force && !params.read_only {
+        bail!(Param, "--force looks at an image that may be in use elsewhere: only read-only (-r)");
+    }
+    if params.guid.is_some() {
+        bail!(Param, "a snapshot's GUID (-u) is found in a descriptor; give DiskDescriptor.xml instead of image files");
+    }
+    let levels = files
+        .iter()
+        .enumerate()
+        .map(|(i, file)| {
+            let file = fs::canonicalize(file).ctx(Kind::Mount, || format!("image {}", file.display()))?;
+            level(&file, None, raw && i == 0)
+        })
+        .collect::<Result<Vec<Level>>>()?;
+    let raw_cluster = match raw {
+        true => Some(raw_cluster(&levels[0], params.cluster)?),
+        false => None,
+    };
+    host_checks(&levels)?;
+    let top = levels.last().map(|l| l.path.clone()).unwrap_or_default();
+    let device = attach(AttachSpec {
+        levels,
+        raw_cluster,
+        read_only: params.read_only,
+        marked: if params.force { Marked::Ignore } else { Marked::Refuse },
+        component: String::new(),
+        descriptor: None,
+        device: params.device.clone(),
+        trace: trace(params),
+    })
+    .map_err(|e| match e.kind() {
+        Kind::InUse => in_use(e, &top),
+        _ => e,
+    })?;
+    finish(device, params)
+}
+
+/// Names the ways out of "in use": the mark alone does not tell a crash from another host that runs the image.
+fn in_use(e: Error, top: &Path) -> Error {
+    let shown = top.display();
+    let descriptor = top.with_file_name(crate::descriptor::FILE_NAME);
+    let by_descriptor = match descriptor.exists() {
+        true => format!("ploop mount {}", descriptor.display()),
+        false => "mount it by a DiskDescriptor.xml".to_string(),
+    };
+    Error::new(
+        Kind::InUse,
+        format!(
+            "{e}. Either another host runs it, or it was not closed cleanly. To look at it: ploop mount -r --force {shown}. If nobody else runs it: {by_descriptor}, which checks it and goes on, or ploop check -d {shown}"
+        ),
+    )
+}
+
+fn trace(params: &MountParams) -> bool {
+    params.trace || std::env::var_os(TRACE).is_some()
+}
+
+fn check_target(target: Option<&Path>) -> Result<()> {
+    match target {
+        Some(t) if !t.is_dir() => bail!(Param, "mount point {} is not an existing folder; make it first", t.display()),
+        _ => Ok(()),
+    }
+}
+
+/// The snapshot meant by a GUID or the word `base`. `NoSnap`.
+fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
+    let unknown = |text: &str| {
+        let known: Vec<String> = disk.shots.iter().map(|s| s.guid.to_string()).collect();
+        Error::new(Kind::NoSnap, format!("no snapshot {text} in this disk; there are {}", known.join(", ")))
+    };
+    match guid {
+        None => Ok(disk.top),
+        Some("base") => match disk.shots.iter().find(|s| s.parent.is_none()) {
+            Some(shot) => Ok(shot.guid),
+            None => bail!(DiskDescr, "no snapshot without a parent, so no base, in this disk"),
+        },
+        Some(text) => match Guid::parse(text) {
+            Ok(guid) => disk.shot(&guid).map(|s| s.guid).ok_or_else(|| unknown(text)),
+            Err(_) => Err(unknown(text)),
+        },
+    }
+}
+
+/// A device of the same component stops us; what is left of a dead one is removed first.
+fn refuse_running(base: &Path, component: &str) -> Result<()> {
+    let Some(found) = find::of_base(base, component)? else { return Ok(()) };
+    let shown = format!("{} as {}", base.display(), found.node().display());
+    match found.state {
+        State::Dead => {
+            report::say(0, format_args!("Removing what is left of {shown}, whose server died"));
+            device::clean(found.name()).map_err(|e| e.context(format!("left by a dead server: {shown}")))
+        }
+        State::Stopped => bail!(Sys, "{shown} is stopped; detach it first: ploop umount -d {}", found.node().display()),
+        _ => {
+            let of = if component.is_empty() { String::new() } else { format!(" of component {component}") };
+            bail!(Mount, "{shown} is mounted already{of}; ploop umount it, or mount a snapshot of it under another component (-c)")
+        }
+    }
+}
+
+/// Opens one image for the server. A missing one is `Mount`.
+fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
+    let fd = open::open_level(path, dir).map_err(|e| match e.errno() {
+        Some(libc::ENOENT) => e.as_kind(Kind::Mount),
+        _ => e,
+    })?;
+    Ok(Level { path: path.to_owned(), raw, fd })
+}
+
+/// The cluster of a raw base: as given, else the largest from 1 MiB to 32 KiB that divides the file.
+fn raw_cluster(level: &Level, given: Option<ClusterSize>) -> Result<ClusterSize> {
+    let shown = level.path.display();
+    let read = || {
+        let (file, _) = open::reopen(&level.fd, Access::default())?;
+        let mut head = [0; header::SIZE];
+        let n = file.read_at(&mut head, 0)?;
+        Ok((header::has_signature(&head[..n]), file.metadata()?.len()))
+    };
+    let (signed, len) = std::io::Result::ctx(read(), Kind::Open, || format!("cannot read {shown}"))?;
+    if signed {
+        bail!(Param, "{shown} begins with the signature of a ploop1 image; as a raw disk its content would be nonsense: leave out -f raw");
+    }
+    if let Some(cluster) = given {
+        return Ok(cluster);
+    }
+    let fits = (6..=11).rev().map(|shift| ClusterSize::from_sectors(1 << shift));
+    match fits.flatten().find(|c| len.is_multiple_of(c.bytes()) && len > 0) {
+        Some(cluster) => Ok(cluster),
+        None => bail!(Param, "{shown}: no cluster size from 32 KiB to 1 MiB divides its {len} bytes; name one with -b"),
+    }
+}
+
+/// Whether the host's file system suits the images.
+fn host_checks(levels: &[Level]) -> Result<()> {
+    if std::env::var_os(SKIP_EXTENTS).is_some() {
+        return Ok(());
+    }
+    let table = mounts::read().unwrap_or_default();
+    for level in levels {
+        let (file, _) = open::reopen(&level.fd, Access::default())
+            .ctx(Kind::Open, || format!("cannot open {}", level.path.display()))?;
+        if !fstatfs(&file).is_ok_and(|s| s.filesystem_type() == EXT4_SUPER_MAGIC) {
+            continue;
+        }
+        check_extents(&file, &level.path)?;
+        let dev = file.metadata().map(|m| m.dev()).unwrap_or_default();
+        if table.iter().any(|m| m.dev == dev && m.options.split(',').any(|o| o == "data=writeback")) {
+            report::warn(format_args!(
+                "{} lies on a file system mounted with data=writeback: after a power cut it can hold old data",
+                level.path.display()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_extents(file: &File, path: &Path) -> Result<()> {
+    match inode_flags::get(file.as_fd()) {
+        Ok(flags) if flags & inode_flags::EXTENTS == 0 => bail!(
+            Mount,
+            "{} is not mapped by extents (an ext3 file system turned ext4?): copy the file, so that it is; {SKIP_EXTENTS}=1 skips this test",
+            path.display()
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn attach(spec: AttachSpec) -> Result<Device> {
+    let mode = if spec.read_only { "ro" } else { "rw" };
+    let levels: Vec<PathBuf> = spec.levels.iter().map(|l| l.path.clone()).collect();
+    let device = device::attach(spec)?;
+    for (i, path) in levels.iter().enumerate() {
+        let mode = if i + 1 == levels.len() { mode } else { "ro" };
+        // Scripts take the device's name from these lines.
+        report::say(0, format_args!("Adding delta dev={} img={} ({mode})", device.node().display(), path.display()));
+    }
+    Ok(device)
+}
+
+/// What follows once the device runs; a failure takes it away again.
+fn finish(device: Device, params: &MountParams) -> Result<Mounted> {
+    match mount_fs(&device, params) {
+        Ok(fsck_rc) => Ok(Mounted { device, fsck_rc }),
+        Err(e) => {
+            if let Err(undo) = device::detach(device.name()) {
+                report::warn(format_args!("{} stays: {undo}", device.node().display()));
+            }
+            Err(e)
+        }
+    }
+}
+
+fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
+    if report::cancel::requested() {
+        bail!(Mount, "mount of {} cancelled", device.base().display());
+    }
+    if params.target.is_none() && !params.fsck {
+        return Ok(None);
+    }
+    let source = device::mount_source(device)?;
+    let ext = params.fstype.as_deref().is_none_or(|t| t.starts_with("ext"));
+    let fsck_rc = match params.fsck && ext {
+        true => Some(mount::fsck(&source)?),
+        false => None,
+    };
+    if let Some(target) = &params.target {
+        let spec = MountSpec {
+            fstype: params.fstype.clone(),
+            read_only: params.read_only,
+            noatime: params.noatime,
+            quota: params.quota,
+            options: params.options.clone(),
+        };
+        mount::mount_device(&source, target, &spec)?;
+    }
+    Ok(fsck_rc)
+}
+
+/// What to mount of a read-only device by hand, and the option that it may need.
+pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static str>)> {
+    let source = device::mount_source(device)?;
+    let found = probe::device(&source).ctx(Kind::Read, || format!("{} cannot be read", source.display()))?;
+    let option = match found {
+        // Never wrong on a device that cannot be written.
+        Some(Found::Ext { .. }) => Some("noload"),
+        other => other.and_then(Found::without_replay),
+    };
+    Ok((source, option))
+}
+
+/// The numbers beside the image hold no more.
+fn drop_cache(disk: &LockedDescriptor) {
+    let image = disk.first_image().ok().and_then(|i| i.file.parent().map(Path::to_owned));
+    for folder in image.iter().chain([&disk.dir]) {
+        if let Err(e) = stat::drop_cache(folder) {
+            report::warn(format_args!("{}/{} cannot be removed: {e}", folder.display(), stat::FILE));
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Unmounting: every mount of the device in our namespace, then the device itself, its image closed cleanly.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::find;
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::{self, Device};
+use crate::error::{Error, Kind, Result};
+use crate::fs::mount;
+use crate::fs::stat::FsInfo;
+use crate::report;
+
+/// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
+pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let disk = LockedDescriptor::open(descriptor)?;
+    umount_locked(&disk, component)
+}
+
+/// The same for a descriptor whose lock is held already.
+pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
+    let base = &disk.first_image()?.file;
+    match find::of_base(base, component)? {
+        Some(device) => umount(&device, Some(disk)),
+        None => {
+            let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
+            bail!(DevNotMounted, "{} is not mounted{of}", disk.path.display())
+        }
+    }
+}
+
+/// Unmounts a device by its node or name; with the descriptor of its disk, if there is one, the size of the file system
+/// is remembered beside the image. `Device` if there is no such device.
+pub fn umount_device(name: &str, descriptor: Option<&Path>) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let Some(device) = device::by_node(name)? else {
+        bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
+    };
+    match descriptor {
+        Some(path) => umount(&device, Some(&Descriptor::read(path)?)),
+        None => umount(&device, None),
+    }
+}
+
+/// Unmounts the device under a mount point. `Param` if none is mounted there.
+pub fn umount_mountpoint(folder: &Path) -> Result<()> {
+    let _operation = report::cancel::begin();
+    match find::by_mount_point(folder)? {
+        Some((device, _)) => umount(&device, None),
+        None => bail!(Param, "{} is not the mount point of a ploop device", folder.display()),
+    }
+}
+
+/// Unmounts the device over a base image. `Param` if there is none.
+pub fn umount_base(base: &Path, component: &str) -> Result<()> {
+    let _operation = report::cancel::begin();
+    match find::of_base(base, component)? {
+        Some(device) => umount(&device, None),
+        None => bail!(Param, "{} is not the base image of a device that this machine runs", base.display()),
+    }
+}
+
+/// Gives up a device that cannot be served any more: waiting I/O fails, and what can be taken away is.
+pub fn abort(name: &str) -> Result<()> {
+    let Some(found) = device::by_node(name)? else {
+        bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
+    };
+    device::abort(found.name())?;
+    // Its I/O fails now: nothing can be lost by not waiting for the users of its mounts.
+    for mount in find::mounts_of(&found)?.iter().rev() {
+        mount::umount_lazily(&mount.target)?;
+    }
+    match device::by_node(name)? {
+        Some(found) => device::detach(found.name()),
+        None => Ok(()),
+    }
+}
+
+fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
+    let mounts = find::mounts_of(device)?;
+    if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
+        && let Err(e) = remember(disk, &first.target)
+    {
+        report::warn(format_args!("the file system's size is not remembered: {e}"));
+    }
+    mount::umount_all(&find::names(device))?;
+    device::detach(device.name())?;
+    if let Some(disk) = disk {
+        remove_mount_point(&temporary_mount_point(disk)?);
+    }
+    report::say(0, format_args!("{} is detached", device.node().display()));
+    Ok(())
+}
+
+fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {
+    let image = &disk.first_image()?.file;
+    let folder = image.parent().unwrap_or(Path::new("/"));
+    FsInfo::of(mount_point)?
+        .store(folder)
+        .map_err(|e| Error::with(Kind::Write, format!("cannot write {}", folder.join(crate::fs::stat::FILE).display()), e))
+}
+
+/// Where operations that need the file system for a moment mount it.
+pub fn temporary_mount_point(disk: &Descriptor) -> Result<PathBuf> {
+    let mut path = disk.first_image()?.file.clone().into_os_string();
+    path.push(".mnt");
+    Ok(path.into())
+}
+
+/// Removes that folder if it is there and empty.
+fn remove_mount_point(path: &Path) {
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound && e.kind() != io::ErrorKind::NotADirectory => {
+            report::say(1, format_args!("{} stays: {e}", path.display()));
+        }
+        _ => {}
+    }
+}
