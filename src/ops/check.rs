@@ -33,12 +33,7 @@ pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
     let _operation = report::cancel::begin();
     let disk = LockedDescriptor::open(descriptor)?;
     if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
-        bail!(
-            InUse,
-            "{} runs as {}; unmount it before it is checked",
-            disk.path.display(),
-            running.node().display()
-        );
+        bail!(InUse, "{} runs as {}; unmount it before it is checked", disk.path.display(), running.node().display());
     }
     disk.check_tree()?;
     let chain = match disk.chain(guid.unwrap_or(&disk.top)) {

@@ -67,7 +67,8 @@ fn has_admin() -> bool {
 
 fn rights() -> Finding {
     if !nix::unistd::geteuid().is_root() {
-        let text = format!("user {} is not root; disks can be made and checked, but not mounted", nix::unistd::geteuid());
+        let text =
+            format!("user {} is not root; disks can be made and checked, but not mounted", nix::unistd::geteuid());
         return bad(Grade::Missing, "rights", text, "run it as root (sudo ploop ...)");
     }
     match has_admin() {
@@ -161,7 +162,12 @@ fn one(d: &Device) -> Finding {
             // A device works without a supervisor, but nobody would start a new worker.
             return match runtime::alive(d.record.supervisor) || d.state == State::Starting {
                 true => good(&subject, of),
-                false => bad(Grade::Warning, &subject, format!("{of}, without a supervisor"), "wait some seconds, the worker starts one"),
+                false => bad(
+                    Grade::Warning,
+                    &subject,
+                    format!("{of}, without a supervisor"),
+                    "wait some seconds, the worker starts one",
+                ),
             };
         }
         State::NoSpace => format!(

@@ -32,7 +32,12 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     let disk = LockedDescriptor::open(descriptor)?;
     let Some(found) = of_base(&disk.first_image()?.file, component)? else { return Ok(None) };
     if !runs(found.state) {
-        bail!(Sys, "{} holds this disk but does not run (state: {}); see ploop doctor", found.node().display(), found.state.as_str());
+        bail!(
+            Sys,
+            "{} holds this disk but does not run (state: {}); see ploop doctor",
+            found.node().display(),
+            found.state.as_str()
+        );
     }
     Ok(Some(found.node().to_owned()))
 }
@@ -96,7 +101,8 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
     let mounts = mounts::read()?;
     for found in device::list()? {
         let names = names(&found);
-        let here = |m: &&Mount| names.mounted_by(m) && (m.target == wanted || id(&m.target).is_ok_and(|i| i == wanted_id));
+        let here =
+            |m: &&Mount| names.mounted_by(m) && (m.target == wanted || id(&m.target).is_ok_and(|i| i == wanted_id));
         if let Some(mount) = mounts.iter().rev().find(here) {
             return Ok(Some((found, mount.clone())));
         }

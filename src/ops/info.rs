@@ -187,7 +187,7 @@ pub fn image_info(path: &Path) -> Result<ImageInfo> {
     let mut count = Count(0);
     let scanned = scan::scan(&file, &header, meta.len(), &mut count).map_err(in_file)?;
 
-    let mut disk = |offset: u64, buf: &mut [u8]| read_disk(&file, &header, offset, buf);
+    let disk = |offset: u64, buf: &mut [u8]| read_disk(&file, &header, offset, buf);
     let bytes = header.sectors * SECTOR;
     let mut entries = Vec::new();
     let table = partitions::read_gpt(bytes, |buf, at| disk(at, buf)).inspect(|found| entries.clone_from(found));
@@ -250,4 +250,3 @@ fn read_disk(file: &File, header: &Header, mut offset: u64, mut buf: &mut [u8]) 
     }
     Ok(())
 }
-

@@ -210,7 +210,10 @@ fn refuse_running(base: &Path, component: &str) -> Result<()> {
         State::Stopped => bail!(Sys, "{shown} is stopped; detach it first: ploop umount -d {}", found.node().display()),
         _ => {
             let of = if component.is_empty() { String::new() } else { format!(" of component {component}") };
-            bail!(Mount, "{shown} is mounted already{of}; ploop umount it, or mount a snapshot of it under another component (-c)")
+            bail!(
+                Mount,
+                "{shown} is mounted already{of}; ploop umount it, or mount a snapshot of it under another component (-c)"
+            )
         }
     }
 }
@@ -235,7 +238,10 @@ fn raw_cluster(level: &Level, given: Option<ClusterSize>) -> Result<ClusterSize>
     };
     let (signed, len) = std::io::Result::ctx(read(), Kind::Open, || format!("cannot read {shown}"))?;
     if signed {
-        bail!(Param, "{shown} begins with the signature of a ploop1 image; as a raw disk its content would be nonsense: leave out -f raw");
+        bail!(
+            Param,
+            "{shown} begins with the signature of a ploop1 image; as a raw disk its content would be nonsense: leave out -f raw"
+        );
     }
     if let Some(cluster) = given {
         return Ok(cluster);

@@ -98,9 +98,9 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {
     let image = &disk.first_image()?.file;
     let folder = image.parent().unwrap_or(Path::new("/"));
-    FsInfo::of(mount_point)?
-        .store(folder)
-        .map_err(|e| Error::with(Kind::Write, format!("cannot write {}", folder.join(crate::fs::stat::FILE).display()), e))
+    FsInfo::of(mount_point)?.store(folder).map_err(|e| {
+        Error::with(Kind::Write, format!("cannot write {}", folder.join(crate::fs::stat::FILE).display()), e)
+    })
 }
 
 /// Where operations that need the file system for a moment mount it.

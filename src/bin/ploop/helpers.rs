@@ -38,7 +38,9 @@ pub fn mount(args: &[OsString]) -> u8 {
         }
     }
     start(verbose);
-    let [disk, folder] = &places[..] else { return failed(&wrong("mount.ploop needs a DiskDescriptor.xml and a folder")) };
+    let [disk, folder] = &places[..] else {
+        return failed(&wrong("mount.ploop needs a DiskDescriptor.xml and a folder"));
+    };
     match try_mount(disk, folder, &options, fake) {
         Ok(()) => 0,
         Err(e) => failed(&e),

@@ -158,7 +158,9 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
     let _operation = report::cancel::begin();
     let parsed = match getopt::parse(args, command.short, command.long) {
         Ok(parsed) => parsed,
-        Err(message) => return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name))))),
+        Err(message) => {
+            return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name)))));
+        }
     };
     let asked = parsed.options.iter().find(|(o, _)| matches!(*o, HELP | VERSION));
     let end = match asked {

@@ -94,8 +94,12 @@ fn show_command(mounted: &Mounted) -> Result<(), Fail> {
 /// The disk of a container: where OpenVZ keeps it, the descriptor if there is one.
 fn container(id: &OsStr) -> Result<PathBuf, Fail> {
     let id = id.to_string_lossy();
-    let places = ["/vz/private/{}/root.hdd/root.hdd", "/vz/private/{}/root.hdd/root.hds", "/var/lib/vz/private/{}/root.hdd/root.hdd"]
-        .map(|p| PathBuf::from(p.replace("{}", &id)));
+    let places = [
+        "/vz/private/{}/root.hdd/root.hdd",
+        "/vz/private/{}/root.hdd/root.hds",
+        "/var/lib/vz/private/{}/root.hdd/root.hdd",
+    ]
+    .map(|p| PathBuf::from(p.replace("{}", &id)));
     match places.iter().find(|p| p.exists()) {
         Some(image) => {
             let beside = image.with_file_name(descriptor::FILE_NAME);

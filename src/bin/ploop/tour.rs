@@ -39,8 +39,8 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         result("\nThe tour needs what is missing above; get it and come back.")?;
         return Err(Fail::Status(NOT_HERE));
     }
-    let program = std::env::current_exe()
-        .map_err(|e| Error::with(Kind::Sys, "the program's own file cannot be found", e))?;
+    let program =
+        std::env::current_exe().map_err(|e| Error::with(Kind::Sys, "the program's own file cannot be found", e))?;
     let mut show = |line: &str| {
         // Nobody may be reading any more; what was made must be cleaned up all the same.
         let _ = result(line);
