@@ -190,6 +190,51 @@ struct ploop_disk_images_data {
     char dummy[32];
 };
 
+/* What statfs(2) says about the file system inside, in blocks of fs_bsize bytes. */
+struct ploop_info {
+    unsigned long long fs_bsize;
+    unsigned long long fs_blocks;
+    unsigned long long fs_bfree;
+    unsigned long long fs_inodes;
+    unsigned long long fs_ifree;
+};
+
+/* Format of a disk. */
+struct ploop_spec {
+    /* Size of the disk in sectors. */
+    off_t size;
+    /* Cluster size in sectors. */
+    __u32 blocksize;
+    /* 1 or 2; 0 for raw. */
+    int fmt_version;
+    /* Reserved, left alone. */
+    char dummy[32];
+};
+
+/* How to create an image. */
+struct ploop_create_param {
+    /* Size of the disk in sectors, rounded up to the cluster. */
+    unsigned long long size;
+    /* enum ploop_image_mode. */
+    int mode;
+    /* Path of the image; must not exist. DiskDescriptor.xml is made in the same folder. */
+    char *image;
+    /* File system to make (ext4, ext3); NULL: neither partition nor file system. */
+    char *fstype;
+    /* Non-zero: file system on the whole disk; 0: GPT with one partition. */
+    int without_partition;
+    /* Cluster size in sectors, a power of two from 64 to 131072; 0: 2048 (1 MiB). */
+    unsigned int blocksize;
+    /* Block of the file system in bytes; 0: 4096. */
+    unsigned int fsblocksize;
+    /* Format version 1 or 2; 0: the best. */
+    int fmt_version;
+    /* enum ploop_create_flags. */
+    unsigned int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
 /* How to mount an image. */
 struct ploop_mount_param {
     /* Device to use; empty: one is chosen and its path stored here. */
@@ -216,30 +261,6 @@ struct ploop_mount_param {
     int fsck;
     /* Out: exit code of fsck, if it ran. */
     int fsck_rc;
-    /* Reserved, keep 0. */
-    char dummy[32];
-};
-
-/* How to create an image. */
-struct ploop_create_param {
-    /* Size of the disk in sectors, rounded up to the cluster. */
-    unsigned long long size;
-    /* enum ploop_image_mode. */
-    int mode;
-    /* Path of the image; must not exist. DiskDescriptor.xml is made in the same folder. */
-    char *image;
-    /* File system to make (ext4, ext3); NULL: neither partition nor file system. */
-    char *fstype;
-    /* Non-zero: file system on the whole disk; 0: GPT with one partition. */
-    int without_partition;
-    /* Cluster size in sectors, a power of two from 64 to 131072; 0: 2048 (1 MiB). */
-    unsigned int blocksize;
-    /* Block of the file system in bytes; 0: 4096. */
-    unsigned int fsblocksize;
-    /* Format version 1 or 2; 0: the best. */
-    int fmt_version;
-    /* enum ploop_create_flags. */
-    unsigned int flags;
     /* Reserved, keep 0. */
     char dummy[32];
 };
@@ -342,27 +363,6 @@ struct ploop_discard_param {
     char dummy[32];
 };
 
-/* What statfs(2) says about the file system inside, in blocks of fs_bsize bytes. */
-struct ploop_info {
-    unsigned long long fs_bsize;
-    unsigned long long fs_blocks;
-    unsigned long long fs_bfree;
-    unsigned long long fs_inodes;
-    unsigned long long fs_ifree;
-};
-
-/* Format of a disk. */
-struct ploop_spec {
-    /* Size of the disk in sectors. */
-    off_t size;
-    /* Cluster size in sectors. */
-    __u32 blocksize;
-    /* 1 or 2; 0 for raw. */
-    int fmt_version;
-    /* Reserved, left alone. */
-    char dummy[32];
-};
-
 /* Space of an image, in bytes. */
 struct ploop_discard_stat {
     /* Used by the file system. */
@@ -439,6 +439,75 @@ int ploop_get_base_delta_fname(struct ploop_disk_images_data *di, char *out, int
 
 /* Stores a new random GUID in uuid, a buffer of len bytes (at least 39). */
 int ploop_uuid_generate(char *uuid, int len);
+
+/*
+ * Stores the device of this disk for its component in out, a buffer of len bytes. Returns 0; 1 when the disk is not
+ * attached; -1 or SYSEXIT_LOCK on error.
+ */
+int ploop_get_dev(struct ploop_disk_images_data *di, char *out, int len);
+
+/*
+ * Stores all devices of this disk, whatever their component, in *out: an array that ends in NULL, for
+ * ploop_free_array(). Returns 0; 1 when there is none and -1 on error, both with *out NULL.
+ */
+int ploop_get_devs(struct ploop_disk_images_data *di, char ***out);
+
+/* Is the disk attached, by a running device without component? 1 yes, 0 no, -1 error. No mount is needed for a yes. */
+int ploop_is_mounted(struct ploop_disk_images_data *di);
+
+/* Frees an array of strings made by this library, and the strings. NULL is allowed. */
+void ploop_free_array(char **array);
+
+/*
+ * Stores the device whose base delta is the file delta, and whose component is component_name (NULL or "": none), in
+ * buf; longer than size bytes it is cut. Returns 0; 1 not found; -1 error.
+ */
+int ploop_find_dev(const char *component_name, const char *delta, char *buf, int size);
+
+/*
+ * Stores the device (/dev/ploopN) that is mounted on path in buf. Returns 0; 1 nothing of ours is mounted there; -1 error,
+ * a short buffer included.
+ */
+int ploop_get_dev_by_mnt(const char *path, char *buf, int size);
+
+/* The same with the node that is mounted, which may be a partition (/dev/ploopNp1). */
+int ploop_get_partition_by_mnt(const char *path, char *buf, int size);
+
+/*
+ * Stores the first mount point of device dev or its first partition in buf. Returns 0; 1 not mounted; -1 error, an
+ * unknown device included.
+ */
+int ploop_get_mnt_by_dev(const char *dev, char *buf, int size);
+
+/*
+ * Tells about the file system of the disk with descriptor descr: from what was stored at the last unmount, else from the
+ * mounted file system, else by mounting it for a moment.
+ */
+int ploop_get_info_by_descr(const char *descr, struct ploop_info *info);
+
+/* Stores size, cluster and format version of the disk in *spec, from its device when it is attached. */
+int ploop_get_spec(struct ploop_disk_images_data *di, struct ploop_spec *spec);
+
+/* Stores the largest size of a disk with clusters of blocksize sectors (0: 2048) in *max, in sectors. */
+int ploop_get_max_size(unsigned int blocksize, unsigned long long *max);
+
+/*
+ * Creates an image and DiskDescriptor.xml beside it, and in it, when param->fstype says so, a GPT with one partition, a
+ * file system and the balloon file. Neither file may exist. What a failure leaves behind is removed, and nothing else.
+ */
+int ploop_create_image(struct ploop_create_param *param);
+
+/*
+ * Attaches the disk, from param->guid (NULL: the top) down to the base, to a device, stores its path in param->device,
+ * and mounts it on param->target if given. Already attached with this component: SYSEXIT_MOUNT.
+ */
+int ploop_mount_image(struct ploop_disk_images_data *di, struct ploop_mount_param *param);
+
+/* Unmounts the disk's file system and detaches its device. Not attached: SYSEXIT_DEV_NOT_MOUNTED. */
+int ploop_umount_image(struct ploop_disk_images_data *di);
+
+/* Unmounts and detaches a device by its path. di may be NULL. */
+int ploop_umount(const char *device, struct ploop_disk_images_data *di);
 
 /*
  * Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the

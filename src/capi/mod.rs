@@ -4,16 +4,26 @@
 //! What is exported, by file:
 //! - [`descriptor`]: ploop_open_dd, ploop_close_dd, ploop_set_component_name, ploop_get_top_delta_fname,
 //!   ploop_get_base_delta_fname, ploop_uuid_generate
+//! - [`devices`]: ploop_get_dev, ploop_get_devs, ploop_is_mounted, ploop_find_dev, ploop_get_dev_by_mnt,
+//!   ploop_get_partition_by_mnt, ploop_get_mnt_by_dev, ploop_free_array, ploop_get_info_by_descr, ploop_get_spec,
+//!   ploop_get_max_size
+//! - [`mount`]: ploop_create_image, ploop_mount_image, ploop_umount_image, ploop_umount, and ploop_mount, which the classic
+//!   exports without declaring it
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
+// What callers must keep to stands in the header, in C's terms: pointers are NULL or valid, one thread for one object.
+#![allow(clippy::missing_safety_doc)]
+
 mod boundary;
 pub mod consts;
 mod convert;
 pub mod descriptor;
+pub mod devices;
 mod handle;
 pub mod kernel_consts;
 pub mod log;
+pub mod mount;
 pub mod types;

@@ -43,6 +43,10 @@ impl LockedDescriptor {
     /// The same with another limit.
     pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
         let path = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
+        // Before a lock file is made beside something that has no use for it.
+        if path.metadata().is_ok_and(|m| !m.is_file()) {
+            bail!(Lock, "descriptor {} is not a regular file", path.display());
+        }
         let until = Instant::now() + patience;
         let lock = lock_file(&path, until)?;
         let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;

@@ -29,9 +29,12 @@ struct Table {
 
 impl Table {
     const fn new() -> Self {
-        const FREE: Slot =
-            Slot { thread: AtomicI32::new(0), requested: AtomicBool::new(false), child: AtomicI32::new(-1) };
-        Table { slots: [FREE; SLOTS], next: OnceLock::new() }
+        Table {
+            slots: [const {
+                Slot { thread: AtomicI32::new(0), requested: AtomicBool::new(false), child: AtomicI32::new(-1) }
+            }; SLOTS],
+            next: OnceLock::new(),
+        }
     }
 }
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Each function with bad arguments: NULL, empty, short buffers, bad GUIDs; and what needs neither root nor a device.
+. "$(dirname "$0")/../lib.sh"
+
+compile "$SCRATCH/args" "$ROOT/capi-tests/args/args.c"
+mkdir "$SCRATCH/work"
+"$SCRATCH/args" "$SCRATCH/work" || fail "args.c"
+# The classic read up to 4 KiB past the end of path arguments: nearly no environment puts them at the end of the stack.
+rm -rf "$SCRATCH/work" && mkdir "$SCRATCH/work"
+env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/work" || fail "args.c with a small environment"
+
+compile "$SCRATCH/logging" "$ROOT/capi-tests/args/logging.c"
+"$SCRATCH/logging" "$SCRATCH" || fail "logging.c"
+
+if command -v pkg-config >/dev/null; then
+    sed -e "s|@libdir@|$SCRATCH/lib|" -e "s|@version@|1.15|" "$ROOT/pkgconfig/ploop.pc.in" >"$SCRATCH/ploop.pc"
+    libs=$(PKG_CONFIG_PATH=$SCRATCH pkg-config --libs ploop) || fail "pkg-config does not read ploop.pc"
+    case " $libs " in *" -lploop "*) ;; *) fail "pkg-config --libs says '$libs'" ;; esac
+    [ "$(PKG_CONFIG_PATH=$SCRATCH pkg-config --modversion ploop)" = 1.15 ] || fail "version of ploop.pc"
+fi
+
+if command -v valgrind >/dev/null && [ "${PLOOP_TEST:-}" = full ]; then
+    rm -rf "$SCRATCH/work" && mkdir "$SCRATCH/work"
+    valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 \
+        "$SCRATCH/args" "$SCRATCH/work" || fail "args.c under valgrind"
+fi
