@@ -32,10 +32,9 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     if len < end {
         bail!(Format, "image {name} has {len} bytes: {end} are in use, it was cut by somebody else");
     }
-    // Space taken ahead goes first, so that it is not completed.
-    if len > end {
-        top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
-    }
+    // Space taken ahead goes first, so that it is not completed; what was taken behind the end goes even if the length
+    // is right.
+    top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
     match complete::complete(&top.file, cluster, end) {
         Ok(()) => {}
         Err(e) if harmless(&e) => report::warn(format_args!("image {name} stays sparse: {e}")),

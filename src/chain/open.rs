@@ -60,9 +60,11 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
                     (Some(slots), true) => {
                         let (scan, c) = scan_carried(level, header, *len, slots)?;
                         carried = c;
-                        scan
+                        Some(scan)
                     }
-                    _ => scan_level(level, header, *len)?,
+                    // Scanned by the first worker, and frozen since: users wait.
+                    (Some(_), false) => None,
+                    (None, _) => Some(scan_level(level, header, *len)?),
                 };
                 configs.push(LevelConfig::Ploop {
                     v1: header.version == Version::V1,
@@ -71,7 +73,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
                     file_clusters: (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32,
                 });
                 if is_top {
-                    top_scan = Some(scan);
+                    top_scan = scan;
                 }
             }
         }

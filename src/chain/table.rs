@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::bail;
 use crate::engine::api::Carried;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::image::scan::{Found, Problem, Scan, Visitor, describe, scan};
 
@@ -13,7 +13,6 @@ use super::LevelFile;
 
 /// Refuses what is fatal to data; passes what is only untidy.
 struct Strict<'a> {
-    name: &'a Path,
     header: &'a Header,
     file_len: u64,
     /// Clusters whose entries on disk are wanted.
@@ -34,13 +33,13 @@ impl Visitor for Strict<'_> {
         if problem == Problem::BeyondDisk {
             return Ok(());
         }
-        bail!(Format, "image {}: {}", self.name.display(), describe(self.header, self.file_len, found, problem))
+        bail!(Format, "{}", describe(self.header, self.file_len, found, problem))
     }
 }
 
 /// Scans one image.
 pub fn scan_level(level: &LevelFile, header: &Header, file_len: u64) -> Result<Scan> {
-    let mut visitor = Strict { name: &level.name, header, file_len, wanted: HashMap::new() };
+    let mut visitor = Strict { header, file_len, wanted: HashMap::new() };
     scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
 }
 
@@ -53,7 +52,7 @@ pub fn scan_carried(
     carried: &[(usize, u32, u32)],
 ) -> Result<(Scan, Vec<Carried>)> {
     let wanted = carried.iter().map(|&(_, cluster, _)| (cluster, 0)).collect();
-    let mut visitor = Strict { name: &level.name, header, file_len, wanted };
+    let mut visitor = Strict { header, file_len, wanted };
     let mut found = scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))?;
     let file_clusters = file_len / header.cluster.bytes();
     let mut out = Vec::with_capacity(carried.len());
@@ -92,10 +91,6 @@ pub fn scan_carried(
     Ok((found, out))
 }
 
-fn name_it(e: crate::error::Error, name: &Path) -> crate::error::Error {
-    match e.kind() {
-        // Named already by the visitor.
-        Kind::Format if e.to_string().starts_with("image ") => e,
-        _ => e.context(format_args!("image {}", name.display())),
-    }
+fn name_it(e: Error, name: &Path) -> Error {
+    e.context(format_args!("image {}", name.display()))
 }

@@ -394,6 +394,37 @@ fn disks_that_end_inside_a_cluster() {
     assert!(matches!(chain.levels[0], LevelConfig::Ploop { clusters: 100, .. }));
 }
 
+/// The same over O_DIRECT where the file system takes it: offsets, lengths and buffers must be aligned.
+#[test]
+fn direct_io() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let d = dir();
+    let maker = Maker { clusters: 9000, entries: vec![(8990, 3), (0, 5)], tail: CLUSTER + 777, ..Maker::default() };
+    let p = maker.make(&d.path().join("a"));
+    let raw = d.path().join("raw");
+    std::fs::write(&raw, vec![7; 1000]).unwrap();
+    let direct = |p: &Path, raw| {
+        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(p).ok()?;
+        Some(LevelFile { file, name: p.to_owned(), raw, direct: true })
+    };
+    let (Some(base), Some(top)) = (direct(&raw, true), direct(&p, false)) else {
+        println!("skipped: no O_DIRECT here");
+        return;
+    };
+    let levels = [base, top];
+    let chain = open(&levels, &writable()).unwrap();
+    assert!(matches!(chain.levels[0], LevelConfig::Raw { bytes: 512 }));
+    assert_eq!(chain.alloc.end, 6);
+    levels[1].file.set_len(20 * CLUSTER).unwrap();
+    close(&levels[1], &chain, 10).unwrap();
+    assert_eq!(header_of(&p).in_use, 0);
+    let align = crate::sys::statx::direct_align(&levels[1].file).unwrap();
+    assert!(align.is_none_or(|a| a.offset as usize <= crate::sys::aligned::ALIGN));
+    let bytes = std::fs::read(&p).unwrap();
+    assert!(bytes[3 * CLUSTER as usize..4 * CLUSTER as usize].iter().all(|b| *b == 8990u32 as u8 + 1));
+    assert!(bytes[6 * CLUSTER as usize..].iter().all(|b| *b == 0));
+}
+
 #[test]
 fn large_clusters_are_allocated_one_by_one() {
     let d = dir();

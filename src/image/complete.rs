@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::fstatvfs;
 
 use crate::sys::aligned::{AlignedBuf, write_all};
 use crate::sys::fiemap::{self, Extent};
@@ -22,26 +23,45 @@ const ROUNDS: usize = 8;
 
 /// Completes the part `[0, len)` of a file that nobody else writes. `len` is a multiple of the cluster. Does not sync.
 ///
-/// Errors leave the content as it was: out of space, for one, only means that the image stays sparse.
+/// Errors leave the content as it was: out of space, for one, only means that the image stays sparse. Nothing is filled
+/// if not all can be, so that a full host is not made fuller.
 pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
     let mut zeroes = None;
     let mut fallocates = true;
     for _ in 0..ROUNDS {
-        let gaps = find_gaps(file, cluster, len)?;
-        if gaps.is_empty() {
+        let found = find_gaps(file, cluster, len)?;
+        if found.gaps.is_empty() {
             return Ok(());
         }
-        for gap in gaps {
-            fill(file, cluster, gap, &mut fallocates, &mut zeroes)?;
+        let holes: u64 = found.gaps.iter().filter(|g| g.hole).map(|g| g.len).sum();
+        check_space(file, holes)?;
+        for gap in &found.gaps {
+            fill(file, cluster, *gap, &mut fallocates, &mut zeroes)?;
+        }
+        if !found.exact {
+            // Some of these file systems never store zeroes: looking again would find the same.
+            return Ok(());
         }
     }
-    match find_gaps(file, cluster, len)?.first() {
+    match find_gaps(file, cluster, len)?.gaps.first() {
         None => Ok(()),
-        Some(gap) => Err(io::Error::other(format!(
-            "{} bytes at offset {} stay sparse though zeroes were written there",
-            gap.len, gap.start
-        ))),
+        Some(gap) => Err(io::Error::other(format!("{gap} stays though zeroes were written there"))),
     }
+}
+
+fn check_space(file: &File, bytes: u64) -> io::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let fs = fstatvfs(file)?;
+    let free = (fs.blocks_available() as u64).saturating_mul(fs.fragment_size() as u64);
+    if bytes > free {
+        return Err(io::Error::new(
+            io::ErrorKind::StorageFull,
+            format!("its holes need {bytes} bytes, the file system has {free}"),
+        ));
+    }
+    Ok(())
 }
 
 /// A range that reads as zero and must be filled.
@@ -62,10 +82,16 @@ impl fmt::Display for Gap {
 
 /// The first thing that [`complete`] would fill in `[0, len)`.
 pub fn first_gap(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Option<Gap>> {
-    Ok(find_gaps(file, cluster, len)?.first().copied())
+    Ok(find_gaps(file, cluster, len)?.gaps.first().copied())
 }
 
-fn find_gaps(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Vec<Gap>> {
+struct Gaps {
+    gaps: Vec<Gap>,
+    /// From the file system's own map; else from holes as they look from outside.
+    exact: bool,
+}
+
+fn find_gaps(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Gaps> {
     let mut gaps = Vec::new();
     let mut at = 0;
     let walked = fiemap::each_extent(file, 0, len, &mut |extent| {
@@ -76,21 +102,22 @@ fn find_gaps(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Vec<Gap>
         }
         Ok(())
     });
-    match walked {
-        Ok(()) => add_hole(&mut gaps, at, len),
+    let exact = match walked {
+        Ok(()) => true,
         Err(e) if e.kind() == io::ErrorKind::Unsupported => {
             gaps.clear();
-            let mut at = 0;
+            at = 0;
             fiemap::each_data(file, 0, len, &mut |start, end| {
                 add_hole(&mut gaps, at, start);
                 at = end;
                 Ok(())
             })?;
-            add_hole(&mut gaps, at, len);
+            false
         }
         Err(e) => return Err(e),
-    }
-    Ok(gaps)
+    };
+    add_hole(&mut gaps, at, len);
+    Ok(Gaps { gaps, exact })
 }
 
 fn add_hole(gaps: &mut Vec<Gap>, start: u64, end: u64) {

@@ -270,7 +270,7 @@ impl Work<'_> {
     }
 
     /// Calls `each` with every stretch of whole clusters (the disk's offset and bytes) that has content.
-    fn windows(&mut self, each: &mut dyn FnMut(&mut Self, u64, &[u8]) -> Result<()>) -> Result<()> {
+    fn windows(&mut self, each: &mut EachWindow<'_, Self>) -> Result<()> {
         let size = self.cluster();
         let span = WINDOW.max(size);
         let mut buf = AlignedBuf::new(span as usize);
@@ -335,6 +335,8 @@ impl Work<'_> {
         Ok(())
     }
 }
+
+type EachWindow<'a, W> = dyn FnMut(&mut W, u64, &[u8]) -> Result<()> + 'a;
 
 type FillTable<'a> = dyn FnMut(&mut dyn FnMut(u64, u32), u64, u64) + 'a;
 

@@ -212,6 +212,20 @@ fn completing_fills_and_changes_nothing() {
     assert!(f.metadata().unwrap().blocks() * 512 >= 40 * CLUSTER);
 }
 
+#[test]
+fn completing_needs_space_for_all_or_does_nothing() {
+    let d = dir();
+    let p = d.path().join("a");
+    let cluster = ClusterSize::DEFAULT;
+    let f = File::options().read(true).write(true).create_new(true).open(&p).unwrap();
+    // No host has so much.
+    let len = 15u64 << 40;
+    f.set_len(len).unwrap();
+    let e = complete(&f, cluster, len).unwrap_err();
+    assert_eq!(e.kind(), std::io::ErrorKind::StorageFull);
+    assert_eq!(f.metadata().unwrap().blocks(), 0);
+}
+
 struct Checked {
     dir: tempfile::TempDir,
 }
@@ -336,11 +350,12 @@ fn places() {
         assert!(!p.insert(n));
         assert!(p.contains(n));
     }
-    assert_eq!(p.gaps(0, 66), [2..63]);
+    let one = |r: std::ops::Range<u32>| Vec::from_iter([r]);
+    assert_eq!(p.gaps(0, 66), one(2..63));
     assert_eq!(p.gaps(1, 200_001), [2..63, 66..70_000, 70_001..200_000]);
-    assert_eq!(p.gaps(200_000, u32::MAX), [200_001..u32::MAX]);
+    assert_eq!(p.gaps(200_000, u32::MAX), one(200_001..u32::MAX));
     assert_eq!(p.gaps(5, 5), []);
-    assert_eq!(Places::default().gaps(1, 200_000), [1..200_000]);
+    assert_eq!(Places::default().gaps(1, 200_000), one(1..200_000));
 }
 
 #[test]
