@@ -1,7 +1,8 @@
 # Sourced by the group scripts: finds the library that was built, gives it the names by which programs ask for it, in a
 # scratch folder that is removed at the end, and compiles C programs against it.
 #
-# $PLOOP_TEST_LIB: folder with libploop.so and libploop.a (default: the newer of target/release and target/debug).
+# $PLOOP_TEST_LIB: folder with libploop.so and libploop.a (default: that of $PLOOP, the command under test; else the newer
+# of target/release and target/debug).
 # Set here: ROOT, SCRATCH, LIB (the shared library), STATIC (the static one or nothing).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,6 +30,9 @@ trap 'rm -rf "$SCRATCH"' EXIT
 
 _find_library() {
     local target=${CARGO_TARGET_DIR:-$ROOT/target} folder found=
+    if [ -z "${PLOOP_TEST_LIB:-}" ] && [ -n "${PLOOP:-}" ] && [ -e "$(dirname "$PLOOP")/libploop.so" ]; then
+        PLOOP_TEST_LIB=$(dirname "$PLOOP")
+    fi
     for folder in ${PLOOP_TEST_LIB:-"$target/release" "$target/debug"}; do
         [ -e "$folder/libploop.so" ] || continue
         if [ -z "$found" ] || [ "$folder/libploop.so" -nt "$found/libploop.so" ]; then

@@ -35,4 +35,10 @@ if command -v g++ >/dev/null; then
 else
     echo "no g++: C++ not tried"
 fi
-echo "$n compilations"
+
+# The README's example is what people copy.
+awk '/^    #include <ploop\/libploop.h>/ { on = 1 } on && /^[^ ]/ { exit } on' "$ROOT/README.md" | sed 's/^    //' |
+    sed '/^cc example.c/d' >"$SCRATCH/example.c"
+[ -s "$SCRATCH/example.c" ] || fail "README.md has no C example"
+compile "$SCRATCH/example" "$SCRATCH/example.c"
+echo "$((n + 1)) compilations"

@@ -86,8 +86,11 @@ impl Drop for Operation {
     fn drop(&mut self) {
         if let Some(slot) = self.slot {
             slot.child.store(-1, Ordering::Release);
-            slot.requested.store(false, Ordering::Release);
+            let requested = slot.requested.swap(false, Ordering::AcqRel);
             slot.thread.store(0, Ordering::Release);
+            if requested {
+                super::log_cancel();
+            }
         }
     }
 }

@@ -147,6 +147,11 @@ fn emit(level: i32, text: &str) {
         let prefix = String::from_utf8_lossy(console_prefix(&mut prefix));
         stdio::print(stream, &format!("{prefix}{text}\n"));
     }
+    log(level, text);
+    errno.set();
+}
+
+fn log(level: i32, text: &str) {
     if LOG_LEVEL.load(Ordering::Relaxed) >= level {
         let mut file = LOG_FILE.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = file.as_mut() {
@@ -154,7 +159,6 @@ fn emit(level: i32, text: &str) {
             let _ = file.write_all(format!("{} : {text}\n", local_timestamp()).as_bytes());
         }
     }
-    errno.set();
 }
 
 const PREFIX_MAX: usize = 40;
@@ -181,6 +185,11 @@ fn monotonic_us() -> u64 {
         Ok(t) => t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000,
         Err(_) => 0,
     }
+}
+
+/// The log file hears of a cancellation when the operation ends.
+fn log_cancel() {
+    log(0, "Cancelled");
 }
 
 /// "Cancelling..." from a signal handler: to the console past all locks and buffers, not to the log file, whose lock the
