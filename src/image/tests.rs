@@ -208,7 +208,10 @@ fn completing_fills_and_changes_nothing() {
     assert!(first_gap(&f, cluster, 40 * CLUSTER).unwrap().is_some());
     complete(&f, cluster, 40 * CLUSTER).unwrap();
     assert!(std::fs::read(&p).unwrap() == before);
-    assert_eq!(first_gap(&f, cluster, 40 * CLUSTER).unwrap(), None);
+    if on_ext4(d.path()) {
+        // Elsewhere reserved space may look like a hole.
+        assert_eq!(first_gap(&f, cluster, 40 * CLUSTER).unwrap(), None);
+    }
     assert!(f.metadata().unwrap().blocks() * 512 >= 40 * CLUSTER);
 }
 
