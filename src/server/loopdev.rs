@@ -156,13 +156,14 @@ pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Re
     };
     opened()?;
     let end = start + patience.busy;
-    for part in partitions::known(&binding.backing) {
+    let parts = partitions::known(&binding.backing);
+    for part in &parts {
         while let Err(e) = partition::delete(device.as_fd(), part.number as i32) {
             match e.raw_os_error() {
                 Some(libc::ENXIO) => break,
                 Some(libc::EBUSY) if Instant::now() < end => sleep(PAUSE),
                 _ => {
-                    let _ = partitions::scan(&binding.backing, &device);
+                    partitions::restore(&device, &parts);
                     let text = format!("partition {} of {} is in use", part.number, binding.backing);
                     return Err(Error::with(Kind::DevIoc, text, e));
                 }
@@ -180,7 +181,7 @@ pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Re
         loopdev::set_status(device.as_fd(), &info)
             .ctx(Kind::DevIoc, || format!("cannot keep {} bound", binding.backing))?;
         if Instant::now() >= end {
-            let _ = partitions::scan(&binding.backing, &device);
+            partitions::restore(&device, &parts);
             bail!(DevIoc, "{} is open in another process; close it and try again", binding.backing);
         }
         sleep(PAUSE);

@@ -152,7 +152,7 @@ mod tests {
             return;
         }
         let rdev = nix::sys::stat::makedev(259, 200);
-        let part = |number, rdev| Known { number, rdev };
+        let part = |number, rdev| Known { number, rdev, start: 0, length: 512 };
         let mut nodes = Nodes::new(dir.path(), "ploop3");
         nodes.update(rdev, &[part(1, rdev + 1), part(2, rdev + 2)]).unwrap();
         assert_eq!(existing(dir.path(), "ploop3").len(), 3);

@@ -18,6 +18,10 @@ use crate::units::SECTOR;
 pub struct Known {
     pub number: u32,
     pub rdev: u64,
+    /// Bytes.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// A partition of a table.
@@ -46,9 +50,14 @@ fn known_in(disk: &Path) -> Vec<Known> {
     let mut all: Vec<Known> = entries
         .filter_map(|entry| {
             let dir = entry.ok()?.path();
-            let number = fs::read_to_string(dir.join("partition")).ok()?.trim().parse().ok()?;
+            let number = |file| fs::read_to_string(dir.join(file)).ok()?.trim().parse::<u64>().ok();
             let (major, minor) = parse_dev(&fs::read_to_string(dir.join("dev")).ok()?)?;
-            Some(Known { number, rdev: makedev(major, minor) })
+            Some(Known {
+                number: number("partition")?.try_into().ok()?,
+                rdev: makedev(major, minor),
+                start: number("start")? * SECTOR,
+                length: number("size")? * SECTOR,
+            })
         })
         .collect();
     all.sort_by_key(|p| p.number);
@@ -70,6 +79,14 @@ pub fn scan(backing: &str, disk: &File) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives back partitions that were taken away.
+pub fn restore(disk: &File, partitions: &[Known]) {
+    for p in partitions {
+        // One that is there again needs no help.
+        let _ = partition::add(disk.as_fd(), p.number as i32, p.start, p.length);
+    }
 }
 
 fn le32(bytes: &[u8], at: usize) -> u32 {
@@ -206,9 +223,11 @@ mod tests {
             fs::create_dir(dir.path().join(name)).unwrap();
             fs::write(dir.path().join(name).join("partition"), number).unwrap();
             fs::write(dir.path().join(name).join("dev"), dev).unwrap();
+            fs::write(dir.path().join(name).join("start"), "2048\n").unwrap();
+            fs::write(dir.path().join(name).join("size"), "8\n").unwrap();
         }
         fs::create_dir(dir.path().join("queue")).unwrap();
-        let want = [Known { number: 1, rdev: makedev(259, 7) }, Known { number: 2, rdev: makedev(259, 1) }];
-        assert_eq!(known_in(dir.path()), want);
+        let known = |number, minor| Known { number, rdev: makedev(259, minor), start: 1 << 20, length: 4096 };
+        assert_eq!(known_in(dir.path()), [known(1, 7), known(2, 1)]);
     }
 }

@@ -20,6 +20,7 @@ pub const RECORD_VERSION: u32 = 1;
 pub const STATE: &str = "state";
 pub const CONTROL: &str = "control";
 pub const DISK: &str = "disk";
+pub const LOG: &str = "worker.log";
 
 /// Names of new folders before they are complete.
 const NEW_PREFIX: &str = ".new-";
@@ -169,7 +170,7 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
 
 /// Removes a device's folder with what we put there; anything else keeps it.
 pub fn remove_dir(dir: &Path) -> io::Result<()> {
-    for file in [CONTROL, DISK, "state.new", STATE] {
+    for file in [CONTROL, DISK, LOG, "state.new", STATE] {
         match fs::remove_file(dir.join(file)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}

@@ -80,7 +80,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     let takeover = kept.start.takeover;
     let writable = !attach.read_only;
     let shm = Shm::map(kept.fds[SHM].as_fd())?;
-    let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join("worker.log"), attach.trace);
+    let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join(runtime::LOG), attach.trace);
 
     let files = levels::open(kept.levels(), &attach.levels, writable)?;
     if writable || attach.marked != Marked::Ignore {

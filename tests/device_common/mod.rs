@@ -1,0 +1,168 @@
+//! What the device tests share: a scratch folder, images, checks that nothing is left.
+#![allow(dead_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use ploop::device::{self, AttachSpec, Device, Level};
+use ploop::server::proto::Marked;
+use ploop::server::{nodes, runtime};
+
+/// A scratch folder for one test; devices that the test forgot end with it.
+pub struct Bench {
+    pub dir: tempfile::TempDir,
+}
+
+impl Bench {
+    /// `None`, and a word of why, where there can be no devices.
+    pub fn new(name: &str) -> Option<Bench> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP: {name}: device tests need root");
+            return None;
+        }
+        for node in ["/dev/fuse", "/dev/loop-control"] {
+            if !Path::new(node).exists() {
+                println!("SKIP: {name}: there is no {node}");
+                return None;
+            }
+        }
+        let dir = tempfile::Builder::new().prefix("ploop-device-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Some(Bench { dir })
+    }
+
+    /// An empty image, made by qemu-img.
+    pub fn image(&self, name: &str, size: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        run(Command::new("qemu-img").args(["create", "-q", "-f", "parallels"]).arg(&path).arg(size));
+        path
+    }
+
+    pub fn spec(&self, image: &Path) -> AttachSpec {
+        let fd = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(image).unwrap();
+        AttachSpec {
+            levels: vec![Level { path: image.into(), raw: false, fd: fd.into() }],
+            raw_cluster: None,
+            read_only: false,
+            marked: Marked::Refuse,
+            component: String::new(),
+            descriptor: None,
+            device: None,
+            trace: false,
+        }
+    }
+
+    pub fn attach(&self, image: &Path) -> ploop::Result<Device> {
+        device::attach(self.spec(image))
+    }
+
+    /// Nothing of the device is left.
+    pub fn assert_gone(&self, device: &Device) {
+        let r = &device.record;
+        assert!(nodes::existing(Path::new("/dev"), &r.name).is_empty(), "nodes of {} are left", r.name);
+        assert!(!runtime::device_dir(&r.name).exists(), "the folder of {} is left", r.name);
+        assert!(!Path::new("/sys/block").join(&r.backing).exists(), "{} is left", r.backing);
+        let end = Instant::now() + Duration::from_secs(2);
+        while runtime::alive(r.supervisor) || runtime::alive(r.worker) {
+            assert!(Instant::now() < end, "processes of {} are left", r.name);
+            pause(5);
+        }
+        assert!(device::by_node(&r.name).unwrap().is_none());
+    }
+
+    /// Debian's ploop and qemu have nothing to complain about.
+    pub fn sound(&self, image: &Path) {
+        run(Command::new("qemu-img").args(["check", "-q", "-f", "parallels"]).arg(image));
+        run(Command::new("/usr/sbin/ploop").args(["check", "-f"]).arg(image));
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let ours = |d: &Device| d.top().starts_with(self.dir.path());
+        for device in device::list().unwrap_or_default().iter().filter(|d| ours(d)) {
+            if device::detach(device.name()).is_err() {
+                let _ = device::abort(device.name());
+                let _ = device::clean(device.name());
+            }
+        }
+    }
+}
+
+pub fn pause(ms: u64) {
+    std::thread::sleep(Duration::from_millis(ms));
+}
+
+/// Waits until `done` says so.
+pub fn within<T>(seconds: u64, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(Instant::now() < end, "{what}: not within {seconds} s");
+        pause(10);
+    }
+}
+
+/// Runs a program under a time limit; it must succeed.
+pub fn run(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a program under a time limit of two minutes.
+pub fn output(command: &mut Command) -> Output {
+    let mut limited = Command::new("timeout");
+    limited.args(["-k", "5", "120"]).arg(command.get_program()).args(command.get_args());
+    limited.stdin(Stdio::null()).output().unwrap()
+}
+
+/// Bytes that are known again, and nowhere zero for long.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect()
+}
+
+/// Writes to a device and flushes.
+pub fn write_at(node: &Path, at: u64, data: &[u8]) {
+    let file = OpenOptions::new().write(true).open(node).unwrap();
+    file.write_all_at(data, at).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// Reads from a device, past the page cache of earlier openers.
+pub fn read_at(node: &Path, at: u64, len: usize) -> Vec<u8> {
+    let mut data = vec![0; len];
+    File::open(node).unwrap().read_exact_at(&mut data, at).unwrap();
+    data
+}
+
+/// Kills a process of ours, by number and start time, and waits for its end.
+pub fn kill(id: ploop::server::proto::ProcessId) {
+    assert!(runtime::alive(id), "process {id:?} is not there");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    within(10, "the end of a killed process", || (!runtime::alive(id)).then_some(()));
+}
+
+/// The record as it stands now.
+pub fn record(name: &str) -> ploop::server::proto::DeviceRecord {
+    let dir = runtime::device_dir(name);
+    within(5, "a whole record", || fs::exists(&dir).ok().and_then(|_| runtime::read_record(&dir).ok().flatten()))
+}

@@ -1,0 +1,191 @@
+//! Devices whose processes are killed.
+
+mod device_common;
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use device_common::*;
+use ploop::Kind;
+use ploop::device::{self, State};
+use ploop::server::runtime;
+
+/// Rewrites blocks and reads them back until told to stop; returns how many it wrote.
+fn writer(node: &Path, lane: u64, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<std::io::Result<u64>> {
+    let file = OpenOptions::new().read(true).write(true).open(node).unwrap();
+    let stop = stop.clone();
+    std::thread::spawn(move || {
+        let mut n = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let data = pattern(lane << 32 | n, 64 << 10);
+            let at = (lane * 16 + n % 16) * (64 << 10);
+            file.write_all_at(&data, at)?;
+            if n % 7 == 0 {
+                file.sync_all()?;
+            }
+            let mut back = vec![0; data.len()];
+            file.read_exact_at(&mut back, at)?;
+            assert_eq!(back, data, "lane {lane} write {n}");
+            n += 1;
+        }
+        file.sync_all()?;
+        Ok(n)
+    })
+}
+
+#[test]
+fn worker_killed_under_load() {
+    let Some(t) = Bench::new("worker_killed_under_load") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..3).map(|lane| writer(device.node(), lane, &stop)).collect();
+    let mut worker = device.record.worker;
+    let rounds = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 100 } else { 12 };
+    for i in 0..rounds {
+        pause(30 + 37 * (i % 5));
+        kill(worker);
+        worker = within(20, "another worker", || {
+            let r = record(device.name());
+            (r.worker != worker && runtime::alive(r.worker)).then_some(r.worker)
+        });
+    }
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        assert!(writer.join().unwrap().unwrap() > 0);
+    }
+    assert_eq!(record(device.name()).supervisor, device.record.supervisor);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}
+
+#[test]
+fn supervisor_killed_alone() {
+    let Some(t) = Bench::new("supervisor_killed_alone") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writing = writer(device.node(), 0, &stop);
+    let mut supervisor = device.record.supervisor;
+    for _ in 0..3 {
+        kill(supervisor);
+        supervisor = within(20, "another supervisor", || {
+            let r = record(device.name());
+            (r.supervisor != supervisor && runtime::alive(r.supervisor)).then_some(r.supervisor)
+        });
+        // The worker is the same one and goes on.
+        assert_eq!(record(device.name()).worker, device.record.worker);
+    }
+    let found =
+        within(5, "an answer", || device::by_node(device.name()).unwrap().filter(|d| d.state == State::Running));
+    assert_eq!(found.record.diskseq, device.record.diskseq);
+    // The new one can do what the old one could: replace a worker, follow the nodes, end the device.
+    kill(found.record.worker);
+    within(20, "another worker", || Some(record(device.name()).worker).filter(|w| *w != found.record.worker));
+    stop.store(true, Ordering::Relaxed);
+    writing.join().unwrap().unwrap();
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&found);
+    t.sound(&image);
+}
+
+#[test]
+fn both_killed() {
+    let Some(t) = Bench::new("both_killed") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let data = pattern(9, 1 << 20);
+    write_at(device.node(), 0, &data);
+    // Stopped first, so that the worker has no time for a new supervisor.
+    let pid = nix::unistd::Pid::from_raw(device.record.worker.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    kill(device.record.supervisor);
+    kill(device.record.worker);
+    let file = OpenOptions::new().write(true).open(device.node()).unwrap();
+    let e = file.write_all_at(&data, 8 << 20).and_then(|()| file.sync_all()).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(libc::EIO));
+    drop(file);
+    let dead = device::by_node(device.name()).unwrap().unwrap();
+    assert_eq!(dead.state, State::Dead);
+
+    // The next attach cleans up; the image is marked in use, which a list of files refuses.
+    let e = t.attach(&image).unwrap_err();
+    assert_eq!(e.kind(), Kind::InUse, "{e}");
+    assert!(device::by_node(device.name()).unwrap().is_none() || record(device.name()) != dead.record);
+    assert!(!runtime::backing_is_ours(&dead.record));
+    let mut spec = t.spec(&image);
+    spec.marked = ploop::server::proto::Marked::Recover;
+    let device = device::attach(spec).unwrap();
+    assert_eq!(read_at(device.node(), 0, data.len()), data);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}
+
+#[test]
+fn no_worker_can_serve() {
+    let Some(t) = Bench::new("no_worker_can_serve") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    write_at(device.node(), 0, &pattern(3, 4096));
+    // An image that a new worker cannot open: its header is gone.
+    let mut header = vec![0; 64];
+    let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    file.read_exact_at(&mut header, 0).unwrap();
+    file.write_all_at(&[0xaa; 64], 0).unwrap();
+    kill(device.record.worker);
+    let failed =
+        within(20, "state failed", || device::by_node(device.name()).unwrap().filter(|d| d.state == State::Failed));
+    assert_eq!(failed.state.as_str(), "failed");
+    let e = device::detach(device.name()).unwrap_err();
+    assert_eq!(e.kind(), Kind::Device, "{e}");
+    // I/O waits until the device is given up, and fails then.
+    let waiting = Arc::new(AtomicU64::new(0));
+    let (node, done) = (device.node().to_path_buf(), waiting.clone());
+    let thread = std::thread::spawn(move || {
+        let file = OpenOptions::new().write(true).open(node).unwrap();
+        let result = file.write_all_at(&[1; 4096], 8192).and_then(|()| file.sync_all());
+        done.store(1, Ordering::Relaxed);
+        result
+    });
+    pause(500);
+    assert_eq!(waiting.load(Ordering::Relaxed), 0);
+    device::abort(device.name()).unwrap();
+    assert_eq!(thread.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    device::clean(device.name()).unwrap();
+    t.assert_gone(&device);
+    file.write_all_at(&header, 0).unwrap();
+}
+
+#[test]
+fn mounted_and_dead() {
+    let Some(t) = Bench::new("mounted_and_dead") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    run(Command::new("mkfs.ext4").arg("-q").arg(device.node()));
+    let target = t.dir.path().join("mnt");
+    fs::create_dir(&target).unwrap();
+    run(Command::new("mount").arg(device.node()).arg(&target));
+    let e = device::detach(device.name()).unwrap_err();
+    assert_eq!(e.kind(), Kind::DevIoc, "{e}");
+    assert!(e.to_string().contains("mounted"), "{e}");
+    // Nothing changed: node and device are as they were.
+    assert!(device.node().exists() && runtime::backing_is_ours(&device.record));
+    fs::write(target.join("file"), "content").unwrap();
+
+    let pid = nix::unistd::Pid::from_raw(device.record.worker.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    kill(device.record.supervisor);
+    kill(device.record.worker);
+    let e = device::clean(device.name()).unwrap_err();
+    assert_eq!(e.kind(), Kind::DevIoc, "{e}");
+    assert!(runtime::device_dir(device.name()).exists());
+    let _ = output(Command::new("umount").arg(&target));
+    device::clean(device.name()).unwrap();
+    t.assert_gone(&device);
+}

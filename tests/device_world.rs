@@ -1,0 +1,198 @@
+//! A device outlives what it was started from.
+
+mod device_common;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use device_common::*;
+use ploop::device::{self, State};
+use ploop::server::proto::{Answer, Command as Order};
+use ploop::server::{control, runtime};
+
+/// Runs `device::attach` of the image in a process of its own, through a shell prefix; see `child`.
+fn attach_in_child(image: &Path, prefix: &str) -> String {
+    let exe = std::env::current_exe().unwrap();
+    let script = format!("{prefix} exec \"$0\" --exact --nocapture child");
+    let mut command = Command::new("timeout");
+    command.args(["-k", "5", "60", "sh", "-c", &script]).arg(exe).env("PLOOP_TEST_ATTACH", image);
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let name = text.lines().find_map(|l| l.split("ATTACHED ").nth(1)).unwrap_or_else(|| panic!("{output:?}"));
+    name.split_whitespace().next().unwrap().to_string()
+}
+
+/// Not a test by itself: attaches what the environment names.
+#[test]
+fn child() {
+    let Some(image) = std::env::var_os("PLOOP_TEST_ATTACH") else { return };
+    let Some(t) = Bench::new("child") else { return };
+    let device = t.attach(Path::new(&image)).unwrap();
+    println!("\nATTACHED {} ", device.name());
+    std::io::stdout().flush().unwrap();
+}
+
+#[test]
+fn the_callers_world_is_left() {
+    let Some(t) = Bench::new("the_callers_world_is_left") else { return };
+    let image = t.image("a.hdd", "64M");
+    // A session with its own limits, open files and ignored signals, which is killed as a whole afterwards.
+    let secret = t.dir.path().join("secret");
+    fs::write(&secret, "x").unwrap();
+    let prefix = format!(
+        "trap '' HUP CHLD; umask 077; cd {}; ulimit -n 200; exec 7<{}; export LEAK=1;",
+        t.dir.path().display(),
+        secret.display()
+    );
+    let name = attach_in_child(&image, &prefix);
+    let device = device::by_node(&name).unwrap().unwrap();
+    assert_eq!(device.state, State::Running);
+    for process in [device.record.supervisor, device.record.worker] {
+        let proc = PathBuf::from(format!("/proc/{}", process.pid));
+        assert_eq!(fs::read_link(proc.join("cwd")).unwrap(), Path::new("/"));
+        assert!(!String::from_utf8_lossy(&fs::read(proc.join("environ")).unwrap()).contains("LEAK"));
+        for fd in fs::read_dir(proc.join("fd")).unwrap() {
+            let link = fs::read_link(fd.unwrap().path()).unwrap_or_default();
+            assert!(link != secret && !link.starts_with("/dev/pts"), "{link:?} is open");
+        }
+        let status = fs::read_to_string(proc.join("status")).unwrap();
+        let mask = |key: &str| {
+            let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+            u64::from_str_radix(line.trim(), 16).unwrap()
+        };
+        assert_eq!(mask("SigIgn:") & 1 << (libc::SIGCHLD - 1), 0, "{status}");
+        assert!(!status.contains("VmLck:\t       0 kB"), "{status}");
+        // CAP_SYS_RESOURCE, which root may lack in a sandbox.
+        if mask("CapEff:") & 1 << 24 != 0 {
+            assert_eq!(fs::read_to_string(proc.join("oom_score_adj")).unwrap().trim(), "-1000");
+        }
+        let stat = fs::read_to_string(proc.join("stat")).unwrap();
+        let fields: Vec<i32> =
+            stat.rsplit_once(')').unwrap().1.split_whitespace().skip(1).take(3).map(|f| f.parse().unwrap()).collect();
+        let own = nix::unistd::getsid(None).unwrap().as_raw();
+        assert!(fields[2] != own, "the same session");
+        for line in fs::read_to_string(proc.join("cgroup")).unwrap().lines() {
+            assert!(line.ends_with(":/") || line.contains("ploop-server"), "{line}");
+        }
+    }
+    device::detach(&name).unwrap();
+    t.assert_gone(&device);
+}
+
+#[test]
+fn killed_cgroup_and_other_mount_namespace() {
+    let Some(t) = Bench::new("killed_cgroup_and_other_mount_namespace") else { return };
+    let Some(root) = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+        .map(Path::new)
+        .into_iter()
+        .find(|p| p.join("cgroup.controllers").exists())
+    else {
+        println!("SKIP: killed_cgroup: there is no cgroup2 mount");
+        return;
+    };
+    let group = root.join(format!("ploop-test-{}", std::process::id()));
+    fs::create_dir(&group).unwrap();
+    let image = t.image("a.hdd", "64M");
+    let exe = std::env::current_exe().unwrap();
+    // In a group and a mount namespace of its own; the caller stays alive until the group is killed.
+    let script = format!(
+        "echo $$ > {}/cgroup.procs; mount --make-rprivate / 2>/dev/null; \"$0\" --exact --nocapture child; sleep 100",
+        group.display()
+    );
+    let mut caller = Command::new("unshare")
+        .args(["-m", "sh", "-c", &script])
+        .arg(exe)
+        .env("PLOOP_TEST_ATTACH", &image)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let device = within(30, "the device", || {
+        let all = device::list().unwrap();
+        all.into_iter().find(|d| d.top() == image && d.state == State::Running)
+    });
+    let killed = fs::write(group.join("cgroup.kill"), "1");
+    if killed.is_err() {
+        caller.kill().unwrap();
+    }
+    caller.wait().unwrap();
+    within(10, "an empty group", || fs::remove_dir(&group).ok());
+    let data = pattern(4, 1 << 20);
+    write_at(device.node(), 0, &data);
+    assert_eq!(read_at(device.node(), 0, data.len()), data);
+    assert_eq!(record(device.name()).worker, device.record.worker);
+    let ns = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    // A sandbox may forbid to look at process 1, and so to enter its namespace.
+    if let Some(first) = ns(1) {
+        assert_eq!(ns(device.record.supervisor.pid), Some(first));
+    }
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+}
+
+#[test]
+fn rude_clients_block_nobody() {
+    let Some(t) = Bench::new("rude_clients_block_nobody") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let dir = runtime::device_dir(device.name());
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, send, socket};
+    use std::os::fd::AsRawFd;
+    let rude: Vec<_> = (0..40)
+        .map(|i| {
+            let sock = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+            connect(sock.as_raw_fd(), &UnixAddr::new(&dir.join("control")).unwrap()).unwrap();
+            // Silence, nonsense, and questions whose answers are never read.
+            let word: &[u8] = match i % 3 {
+                0 => return sock,
+                1 => b"\xff{[",
+                _ => b"\"Info\"",
+            };
+            let _ = send(sock.as_raw_fd(), word, nix::sys::socket::MsgFlags::MSG_DONTWAIT);
+            sock
+        })
+        .collect();
+    let start = std::time::Instant::now();
+    let (answer, _) = control::ask(&dir, &Order::Info, std::time::Duration::from_secs(20)).unwrap();
+    assert!(matches!(answer, Answer::Info { no_space: false, failed: false, .. }), "{answer:?}");
+    println!("answered after {} ms", start.elapsed().as_millis());
+    drop(rude);
+    // Not the kind of socket that a stream client could speak to.
+    assert!(UnixStream::connect(dir.join("control")).is_err());
+    let (answer, _) = control::ask(&dir, &Order::Flush, std::time::Duration::from_secs(20)).unwrap();
+    assert!(matches!(answer, Answer::Done), "{answer:?}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(device.record.supervisor.pid), nix::sys::signal::Signal::SIGTERM)
+        .unwrap();
+    pause(300);
+    assert_eq!(device::by_node(device.name()).unwrap().unwrap().state, State::Running);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+}
+
+#[test]
+fn twenty_at_once() {
+    let Some(t) = Bench::new("twenty_at_once") else { return };
+    let images: Vec<PathBuf> = (0..20).map(|i| t.image(&format!("{i}.hdd"), "32M")).collect();
+    let devices: Vec<_> = std::thread::scope(|s| {
+        let threads: Vec<_> = images.iter().map(|image| s.spawn(|| t.attach(image).unwrap())).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let mut names: Vec<&str> = devices.iter().map(|d| d.name()).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 20);
+    for (i, device) in devices.iter().enumerate() {
+        write_at(device.node(), 1 << 20, &pattern(i as u64, 1 << 16));
+    }
+    for (i, device) in devices.iter().enumerate() {
+        assert_eq!(read_at(device.node(), 1 << 20, 1 << 16), pattern(i as u64, 1 << 16));
+    }
+    std::thread::scope(|s| {
+        for device in &devices {
+            s.spawn(|| device::detach(device.name()).unwrap());
+        }
+    });
+    devices.iter().for_each(|d| t.assert_gone(d));
+}
