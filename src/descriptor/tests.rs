@@ -355,6 +355,35 @@ fn locks() {
 }
 
 #[test]
+fn locks_of_other_programs_on_the_base() {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("DiskDescriptor.xml");
+    parse(BASE_ONLY).unwrap().commit(&path).unwrap();
+    let base = std::fs::File::create(dir.path().join("web01.hds")).unwrap();
+    let lock = |l_type: i32, l_start: i64, l_len: i64| {
+        let l_type = l_type as i16;
+        let range = libc::flock { l_type, l_whence: libc::SEEK_SET as i16, l_start, l_len, l_pid: 0 };
+        fcntl(&base, FcntlArg::F_OFD_SETLK(&range)).unwrap();
+    };
+    let open = || LockedDescriptor::open_within(&path, Duration::from_millis(50)).map(|_| ());
+    for start in [200, 204, 300] {
+        lock(libc::F_WRLCK, start, 1);
+        let e = open().unwrap_err();
+        assert_eq!(e.kind(), Kind::Lock, "{e}");
+        lock(libc::F_UNLCK, start, 1);
+        open().unwrap();
+    }
+    for start in [199, 205, 299, 305] {
+        lock(libc::F_WRLCK, start, 1);
+    }
+    open().unwrap();
+    // Our own servers lock all of the file.
+    lock(libc::F_WRLCK, 0, 0);
+    open().unwrap();
+}
+
+#[test]
 fn a_pipe_does_not_hang() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("DiskDescriptor.xml");
