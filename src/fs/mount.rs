@@ -200,19 +200,43 @@ fn users(target: &Path) -> String {
         }
     }
     found.truncate(8);
+    let below = mounts::read().unwrap_or_default();
+    if let Some(m) = below.iter().rev().find(|m| m.target != target && m.target.starts_with(target)) {
+        return format!(": {} is mounted in it", m.target.display());
+    }
     match found.is_empty() {
-        true => ", by nobody that /proc shows (another mount on top of it?)".into(),
+        true => ", by nobody that /proc shows".into(),
         false => format!(" by process {}", found.join(", ")),
     }
 }
 
-/// Unmounts everything of a device in our mount namespace, last mounted first. The mount points that there were.
-pub fn umount_all(names: &Names) -> Result<Vec<PathBuf>> {
-    let targets: Vec<PathBuf> = mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).map(|m| m.target).collect();
-    for target in targets.iter().rev() {
-        umount(target)?;
+/// Unmounts everything of a device in our mount namespace, last mounted first.
+pub fn umount_all(names: &Names) -> Result<()> {
+    let mut before = usize::MAX;
+    loop {
+        // Read anew each time: one unmount can take others with it (shared mounts).
+        let table = mounts::read()?;
+        let ours = table.iter().filter(|m| names.mounted_by(m)).count();
+        let Some(last) = table.iter().rev().find(|m| names.mounted_by(m)) else { return Ok(()) };
+        if ours >= before {
+            return Err(Error::new(Kind::Umount, format!("{} stays mounted", last.target.display())));
+        }
+        before = ours;
+        if let Some(above) = table.iter().rev().find(|m| m.target == last.target)
+            && !names.mounted_by(above)
+        {
+            return Err(Error::new(
+                Kind::Umount,
+                format!(
+                    "{} cannot be unmounted: {} ({}) is mounted over it; unmount that first",
+                    last.target.display(),
+                    above.source.display(),
+                    above.fstype
+                ),
+            ));
+        }
+        umount(&last.target)?;
     }
-    Ok(targets)
 }
 
 #[cfg(test)]

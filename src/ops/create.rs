@@ -79,7 +79,10 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
         if !same_file(&scratch.image(), &target.image)? {
             return target.image_exists();
         }
-        target.same_parameters(&params)?;
+        if let Err(e) = target.same_parameters(&params) {
+            scratch.keep();
+            return Err(e);
+        }
         report::say(0, format_args!("{} was left by an interrupted creation, completing it", target.image.display()));
         return target.commit(&params);
     }

@@ -1,14 +1,16 @@
 //! Finding devices: by disk, by base image, by mount point; and the mount points of a device.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, State};
 use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts::{self, Mount, Names};
+use crate::image::open;
 use crate::server::{nodes, partitions, runtime};
 
 /// A component name that is longer would be found by nobody.
@@ -94,17 +96,29 @@ pub fn mnt_by_dev(name: &str) -> Result<Option<PathBuf>> {
 /// The device under a mount point, and what of it is mounted there. None if the folder is not there, is no mount
 /// point, or is one of something else.
 pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
-    let Ok(wanted) = fs::canonicalize(folder) else { return Ok(None) };
-    let id = |p: &Path| fs::metadata(p).map(|m| (m.dev(), m.ino()));
-    let wanted_id = id(&wanted).ctx(Kind::Fstat, || folder.display().to_string())?;
-    // The last mount at a place hides the ones before it.
+    let wanted = match fs::canonicalize(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // The root of a file system whose device is dead need not be readable.
+        Err(_) => open::lexical(&path::absolute(folder).ctx(Kind::Param, || folder.display().to_string())?),
+        Ok(resolved) => resolved,
+    };
     let mounts = mounts::read()?;
+    // Of several mounts at one place only the last one is seen.
+    let visible = match mounts.iter().rev().find(|m| m.target == wanted) {
+        Some(mount) => vec![mount],
+        None => {
+            // The table names it differently (a chroot): by identity.
+            let id = |p: &Path| fs::metadata(p).map(|m| (m.dev(), m.ino())).ok();
+            let this = id(&wanted);
+            let dev = this.map(|(dev, _)| dev);
+            let here = |m: &&Mount| Some(m.dev) == dev && id(&m.target) == this;
+            mounts.iter().rev().filter(here).collect()
+        }
+    };
     for found in device::list()? {
         let names = names(&found);
-        let here =
-            |m: &&Mount| names.mounted_by(m) && (m.target == wanted || id(&m.target).is_ok_and(|i| i == wanted_id));
-        if let Some(mount) = mounts.iter().rev().find(here) {
-            return Ok(Some((found, mount.clone())));
+        if let Some(mount) = visible.iter().find(|m| names.mounted_by(m)) {
+            return Ok(Some((found, (*mount).clone())));
         }
     }
     Ok(None)

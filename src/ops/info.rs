@@ -1,8 +1,8 @@
 //! What a disk is and how full it is; what is in an image file.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -22,6 +22,7 @@ use crate::image::open;
 use crate::image::scan::{self, Problem, Visitor};
 use crate::report;
 use crate::server::partitions;
+use crate::sys::reopen::{Access, reopen};
 use crate::units::{ClusterSize, SECTOR};
 
 /// Size and use of the disk's file system. What was remembered at the last unmount serves while nothing runs; else the
@@ -94,8 +95,8 @@ pub fn spec(descriptor: &Path) -> Result<Spec> {
     let chain = disk.chain(&disk.top)?;
     let Some(top) = chain.last() else { bail!(DiskDescr, "{} has no images", disk.path.display()) };
     let fd = open::open_level(&top.file, Some(&disk.dir))?;
-    let (file, _) = open::reopen(&fd, open::Access::default())
-        .ctx(Kind::Open, || format!("cannot open image {}", top.file.display()))?;
+    let (file, _) =
+        reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", top.file.display()))?;
     if disk.is_raw(top) {
         let len = file.metadata().ctx(Kind::Fstat, || top.file.display().to_string())?.len();
         return Ok(Spec { sectors: len / SECTOR, cluster: disk.blocksize.sectors(), version: 0 });
@@ -172,15 +173,10 @@ impl Visitor for Count {
 
 /// Reads an image file's header, table and what its disk begins with. Nothing is written; the image may be in use.
 pub fn image_info(path: &Path) -> Result<ImageInfo> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-        .ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
+    let fd = open::open_level(path, None)?;
+    let (file, _) =
+        reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
     let meta = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?;
-    if !meta.is_file() {
-        bail!(Open, "{} is not a regular file: an image must be one", path.display());
-    }
     let in_file = |e: crate::error::Error| e.context(path.display());
     let header = read_header(&file).map_err(in_file)?;
     header.check_layout().map_err(in_file)?;

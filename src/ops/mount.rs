@@ -154,17 +154,15 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
 
 /// Names the ways out of "in use": the mark alone does not tell a crash from another host that runs the image.
 fn in_use(e: Error, top: &Path) -> Error {
-    let shown = top.display();
     let descriptor = top.with_file_name(crate::descriptor::FILE_NAME);
-    let by_descriptor = match descriptor.exists() {
-        true => format!("ploop mount {}", descriptor.display()),
-        false => "mount it by a DiskDescriptor.xml".to_string(),
+    let names_it = Descriptor::read(&descriptor).is_ok_and(|d| d.images.iter().any(|i| i.file == top));
+    let by_descriptor = match names_it {
+        true => format!(" (ploop mount {})", descriptor.display()),
+        false => String::new(),
     };
     Error::new(
         Kind::InUse,
-        format!(
-            "{e}. Either another host runs it, or it was not closed cleanly. To look at it: ploop mount -r --force {shown}. If nobody else runs it: {by_descriptor}, which checks it and goes on, or ploop check -d {shown}"
-        ),
+        format!("{e}{by_descriptor}; to look at it without writing: ploop mount -r --force {}", top.display()),
     )
 }
 

@@ -25,6 +25,7 @@ const ROOT: &str = "root";
 /// The folder, locked. Removed with all that we put there when dropped.
 pub struct Scratch {
     path: PathBuf,
+    keep: bool,
     _lock: Flock<File>,
 }
 
@@ -75,7 +76,7 @@ impl Scratch {
             };
             let held = lock.metadata().ctx(Kind::Fstat, || lock_path.display().to_string())?;
             if fs::symlink_metadata(&lock_path).is_ok_and(|m| (m.dev(), m.ino()) == (held.dev(), held.ino())) {
-                return Ok(Scratch { path, _lock: lock });
+                return Ok(Scratch { path, keep: false, _lock: lock });
             }
         }
         Err(Error::new(Kind::Lock, format!("{} comes and goes; other disks are being made there", path.display())))
@@ -93,6 +94,11 @@ impl Scratch {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Leaves the folder as it is.
+    pub fn keep(mut self) {
+        self.keep = true;
     }
 
     /// Removes what an interrupted creation left, but the lock. `Param` if something there is not ours.
@@ -118,6 +124,9 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
         let cleared = self.clear().and_then(|()| {
             fs::remove_file(self.path.join(LOCK))
                 .and_then(|()| fs::remove_dir(&self.path))

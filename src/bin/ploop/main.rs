@@ -106,7 +106,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop list [-a]                    devices
   ploop info [-s] [-d] DISK          how full it is, its size, its device
   ploop info --image FILE            what is in an image file
-  ploop check { DISK | FILE }        look for damage, change nothing
+  ploop check { DISK | FILE }        look for damage
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
 
