@@ -12,6 +12,10 @@ env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/work" ||
 compile "$SCRATCH/logging" "$ROOT/capi-tests/args/logging.c"
 "$SCRATCH/logging" "$SCRATCH" || fail "logging.c"
 
+compile "$SCRATCH/cancel" "$ROOT/capi-tests/args/cancel.c"
+mkdir "$SCRATCH/cancelled"
+"$SCRATCH/cancel" "$SCRATCH/cancelled" || fail "cancel.c"
+
 if command -v pkg-config >/dev/null; then
     sed -e "s|@libdir@|$SCRATCH/lib|" -e "s|@version@|1.15|" "$ROOT/pkgconfig/ploop.pc.in" >"$SCRATCH/ploop.pc"
     libs=$(PKG_CONFIG_PATH=$SCRATCH pkg-config --libs ploop) || fail "pkg-config does not read ploop.pc"

@@ -165,8 +165,20 @@ unsafe fn mount_params(param: *const ploop_mount_param) -> Result<MountParams> {
     let Some(p) = (unsafe { param.as_ref() }) else {
         bail!(Param, "mount parameters are NULL");
     };
-    let Ok(device) = String::from_utf8(convert::fixed(&p.device)) else {
-        bail!(Param, "device name {:?} is not UTF-8", String::from_utf8_lossy(&convert::fixed(&p.device)));
+    let device = convert::fixed(&p.device);
+    // The node's whole path has to fit into the same array afterwards.
+    let folder = if device.starts_with(b"/") { 0 } else { "/dev/".len() };
+    if folder + device.len() >= p.device.len() {
+        bail!(
+            Param,
+            "device name {:?} has {} bytes; its path can have {}",
+            String::from_utf8_lossy(&device),
+            device.len(),
+            p.device.len() - 1
+        );
+    }
+    let Ok(device) = String::from_utf8(device) else {
+        bail!(Param, "device name {:?} is not UTF-8", convert::fixed(&p.device).escape_ascii().to_string());
     };
     // SAFETY: this function's contract.
     let (fstype, target, guid, data) = unsafe {
