@@ -62,11 +62,14 @@ class Runner:
         return rc, time.monotonic() - begin
 
     def tail(self, name, lines=12):
+        """The end of a test's log: from the line that says what failed on, or the last lines."""
         try:
             with open(self.log(name), errors="replace") as f:
-                return [l.rstrip() for l in f.read().splitlines()[-lines:]]
+                text = f.read().splitlines()
         except OSError:
             return []
+        said = [i for i, l in enumerate(text) if l.startswith("FAILED")]
+        return [l.rstrip()[:400] for l in (text[said[0]:][:lines] if said else text[-lines:])]
 
     def note(self, name, rc, seconds, device, extra=""):
         if rc == 0:
