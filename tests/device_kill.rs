@@ -189,3 +189,66 @@ fn mounted_and_dead() {
     device::clean(device.name()).unwrap();
     t.assert_gone(&device);
 }
+
+/// The record of the attach under way for this image, if it has come so far.
+fn starting(image: &Path) -> Option<ploop::server::proto::DeviceRecord> {
+    let names = runtime::names().ok()?;
+    let records = names.iter().filter_map(|n| runtime::read_record(&runtime::device_dir(n)).ok().flatten());
+    records.into_iter().find(|r| r.levels[0].path == image)
+}
+
+#[test]
+fn killed_while_attaching() {
+    let Some(t) = Bench::new("killed_while_attaching") else { return };
+    let image = t.image("a.hdd", "64M");
+    let rounds = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 200 } else { 24 };
+    let (mut failed, mut devices) = (0, 0);
+    for round in 0..rounds {
+        let attaching = std::thread::scope(|s| {
+            let attaching = s.spawn(|| {
+                let mut spec = t.spec(&image);
+                spec.marked = ploop::server::proto::Marked::Recover;
+                device::attach(spec)
+            });
+            let record = within(10, "a record", || starting(&image));
+            pause(round * 11 % 170);
+            let record = starting(&image).unwrap_or(record);
+            // Either or both, also when nothing of them is left to kill.
+            for (which, id) in [record.supervisor, record.worker].into_iter().enumerate() {
+                if (round + 1) % 3 != which as u64 && runtime::alive(id) {
+                    let pid = nix::unistd::Pid::from_raw(id.pid);
+                    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+                }
+            }
+            attaching.join().unwrap()
+        });
+        match attaching {
+            Ok(device) => {
+                devices += 1;
+                let e = device::detach(device.name());
+                println!("round {round}: {e:?}");
+            }
+            Err(e) => {
+                failed += 1;
+                println!("round {round}: {e}");
+            }
+        }
+        // What is left cleans itself up or is cleaned.
+        within(20, "the end", || match starting(&image) {
+            Some(record) => {
+                let _ = device::clean(&record.name);
+                None
+            }
+            None => Some(()),
+        });
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(" - fuse ploop") || device::list().unwrap().iter().any(|d| d.top() != image));
+    }
+    println!("{failed} attaches failed, {devices} devices");
+    let mut spec = t.spec(&image);
+    spec.marked = ploop::server::proto::Marked::Recover;
+    let device = device::attach(spec).unwrap();
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}

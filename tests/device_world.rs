@@ -83,6 +83,32 @@ fn the_callers_world_is_left() {
 }
 
 #[test]
+fn removed_program() {
+    let Some(t) = Bench::new("removed_program") else { return };
+    let image = t.image("a.hdd", "64M");
+    let copy = t.dir.path().join("server");
+    fs::copy(env!("CARGO_BIN_EXE_ploop-server"), &copy).unwrap();
+    let name = attach_in_child(&image, &format!("export PLOOP_SERVER={};", copy.display()));
+    let device = device::by_node(&name).unwrap().unwrap();
+    let program = fs::read_link(format!("/proc/{}/exe", device.record.worker.pid)).unwrap();
+    assert_eq!(program, copy);
+    fs::remove_file(&copy).unwrap();
+    kill(device.record.worker);
+    let worker = within(20, "another worker", || {
+        Some(record(&name).worker).filter(|w| *w != device.record.worker && runtime::alive(*w))
+    });
+    write_at(device.node(), 0, &pattern(1, 4096));
+    kill(device.record.supervisor);
+    within(20, "another supervisor", || {
+        Some(record(&name).supervisor).filter(|s| *s != device.record.supervisor && runtime::alive(*s))
+    });
+    assert_eq!(record(&name).worker, worker);
+    device::detach(&name).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}
+
+#[test]
 fn killed_cgroup_and_other_mount_namespace() {
     let Some(t) = Bench::new("killed_cgroup_and_other_mount_namespace") else { return };
     let Some(root) = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]

@@ -82,6 +82,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         trace: spec.trace,
         no_space_timeout: no_space_timeout()?,
         ids,
+        token: uuid::Uuid::new_v4().to_string(),
     };
     let fds: Vec<BorrowedFd> = spec.levels.iter().map(|l| l.fd.as_fd()).collect();
     let record = spawn::start(&request, &fds)?;

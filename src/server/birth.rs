@@ -145,6 +145,7 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
         read_only: request.read_only,
         state: "starting".into(),
         boot: runtime::boot_id(),
+        token: request.token.clone(),
         ..Default::default()
     };
     let dev = runtime::dev_dir();

@@ -18,6 +18,9 @@ use crate::sys::process;
 /// Longest wait for systemd.
 const SYSTEMD_LIMIT: Duration = Duration::from_secs(10);
 
+/// Our units' names begin so.
+const UNIT: &str = "ploop-server-";
+
 /// Descriptors that a server may need: 127 deltas, twice, clients and what it always has.
 const FILES: u64 = 4096;
 
@@ -28,10 +31,7 @@ pub fn leave_callers_world() -> Result<()> {
     let _ = nix::unistd::setsid();
     process::reset_signals();
     umask(Mode::from_bits_truncate(0o022));
-    join_first("mnt", CloneFlags::CLONE_NEWNS)?;
-    // Events of block devices reach the first network namespace only; without them a slower way works too.
-    let _ = join_first("net", CloneFlags::CLONE_NEWNET);
-    nix::unistd::chdir("/").ctx(Kind::Sys, || "cannot change to /")?;
+    enter_host()?;
     leave_cgroup();
     for (resource, value) in [
         (Resource::RLIMIT_NOFILE, FILES),
@@ -56,6 +56,14 @@ pub fn leave_callers_world() -> Result<()> {
     Ok(())
 }
 
+/// Into the mount namespace of process 1, and its /. For single-threaded programs.
+pub fn enter_host() -> Result<()> {
+    join_first("mnt", CloneFlags::CLONE_NEWNS)?;
+    // Events of block devices reach the first network namespace only; without them a slower way works too.
+    let _ = join_first("net", CloneFlags::CLONE_NEWNET);
+    nix::unistd::chdir("/").ctx(Kind::Sys, || "cannot change to /")
+}
+
 /// Keeps all memory of this process, present and future, out of reach of the swapper.
 pub fn lock_memory() {
     // Refused only without privileges; then the device works, but not under memory pressure that it causes itself.
@@ -74,6 +82,10 @@ fn join_first(kind: &str, flag: CloneFlags) -> Result<()> {
 /// Into a unit of systemd's, else into the root of every hierarchy. Best effort: a device in the caller's group works
 /// until that group is killed or frozen.
 fn leave_cgroup() {
+    // A new supervisor is in the unit of its predecessor.
+    if fs::read_to_string("/proc/self/cgroup").is_ok_and(|own| own.contains(UNIT)) {
+        return;
+    }
     let systemd = Path::new("/run/systemd/system").is_dir()
         && fs::read_to_string("/proc/1/comm").is_ok_and(|name| name.trim() == "systemd");
     if systemd && start_scope() {
@@ -119,7 +131,7 @@ fn hierarchies_to_leave(own: &str, mountinfo: &str) -> Vec<String> {
 /// Asks systemd for a scope of our own in system.slice.
 fn start_scope() -> bool {
     let pid = std::process::id().to_string();
-    let unit = format!("ploop-server-{pid}.scope");
+    let unit = format!("{UNIT}{pid}.scope");
     #[rustfmt::skip]
     let args = [
         "--system", "--quiet", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",

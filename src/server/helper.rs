@@ -158,7 +158,7 @@ fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
 /// Removes what a dead server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in use,
 /// or alive.
 fn clean(name: &str) -> Result<()> {
-    daemon::leave_callers_world()?;
+    daemon::enter_host()?;
     runtime::check_name(name)?;
     let dir = runtime::device_dir(name);
     if fs::symlink_metadata(&dir).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {

@@ -261,7 +261,6 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
 
 /// The file behind is one of our FUSE files: by name while its mount is there, `/` once that is detached.
 fn names_our_file(backing: &str) -> bool {
-    let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
-    let file = file.trim_end();
-    file == "/" || Path::new(file).starts_with("/run/ploop")
+    let file = runtime::backing_file(backing);
+    file == "/" || Path::new(&file).starts_with("/run/ploop")
 }

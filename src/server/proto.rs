@@ -33,6 +33,9 @@ pub struct AttachRequest {
     pub no_space_timeout: Option<u64>,
     /// Device and inode number of each level's file, base first.
     pub ids: Vec<(u64, u64)>,
+    /// Made up by the library, to know the device by if the answer gets lost.
+    #[serde(default)]
+    pub token: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -76,6 +79,9 @@ pub struct DeviceRecord {
     /// Boot of the host that the device belongs to (/proc/sys/kernel/random/boot_id).
     #[serde(default)]
     pub boot: String,
+    /// The one of the request.
+    #[serde(default)]
+    pub token: String,
 }
 
 /// A process that cannot be mistaken for a later one of the same number.

@@ -186,13 +186,18 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
 
 /// Makes an empty folder that no device has yet; [`publish`] gives it its name.
 pub fn new_dir() -> Result<PathBuf> {
-    let run = make_run_dir()?;
-    let dir = run.join(format!("{NEW_PREFIX}{}", std::process::id()));
+    let dir = run_dir().join(format!("{NEW_PREFIX}{}", std::process::id()));
     // Of a process that had our number before.
     let _ = remove_dir(&dir);
-    make_run_dir()?;
-    DirBuilder::new().mode(0o700).create(&dir).ctx(Kind::Mkdir, || format!("cannot make {}", dir.display()))?;
-    Ok(dir)
+    let mut tries = 100;
+    loop {
+        make_run_dir()?;
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            // The last device of all has just gone, and with it the folder.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries > 0 => tries -= 1,
+            other => return other.ctx(Kind::Mkdir, || format!("cannot make {}", dir.display())).map(|()| dir),
+        }
+    }
 }
 
 /// Gives a complete folder its device's name; false: the name is taken.
@@ -244,6 +249,14 @@ pub fn backing_is_ours(record: &DeviceRecord) -> bool {
         && record.boot == boot_id()
         && disk_identity(&record.backing) == Some((record.rdev, record.diskseq))
         && is_bound(&record.backing)
+        // Without sequence numbers: at least a file that nobody can name, as ours is.
+        && (record.diskseq != 0 || backing_file(&record.backing) == "/")
+}
+
+/// What a loop device says of its file; `/` for one whose mount was detached.
+pub fn backing_file(backing: &str) -> String {
+    let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
+    file.trim_end_matches('\n').to_string()
 }
 
 #[cfg(test)]

@@ -5,16 +5,19 @@
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord};
-use crate::server::{frame, helper};
+use crate::server::{frame, helper, runtime};
 use crate::sys::process;
 
 /// Longest wait for a device. The server's own limits are shorter, and undo what was begun.
 const ATTACH: Duration = Duration::from_secs(600);
+
+/// A worker finds another supervisor in much less.
+const ORPHAN: Duration = Duration::from_secs(30);
 
 const PROGRAM: &str = "ploop-server";
 
@@ -76,6 +79,32 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
     match frame::recv_within::<AttachReply>(&ours, ATTACH)? {
         Some((AttachReply::Ready(record), _)) => Ok(record),
         Some((AttachReply::Error { code, message }, _)) => Err(helper::remote_error(code, message)),
-        None => bail!(Sys, "{} ended without an answer", program.display()),
+        // Its supervisor was killed.
+        None => match orphan(&request.token) {
+            Some(record) => Ok(record),
+            None => bail!(Sys, "{} ended without an answer", program.display()),
+        },
     }
+}
+
+/// What became of a device whose supervisor died before it answered: if it was complete, its worker has found another
+/// supervisor, and the attach has succeeded. If not, it is taken back.
+fn orphan(token: &str) -> Option<DeviceRecord> {
+    let end = Instant::now() + ORPHAN;
+    let mut last = None;
+    while Instant::now() < end {
+        let records = runtime::names().unwrap_or_default();
+        let mut records = records.iter().filter_map(|n| runtime::read_record(&runtime::device_dir(n)).ok()?);
+        let record = records.find(|r| r.token == token)?;
+        if !runtime::alive(record.supervisor) && !runtime::alive(record.worker) {
+            return None;
+        }
+        if record.state == "running" && runtime::alive(record.supervisor) {
+            return Some(record);
+        }
+        last = Some(record).filter(|r| r.state == "running");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // It serves, with or without a supervisor.
+    last
 }

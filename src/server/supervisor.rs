@@ -25,8 +25,10 @@ use crate::server::shm::Shm;
 use crate::server::workers::{Deaths, Descriptors, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
 
-/// Longest sleep: partitions are looked at so often where the kernel's announcements do not arrive.
-const TICK: Duration = Duration::from_millis(500);
+/// Longest sleep.
+const TICK: Duration = Duration::from_secs(2);
+/// Partitions are looked at so often where the kernel's announcements do not arrive.
+const BLIND_TICK: Duration = Duration::from_millis(500);
 /// After the last change of a partition table, until it is read by us: whoever changes it may be telling the kernel.
 const TABLE_PAUSE: Duration = Duration::from_millis(300);
 /// A scan that does not end.
@@ -142,7 +144,8 @@ impl Supervisor {
     pub(super) fn turn(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = Instant::now();
         let table = self.table_due.filter(|_| self.scan.is_none());
-        let until = [Some(until), Some(now + TICK), self.restart, table].into_iter().flatten().min();
+        let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
+        let until = [Some(until), Some(now + tick), self.restart, table].into_iter().flatten().min();
         let (mut sources, mut polls) = (Vec::with_capacity(8), Vec::with_capacity(8));
         let mut watch = |source, fd| {
             sources.push(source);
