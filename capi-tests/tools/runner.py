@@ -41,8 +41,8 @@ class Runner:
     def command(self, name, cmd, limit, cwd=ROOT, env=None):
         """Runs one test under `limit`; returns its status (124: limit) and the seconds."""
         begin = time.monotonic()
-        env = dict(os.environ, PLOOP_TEST_SCRATCH=self.scratch, PLOOP_TEST_CASE=name, PLOOP=devlib.PLOOP, PYTHONDONTWRITEBYTECODE="1",
-                   **(env or {}))
+        env = {**os.environ, "PLOOP_TEST_SCRATCH": self.scratch, "PLOOP_TEST_CASE": name, "PLOOP": devlib.PLOOP,
+               "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
         with open(self.log(name), "wb") as out:
             self.child = p = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env,
                                               start_new_session=True)
