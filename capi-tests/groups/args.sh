@@ -3,11 +3,11 @@
 . "$(dirname "$0")/../lib.sh"
 
 compile "$SCRATCH/args" "$ROOT/capi-tests/args/args.c"
-mkdir "$SCRATCH/work"
-"$SCRATCH/args" "$SCRATCH/work" || fail "args.c"
+mkdir "$SCRATCH/disks"
+"$SCRATCH/args" "$SCRATCH/disks" || fail "args.c"
 # The classic read up to 4 KiB past the end of path arguments: nearly no environment puts them at the end of the stack.
-rm -rf "$SCRATCH/work" && mkdir "$SCRATCH/work"
-env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/work" || fail "args.c with a small environment"
+rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
+env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c with a small environment"
 
 compile "$SCRATCH/logging" "$ROOT/capi-tests/args/logging.c"
 "$SCRATCH/logging" "$SCRATCH" || fail "logging.c"
@@ -24,7 +24,7 @@ if command -v pkg-config >/dev/null; then
 fi
 
 if command -v valgrind >/dev/null && [ "${PLOOP_TEST:-}" = full ]; then
-    rm -rf "$SCRATCH/work" && mkdir "$SCRATCH/work"
+    rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
     valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 \
-        "$SCRATCH/args" "$SCRATCH/work" || fail "args.c under valgrind"
+        "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c under valgrind"
 fi

@@ -7,5 +7,5 @@
 gcc -std=gnu99 -g -Wall -Wextra -Wno-missing-field-initializers -Werror -I"$ROOT/include" -o "$SCRATCH/args" \
     "$ROOT/capi-tests/args/args.c" "$STATIC" $(static_libs) || fail "args.c does not link with $STATIC"
 readelf -dW "$SCRATCH/args" 2>/dev/null | grep libploop && fail "the program needs a shared libploop after all"
-mkdir "$SCRATCH/work"
-PLOOP_TEST_LIBRARY=$SCRATCH/args "$SCRATCH/args" "$SCRATCH/work" || fail "args.c with the static library"
+mkdir "$SCRATCH/disks"
+PLOOP_TEST_LIBRARY=$SCRATCH/args "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c with the static library"
