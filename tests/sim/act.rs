@@ -1,0 +1,391 @@
+//! What the engine asks for: checked, started, carried out piece by piece, ended well or badly.
+
+use ploop::engine::api::*;
+
+use crate::broken::Break;
+use crate::disk::{POISON, SECTOR, Stamp};
+use crate::image::PAGE_SECTORS;
+use crate::world::{Flight, World};
+
+const EIO: Errno = 5;
+const ENOSPC: Errno = 28;
+
+impl World {
+    pub fn act(&mut self, act: Action) {
+        self.say(|_| match &act {
+            Action::WriteBat { op, page, .. } => format!("  WriteBat {{ op: {}, page: {page} }}", op.0),
+            other => format!("  {other:?}"),
+        });
+        match act {
+            Action::Reply { req, result } => self.reply(req, result),
+            Action::ZeroFill { req, off, len } => {
+                let range = self.in_buffer(req, off, len, RequestKind::Read);
+                self.not_in_flight(Buf::Request { req, off }, len);
+                if let Some(r) = self.reqs[req.0 as usize].as_mut() {
+                    r.buf[range].fill(0);
+                }
+            }
+            Action::Overlay { bounce, at, from, len } => self.overlay(bounce, at, from, len),
+            Action::Closed { result } => {
+                if !self.closing || self.closed.is_some() {
+                    self.fail("Closed without a Close, or twice");
+                }
+                self.closed = Some(result);
+            }
+            other => self.start(other),
+        }
+    }
+
+    fn in_buffer(&self, req: ReqId, off: u64, len: u64, kind: RequestKind) -> std::ops::Range<usize> {
+        let Some(Some(r)) = self.reqs.get(req.0 as usize) else { self.fail(format!("{req:?} is used after its Reply")) };
+        if !r.sent || r.what.kind != kind {
+            self.fail(format!("buffer of {:?} used for the wrong direction or by a stranger", r.what));
+        }
+        if off + len > r.what.len || len == 0 || off % SECTOR != 0 || len % SECTOR != 0 {
+            self.fail(format!("range {off}+{len} of the buffer of {:?}", r.what));
+        }
+        (off / SECTOR) as usize..((off + len) / SECTOR) as usize
+    }
+
+    fn in_bounce(&self, id: BounceId, off: u32, len: u64) -> std::ops::Range<usize> {
+        let end = u64::from(off) + len;
+        let legal = len > 0 && u64::from(off) % SECTOR == 0 && len % SECTOR == 0;
+        if id.0 >= self.settings.bounces || end > u64::from(self.settings.bounce_bytes) || !legal {
+            self.fail(format!("range {off}+{len} of {id:?}"));
+        }
+        (u64::from(off) / SECTOR) as usize..(end / SECTOR) as usize
+    }
+
+    /// Memory that an operation in flight reads or fills must not be touched by another.
+    fn not_in_flight(&self, buf: Buf, len: u64) {
+        for f in &self.flights {
+            let (theirs, their_len, _) = match f.act {
+                Action::Read { to, len, .. } => (to, len, true),
+                Action::Write { from, len, .. } => (from, len, false),
+                _ => continue,
+            };
+            if overlap(buf, len, theirs, their_len) {
+                self.fail(format!("{buf:?}+{len} is changed while {:?} is in flight on it", f.act));
+            }
+        }
+    }
+
+    fn overlay(&mut self, bounce: BounceId, at: u32, from: Option<(ReqId, u64)>, len: u32) {
+        let to = self.in_bounce(bounce, at, u64::from(len));
+        self.not_in_flight(Buf::Bounce { id: bounce, off: at }, u64::from(len));
+        let values: Vec<Stamp> = match from {
+            None => vec![0; to.len()],
+            Some((req, off)) => {
+                let range = self.in_buffer(req, off, u64::from(len), RequestKind::Write);
+                self.reqs[req.0 as usize].as_ref().map(|r| r.buf[range].to_vec()).unwrap_or_default()
+            }
+        };
+        self.bounces[bounce.0 as usize][to].copy_from_slice(&values);
+    }
+
+    /// The place in the file (sectors) that an operation transfers to or from.
+    fn extent(act: &Action) -> (u64, u64) {
+        match act {
+            Action::Read { file_off, len, .. }
+            | Action::Write { file_off, len, .. }
+            | Action::Fallocate { file_off, len, .. }
+            | Action::ZeroRange { file_off, len, .. } => (*file_off / SECTOR, *len / SECTOR),
+            Action::ReadBat { page, len, .. } => (u64::from(*page) * PAGE_SECTORS, u64::from(*len) / SECTOR),
+            Action::WriteBat { page, .. } => (u64::from(*page) * PAGE_SECTORS, PAGE_SECTORS),
+            _ => (0, 0),
+        }
+    }
+
+    fn start(&mut self, act: Action) {
+        let op = match &act {
+            Action::Read { op, .. }
+            | Action::Write { op, .. }
+            | Action::ReadBat { op, .. }
+            | Action::WriteBat { op, .. }
+            | Action::Fallocate { op, .. }
+            | Action::ZeroRange { op, .. }
+            | Action::Sync { op } => *op,
+            other => self.fail(format!("{other:?} is no operation")),
+        };
+        if self.flights.iter().any(|f| f.op == op) {
+            self.fail(format!("{op:?} is used for two operations at once"));
+        }
+        self.check_start(&act);
+        let (first, count) = Self::extent(&act);
+        self.serial += 1;
+        let changes_bat = matches!(act, Action::WriteBat { .. });
+        let flight = Flight {
+            op,
+            act,
+            serial: self.serial,
+            issued: self.now,
+            first,
+            landed: vec![false; count as usize],
+        };
+        self.flights.push(flight);
+        if changes_bat {
+            self.owners = None;
+        }
+    }
+
+    fn check_start(&mut self, act: &Action) {
+        let top = self.shape.top();
+        let changes = !matches!(act, Action::Read { .. } | Action::ReadBat { .. });
+        if changes && !self.settings.writable {
+            self.fail(format!("{act:?} on a read-only device"));
+        }
+        if let Action::Read { file_off, len, .. }
+        | Action::Write { file_off, len, .. }
+        | Action::Fallocate { file_off, len, .. }
+        | Action::ZeroRange { file_off, len, .. } = act
+            && (file_off % SECTOR != 0 || len % SECTOR != 0 || *len == 0)
+        {
+            self.fail(format!("{act:?} is not a range of sectors"));
+        }
+        let (first, count) = Self::extent(act);
+        let first_data = self.first_data_sector();
+        match act {
+            Action::Read { level, to, len, .. } => {
+                let level = *level as usize;
+                let begin = u64::from(self.shape.levels[level].first_data) * self.shape.spc;
+                if first < begin || first + count > self.chain.files[level].len() {
+                    self.fail(format!("{act:?} outside the data of its file"));
+                }
+                match *to {
+                    Buf::Request { req, off } => drop(self.in_buffer(req, off, *len, RequestKind::Read)),
+                    Buf::Bounce { id, off } => drop(self.in_bounce(id, off, *len)),
+                }
+                self.not_in_flight(*to, *len);
+            }
+            Action::Write { from, len, .. } => {
+                if first < first_data || first + count > self.chain.files[top].len() {
+                    self.fail(format!("{act:?} outside the data of its file"));
+                }
+                match *from {
+                    Buf::Request { req, off } => drop(self.in_buffer(req, off, *len, RequestKind::Write)),
+                    Buf::Bounce { id, off } => {
+                        drop(self.in_bounce(id, off, *len));
+                        let filled = |f: &Flight| matches!(f.act, Action::Read { to, len: n, .. } if overlap(*from, *len, to, n));
+                        if let Some(f) = self.flights.iter().find(|f| filled(f)) {
+                            self.fail(format!("{act:?} while {:?} still fills its buffer", f.act));
+                        }
+                    }
+                }
+                let values: Vec<Stamp> = (0..count).map(|i| self.source(act, i as usize)).collect();
+                self.check_data_write(first, &values);
+            }
+            Action::ZeroRange { .. } => {
+                if first < first_data || first + count > self.chain.files[top].len() {
+                    self.fail(format!("{act:?} outside the data of its file"));
+                }
+                self.check_data_write(first, &vec![0; count as usize]);
+            }
+            Action::Fallocate { .. } => {
+                if first < first_data || self.shape.raw_top() {
+                    self.fail(format!("{act:?} is not for new clusters of an image"));
+                }
+            }
+            Action::ReadBat { level, page, len, .. } => {
+                if *level as usize > top || *len as usize > BAT_PAGE || *len == 0 || *len % 512 != 0 {
+                    self.fail(format!("{act:?}"));
+                }
+                let level = *level as usize;
+                if self.shape.levels[level].raw.is_some() || *page >= self.shape.bat_pages(level) {
+                    self.fail(format!("{act:?} beyond the BAT"));
+                }
+                if level == top {
+                    let again = !self.pages_read.insert(*page);
+                    self.cover.hit_if(again, "page evicted and read again");
+                }
+            }
+            Action::WriteBat { page, data, .. } => {
+                if self.shape.raw_top() || *page >= self.shape.bat_pages(top) {
+                    self.fail(format!("WriteBat of page {page}, beyond the BAT"));
+                }
+                if self.table.sync_state() == SyncState::Idle {
+                    self.fail("WriteBat without a record in the shared table beforehand");
+                }
+                self.check_publish(*page, data);
+                self.cover.hit_if(self.flushes_since_bat == 0, "changed page written without a flush");
+                self.flushes_since_bat = self.reqs.iter().flatten().filter(|r| r.what.kind == RequestKind::Flush).count() as u64;
+            }
+            Action::Sync { .. } => {
+                if self.table.sync_state() == SyncState::Idle {
+                    self.fail("Sync without a record in the shared table beforehand");
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// What an operation writes to its sector `i`.
+    pub fn source(&self, act: &Action, i: usize) -> Stamp {
+        match act {
+            Action::Write { from: Buf::Request { req, off }, .. } => match &self.reqs[req.0 as usize] {
+                Some(r) => r.buf[(*off / SECTOR) as usize + i],
+                None => POISON | 0xdead,
+            },
+            Action::Write { from: Buf::Bounce { id, off }, .. } => {
+                self.bounces[id.0 as usize][(u64::from(*off) / SECTOR) as usize + i]
+            }
+            Action::WriteBat { data, .. } => self.chain.arena.borrow_mut().intern(&data[i * 512..(i + 1) * 512]),
+            _ => 0,
+        }
+    }
+
+    /// One sector of an operation is transferred.
+    pub fn land(&mut self, at: usize, i: usize) {
+        if std::mem::replace(&mut self.flights[at].landed[i], true) {
+            return;
+        }
+        let f = &self.flights[at];
+        let (sector, serial, top) = (f.first + i as u64, f.serial, self.shape.top());
+        match &f.act {
+            Action::Read { level, to, .. } => {
+                let value = self.chain.files[*level as usize].read(sector);
+                match *to {
+                    Buf::Request { req, off } => {
+                        if let Some(r) = self.reqs[req.0 as usize].as_mut() {
+                            r.buf[(off / SECTOR) as usize + i] = value;
+                        }
+                    }
+                    Buf::Bounce { id, off } => {
+                        self.bounces[id.0 as usize][(u64::from(off) / SECTOR) as usize + i] = value;
+                    }
+                }
+            }
+            act @ (Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. }) => {
+                let value = self.source(act, i);
+                if value & POISON != 0 {
+                    self.fail(format!("{act:?} writes rubbish at its sector {i}: {value:#x}"));
+                }
+                if matches!(act, Action::WriteBat { .. }) {
+                    self.owners = None;
+                }
+                self.chain.files[top].land(sector, value, serial);
+            }
+            _ => {}
+        }
+    }
+
+    /// Some sectors of an operation in flight are transferred before the others.
+    pub fn land_some(&mut self, at: usize) {
+        if matches!(self.flights[at].act, Action::Fallocate { .. } | Action::Sync { .. }) {
+            return;
+        }
+        let share = self.rng.pick(&[100, 500, 900]);
+        for i in 0..self.flights[at].landed.len() {
+            if self.rng.permille(share) {
+                self.land(at, i);
+            }
+        }
+    }
+
+    fn verdict(&mut self, at: usize) -> Result<(), Errno> {
+        let s = &self.settings;
+        let (eio, no_space) = match &self.flights[at].act {
+            Action::Read { .. } => (s.read_error, 0),
+            Action::ReadBat { .. } => (s.read_error, 0),
+            Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
+            Action::WriteBat { .. } => (s.bat_error, 0),
+            Action::Fallocate { .. } => (s.write_error / 4, 1000),
+            Action::Sync { .. } => (s.sync_error, 0),
+            _ => (0, 0),
+        };
+        if self.no_space && self.rng.permille(no_space) {
+            return Err(ENOSPC);
+        }
+        if self.rng.permille(eio) { Err(EIO) } else { Ok(()) }
+    }
+
+    /// An operation in flight ends and the engine is told.
+    pub fn complete(&mut self, at: usize) {
+        let result = self.verdict(at);
+        let top = self.shape.top();
+        let torn = self.broken == Break::TornWrite && matches!(self.flights[at].act, Action::Write { .. }) && self.rng.permille(50);
+        match (result, torn) {
+            (Ok(()), false) => (0..self.flights[at].landed.len()).for_each(|i| self.land(at, i)),
+            (Err(_), false) if self.rng.coin() => {}
+            _ => self.land_some(at),
+        }
+        let f = self.flights.swap_remove(at);
+        self.say(|_| format!("{:?} of op {} (issued {})", result, f.op.0, f.issued));
+        let torn = f.landed.iter().any(|l| *l) && f.landed.iter().any(|l| !*l);
+        if let Err(e) = result {
+            self.faults += 1;
+            let what = match &f.act {
+                _ if e == ENOSPC => "no space",
+                Action::Read { .. } => "read error",
+                Action::ReadBat { .. } => "BAT read error",
+                Action::WriteBat { .. } => "BAT write error",
+                Action::Sync { .. } => "sync error",
+                Action::Write { .. } if torn => "write error, torn",
+                _ => "write error",
+            };
+            self.cover.hit(what);
+        }
+        match &f.act {
+            Action::Fallocate { file_off, len, .. } => {
+                let end = (file_off + len) / SECTOR;
+                let file = &mut self.chain.files[top];
+                match result {
+                    Ok(()) => file.extend(end, f.serial),
+                    // As much as there was room for.
+                    Err(_) if file.len() < end && self.rng.below(3) == 0 => {
+                        let reached = file.len() + self.rng.below(end - file.len());
+                        file.extend(reached, f.serial);
+                    }
+                    Err(_) => {}
+                }
+            }
+            Action::Sync { .. } => {
+                match result {
+                    Ok(()) if self.broken == Break::LazySync => {}
+                    Ok(()) => self.chain.files[top].synced(f.issued),
+                    Err(_) => {
+                        self.chain.files[top].sync_failed(f.issued, &mut self.rng);
+                        self.write_back_errors += 1;
+                    }
+                }
+                self.owners = None;
+            }
+            _ => {}
+        }
+        if matches!(f.act, Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. } | Action::Fallocate { .. }) {
+            let end = self.chain.files[top].len().max(f.first + f.landed.len() as u64);
+            let all = if matches!(f.act, Action::Fallocate { .. }) { 0..end } else { f.first..f.first + f.landed.len() as u64 };
+            self.now += 1;
+            self.chain.files[top].finished(all, f.serial, self.now);
+        }
+        self.tell(&f, result);
+    }
+
+    fn tell(&mut self, f: &Flight, result: Result<(), Errno>) {
+        let sticky = result.is_err() && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
+        if sticky {
+            self.failed = true;
+        }
+        match &f.act {
+            Action::ReadBat { level, len, .. } => {
+                let file = &self.chain.files[*level as usize];
+                let arena = self.chain.arena.borrow();
+                let bytes: Vec<u8> = (f.first..f.first + u64::from(*len) / SECTOR).flat_map(|s| arena.bytes(file.read(s))).collect();
+                drop(arena);
+                self.feed(Event::BatRead { op: f.op, result: result.map(|()| &bytes[..]) });
+            }
+            _ => self.feed(Event::Done { op: f.op, result }),
+        }
+        if sticky && self.engine.is_some() && self.table.sync_state() != SyncState::Failed {
+            self.fail(format!("{:?} failed and the shared table does not say so", f.act));
+        }
+    }
+}
+
+fn overlap(a: Buf, a_len: u64, b: Buf, b_len: u64) -> bool {
+    let (a_off, b_off) = match (a, b) {
+        (Buf::Request { req: r, off: x }, Buf::Request { req: s, off: y }) if r == s => (x, y),
+        (Buf::Bounce { id: r, off: x }, Buf::Bounce { id: s, off: y }) if r == s => (u64::from(x), u64::from(y)),
+        _ => return false,
+    };
+    a_off < b_off + b_len && b_off < a_off + a_len
+}

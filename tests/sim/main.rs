@@ -1,0 +1,99 @@
+//! The engine in a simulated world: every run follows from its seed.
+//!
+//! `PLOOP_TEST=ci` runs 200 seeds, `PLOOP_TEST=full` 5000, otherwise 50. `SIM_SEED=N cargo test --test sim` replays one
+//! and prints what happened.
+
+mod act;
+mod broken;
+mod checks;
+mod cover;
+mod disk;
+mod image;
+mod load;
+mod naive;
+mod oracle;
+mod recover;
+mod rng;
+mod table;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use broken::{Break, Broken};
+use cover::Cover;
+use world::{Maker, Violation, World};
+
+/// One run. The error says which rule was violated.
+fn run(seed: u64, maker: Maker, broken: Break, traced: bool) -> Result<Cover, String> {
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(seed, maker, broken, traced);
+        world.run();
+        world.cover
+    }));
+    outcome.map_err(|e| match e.downcast::<Violation>() {
+        Ok(v) => v.0,
+        Err(e) => {
+            let text = e.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| e.downcast_ref::<&str>().map(|s| s.to_string()));
+            format!("seed {seed}: panic: {}", text.unwrap_or_default())
+        }
+    })
+}
+
+fn seeds() -> u64 {
+    match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 5000,
+        Ok("ci") => 200,
+        _ => 50,
+    }
+}
+
+/// Runs many seeds (or the one asked for); returns what they met.
+fn many(maker: Maker, seeds: u64) -> Cover {
+    if let Some(seed) = std::env::var("SIM_SEED").ok().and_then(|s| s.parse().ok()) {
+        match run(seed, maker, Break::None, true) {
+            Ok(cover) => println!("seed {seed} passes\n{}", cover.table()),
+            Err(text) => panic!("{text}\nSIM_SEED={seed} cargo test --test sim"),
+        }
+        return Cover::default();
+    }
+    let mut cover = Cover::default();
+    for seed in 0..seeds {
+        match run(seed, maker, Break::None, false) {
+            Ok(c) => cover.add(&c),
+            Err(text) => panic!("{text}\nreplay: SIM_SEED={seed} cargo test --test sim"),
+        }
+    }
+    cover
+}
+
+#[test]
+fn the_model_passes() {
+    let cover = many(naive::make, seeds().min(50));
+    println!("{}", cover.table());
+}
+
+fn make_broken(how: Break) -> Maker {
+    macro_rules! makers {
+        ($($name:ident)*) => {
+            match how {
+                Break::None => naive::make,
+                $(Break::$name => |c, carried, t| Broken::wrap(naive::make, Break::$name, c, carried, t),)*
+            }
+        };
+    }
+    makers!(ForgetStore TornWrite LazySync NoBarrier LoseCarried ReuseTooEarly UsedAsFree ForgetFailure EarlyFlush EarlyZero
+        NoZero NoDataSync EntryBeforeData SwallowSyncError SwallowBatError NoBatWrite NoZeroRange LoseReply TwoReplies
+        LoseInUse ReadBelow NoBatSync)
+}
+
+#[test]
+fn each_breach_is_found() {
+    for how in broken::ALL {
+        let found = (0..500).find_map(|seed| run(seed, make_broken(*how), *how, false).err());
+        match found {
+            Some(text) => println!("{how:?}: {text}"),
+            None => panic!("{how:?} was not found in 500 seeds"),
+        }
+    }
+}

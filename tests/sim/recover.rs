@@ -1,0 +1,487 @@
+//! Death and what follows: kills, power cuts, takeovers and openings that may be interrupted themselves, clean closes.
+
+use ploop::engine::api::*;
+
+use crate::broken::Break;
+use crate::disk::Stamp;
+use crate::table::Table;
+use crate::world::World;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outage {
+    /// The worker died: a successor takes over.
+    Kill,
+    /// The host died.
+    Power,
+    /// The image was closed, or is new.
+    Fresh,
+}
+
+fn changes(act: &Action) -> bool {
+    use Action::{Fallocate, Write, WriteBat, ZeroRange};
+    matches!(act, Write { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. })
+}
+
+impl World {
+    fn cover_kill(&mut self) {
+        let flush = self.reqs.iter().flatten().any(|r| r.sent && r.what.kind == RequestKind::Flush);
+        let has = |w: &World, f: fn(&Action) -> bool| w.flights.iter().any(|x| f(&x.act));
+        let sync = has(self, |a| matches!(a, Action::Sync { .. }));
+        let bat = has(self, |a| matches!(a, Action::WriteBat { .. }));
+        let copying = self.flights.iter().any(|f| self.copied_cluster(f).is_some());
+        let waiting = self.no_space && self.engine.as_ref().is_some_and(|e| e.status().no_space);
+        self.cover.hit("kill");
+        self.cover.hit_if(flush, "kill during flush");
+        self.cover.hit_if(sync, "kill with a sync in flight");
+        self.cover.hit_if(bat, "kill with a BAT write in flight");
+        self.cover.hit_if(copying, "kill during copy-up");
+        self.cover.hit_if(self.closing, "kill during close");
+        self.cover.hit_if(waiting, "kill while waiting for space");
+    }
+
+    /// The worker dies. What it had in flight lands before its successor starts, wholly, in part or not at all.
+    pub fn kill(&mut self) {
+        self.say(|_| "KILL".into());
+        self.cover_kill();
+        self.engine = None;
+        self.closed = None;
+        if self.closing {
+            self.closing = false;
+            self.want_close = true;
+        }
+        self.pages_read.clear();
+        let top = self.shape.top();
+        while !self.flights.is_empty() {
+            let at = self.rng.index(self.flights.len());
+            if self.broken == Break::NoBarrier && changes(&self.flights[at].act) {
+                self.leave_ghosts(at);
+                self.flights.swap_remove(at);
+                continue;
+            }
+            let fate = self.rng.below(3);
+            if changes(&self.flights[at].act) {
+                match fate {
+                    0 => {}
+                    1 => self.land_some(at),
+                    _ => (0..self.flights[at].landed.len()).for_each(|i| self.land(at, i)),
+                }
+            }
+            let f = self.flights.swap_remove(at);
+            self.say(|_| format!("late: op {} {:?}", f.op.0, f.landed.iter().filter(|l| **l).count()));
+            match &f.act {
+                Action::Fallocate { file_off, len, .. } if fate == 2 => {
+                    self.chain.files[top].extend((file_off + len) / 512, f.serial);
+                }
+                Action::Sync { .. } => self.late_sync(f.issued),
+                act if changes(act) => {
+                    let n = f.landed.iter().filter(|l| **l).count();
+                    let all = f.landed.len();
+                    self.cover.hit(if n == all { "late write landed" } else if n > 0 { "late write torn" } else { "late write lost" });
+                }
+                _ => {}
+            }
+            self.now += 1;
+            let file = &mut self.chain.files[top];
+            let end = file.len();
+            if changes(&f.act) {
+                file.finished(0..end, f.serial, self.now);
+            }
+        }
+        for r in self.reqs.iter_mut().flatten() {
+            r.sent = false;
+            if r.what.kind == RequestKind::Read {
+                r.buf.fill(crate::disk::POISON | 0xb0f);
+            }
+        }
+        self.owners = None;
+    }
+
+    /// A sync that the dead worker had issued: nobody was told how it ended.
+    fn late_sync(&mut self, issued: u64) {
+        match self.rng.below(3) {
+            0 => {}
+            1 if self.settings.sync_error > 0 && self.rng.below(3) == 0 => {
+                self.say(|_| "the sync in flight fails".into());
+                self.chain.files[self.shape.top()].sync_failed(issued, &mut self.rng);
+                self.write_back_errors += 1;
+                self.faults += 1;
+            }
+            _ => self.chain.files[self.shape.top()].synced(issued),
+        }
+    }
+
+    fn leave_ghosts(&mut self, at: usize) {
+        for i in 0..self.flights[at].landed.len() {
+            if !self.flights[at].landed[i] {
+                let value: Stamp = self.source(&self.flights[at].act, i);
+                self.ghosts.push((self.flights[at].first + i as u64, value));
+            }
+        }
+    }
+
+    /// With a broken barrier, writes of dead workers land now.
+    pub fn haunt(&mut self) {
+        if self.ghosts.is_empty() || self.rng.below(30) != 0 {
+            return;
+        }
+        let top = self.shape.top();
+        for (sector, value) in std::mem::take(&mut self.ghosts) {
+            if sector < self.chain.files[top].len() {
+                self.serial += 1;
+                self.chain.files[top].land(sector, value, self.serial);
+                self.chain.files[top].finished(sector..sector + 1, self.serial, self.now);
+            }
+        }
+        self.owners = None;
+    }
+
+    fn cover_power_cut(&mut self) {
+        let has = |w: &World, f: fn(&Action) -> bool| w.flights.iter().any(|x| f(&x.act));
+        let sync = has(self, |a| matches!(a, Action::Sync { .. }));
+        let bat = has(self, |a| matches!(a, Action::WriteBat { .. }));
+        let copying = self.flights.iter().any(|f| self.copied_cluster(f).is_some());
+        let bat_moved = !self.shape.raw_top() && {
+            let clusters = self.shape.levels[self.shape.top()].clusters;
+            let mut stamps = Vec::new();
+            (0..=crate::image::bat_sector(clusters - 1)).any(|s| {
+                stamps.clear();
+                self.chain.files[self.shape.top()].possible(s, &mut stamps);
+                stamps.len() > 1
+            })
+        };
+        self.cover.hit("power cut");
+        self.cover.hit_if(copying, "power cut during copy-up");
+        self.cover.hit_if(sync && !bat_moved, "power cut with a data sync in flight");
+        self.cover.hit_if(bat, "power cut between data sync and BAT write");
+        self.cover.hit_if(sync && bat_moved, "power cut between BAT write and its sync");
+        self.cover.hit_if(self.failed, "power cut on a failed device");
+        self.cover.hit_if(self.outstanding() > 0, "request dropped by a power cut");
+    }
+
+    /// The host dies: requests, memory and all that is not stable are gone.
+    pub fn power_cut(&mut self) {
+        self.say(|_| "POWER CUT".into());
+        self.cover_power_cut();
+        let top = self.shape.top();
+        let clusters: Vec<u32> = self.touched.iter().chain(&self.shape.hot).copied().collect();
+        for c in &clusters {
+            self.check_power(*c, "power cut now");
+        }
+        let mut torn = false;
+        while let Some(at) = self.flights.len().checked_sub(1) {
+            if changes(&self.flights[at].act) && self.rng.coin() {
+                self.land_some(at);
+            }
+            let f = self.flights.remove(at);
+            let landed = f.landed.iter().filter(|l| **l).count();
+            torn |= matches!(f.act, Action::WriteBat { .. }) && landed > 0 && landed < f.landed.len();
+            if let Action::Fallocate { file_off, len, .. } = &f.act
+                && self.rng.coin()
+            {
+                self.chain.files[top].extend((file_off + len) / 512, f.serial);
+            }
+        }
+        self.cover.hit_if(torn, "torn BAT page after a power cut");
+        self.chain.files[top].power_cut(&mut self.rng);
+        self.engine = None;
+        self.closed = None;
+        self.closing = false;
+        self.want_close = false;
+        self.failed = false;
+        self.write_back_errors = 0;
+        self.witness_saw = 0;
+        self.ghosts.clear();
+        self.owners = None;
+        self.pages_read.clear();
+        self.now += 1;
+        for r in self.reqs.iter_mut().filter_map(Option::take) {
+            if r.what.kind == RequestKind::Write || r.what.kind == RequestKind::Zero {
+                for s in r.what.offset / 512..(r.what.offset + r.what.len) / 512 {
+                    self.oracle.write_ends(s, r.serial, self.now, false);
+                }
+            }
+        }
+        self.now += 1;
+        let horizon = self.oracle.flushed;
+        self.settle(horizon, "after the power cut", self.now);
+    }
+
+    /// The stable content is what it may be, and from now on it is what it is.
+    fn settle(&mut self, horizon: u64, what: &str, now: u64) {
+        self.check_image(what);
+        let mut clusters: Vec<u32> = (0..self.shape.clusters())
+            .filter(|c| self.sectors_of(*c).any(|s| self.oracle.is_touched(s)))
+            .chain(self.shape.hot.iter().copied())
+            .collect();
+        for _ in 0..4 {
+            clusters.push(self.rng.below(u64::from(self.shape.clusters())) as u32);
+        }
+        clusters.sort_unstable();
+        clusters.dedup();
+        for c in clusters {
+            for s in self.sectors_of(c) {
+                let value = self.chain.read(&self.shape, s, true);
+                self.must_admit(s, value, horizon, what);
+                self.oracle.settle(s, value, now);
+            }
+        }
+        self.touched.clear();
+        self.now += 2;
+    }
+
+    /// Entries of the top are in range and unique.
+    fn check_image(&mut self, what: &str) {
+        if self.shape.raw_top() {
+            return;
+        }
+        let top = self.shape.top();
+        let first = self.shape.levels[top].first_data;
+        let end = (self.chain.files[top].len() / self.shape.spc) as u32;
+        let mut places = self.chain.places(&self.shape, top);
+        if let Some((c, p)) = places.iter().find(|(_, p)| *p < first || *p >= end) {
+            self.fail(format!("{what}: cluster {c} is at place {p} of a file with places {first}..{end}"));
+        }
+        places.sort_unstable_by_key(|(_, p)| *p);
+        if let Some(w) = places.windows(2).find(|w| w[0].1 == w[1].1) {
+            self.fail(format!("{what}: clusters {} and {} share place {}", w[0].0, w[1].0, w[0].1));
+        }
+    }
+
+    /// The recovery itself may be interrupted. True: begin again.
+    fn interrupted(&mut self, outage: &mut Outage) -> bool {
+        if self.settings.kill > 0 && self.rng.below(16) == 0 {
+            self.cover.hit_if(*outage == Outage::Kill, "takeover interrupted by a kill");
+            return true;
+        }
+        if self.settings.power > 0 && self.rng.below(24) == 0 {
+            self.cover.hit_if(*outage == Outage::Kill, "takeover interrupted by a power cut");
+            self.cover.hit_if(*outage == Outage::Power, "crash during recovery");
+            self.power_cut();
+            *outage = Outage::Power;
+            return true;
+        }
+        false
+    }
+
+    /// Opens the chain by the documented rules and starts an engine on it.
+    pub fn recover(&mut self, outage: Outage) {
+        let mut outage = outage;
+        while !self.try_open(&mut outage) {
+            self.now += 1;
+        }
+    }
+
+    fn try_open(&mut self, outage: &mut Outage) -> bool {
+        self.say(|_| format!("open: {outage:?}"));
+        let top = self.shape.top();
+        let takeover = *outage == Outage::Kill;
+        let writable = self.settings.writable;
+        let image = !self.shape.raw_top();
+        if !takeover {
+            let forget = if self.broken == Break::ForgetStore { 5 } else { 0 };
+            self.table = Table::new(self.settings.slots, forget);
+            self.failed = false;
+        }
+        if self.interrupted(outage) {
+            return false;
+        }
+        // Sync first, through the witness, which reports each failure of write-back that it has not reported yet.
+        self.now += 1;
+        if writable && takeover && self.settings.sync_error > 0 && self.rng.below(12) == 0 {
+            self.chain.files[top].sync_failed(self.now, &mut self.rng);
+            self.write_back_errors += 1;
+            self.faults += 1;
+        } else if writable {
+            self.chain.files[top].synced(self.now);
+        }
+        self.owners = None;
+        let witness = self.write_back_errors > self.witness_saw;
+        self.witness_saw = self.write_back_errors;
+        let known = self.table.sync_state() == SyncState::Failed;
+        if takeover && (witness || known) {
+            self.cover.hit_if(!known, "takeover finds a failed sync");
+            self.cover.hit_if(known, "takeover of a failed device");
+            self.failed = true;
+            // The answer of the witness is recorded before anything else can kill this worker.
+            self.table.force_state(SyncState::Failed);
+        }
+        let mut failed = self.failed;
+        if self.broken == Break::ForgetFailure && takeover {
+            failed = false;
+            self.table.force_state(SyncState::Idle);
+        }
+        if self.interrupted(outage) {
+            return false;
+        }
+        let (carried, alloc) = if image { self.scan(takeover) } else { (Vec::new(), AllocConfig::default()) };
+        if image && writable && !failed {
+            let end = u64::from(alloc.end) * self.shape.spc;
+            self.cover.hit_if(self.chain.files[top].len() > end, "tail cut at open");
+            self.serial += 1;
+            self.chain.files[top].truncate(end, self.serial);
+            self.now += 1;
+            self.chain.files[top].finished(0..0, self.serial, self.now);
+            if self.interrupted(outage) {
+                return false;
+            }
+        }
+        if image && writable && !takeover && self.mark(true, outage) {
+            return false;
+        }
+        self.start_engine(carried, alloc, failed);
+        true
+    }
+
+    /// Sets or clears the in-use mark, durably. True: interrupted.
+    pub fn mark(&mut self, in_use: bool, outage: &mut Outage) -> bool {
+        let top = self.shape.top();
+        let value = self.chain.marked(top, in_use);
+        self.now += 1;
+        self.chain.files[top].synced(self.now);
+        self.serial += 1;
+        self.chain.files[top].land(0, value, self.serial);
+        self.owners = None;
+        self.now += 1;
+        self.chain.files[top].finished(0..1, self.serial, self.now);
+        if self.interrupted(outage) {
+            return true;
+        }
+        self.now += 1;
+        self.chain.files[top].synced(self.now);
+        self.owners = None;
+        false
+    }
+
+    /// BAT on disk, overlaid with the shared table; both values count as used.
+    fn scan(&mut self, takeover: bool) -> (Vec<Carried>, AllocConfig) {
+        let top = self.shape.top();
+        let disk = self.chain.places(&self.shape, top);
+        let mut used: Vec<u32> = disk.iter().map(|(_, p)| *p).collect();
+        let mut carried = Vec::new();
+        if takeover && self.broken != Break::LoseCarried {
+            for (slot, cluster, place) in self.table.used() {
+                let durable = disk.iter().find(|(c, _)| *c == cluster).map_or(0, |(_, p)| *p);
+                if self.broken == Break::ReuseTooEarly && place != durable {
+                    used.retain(|p| *p != durable);
+                }
+                if place != 0 {
+                    used.push(place);
+                }
+                carried.push(Carried { slot, cluster, place, durable });
+                self.cover.hit_if(place == 0, "takeover with a carried free entry");
+            }
+            self.cover.hit_if(!carried.is_empty(), "takeover with carried entries");
+        }
+        used.sort_unstable();
+        used.dedup();
+        if self.broken == Break::UsedAsFree && used.len() > 3 {
+            used.remove(1);
+        }
+        let first = self.shape.levels[top].first_data;
+        let end = used.last().map_or(first, |p| p + 1);
+        let mut free: Vec<std::ops::Range<u32>> = Vec::new();
+        let mut next = first;
+        for p in used {
+            if p > next {
+                free.push(next..p);
+            }
+            next = p + 1;
+        }
+        // After a failed sync the BAT that is read is not known to be the durable one: what it does not name may be
+        // named by that one.
+        let end = if self.failed { end.max(self.chain.files[top].len().div_ceil(self.shape.spc) as u32) } else { end };
+        let free = if self.failed { Vec::new() } else { free };
+        let limit = if self.shape.v1 { ((1u64 << 32) / self.shape.spc) as u32 } else { u32::MAX };
+        (carried, AllocConfig { end, free, ahead: self.settings.ahead, limit })
+    }
+
+    fn start_engine(&mut self, carried: Vec<Carried>, alloc: AllocConfig, failed: bool) {
+        let top = self.shape.top();
+        let s = &self.settings;
+        self.header = if self.shape.raw_top() { [0; 64] } else { self.chain.header(top) };
+        self.bounces = vec![vec![crate::disk::POISON | 0xb00; s.bounce_bytes as usize / 512]; usize::from(s.bounces)];
+        let config = Config {
+            cluster_shift: self.shape.shift,
+            device_bytes: self.shape.sectors * 512,
+            levels: self.shape.level_configs(&self.chain.files),
+            writable: s.writable,
+            header: self.header,
+            alloc,
+            bounces: s.bounces,
+            bounce_bytes: s.bounce_bytes,
+            map_pages: s.map_pages,
+            bat_age: s.bat_age,
+            failed,
+        };
+        self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
+        self.table.begin_step();
+        self.idle_ticks = 0;
+        self.engine = Some((self.maker)(config, carried, self.table.clone()));
+    }
+
+    /// The engine said Closed.
+    pub fn after_close(&mut self, result: Result<(), Errno>) {
+        self.say(|_| format!("CLOSED {result:?}"));
+        if let Some(f) = self.flights.iter().find(|f| changes(&f.act)) {
+            self.fail(format!("Closed while {:?} is in flight", f.act));
+        }
+        if self.outstanding() > 0 {
+            self.fail("Closed with requests not answered");
+        }
+        match result {
+            Err(e) if !self.failed => self.fail(format!("Closed with error {e}, and no sync or BAT write had failed")),
+            Ok(()) if self.failed => self.fail("Closed well after a failed sync or BAT write"),
+            Err(_) => {
+                self.cover.hit("closed with an error");
+                if self.settings.writable && !self.shape.raw_top() && !self.chain.is_marked(self.shape.top()) {
+                    self.fail("the in-use mark is gone");
+                }
+                // Nobody knows what the host's memory holds and what its disk: the next user comes after a restart.
+                self.power_cut();
+                return;
+            }
+            Ok(()) => self.cover.hit("closed well"),
+        }
+        let status = self.engine.take().map(|e| e.status()).unwrap_or_default();
+        self.flights.clear();
+        self.closing = false;
+        self.want_close = false;
+        self.closed = None;
+        if status.dirty != 0 || !self.table.used().is_empty() || status.requests != 0 || status.no_space {
+            self.fail(format!("closed, and yet {status:?}, slots {:?}", self.table.used()));
+        }
+        self.now += 1;
+        let now = self.now;
+        self.settle(now, "after a clean close", now);
+        self.oracle.flushed = self.oracle.flushed.max(now);
+        if self.shape.raw_top() || !self.settings.writable {
+            return;
+        }
+        self.check_rest(&status);
+        let top = self.shape.top();
+        self.serial += 1;
+        self.chain.files[top].truncate(u64::from(status.alloc_end) * self.shape.spc, self.serial);
+        self.chain.files[top].finished(0..0, self.serial, self.now);
+        let mut outage = Outage::Fresh;
+        if !self.mark(false, &mut outage) {
+            self.cover.hit("reopened after a clean close");
+        }
+    }
+
+    /// At rest every place of the file is used or free.
+    fn check_rest(&mut self, status: &Status) {
+        let top = self.shape.top();
+        let first = self.shape.levels[top].first_data;
+        let places = self.chain.places(&self.shape, top);
+        let used = places.len() as u32;
+        if used + status.free != status.alloc_end.saturating_sub(first) {
+            self.fail(format!("at rest {used} places used + {} free, but {first}..{}", status.free, status.alloc_end));
+        }
+        if let Some((c, p)) = places.iter().find(|(_, p)| *p >= status.alloc_end) {
+            self.fail(format!("cluster {c} is at place {p}, beyond the end {}", status.alloc_end));
+        }
+        if u64::from(status.alloc_end) * self.shape.spc > self.chain.files[top].len() {
+            self.fail(format!("the end {} lies beyond the file", status.alloc_end));
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The world around one engine: files, memory that survives, requests, operations in flight, time.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+
+use ploop::engine::api::*;
+
+use crate::broken::Break;
+use crate::cover::Cover;
+use crate::disk::{POISON, SECTOR, Stamp};
+use crate::image::{Chain, Shape};
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::table::Table;
+
+/// An engine, a model of one, or one that an adapter breaks.
+pub trait Machine {
+    fn step(&mut self, event: Event<'_>, actions: &mut Vec<Action>);
+    fn status(&self) -> Status;
+}
+
+pub type Maker = fn(Config, Vec<Carried>, Table) -> Box<dyn Machine>;
+
+/// A rule was found violated.
+pub struct Violation(pub String);
+
+/// What a run is made of; all of it follows from the seed.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub writable: bool,
+    pub bounces: u16,
+    pub bounce_bytes: u32,
+    pub map_pages: usize,
+    pub bat_age: u32,
+    pub ahead: u32,
+    pub slots: usize,
+    pub operations: u64,
+    pub max_in_flight: usize,
+    /// Weights of read, write, zero, flush.
+    pub kinds: [u32; 4],
+    /// In permille of the operations that end.
+    pub read_error: u32,
+    pub write_error: u32,
+    pub bat_error: u32,
+    pub sync_error: u32,
+    /// Per 100,000 events.
+    pub kill: u32,
+    pub power: u32,
+    pub close: u32,
+    pub no_space: u32,
+    /// Without space overwrites fail too, as on a copy-on-write file system.
+    pub cow: bool,
+}
+
+impl Settings {
+    pub fn random(rng: &mut Rng, shape: &Shape) -> Settings {
+        let cluster = 1u32 << shape.shift;
+        let errors = rng.below(5) == 0;
+        let rate = |rng: &mut Rng, on: bool, rates: &[u32]| if on { rng.pick(rates) } else { 0 };
+        Settings {
+            writable: rng.below(16) != 0,
+            bounces: rng.pick(&[1, 2, 2, 4]),
+            bounce_bytes: rng.pick(&[4096, 8192, cluster / 2, cluster, cluster]),
+            map_pages: rng.pick(&[1, 2, 2, 3, 16]),
+            bat_age: rng.between(1, 5) as u32,
+            ahead: rng.between(1, 4) as u32,
+            slots: rng.pick(&[4, 5, 6, 8, 8, 64]),
+            operations: 1000 + rng.below(200),
+            max_in_flight: rng.pick(&[2, 8, 16, 16]),
+            kinds: rng.pick(&[[40, 40, 10, 4], [20, 60, 10, 2], [30, 20, 40, 4], [30, 40, 5, 20], [30, 50, 20, 0]]),
+            read_error: rate(rng, errors, &[0, 5, 20]),
+            write_error: rate(rng, errors, &[0, 5, 20]),
+            bat_error: rate(rng, errors, &[0, 0, 20]),
+            sync_error: if rng.below(6) == 0 { rng.pick(&[10, 50]) } else { 0 },
+            kill: rng.pick(&[0, 50, 200, 600]),
+            power: rng.pick(&[0, 30, 100, 300]),
+            close: rng.pick(&[0, 30, 100]),
+            no_space: rng.pick(&[0, 0, 100, 300]),
+            cow: rng.coin(),
+        }
+    }
+}
+
+/// A request not answered.
+pub struct Req {
+    pub what: Request,
+    pub buf: Vec<Stamp>,
+    /// When it arrived.
+    pub start: u64,
+    /// Names the request for good, unlike its id.
+    pub serial: u64,
+    /// Faults injected before it arrived: without a new one it must not fail.
+    pub faults: u64,
+    /// The engine now running has been told of it.
+    pub sent: bool,
+}
+
+/// A file operation not ended.
+pub struct Flight {
+    pub op: OpId,
+    pub act: Action,
+    pub serial: u64,
+    pub issued: u64,
+    /// First sector in the file.
+    pub first: u64,
+    /// Which of its sectors have been transferred.
+    pub landed: Vec<bool>,
+}
+
+pub struct World {
+    pub rng: Rng,
+    pub seed: u64,
+    /// Moves at every event and action.
+    pub now: u64,
+    pub shape: Shape,
+    pub settings: Settings,
+    pub chain: Chain,
+    /// The chain as it was made.
+    pub origin: Chain,
+    /// Of each lower level: which cluster lives at a place.
+    pub lower_owner: Vec<HashMap<u32, u32>>,
+    pub oracle: Oracle,
+    pub table: Table,
+    pub maker: Maker,
+    pub broken: Break,
+    pub cover: Cover,
+
+    pub engine: Option<Box<dyn Machine>>,
+    pub flights: Vec<Flight>,
+    pub bounces: Vec<Vec<Stamp>>,
+    /// The header that the engine was given.
+    pub header: [u8; 64],
+    pub pages_read: HashSet<u32>,
+    /// A clean close is due as soon as every request has been sent.
+    pub want_close: bool,
+    pub closing: bool,
+    pub closed: Option<Result<(), Errno>>,
+    /// A sync or BAT write failed and the engine was told, or was started so.
+    pub failed: bool,
+    /// Flush requests seen since the last BAT write (to see pages written by age).
+    pub flushes_since_bat: u64,
+
+    pub reqs: Vec<Option<Req>>,
+    pub serial: u64,
+    pub issued: u64,
+    /// Errors injected so far.
+    pub faults: u64,
+    pub no_space: bool,
+    /// Write-back failures so far, and how many of them the witness has reported.
+    pub write_back_errors: u64,
+    pub witness_saw: u64,
+    /// Clusters that requests changed since the last check of all that a power cut may leave.
+    pub touched: BTreeSet<u32>,
+    /// Cluster that an entry gave each place to, last.
+    pub last_owner: HashMap<u32, u32>,
+    /// Operations of dead workers that a broken barrier lets through.
+    pub ghosts: Vec<(u64, Stamp)>,
+    /// Who may be named by the BAT after a power cut; rebuilt when the BAT moved.
+    pub owners: Option<HashMap<u32, Vec<u32>>>,
+    pub idle_ticks: u32,
+    trace: Option<VecDeque<String>>,
+}
+
+impl World {
+    pub fn new(seed: u64, maker: Maker, broken: Break, traced: bool) -> World {
+        let mut rng = Rng::new(seed);
+        let shape = Shape::random(&mut rng);
+        let settings = Settings::random(&mut rng, &shape);
+        let chain = Chain::build(&shape, &mut rng);
+        let lower_owner = (0..shape.top())
+            .map(|l| match shape.levels[l].raw {
+                Some(_) => HashMap::new(),
+                None => chain.places(&shape, l).into_iter().map(|(c, p)| (p, c)).collect(),
+            })
+            .collect();
+        let oracle = Oracle::new(shape.sectors);
+        let forget = if broken == Break::ForgetStore { 5 } else { 0 };
+        let table = Table::new(settings.slots, forget);
+        let mut w = World {
+            rng,
+            seed,
+            now: 1,
+            origin: chain.clone(),
+            chain,
+            lower_owner,
+            oracle,
+            table,
+            maker,
+            broken,
+            cover: Cover::default(),
+            engine: None,
+            flights: Vec::new(),
+            bounces: Vec::new(),
+            header: [0; 64],
+            pages_read: HashSet::new(),
+            want_close: false,
+            closing: false,
+            closed: None,
+            failed: false,
+            flushes_since_bat: 0,
+            reqs: (0..settings.max_in_flight).map(|_| None).collect(),
+            serial: 16,
+            issued: 0,
+            faults: 0,
+            no_space: false,
+            write_back_errors: 0,
+            witness_saw: 0,
+            touched: BTreeSet::new(),
+            last_owner: HashMap::new(),
+            ghosts: Vec::new(),
+            owners: None,
+            idle_ticks: 0,
+            trace: traced.then(VecDeque::new),
+            shape,
+            settings,
+        };
+        w.cover_shape();
+        w.say(|w| format!("{:?}\n{:?}", w.shape, w.settings));
+        w
+    }
+
+    fn cover_shape(&mut self) {
+        let (shape, settings, cover) = (&self.shape, &self.settings, &mut self.cover);
+        let top = shape.top();
+        cover.hit_if(!settings.writable, "read-only");
+        cover.hit_if(shape.levels[0].raw.is_some() && top > 0, "raw base");
+        cover.hit_if(shape.raw_top(), "raw top");
+        cover.hit_if(shape.v1 && !shape.raw_top(), "version 1");
+        cover.hit_if(top >= 3, "four levels or more");
+        cover.hit_if(shape.levels[0].clusters < shape.levels[top].clusters, "smaller lower level");
+        cover.hit_if(shape.sectors % shape.spc != 0, "partial last cluster");
+        cover.hit_if(settings.bounce_bytes < 1 << shape.shift, "bounce smaller than the cluster");
+    }
+
+    pub fn say(&mut self, text: impl FnOnce(&World) -> String) {
+        if self.trace.is_some() {
+            let line = format!("{:>6} {}", self.now, text(self));
+            if let Some(t) = &mut self.trace {
+                if t.len() >= 4000 {
+                    t.pop_front();
+                }
+                t.push_back(line);
+            }
+        }
+    }
+
+    /// Ends the run: a rule is violated. No panic hook is called, the message is for the caller.
+    pub fn fail(&self, what: impl Into<String>) -> ! {
+        let mut text = format!("seed {}, time {}: {}", self.seed, self.now, what.into());
+        if let Some(t) = &self.trace {
+            let lines: Vec<&str> = t.iter().map(String::as_str).collect();
+            text = format!("{}\n{text}", lines.join("\n"));
+        }
+        std::panic::resume_unwind(Box::new(Violation(text)))
+    }
+
+    /// Names what a stamp is, for messages.
+    pub fn name(&self, v: Stamp) -> String {
+        match v {
+            0 => "zero".into(),
+            v if v & POISON != 0 => format!("rubbish {v:#x}"),
+            v => format!("write {} of sector {}", v >> 24, v & 0xff_ffff),
+        }
+    }
+
+    pub fn outstanding(&self) -> usize {
+        self.reqs.iter().flatten().count()
+    }
+
+    /// One event for the engine, and all that it asks for.
+    pub fn feed(&mut self, event: Event<'_>) {
+        self.now += 1;
+        self.table.begin_step();
+        let mut actions = Vec::new();
+        let Some(engine) = self.engine.as_mut() else { return };
+        engine.step(event, &mut actions);
+        if self.settings.kill > 0 && self.rng.below(400_000) < u64::from(self.settings.kill) {
+            self.kill_inside(actions);
+            return;
+        }
+        for action in actions {
+            self.now += 1;
+            self.act(action);
+        }
+        self.after_step();
+    }
+
+    /// The worker dies before or while its last step is carried out.
+    fn kill_inside(&mut self, actions: Vec<Action>) {
+        let stores = self.table.stores_in_step();
+        let keep = self.rng.index(stores + 1);
+        self.table.rewind(keep);
+        let carried_out = if keep == stores { self.rng.index(actions.len() + 1) } else { 0 };
+        for action in actions.into_iter().take(carried_out) {
+            self.now += 1;
+            self.act(action);
+        }
+        self.cover.hit("kill inside a step");
+        self.kill();
+    }
+
+    fn after_step(&mut self) {
+        for slot in self.table.changed_slots() {
+            self.check_slot(slot);
+        }
+        self.cover.hit_if(self.table.is_full(), "table full");
+        let Some(engine) = &self.engine else { return };
+        let sent = self.reqs.iter().flatten().filter(|r| r.sent).count();
+        let status = engine.status();
+        if status.requests as usize != sent {
+            self.fail(format!("status counts {} requests, {sent} are not answered", status.requests));
+        }
+    }
+
+    /// Bytes of the file of the top that data may be in.
+    pub fn first_data_sector(&self) -> u64 {
+        u64::from(self.shape.levels[self.shape.top()].first_data) * self.shape.spc
+    }
+
+    /// The virtual cluster of an operation between the files and a bounce buffer, as far as it can be told.
+    pub fn copied_cluster(&self, f: &Flight) -> Option<u32> {
+        let Action::Read { level, file_off, to: Buf::Bounce { .. }, .. } = f.act else { return None };
+        if level as usize == self.shape.top() {
+            return None;
+        }
+        let cluster = (file_off / SECTOR / self.shape.spc) as u32;
+        match self.shape.levels[level as usize].raw {
+            Some(_) => Some(cluster),
+            None => self.lower_owner[level as usize].get(&cluster).copied(),
+        }
+    }
+}
