@@ -56,7 +56,7 @@ impl Cycle {
         self.ticks = if changed { self.ticks + 1 } else { 0 };
     }
 
-    fn flushes(&self) -> usize {
+    pub(super) fn flushes(&self) -> usize {
         self.joined.len() + self.waiting.len()
     }
 }

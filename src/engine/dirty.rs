@@ -21,9 +21,15 @@ pub struct Change {
 }
 
 impl Change {
-    /// A cycle that starts now can make this durable.
+    /// What a cycle that starts now may write: a place only with its data. Until then the cluster was in no place (only
+    /// such a change is not ready), and an older entry on disk must not outlive that either.
+    fn writable(&self) -> u32 {
+        if self.ready { self.current } else { 0 }
+    }
+
+    /// A cycle that starts now can make something of this durable.
     pub fn can_go(&self) -> bool {
-        self.ready && self.writing.is_none() && self.current != self.durable
+        self.writing.is_none() && self.writable() != self.durable
     }
 
     fn may_be_on_disk(&self, place: u32) -> bool {
@@ -148,7 +154,7 @@ impl<S: Shared> Dirty<S> {
         let mut going = Vec::new();
         for (cluster, change) in &mut self.changes {
             if change.can_go() {
-                change.writing = Some(change.current);
+                change.writing = Some(change.writable());
                 going.push(*cluster);
             }
         }

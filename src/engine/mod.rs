@@ -150,7 +150,7 @@ impl<S: Shared> Engine<S> {
             alloc_end: self.space.end(),
             free: self.space.free_below_end(),
             dirty: self.dirty.len() as u32,
-            requests: self.reqs.len() as u32,
+            requests: (self.reqs.len() + self.cycle.flushes()) as u32,
             ..self.stats
         }
     }

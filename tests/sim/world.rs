@@ -299,7 +299,11 @@ impl World {
     }
 
     fn after_step(&mut self) {
-        for slot in self.table.changed_slots() {
+        let changed = self.table.changed_slots();
+        if !changed.is_empty() {
+            self.say(|w| format!("  table (slot, cluster, place): {:?}", w.table.used()));
+        }
+        for slot in changed {
             self.check_slot(slot);
         }
         self.cover.hit_if(self.table.is_full(), "table full");
