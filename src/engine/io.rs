@@ -239,7 +239,8 @@ impl<S: Shared> Engine<S> {
         }
         match self.map.loading(page) {
             Some(l) => l.waiters.push(seg),
-            None => self.ready.push_back(seg),
+            // Loaded without a read: next in turn, before another page can push this one out again.
+            None => self.ready.push_front(seg),
         }
     }
 

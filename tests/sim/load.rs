@@ -180,7 +180,8 @@ impl World {
             self.cover.hit("flush refused");
             return;
         }
-        if changes && self.failed && self.table.is_full() {
+        if changes && self.failed && self.table.used().len() + self.outstanding() >= self.settings.slots {
+            // Slots are never freed again; those still free may be reserved for changes under way.
             self.cover.hit("change refused: table full on a failed device");
             return;
         }

@@ -76,7 +76,11 @@ fn many(maker: Maker, seeds: u64) -> Cover {
     }
     let mut cover = Cover::default();
     let mut failures = Vec::new();
-    for seed in 0..seeds {
+    let first = std::env::var("SIM_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+    for seed in first..first + seeds {
+        if std::env::var_os("SIM_VERBOSE").is_some() {
+            eprintln!("seed {seed}");
+        }
         match run(seed, maker, Break::None, false) {
             Ok(c) => cover.add(&c),
             Err(text) => failures.push(text),

@@ -234,6 +234,9 @@ impl World {
     pub fn say(&mut self, text: impl FnOnce(&World) -> String) {
         if self.trace.is_some() {
             let line = format!("{:>6} {}", self.now, text(self));
+            if std::env::var_os("SIM_LIVE").is_some() {
+                eprintln!("{line}");
+            }
             if let Some(t) = &mut self.trace {
                 if t.len() >= 4000 {
                     t.pop_front();
