@@ -17,7 +17,10 @@ impl World {
             other => format!("  {other:?}"),
         });
         match act {
-            Action::Reply { req, result } => self.reply(req, result),
+            Action::Reply { req, result } => {
+                self.failed |= self.bat_read_error && self.engine.as_ref().is_some_and(|e| e.status().failed);
+                self.reply(req, result);
+            }
             Action::ZeroFill { req, off, len } => {
                 let range = self.in_buffer(req, off, len, RequestKind::Read);
                 self.not_in_flight(Buf::Request { req, off }, len);
@@ -37,7 +40,9 @@ impl World {
     }
 
     fn in_buffer(&self, req: ReqId, off: u64, len: u64, kind: RequestKind) -> std::ops::Range<usize> {
-        let Some(Some(r)) = self.reqs.get(req.0 as usize) else { self.fail(format!("{req:?} is used after its Reply")) };
+        let Some(Some(r)) = self.reqs.get(req.0 as usize) else {
+            self.fail(format!("{req:?} is used after its Reply"))
+        };
         if !r.sent || r.what.kind != kind {
             self.fail(format!("buffer of {:?} used for the wrong direction or by a stranger", r.what));
         }
@@ -114,14 +119,8 @@ impl World {
         let (first, count) = Self::extent(&act);
         self.serial += 1;
         let changes_bat = matches!(act, Action::WriteBat { .. });
-        let flight = Flight {
-            op,
-            act,
-            serial: self.serial,
-            issued: self.now,
-            first,
-            landed: vec![false; count as usize],
-        };
+        let flight =
+            Flight { op, act, serial: self.serial, issued: self.now, first, landed: vec![false; count as usize] };
         self.flights.push(flight);
         if changes_bat {
             self.owners = None;
@@ -207,7 +206,8 @@ impl World {
                 }
                 self.check_publish(*page, data);
                 self.cover.hit_if(self.flushes_since_bat == 0, "changed page written without a flush");
-                self.flushes_since_bat = self.reqs.iter().flatten().filter(|r| r.what.kind == RequestKind::Flush).count() as u64;
+                self.flushes_since_bat =
+                    self.reqs.iter().flatten().filter(|r| r.what.kind == RequestKind::Flush).count() as u64;
             }
             Action::Sync { .. } => {
                 if self.table.sync_state() == SyncState::Idle {
@@ -302,7 +302,9 @@ impl World {
     pub fn complete(&mut self, at: usize) {
         let result = self.verdict(at);
         let top = self.shape.top();
-        let torn = self.broken == Break::TornWrite && matches!(self.flights[at].act, Action::Write { .. }) && self.rng.permille(50);
+        let torn = self.broken == Break::TornWrite
+            && matches!(self.flights[at].act, Action::Write { .. })
+            && self.rng.permille(50);
         match (result, torn) {
             (Ok(()), false) => (0..self.flights[at].landed.len()).for_each(|i| self.land(at, i)),
             (Err(_), false) if self.rng.coin() => {}
@@ -313,6 +315,10 @@ impl World {
         let torn = f.landed.iter().any(|l| *l) && f.landed.iter().any(|l| !*l);
         if let Err(e) = result {
             self.faults += 1;
+            if let Action::ReadBat { page, .. } = f.act {
+                self.bad_pages.push(page);
+                self.bat_read_error = true;
+            }
             let what = match &f.act {
                 _ if e == ENOSPC => "no space",
                 Action::Read { .. } => "read error",
@@ -351,9 +357,16 @@ impl World {
             }
             _ => {}
         }
-        if matches!(f.act, Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. } | Action::Fallocate { .. }) {
+        if matches!(
+            f.act,
+            Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. } | Action::Fallocate { .. }
+        ) {
             let end = self.chain.files[top].len().max(f.first + f.landed.len() as u64);
-            let all = if matches!(f.act, Action::Fallocate { .. }) { 0..end } else { f.first..f.first + f.landed.len() as u64 };
+            let all = if matches!(f.act, Action::Fallocate { .. }) {
+                0..end
+            } else {
+                f.first..f.first + f.landed.len() as u64
+            };
             self.now += 1;
             self.chain.files[top].finished(all, f.serial, self.now);
         }
@@ -369,7 +382,8 @@ impl World {
             Action::ReadBat { level, len, .. } => {
                 let file = &self.chain.files[*level as usize];
                 let arena = self.chain.arena.borrow();
-                let bytes: Vec<u8> = (f.first..f.first + u64::from(*len) / SECTOR).flat_map(|s| arena.bytes(file.read(s))).collect();
+                let bytes: Vec<u8> =
+                    (f.first..f.first + u64::from(*len) / SECTOR).flat_map(|s| arena.bytes(file.read(s))).collect();
                 drop(arena);
                 self.feed(Event::BatRead { op: f.op, result: result.map(|()| &bytes[..]) });
             }

@@ -146,7 +146,9 @@ impl Broken {
         match a {
             Action::Reply { req, .. } if req.0 >= EARLY => drop(self.early.remove(&req.0)),
             Action::Reply { .. } if self.how == Break::LoseReply && self.count % 400 == 0 => {}
-            Action::Reply { .. } if self.how == Break::TwoReplies && self.count % 400 == 0 => out.extend([a.clone(), a]),
+            Action::Reply { .. } if self.how == Break::TwoReplies && self.count % 400 == 0 => {
+                out.extend([a.clone(), a])
+            }
             Action::Sync { op } if self.how == Break::NoDataSync && !self.bat_since_sync => {
                 self.bat_since_sync = true;
                 self.made_up.push(op);
@@ -193,8 +195,12 @@ impl Broken {
 impl Machine for Broken {
     fn step(&mut self, event: Event<'_>, out: &mut Vec<Action>) {
         match event {
-            Event::Request(r) if self.how == Break::EarlyFlush && r.kind == RequestKind::Flush => self.answer_early(r, out),
-            Event::Request(r) if self.how == Break::EarlyZero && r.kind == RequestKind::Zero => self.answer_early(r, out),
+            Event::Request(r) if self.how == Break::EarlyFlush && r.kind == RequestKind::Flush => {
+                self.answer_early(r, out)
+            }
+            Event::Request(r) if self.how == Break::EarlyZero && r.kind == RequestKind::Zero => {
+                self.answer_early(r, out)
+            }
             Event::Request(r) if self.how == Break::NoZero && r.kind == RequestKind::Zero => {
                 out.push(Action::Reply { req: r.id, result: Ok(()) });
             }

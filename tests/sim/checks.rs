@@ -7,7 +7,7 @@ use ploop::engine::api::*;
 
 use crate::disk::{POISON, Stamp};
 use crate::image::{HEADER_WORDS, bat_sector};
-use crate::world::{Flight, World};
+use crate::world::World;
 
 impl World {
     /// Sectors of the device in a cluster.
@@ -196,9 +196,12 @@ impl World {
             }
             let place = self.shape.place(entry).unwrap_or(u32::MAX);
             let twice = seen.insert(place, cluster);
-            let other = self.owners.as_ref().and_then(|o| o.get(&place)).and_then(|l| l.iter().find(|c| **c != cluster));
+            let other =
+                self.owners.as_ref().and_then(|o| o.get(&place)).and_then(|l| l.iter().find(|c| **c != cluster));
             if let Some(other) = twice.as_ref().or(other) {
-                self.fail(format!("WriteBat gives place {place} to cluster {cluster}, cluster {other} may have it on disk"));
+                self.fail(format!(
+                    "WriteBat gives place {place} to cluster {cluster}, cluster {other} may have it on disk"
+                ));
             }
         }
     }
@@ -222,7 +225,12 @@ impl World {
             for cluster in clusters {
                 let at = u64::from(cluster) * spc + sector % spc;
                 if at < self.shape.sectors && !self.admits_power(at, *v) {
-                    self.must_admit(at, *v, self.oracle.flushed, &format!("write to place {place}, which may be durable"));
+                    self.must_admit(
+                        at,
+                        *v,
+                        self.oracle.flushed,
+                        &format!("write to place {place}, which may be durable"),
+                    );
                 }
             }
         }
@@ -260,7 +268,9 @@ impl World {
             let place = self.shape.place(entry).unwrap_or(u32::MAX);
             let begin = u64::from(place) * spc;
             if entry != 0 && begin + spc > self.chain.files[top].len() {
-                self.fail(format!("{what}: a takeover would find place {place} for cluster {cluster}, beyond the file"));
+                self.fail(format!(
+                    "{what}: a takeover would find place {place} for cluster {cluster}, beyond the file"
+                ));
             }
             for s in sectors.clone() {
                 values.clear();
@@ -290,10 +300,5 @@ impl World {
         }
         let sectors = self.sectors_of(cluster);
         self.check_takeover(cluster, sectors, "entry in the shared table");
-    }
-
-    /// Is one of these operations in flight on the cluster?
-    pub fn flight_on(&self, cluster: u32, which: impl Fn(&World, &Flight) -> bool) -> bool {
-        self.flights.iter().any(|f| self.copied_cluster(f) == Some(cluster) && which(self, f))
     }
 }

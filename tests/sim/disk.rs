@@ -193,12 +193,6 @@ impl SimFile {
         out.extend(self.changes[sector as usize].iter().map(|c| c.value));
     }
 
-    /// Whether nothing about this file is waiting for a sync.
-    #[cfg(test)]
-    pub fn is_stable(&self) -> bool {
-        self.changed.is_empty() && self.lens.is_empty()
-    }
-
     /// The power fails: any subset of what is not stable persists.
     pub fn power_cut(&mut self, rng: &mut Rng) {
         let mode = rng.below(6);

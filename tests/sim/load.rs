@@ -51,7 +51,12 @@ impl World {
                 self.oracle.write_begins(s, value, serial, start, oldest);
             }
         }
-        self.reqs[id] = Some(Req { what, buf, start, serial, faults: self.faults, sent: false });
+        // It may come to wait for a page whose reading has failed in part already.
+        let reading =
+            |p: &u32| self.flights.iter().any(|f| matches!(f.act, Action::ReadBat { page, .. } if page == *p));
+        self.bad_pages.retain(reading);
+        let faults = if self.bad_pages.is_empty() { self.faults } else { self.faults - 1 };
+        self.reqs[id] = Some(Req { what, buf, start, serial, faults, sent: false });
     }
 
     fn touch(&mut self, sector: u64) {
@@ -97,9 +102,11 @@ impl World {
         if what.kind == Write && self.settings.writable && !self.shape.raw_top() {
             let owned = self.owners().values().any(|l| l.contains(&first));
             let slot = self.table.used().iter().any(|(_, c, _)| *c == first);
-            let busy = self.reqs.iter().flatten().any(|r| {
-                r.what.kind == Write && r.what.offset / SECTOR / spc == u64::from(first)
-            });
+            let busy = self
+                .reqs
+                .iter()
+                .flatten()
+                .any(|r| r.what.kind == Write && r.what.offset / SECTOR / spc == u64::from(first));
             self.cover.hit_if(!owned && !slot && busy, "write to a cluster being allocated");
         }
     }
@@ -178,9 +185,12 @@ impl World {
         }
         if r.what.kind == RequestKind::Flush && self.failed {
             self.cover.hit("flush refused");
+            self.cover.hit_if(self.took_over, "flush refused after takeover");
             return;
         }
-        if changes && self.failed && self.table.used().len() + self.outstanding() >= self.settings.slots {
+        let clusters = |r: &Req| (r.what.len >> self.shape.shift) as usize + 2;
+        let wanted = self.reqs.iter().flatten().map(clusters).sum::<usize>() + clusters(r);
+        if changes && self.failed && self.table.used().len() + wanted >= self.settings.slots {
             // Slots are never freed again; those still free may be reserved for changes under way.
             self.cover.hit("change refused: table full on a failed device");
             return;
@@ -217,7 +227,9 @@ impl World {
         let mut still = std::mem::take(&mut self.touched);
         let ranges: Vec<(u64, u64)> = (self.reqs.iter().flatten())
             .filter(|r| matches!(r.what.kind, RequestKind::Write | RequestKind::Zero))
-            .map(|r| (r.what.offset / SECTOR / self.shape.spc, (r.what.offset + r.what.len - 1) / SECTOR / self.shape.spc))
+            .map(|r| {
+                (r.what.offset / SECTOR / self.shape.spc, (r.what.offset + r.what.len - 1) / SECTOR / self.shape.spc)
+            })
             .collect();
         still.retain(|c| {
             let c = u64::from(*c);
@@ -298,7 +310,10 @@ impl World {
             self.close();
             return;
         }
-        let more = !self.want_close && !self.closing && self.issued < self.settings.operations && self.reqs.iter().any(Option::is_none);
+        let more = !self.want_close
+            && !self.closing
+            && self.issued < self.settings.operations
+            && self.reqs.iter().any(Option::is_none);
         let busy = !self.flights.is_empty();
         let weights = [
             if busy { pace[0] } else { 0 },
@@ -308,7 +323,8 @@ impl World {
         ];
         match self.rng.weighted(&weights) {
             0 => {
-                let at = if self.rng.below(4) == 0 { self.flights.len() - 1 } else { self.rng.index(self.flights.len()) };
+                let at =
+                    if self.rng.below(4) == 0 { self.flights.len() - 1 } else { self.rng.index(self.flights.len()) };
                 self.idle_ticks = 0;
                 self.complete(at);
             }
@@ -345,11 +361,14 @@ impl World {
             self.check_held();
             self.no_space = false;
             self.say(|_| "space comes back".into());
-            self.cover.hit_if(self.outstanding() > 0, "wait for space ended");
             self.idle_ticks = 0;
         } else if self.outstanding() > 0 || (self.closing && self.closed.is_none()) {
             let left: Vec<String> = self.reqs.iter().flatten().map(|r| format!("{:?}", r.what)).collect();
-            self.fail(format!("nothing happens any more; not answered: [{}], closing: {}", left.join(", "), self.closing));
+            self.fail(format!(
+                "nothing happens any more; not answered: [{}], closing: {}",
+                left.join(", "),
+                self.closing
+            ));
         } else if !self.closing {
             self.check_idle();
             self.want_close = true;

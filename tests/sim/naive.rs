@@ -13,13 +13,28 @@ const ENOSPC: Errno = 28;
 
 #[derive(Clone, Debug)]
 enum Todo {
-    LoadPage { level: usize, page: u32 },
+    LoadPage {
+        level: usize,
+        page: u32,
+    },
     /// Part of a request within a cluster: `at` and `len` in the cluster, `off` in the request.
-    Part { cluster: u32, at: u64, len: u64, off: u64 },
+    Part {
+        cluster: u32,
+        at: u64,
+        len: u64,
+        off: u64,
+    },
     /// Content of the levels below, into a new place.
-    CopyUp { cluster: u32, place: u32, at: u64 },
+    CopyUp {
+        cluster: u32,
+        place: u32,
+        at: u64,
+    },
     Op(Action),
-    Publish { cluster: u32, place: u32 },
+    Publish {
+        cluster: u32,
+        place: u32,
+    },
     Cycle,
     WritePage(u32),
     CycleDone,

@@ -76,7 +76,13 @@ impl World {
                 act if changes(act) => {
                     let n = f.landed.iter().filter(|l| **l).count();
                     let all = f.landed.len();
-                    self.cover.hit(if n == all { "late write landed" } else if n > 0 { "late write torn" } else { "late write lost" });
+                    self.cover.hit(if n == all {
+                        "late write landed"
+                    } else if n > 0 {
+                        "late write torn"
+                    } else {
+                        "late write lost"
+                    });
                 }
                 _ => {}
             }
@@ -281,6 +287,7 @@ impl World {
             let forget = if self.broken == Break::ForgetStore { 5 } else { 0 };
             self.table = Table::new(self.settings.slots, forget);
             self.failed = false;
+            self.bat_read_error = false;
         }
         if self.interrupted(outage) {
             return false;
@@ -329,6 +336,8 @@ impl World {
             return false;
         }
         self.start_engine(carried, alloc, failed);
+        self.took_over = takeover;
+        self.was_waiting = false;
         true
     }
 

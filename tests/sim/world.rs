@@ -144,7 +144,15 @@ pub struct World {
     pub issued: u64,
     /// Errors injected so far.
     pub faults: u64,
+    /// Pages of the BAT of which a read has failed, while others are under way.
+    pub bad_pages: Vec<u32>,
+    /// A read of the BAT has failed in this session.
+    pub bat_read_error: bool,
     pub no_space: bool,
+    /// The engine was waiting for space after its last step.
+    pub was_waiting: bool,
+    /// The engine is the successor of a dead worker.
+    pub took_over: bool,
     /// Write-back failures so far, and how many of them the witness has reported.
     pub write_back_errors: u64,
     pub witness_saw: u64,
@@ -201,7 +209,11 @@ impl World {
             serial: 16,
             issued: 0,
             faults: 0,
+            bad_pages: Vec::new(),
+            bat_read_error: false,
             no_space: false,
+            was_waiting: false,
+            took_over: false,
             write_back_errors: 0,
             witness_saw: 0,
             touched: BTreeSet::new(),
@@ -311,8 +323,18 @@ impl World {
         }
         self.cover.hit_if(self.table.is_full(), "table full");
         let Some(engine) = &self.engine else { return };
-        let sent = self.reqs.iter().flatten().filter(|r| r.sent).count();
         let status = engine.status();
+        self.cover.hit_if(self.was_waiting && !status.no_space, "wait for space ended");
+        self.was_waiting = status.no_space;
+        if status.failed && !self.failed {
+            // A page with changes of a dead worker that cannot be read is as bad as one that cannot be written.
+            if !self.bat_read_error {
+                self.fail("the device has failed, and no sync or BAT page had");
+            }
+            self.failed = true;
+            self.cover.hit("failed by a BAT read error");
+        }
+        let sent = self.reqs.iter().flatten().filter(|r| r.sent).count();
         if status.requests as usize != sent {
             self.fail(format!("status counts {} requests, {sent} are not answered", status.requests));
         }
