@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::bail;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::format::header::{self, Header};
 use crate::image::complete;
 use crate::report;
@@ -19,6 +19,8 @@ use super::{Chain, LevelFile};
 pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     let name = top.name.display();
     if chain.version.is_none() {
+        let len = top.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+        tidied(complete::complete_raw(&top.file, chain.cluster, len), top)?;
         top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
         return Ok(());
     }
@@ -35,15 +37,22 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     // Space taken ahead goes first, so that it is not completed; what was taken behind the end goes even if the length
     // is right.
     top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
-    match complete::complete(&top.file, cluster, end) {
-        Ok(()) => {}
-        Err(e) if harmless(&e) => report::warn(format_args!("image {name} stays sparse: {e}")),
-        Err(e) => return Err(Error::with(Kind::Write, format!("cannot complete image {name}"), e)),
-    }
+    tidied(complete::complete(&top.file, cluster, end), top)?;
     top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
     let empty = if alloc_end == header.first_data() { header::FLAG_EMPTY } else { 0 };
     let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
     write_header(top, &closed)
+}
+
+fn tidied(result: io::Result<()>, top: &LevelFile) -> Result<()> {
+    let name = top.name.display();
+    match result {
+        Err(e) if harmless(&e) => {
+            report::warn(format_args!("image {name} stays sparse: {e}"));
+            Ok(())
+        }
+        other => other.ctx(Kind::Write, || format!("cannot complete image {name}")),
+    }
 }
 
 /// Whether the image is as sound as before though it was not completed.

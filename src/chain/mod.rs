@@ -80,4 +80,6 @@ pub struct Chain {
     pub carried: Vec<Carried>,
     /// The top carried the in-use mark before.
     pub was_marked: bool,
+    /// At a takeover the top could not be synced: reads and writes go on, every flush has to fail.
+    pub sync_failed: bool,
 }

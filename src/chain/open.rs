@@ -8,6 +8,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
 use crate::image::scan::Scan;
+use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_full, write_all};
 use crate::units::{ClusterSize, MAX_CHAIN, SECTOR};
 
@@ -37,9 +38,16 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
         bail!(Param, "image {}: an in-use mark can be ignored only for reading", top.name.display());
     }
     let takeover = options.carried.is_some();
+    let mut sync_failed = false;
     if options.writable {
         // What an earlier process wrote and did not sync must not be relied upon before it is durable.
-        top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync image {}", top.name.display()))?;
+        match top.file.sync_data() {
+            Err(e) if takeover => {
+                report::warn(format_args!("cannot sync image {}: {e}", top.name.display()));
+                sync_failed = true;
+            }
+            other => other.ctx(Kind::Fsync, || format!("cannot sync image {}", top.name.display()))?,
+        }
     }
     let mut kinds = Vec::with_capacity(levels.len());
     for (i, level) in levels.iter().enumerate() {
@@ -88,6 +96,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
         alloc: AllocConfig::default(),
         carried,
         was_marked,
+        sync_failed,
     };
     match (kinds.last(), top_scan) {
         (Some(Kinds::Ploop { header, len }), Some(scan)) => {
@@ -97,9 +106,16 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
             if options.writable {
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
-                cut(top, u64::from(scan.end) * cluster.bytes(), *len)?;
+                if sync_failed {
+                    // Nothing is cut or given out again: what the disk says now need not be what it will say.
+                    let held = len.div_ceil(cluster.bytes()).min(u64::from(u32::MAX)) as u32;
+                    chain.alloc.end = chain.alloc.end.max(held);
+                    chain.alloc.free.clear();
+                } else {
+                    cut(top, u64::from(scan.end) * cluster.bytes(), *len)?;
+                }
                 if let Some(LevelConfig::Ploop { file_clusters, .. }) = chain.levels.last_mut() {
-                    *file_clusters = scan.end;
+                    *file_clusters = chain.alloc.end;
                 }
             }
         }

@@ -26,15 +26,30 @@ const ROUNDS: usize = 8;
 /// Errors leave the content as it was: out of space, for one, only means that the image stays sparse. Nothing is filled
 /// if not all can be, so that a full host is not made fuller.
 pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
+    fill_gaps(file, cluster, len, true)
+}
+
+/// The same for a raw file, whose holes are its owner's choice and stay: only unwritten space off cluster borders, which
+/// zeroing leaves, is filled. `len` may be any.
+pub fn complete_raw(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
+    fill_gaps(file, cluster, len, false)
+}
+
+fn fill_gaps(file: &File, cluster: ClusterSize, len: u64, holes: bool) -> io::Result<()> {
+    let find = || {
+        find_gaps(file, cluster, len).map(|mut found| {
+            found.gaps.retain(|g| holes || !g.hole);
+            found
+        })
+    };
     let mut zeroes = None;
     let mut fallocates = true;
     for _ in 0..ROUNDS {
-        let found = find_gaps(file, cluster, len)?;
+        let found = find()?;
         if found.gaps.is_empty() {
             return Ok(());
         }
-        let holes: u64 = found.gaps.iter().filter(|g| g.hole).map(|g| g.len).sum();
-        check_space(file, holes)?;
+        check_space(file, found.gaps.iter().filter(|g| g.hole).map(|g| g.len).sum())?;
         for gap in &found.gaps {
             fill(file, cluster, *gap, &mut fallocates, &mut zeroes)?;
         }
@@ -43,7 +58,7 @@ pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
             return Ok(());
         }
     }
-    match find_gaps(file, cluster, len)?.gaps.first() {
+    match find()?.gaps.first() {
         None => Ok(()),
         Some(gap) => Err(io::Error::other(format!("{gap} stays though zeroes were written there"))),
     }

@@ -114,7 +114,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         bounce_bytes: BOUNCE as u32,
         map_pages: MAP_PAGES,
         bat_age: BAT_AGE,
-        failed,
+        failed: failed || chain.sync_failed,
     };
     let ready = WorkerReady {
         device_bytes: chain.device_bytes,
