@@ -106,7 +106,7 @@ fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
 
 fn in_use(level: &LevelFile) -> Error {
     Error::new(
-        Kind::Mount,
+        Kind::InUse,
         format!("image {} is in use by another device; unmount that first (ploop list)", level.name.display()),
     )
 }
@@ -159,13 +159,13 @@ mod tests {
         let first = [level(&dir, true).unwrap()];
         lock(&first, true, false).unwrap();
         let second = [level(&dir, true).unwrap()];
-        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::Mount);
+        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::InUse);
         let reader = [level(&dir, false).unwrap()];
-        assert_eq!(lock(&reader, false, false).unwrap_err().kind(), Kind::Mount);
+        assert_eq!(lock(&reader, false, false).unwrap_err().kind(), Kind::InUse);
         drop(first);
         lock(&reader, false, false).unwrap();
         lock(&[level(&dir, false).unwrap()], false, false).unwrap();
-        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::Mount);
+        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::InUse);
     }
 
     #[test]
