@@ -130,12 +130,19 @@ pub fn boot_id() -> String {
 /// Identity of a running process; none if there is no such process or it has ended.
 pub fn process(pid: i32) -> Option<ProcessId> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parse_stat(&stat).map(|start_time| ProcessId { pid, start_time })
+}
+
+/// Start time from /proc/PID/stat; none if the process has ended, with all of its threads: the first one may long be a
+/// zombie while another one is still inside a system call and keeps the process's files open.
+fn parse_stat(stat: &str) -> Option<u64> {
     // The name in parentheses may hold anything, also parentheses.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X" | "x") {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let threads: u32 = fields.get(17)?.parse().ok()?;
+    if matches!(*fields.first()?, "Z" | "X" | "x") && threads <= 1 {
         return None;
     }
-    Some(ProcessId { pid, start_time: fields.nth(18)?.parse().ok()? })
+    fields.get(19)?.parse().ok()
 }
 
 /// Exactly this process runs.
@@ -282,6 +289,14 @@ mod tests {
         assert!(me.start_time > 0 && alive(me));
         assert!(!alive(ProcessId { start_time: me.start_time + 1, ..me }));
         assert!(!alive(ProcessId::default()));
+        let stat = |state: &str, threads: u32| {
+            format!(
+                "7 (a) b) {state} 1 7 7 0 -1 4194560 1 0 0 0 1 2 3 4 20 0 {threads} 0 4711 1000 5 18446744073709551615"
+            )
+        };
+        assert_eq!(parse_stat(&stat("S", 5)), Some(4711));
+        assert_eq!(parse_stat(&stat("Z", 1)), None);
+        assert_eq!(parse_stat(&stat("Z", 2)), Some(4711));
     }
 
     #[test]
