@@ -252,3 +252,55 @@ fn killed_while_attaching() {
     t.assert_gone(&device);
     t.sound(&image);
 }
+
+#[test]
+fn worker_that_hangs_while_attaching() {
+    let Some(t) = Bench::new("worker_that_hangs_while_attaching") else { return };
+    if !std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") {
+        // The time limits of an attach are minutes.
+        return;
+    }
+    let image = t.image("a.hdd", "64M");
+    let freeze = |id: ploop::server::proto::ProcessId| {
+        let pid = nix::unistd::Pid::from_raw(id.pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    };
+    let bound = || starting(&image).filter(|r| !r.backing.is_empty() && r.state == "starting");
+    // Once: another worker completes what the hanging one did not.
+    let device = std::thread::scope(|s| {
+        let attaching = s.spawn(|| t.attach(&image));
+        let record = busy_within("a loop device", bound);
+        freeze(record.worker);
+        attaching.join().unwrap().unwrap()
+    });
+    write_at(device.node(), 0, &pattern(1, 4096));
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    // Every time: the attach fails within its limits and nothing is left.
+    let e = std::thread::scope(|s| {
+        let attaching = s.spawn(|| t.attach(&image));
+        let record = busy_within("a loop device", bound);
+        freeze(record.worker);
+        let next = within(100, "another worker", || {
+            starting(&image).map(|r| r.worker).filter(|w| *w != record.worker && runtime::alive(*w))
+        });
+        freeze(next);
+        attaching.join().unwrap().unwrap_err()
+    });
+    println!("{e}");
+    assert_eq!(e.kind(), Kind::Loop);
+    assert!(starting(&image).is_none());
+    let loops = run(Command::new("losetup").args(["-l", "-n", "-O", "NAME,BACK-FILE"]));
+    assert!(!loops.contains("ploop"), "{loops}");
+}
+
+/// Like `within`, for what lasts only a moment.
+fn busy_within<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(std::time::Instant::now() < end, "{what}: not in time");
+    }
+}
