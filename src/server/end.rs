@@ -53,7 +53,7 @@ impl Supervisor {
         if self.record.state == "stopped" {
             return Ok(());
         }
-        if !self.lost {
+        if !self.record.backing.is_empty() {
             let patience = Patience { busy: BUSY, mounted: MOUNTED };
             let helper = self.helper(&Job::Detach { binding: self.binding(), patience })?;
             let mut opened = false;

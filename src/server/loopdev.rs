@@ -149,9 +149,9 @@ pub struct Patience {
 /// Busy to the end: error 3, and all is as before, except that the names are gone.
 pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Result<()>) -> Result<()> {
     let start = Instant::now();
-    let number = binding.backing.strip_prefix("loop").and_then(|n| n.parse().ok());
     let Some(device) = open_alone(binding, start, patience)? else {
         opened()?;
+        remove_unbound(&binding.backing, binding.rdev);
         return Ok(());
     };
     opened()?;
@@ -194,9 +194,7 @@ pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Re
         }
         sleep(Duration::from_millis(2));
     }
-    if let (Some(number), Ok(control)) = (number, control()) {
-        remove(&control, number);
-    }
+    remove_unbound(&binding.backing, binding.rdev);
     Ok(())
 }
 
@@ -205,14 +203,17 @@ fn still_bound(binding: &Binding) -> bool {
         && runtime::disk_identity(&binding.backing) == Some((binding.rdev, binding.diskseq))
 }
 
-/// An unbound device is harmless: it may stay if somebody looks at it for too long.
-fn remove(control: &File, number: u32) {
+/// Removes a loop device that nothing is bound to; the kernel refuses if that is not so. An unbound device is harmless:
+/// it may stay if somebody looks at it for too long.
+fn remove_unbound(backing: &str, rdev: u64) {
+    let number = backing.strip_prefix("loop").and_then(|n| n.parse().ok());
+    let (Some(number), Ok(control)) = (number, control()) else { return };
     let end = Instant::now() + Duration::from_secs(2);
-    while let Err(e) = loopdev::remove(control.as_fd(), number) {
-        if e.raw_os_error() != Some(libc::EBUSY) || Instant::now() >= end {
-            break;
+    while runtime::disk_identity(backing).is_some_and(|(now, _)| now == rdev) && !runtime::is_bound(backing) {
+        match loopdev::remove(control.as_fd(), number) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => sleep(Duration::from_millis(10)),
+            _ => break,
         }
-        sleep(Duration::from_millis(10));
     }
 }
 
@@ -253,9 +254,7 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
     if runtime::is_bound(backing) {
         return detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, || Ok(()));
     }
-    if let (Some(number), Ok(control)) = (backing.strip_prefix("loop").and_then(|n| n.parse().ok()), control()) {
-        remove(&control, number);
-    }
+    remove_unbound(backing, rdev);
     Ok(())
 }
 

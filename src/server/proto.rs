@@ -113,6 +113,7 @@ pub struct WorkerStart {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)]
 pub enum ToWorker {
     Start(WorkerStart),
     /// The block device is gone: complete, flush, unmark, answer `Closed`, exit.
