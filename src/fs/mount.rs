@@ -118,6 +118,9 @@ fn call(device: &Path, target: &Path, fstype: &str, flags: MsFlags, data: &[&str
 fn refused(errno: Errno, shown: &str, found: Option<Found>, fstype: &str) -> Error {
     let hint = match (errno, found) {
         (Errno::ENODEV, _) => format!("; this kernel has no file system {fstype} (modprobe {fstype}?)"),
+        (_, Some(found)) if found.name() != fstype && !(fstype.starts_with("ext") && found.name() == "ext4") => {
+            format!("; the superblock there is of {}", found.name())
+        }
         (_, None) => "; no ext, xfs or btrfs file system was recognised there".to_string(),
         (Errno::EINVAL, Some(_)) => "; the kernel's log (dmesg) says more".to_string(),
         (Errno::EPERM, _) => "; mounting needs root (CAP_SYS_ADMIN)".to_string(),
@@ -127,9 +130,11 @@ fn refused(errno: Errno, shown: &str, found: Option<Found>, fstype: &str) -> Err
     Error::with(Kind::Mount, format!("cannot mount {shown}{hint}"), std::io::Error::from_raw_os_error(errno as i32))
 }
 
-/// `fsck.ext4 -p` on a device that is not mounted. The program's status if it is below 4 (1 to 3: repaired), else `Fsck`.
-pub fn fsck(device: &Path) -> Result<i32> {
-    let outcome = helper::run("fsck.ext4", &["-p".as_ref(), device.as_os_str()])?;
+/// `fsck.ext4 -p` on a device that is not mounted, `-n` if it cannot be written. The program's status if it is below 4
+/// (1 to 3: repaired), else `Fsck`.
+pub fn fsck(device: &Path, read_only: bool) -> Result<i32> {
+    let how = if read_only { "-n" } else { "-p" };
+    let outcome = helper::run("fsck.ext4", &[how.as_ref(), device.as_os_str()])?;
     match outcome.status {
         0..4 => Ok(outcome.status),
         helper::NOT_STARTED => Err(Error::new(
@@ -139,7 +144,7 @@ pub fn fsck(device: &Path) -> Result<i32> {
         _ => Err(Error::new(
             Kind::Fsck,
             format!(
-                "fsck.ext4 -p on {} ended with {}; run e2fsck by hand to see and repair the damage",
+                "fsck.ext4 {how} on {} ended with {}; run e2fsck by hand to see and repair the damage",
                 device.display(),
                 outcome.complaint()
             ),

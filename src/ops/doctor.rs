@@ -44,8 +44,9 @@ pub fn machine() -> Vec<Finding> {
     all.push(node("FUSE", "/dev/fuse", "fuse", "c 10 229"));
     all.push(node("loop devices", "/dev/loop-control", "loop", "c 10 237"));
     all.push(server());
-    all.push(program("mke2fs", "making file systems", "e2fsprogs"));
-    all.push(program("fsck.ext4", "checking file systems (mount -F)", "e2fsprogs"));
+    all.push(good("driver", format!("{} (a FUSE file behind a loop device)", super::mount::DRIVER)));
+    all.push(program("mke2fs", "making file systems", "e2fsprogs", Grade::Missing));
+    all.push(program("fsck.ext4", "checking file systems (mount -F)", "e2fsprogs", Grade::Warning));
     all.extend(request_timeouts());
     all
 }
@@ -116,11 +117,11 @@ fn server() -> Finding {
     }
 }
 
-fn program(name: &str, what: &str, package: &str) -> Finding {
+fn program(name: &str, what: &str, package: &str, grade: Grade) -> Finding {
     match helper::find(name) {
         Some(path) => good(name, path.display().to_string()),
         None => bad(
-            Grade::Missing,
+            grade,
             name,
             format!("not found; {what} needs it"),
             format!("apt-get install {package} (or the package of that name of your distribution)"),

@@ -286,7 +286,16 @@ fn check_extents(file: &File, path: &Path) -> Result<()> {
     }
 }
 
+/// The driver that this version has; `$PLOOP_DRIVER` may name it.
+pub const DRIVER: &str = "fuse_loop";
+
 fn attach(spec: AttachSpec) -> Result<Device> {
+    match std::env::var("PLOOP_DRIVER") {
+        Ok(driver) if !driver.is_empty() && driver != DRIVER => {
+            bail!(Device, "$PLOOP_DRIVER asks for driver {driver:?}; this version has only {DRIVER}")
+        }
+        _ => {}
+    }
     let mode = if spec.read_only { "ro" } else { "rw" };
     let levels: Vec<PathBuf> = spec.levels.iter().map(|l| l.path.clone()).collect();
     let device = device::attach(spec)?;
@@ -321,7 +330,7 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     let source = device::mount_source(device)?;
     let ext = params.fstype.as_deref().is_none_or(|t| t.starts_with("ext"));
     let fsck_rc = match params.fsck && ext {
-        true => Some(mount::fsck(&source)?),
+        true => Some(mount::fsck(&source, params.read_only)?),
         false => None,
     };
     if let Some(target) = &params.target {

@@ -74,7 +74,12 @@ pub fn abort(name: &str) -> Result<()> {
         mount::umount_lazily(&mount.target)?;
     }
     match device::by_node(name)? {
-        Some(found) => device::detach(found.name()),
+        Some(found) => device::detach(found.name()).map_err(|e| {
+            e.context(format!(
+                "{} is given up, but not gone yet; end what uses it, then ploop umount -d {0}",
+                found.node().display()
+            ))
+        }),
         None => Ok(()),
     }
 }

@@ -4,6 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ploop::ops::info::{self, ImageInfo};
+use ploop::report;
 
 use crate::getopt::Parsed;
 use crate::{Command, Fail, misuse, result, write_out};
@@ -30,6 +31,10 @@ const IMAGE: char = '\u{11}';
 const JSON: char = '\u{12}';
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
+    // Results stand alone unless more is asked for.
+    if report::verbose_level() <= crate::CONSOLE {
+        report::set_verbose_level(report::verbose_level().min(report::NO_STDOUT));
+    }
     let has = |letter| parsed.options.iter().any(|(o, _)| *o == letter);
     let image = parsed.options.iter().find(|(o, _)| *o == IMAGE).map(|(_, file)| file);
     if let Some(file) = image {

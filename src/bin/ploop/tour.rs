@@ -45,6 +45,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         // Nobody may be reading any more; what was made must be cleaned up all the same.
         let _ = result(line);
     };
-    tour::run(&program, Path::new(&parent), &mut show)?;
+    // The tour has told the error itself.
+    tour::run(&program, Path::new(&parent), &mut show).map_err(|e| Fail::Status(e.code() as u8))?;
     result("\nAll of it worked, and nothing is left behind. ploop --help shows the commands.")
 }
