@@ -330,7 +330,7 @@ def case_both_bare(t):
     for args in ([img], ["-r", img]):
         r = ploop("mount", *args, rc=devlib.IN_USE)
         check("DiskDescriptor.xml" in r.err or "ploop check" in r.err or "--force" in r.err, f"no way out is named: {r.err}")
-    devlib.unchanged(img, was)
+    devlib.unchanged(img, was, atime=False)
     # By descriptor: everything that was flushed.
     dev = t.mount(dd)
     d = devlib.Direct(dev)

@@ -349,7 +349,7 @@ def scribble(dev, model, seed, count, longest=256 * 1024, spots=None, zeroes=Tru
 
 def sha(path):
     h = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open(ploopimg.open_read(path), "rb") as f:
         while piece := f.read(1 << 20):
             h.update(piece)
     return h.hexdigest()

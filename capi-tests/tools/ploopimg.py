@@ -259,11 +259,19 @@ def write_chain(folder, depth, version=2, bs=2048, sectors=2097152, fill=0.05, s
     return dd, paths
 
 
+def open_read(path):
+    """For reading, without moving the access time where that is allowed."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+
+
 class Raw:
     """A raw base."""
 
     def __init__(self, path, bs):
-        self.path, self.fd, self.bs = path, os.open(path, os.O_RDONLY), bs
+        self.path, self.fd, self.bs = path, open_read(path), bs
         self.bytes = os.fstat(self.fd).st_size
         self.header = None
         self.sectors = self.bytes // SECTOR
@@ -284,7 +292,7 @@ class Image:
     """One ploop1 file, opened for reading."""
 
     def __init__(self, path):
-        self.path, self.fd = path, os.open(path, os.O_RDONLY)
+        self.path, self.fd = path, open_read(path)
         self.header = h = Header.parse(os.pread(self.fd, 64, 0))
         self.bs, self.sectors = h.bs, h.sectors
         if h.bs & (h.bs - 1) or not 64 <= h.bs <= 131072:
@@ -416,7 +424,7 @@ class Chain:
 def extents(path):
     """[(logical, length, flags)] by FIEMAP after a sync, or None where there is no FIEMAP."""
     out, start = [], 0
-    with open(path, "rb") as f:
+    with open(open_read(path), "rb") as f:
         size = os.fstat(f.fileno()).st_size
         while start < size:
             count = 256
