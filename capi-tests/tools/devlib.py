@@ -265,7 +265,9 @@ class Direct:
         fcntl.ioctl(self.fd, 0x127F if zeroout else 0x1277, struct.pack("QQ", off, n))
 
     def close(self):
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 def device_size(path):
