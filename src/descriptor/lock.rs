@@ -19,8 +19,9 @@ use super::model::Descriptor;
 /// How long a lock held elsewhere is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Byte ranges of the base image that the newer line locks (offset, length): any operation; operations that take long.
-const RANGE_ANY: (i64, i64) = (200, 5);
+/// Byte ranges of the base image that the newer line locks (offset, length): any operation, 200 to 204 of which one is
+/// looked at that servers do not lock; operations that take long.
+const RANGE_ANY: (i64, i64) = (202, 1);
 const RANGE_LONG: (i64, i64) = (300, 5);
 
 /// A descriptor read under its lock; dropping it unlocks.
@@ -148,9 +149,8 @@ fn held(file: &File, (start, len): (i64, i64)) -> bool {
     if fcntl(file, FcntlArg::F_GETLK(&mut lock)).is_err() || lock.l_type == libc::F_UNLCK as i16 {
         return false;
     }
-    // A lock of the whole file that belongs to a description is that of a server on a level of its chain.
-    let server = lock.l_pid == -1 && lock.l_start == 0 && lock.l_len == 0;
-    !server
+    // Locks that belong to a description are a server's or qemu's: whether they are in the way is seen at mount.
+    lock.l_pid != -1
 }
 
 /// A regular file, for asking about its locks alone: its content is not looked at.

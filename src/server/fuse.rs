@@ -49,6 +49,8 @@ const CONGESTION: u16 = 384;
 const NOTIFY_RESEND: i32 = 7;
 
 const FOPEN_DIRECT_IO: u32 = 1 << 0;
+/// No FLUSH at close: whoever closes the file, in an exec for one, must not have to wait for us.
+const FOPEN_NOFLUSH: u32 = 1 << 5;
 const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 
 mod opcode {
@@ -209,7 +211,7 @@ impl Reply {
 
     /// Answer to OPEN: no page cache, writes in parallel, handle 0.
     pub fn open(unique: u64) -> Reply {
-        Reply::new(unique, 0, 16).u32(8, FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES)
+        Reply::new(unique, 0, 16).u32(8, FOPEN_DIRECT_IO | FOPEN_NOFLUSH | FOPEN_PARALLEL_DIRECT_WRITES)
     }
 
     /// Answer to GETATTR: a regular file of `size` bytes that root may read and write. Valid for no time, so that a new

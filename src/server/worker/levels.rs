@@ -79,22 +79,34 @@ fn takes_sectors(file: &File) -> bool {
     }
 }
 
+/// Bytes that tell other programs what is done with an image, as qemu does it: a shared lock on 100 + n says "I use
+/// permission n", on 200 + n "nobody else may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock on
+/// 200 to 204 for "in use", too.
+const USES_READ: i64 = 100;
+const USES_WRITE: i64 = 101;
+const USES_RESIZE: i64 = 103;
+const NO_OTHER_WRITE: i64 = 201;
+const NO_OTHER_RESIZE: i64 = 203;
+
 /// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool) -> Result<()> {
-    let Some((top, lower)) = levels.split_last() else { return Ok(()) };
-    if writable {
-        lock_top(top, takeover)?;
-    } else {
-        lock_range(top, libc::F_RDLCK, takeover)?;
+    for (i, level) in levels.iter().enumerate() {
+        if writable && i + 1 == levels.len() {
+            lock_top(level, takeover)?;
+            let bytes = [USES_WRITE, USES_RESIZE, NO_OTHER_WRITE, NO_OTHER_RESIZE];
+            tell_others(level, &bytes, &bytes)?;
+        } else {
+            tell_others(level, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])?;
+        }
     }
-    lower.iter().try_for_each(|level| lock_range(level, libc::F_RDLCK, takeover))
+    Ok(())
 }
 
 fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
     let taken = retry(takeover, || calm::flock_exclusive(&top.file, takeover));
     match taken {
-        Ok(()) => lock_range(top, libc::F_WRLCK, takeover),
+        Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(in_use(top)),
         Err(e) => Err(Error::with(
             Kind::Mount,
@@ -107,23 +119,43 @@ fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
 fn in_use(level: &LevelFile) -> Error {
     Error::new(
         Kind::InUse,
-        format!("image {} is in use by another device; unmount that first (ploop list)", level.name.display()),
+        format!(
+            "image {} is in use by another device or program; unmount that first (ploop list)",
+            level.name.display()
+        ),
     )
 }
 
-/// A lock over the whole file that belongs to the description. Where the file system has none, it is left out: it only
-/// guards against a second server, the barrier is the other lock.
-fn lock_range(level: &LevelFile, kind: i32, takeover: bool) -> Result<()> {
-    let range = libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
-    let set = || {
-        let how = if takeover { FcntlArg::F_OFD_SETLKW(&range) } else { FcntlArg::F_OFD_SETLK(&range) };
-        Ok(fcntl(&level.file, how).map(drop)?)
+/// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time
+/// at least one notices. Where the file system has no such locks they are left out: they guard against other programs,
+/// the barrier is the other lock.
+fn tell_others(level: &LevelFile, bytes: &[i64], against: &[i64]) -> Result<()> {
+    let lock = |kind: i32, byte: i64| libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
     };
-    match retry(takeover, set) {
-        Ok(()) => Ok(()),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Err(in_use(level)),
-        Err(_) => Ok(()),
+    for byte in bytes {
+        match fcntl(&level.file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, *byte))) {
+            Ok(_) => {}
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(level)),
+            Err(_) => return Ok(()),
+        }
     }
+    let free = || {
+        for byte in against {
+            let mut found = lock(libc::F_WRLCK, *byte);
+            fcntl(&level.file, FcntlArg::F_OFD_GETLK(&mut found))?;
+            if found.l_type != libc::F_UNLCK as i16 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+        }
+        Ok(())
+    };
+    // Whoever opens for writing may be waiting for us to go, too: a takeover is not excused.
+    retry(false, free).map_err(|_| in_use(level))
 }
 
 /// Tries for a second: a server that has just ended may still have I/O under way.

@@ -61,9 +61,16 @@ pub fn worker_main() -> ! {
         // The threads use it until the process ends.
         let core: &'static Core = Box::leak(Box::new(core));
         die_of_panics(Some(core.shm.clone()));
-        thread("log", move || sink.run())?;
-        start_threads(core, kept.start.takeover)?;
-        Ok((core, chain, ready))
+        match thread("log", move || sink.run()).and_then(|()| start_threads(core, kept.start.takeover)) {
+            Ok(()) => Ok((core, chain, ready)),
+            Err(e) => {
+                // Nobody has used the device yet: the mark goes again.
+                if core.writable && !kept.start.takeover {
+                    let _ = chain::close(core.top(), &chain, core.status().alloc_end);
+                }
+                Err(e)
+            }
+        }
     });
     match started {
         Ok((core, chain, ready)) => {

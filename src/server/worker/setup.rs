@@ -8,12 +8,12 @@ use nix::errno::Errno;
 use nix::unistd::fdatasync;
 
 use crate::bail;
-use crate::chain::{self, Chain, Marked, OpenOptions};
+use crate::chain::{self, Chain, LevelFile, Marked, OpenOptions};
 use crate::engine::Engine;
 use crate::engine::api::{Config, Shared, SyncState};
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Version;
-use crate::server::proto::{WorkerReady, WorkerStart};
+use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart};
 use crate::server::runtime;
 use crate::server::shm::{Shm, Strikes};
 use crate::sys::calm;
@@ -84,7 +84,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
 
     let files = levels::open(kept.levels(), &attach.levels, writable)?;
     if writable || attach.marked != Marked::Ignore {
-        levels::lock(&files, writable, takeover)?;
+        levels::lock(&files, writable, takeover).map_err(|e| better_reason(e, &files, attach))?;
     }
     let mut strikes = Strikes::default();
     if takeover {
@@ -102,6 +102,9 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         carried: takeover.then(|| shm.carried()),
         ..OpenOptions::default()
     };
+    // Before the chain is opened: that marks the image.
+    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let chain = chain::open(&files, &options)?;
     let config = Config {
         cluster_shift: chain.cluster.shift(),
@@ -127,8 +130,6 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         was_marked: chain.was_marked,
         direct: files.iter().all(|f| f.direct),
     };
-    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
-    let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let core = Core::new(Parts {
         fuse,
         memory,
@@ -147,6 +148,18 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         core.log.say(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink })
+}
+
+/// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.
+fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> Error {
+    if attach.marked != Marked::Refuse {
+        return locked;
+    }
+    let raw_cluster = attach.raw_cluster.and_then(|s| ClusterSize::from_sectors(u64::from(s)).ok());
+    match chain::open(files, &OpenOptions { raw_cluster, ..OpenOptions::default() }) {
+        Err(e) if e.kind() == Kind::InUse => e,
+        _ => locked,
+    }
 }
 
 /// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
