@@ -209,7 +209,7 @@ impl Reply {
         Reply::new(unique, 0, 8).u32(0, len)
     }
 
-    /// Answer to OPEN: no page cache, writes in parallel, handle 0.
+    /// Answer to OPEN: no page cache, writes in parallel, nothing at close, handle 0.
     pub fn open(unique: u64) -> Reply {
         Reply::new(unique, 0, 16).u32(8, FOPEN_DIRECT_IO | FOPEN_NOFLUSH | FOPEN_PARALLEL_DIRECT_WRITES)
     }

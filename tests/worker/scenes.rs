@@ -1,0 +1,279 @@
+//! What is tested.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ploop::chain::Marked;
+use ploop::server::proto::{FromWorker, ToWorker};
+use ploop::sys::aligned::AlignedBuf;
+
+use super::load::{self, Random, Region};
+use super::rig::{Options, Rig, make_image};
+
+type Scene = fn(&Path);
+
+pub const ALL: &[(&str, Scene)] = &[
+    ("data", data),
+    ("delta", delta),
+    ("read_only", read_only),
+    ("one_writer", one_writer),
+    ("marks", marks),
+    ("new_supervisor", new_supervisor),
+    ("kills", kills),
+    ("kills_in_a_chain", kills_in_a_chain),
+];
+
+const MIB: u64 = 1 << 20;
+
+fn image(dir: &Path, name: &str, cluster_sectors: u64, mib: u64) -> PathBuf {
+    let path = dir.join(name);
+    make_image(&path, cluster_sectors, mib * 2048);
+    path
+}
+
+/// Debian's own program, where there is one, finds nothing wrong.
+fn check_by_others(path: &Path) {
+    if Path::new("/usr/sbin/ploop").exists() {
+        let out = Command::new("/usr/sbin/ploop").args(["check", "-F", "-r"]).arg(path).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success(), "ploop check: {}: {text}{}", out.status, String::from_utf8_lossy(&out.stderr));
+    }
+}
+
+fn data(dir: &Path) {
+    let top = image(dir, "top", 2048, 64);
+    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &Options::default());
+    rig.serve(false);
+    let ready = rig.ready.clone().unwrap();
+    assert_eq!((ready.device_bytes, ready.cluster_sectors, ready.fmt_version), (64 * MIB, 2048, 2));
+    assert!(!ready.was_marked);
+    let file = rig.open();
+    assert_eq!(file.metadata().unwrap().len(), 64 * MIB);
+    let mut buf = AlignedBuf::new(2 << 20);
+    let mut wanted = vec![0; 2 << 20];
+    let mut all = Vec::new();
+    for (seq, (offset, len)) in
+        [(0, 512), (MIB - 512, 1024), (3 * MIB + 4096, 1 << 20), (10 * MIB, 2 << 20)].iter().enumerate()
+    {
+        let r = Region { offset: *offset, len: *len, seq: seq as u64 + 1 };
+        load::check(&file, &Region { seq: 0, ..r }, &mut buf, &mut wanted).unwrap();
+        load::stamp(&mut buf[..r.len], r.offset, r.seq);
+        file.write_all_at(&buf[..r.len], r.offset).unwrap();
+        all.push(r);
+    }
+    file.sync_data().unwrap();
+    all.push(Region { offset: 20 * MIB, len: 1 << 20, seq: 0 });
+    for r in &all {
+        load::check(&file, r, &mut buf, &mut wanted).unwrap();
+    }
+    assert_eq!(file.read_at(&mut buf[..8192], 64 * MIB - 4096).unwrap(), 4096);
+    assert_eq!(file.read_at(&mut buf[..4096], 64 * MIB).unwrap(), 0);
+    assert!(file.write_at(&buf[..8192], 64 * MIB - 4096).is_err());
+    assert_eq!(file.read_at(&mut buf[..100], 0).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    assert!(matches!(rig.ask(&ToWorker::Flush), FromWorker::Flushed { error: None }));
+    println!("{} kB resident", rig.resident());
+    assert!(rig.resident() < 40 << 10, "{} kB resident", rig.resident());
+    drop(file);
+    rig.close();
+    check_by_others(&top);
+
+    let mut again = Rig::new(&dir.join("again"), &[top.clone()], &Options::default());
+    again.serve(false);
+    assert!(!again.ready.as_ref().unwrap().was_marked);
+    let file = again.open();
+    for r in &all {
+        load::check(&file, r, &mut buf, &mut wanted).unwrap();
+    }
+    drop(file);
+    again.close();
+}
+
+fn delta(dir: &Path) {
+    let base = image(dir, "base", 2048, 32);
+    let mut buf = AlignedBuf::new(2 << 20);
+    let mut wanted = vec![0; 2 << 20];
+    let below = Region { offset: 5 * MIB, len: 2 << 20, seq: 77 };
+    let mut rig = Rig::new(&dir.join("one"), &[base.clone()], &Options::default());
+    rig.serve(false);
+    load::stamp(&mut buf[..below.len], below.offset, below.seq);
+    rig.open().write_all_at(&buf[..below.len], below.offset).unwrap();
+    rig.close();
+    drop(rig);
+    let before = std::fs::read(&base).unwrap();
+    let top = image(dir, "top", 2048, 32);
+    let mut rig = Rig::new(&dir.join("two"), &[base.clone(), top.clone()], &Options::default());
+    rig.serve(false);
+    let file = rig.open();
+    load::check(&file, &below, &mut buf, &mut wanted).unwrap();
+    let over = Region { offset: 6 * MIB - 4096, len: 8192, seq: 99 };
+    load::stamp(&mut buf[..over.len], over.offset, over.seq);
+    file.write_all_at(&buf[..over.len], over.offset).unwrap();
+    file.read_exact_at(&mut buf[..below.len], below.offset).unwrap();
+    load::stamp(&mut wanted[..below.len], below.offset, below.seq);
+    load::stamp(&mut wanted[MIB as usize - 4096..][..8192], over.offset, over.seq);
+    assert!(buf[..below.len] == wanted[..below.len]);
+    drop(file);
+    rig.close();
+    assert!(std::fs::read(&base).unwrap() == before);
+    check_by_others(&top);
+}
+
+fn read_only(dir: &Path) {
+    let top = image(dir, "top", 2048, 16);
+    let before = (std::fs::read(&top).unwrap(), std::fs::metadata(&top).unwrap());
+    let options = Options { read_only: true, ..Options::default() };
+    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &options);
+    rig.serve(false);
+    let file = rig.open();
+    let mut buf = AlignedBuf::new(4096);
+    file.read_exact_at(&mut buf[..4096], 4096).unwrap();
+    assert_eq!(file.write_at(&buf[..4096], 0).unwrap_err().raw_os_error(), Some(libc::EROFS));
+    file.sync_data().unwrap();
+    rig.replace();
+    file.read_exact_at(&mut buf[..4096], 4096).unwrap();
+    drop(file);
+    rig.close();
+    let after = std::fs::metadata(&top).unwrap();
+    assert!(std::fs::read(&top).unwrap() == before.0);
+    assert_eq!(after.mtime_nsec(), before.1.mtime_nsec());
+}
+
+fn one_writer(dir: &Path) {
+    let top = image(dir, "top", 2048, 16);
+    let mut first = Rig::new(&dir.join("first"), &[top.clone()], &Options::default());
+    first.serve(false);
+    for read_only in [false, true] {
+        let options = Options { read_only, marked: Marked::Recover, ..Options::default() };
+        let mut second = Rig::new(&dir.join(format!("second{read_only}")), &[top.clone()], &options);
+        match second.start(false) {
+            FromWorker::Failed { code: 21, message } => assert!(message.contains("in use"), "{message}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    first.close();
+}
+
+fn marks(dir: &Path) {
+    let top = image(dir, "top", 2048, 16);
+    let mut first = Rig::new(&dir.join("first"), &[top.clone()], &Options::default());
+    first.serve(false);
+    drop(first);
+    let mut second = Rig::new(&dir.join("second"), &[top.clone()], &Options::default());
+    assert!(matches!(second.start(false), FromWorker::Failed { code: 37, .. }));
+    let options = Options { marked: Marked::Recover, ..Options::default() };
+    let mut third = Rig::new(&dir.join("third"), &[top.clone()], &options);
+    third.serve(false);
+    assert!(third.ready.as_ref().unwrap().was_marked);
+    third.close();
+    check_by_others(&top);
+}
+
+fn new_supervisor(dir: &Path) {
+    let top = image(dir, "top", 2048, 16);
+    let report = dir.join("report");
+    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &Options::default());
+    rig.report_to(&report);
+    rig.serve(false);
+    let mut child = rig.abandon();
+    let end = Instant::now() + Duration::from_secs(10);
+    while !report.exists() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let text = std::fs::read_to_string(&report).unwrap();
+    assert_eq!(text, "6 descriptors, takeover true: [Flushed { error: None }, Closed { error: None }]");
+    assert!(child.wait().unwrap().success());
+    check_by_others(&top);
+}
+
+pub fn kill_count() -> u32 {
+    std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(25)
+}
+
+fn kills(dir: &Path) {
+    let top = image(dir, "top", 2048, 256);
+    kill_under_load(dir, &[top]);
+}
+
+fn kills_in_a_chain(dir: &Path) {
+    let images = ["base", "middle", "top"].map(|n| image(dir, n, 256, 128));
+    // Something in every level.
+    for n in 1..=2 {
+        let mut rig = Rig::new(&dir.join(format!("fill{n}")), &images[..n], &Options::default());
+        rig.serve(false);
+        let file = rig.open();
+        let mut buf = AlignedBuf::new(1 << 20);
+        let mut random = Random::new(n as u64);
+        for _ in 0..40 {
+            let offset = random.below(127 * 2048) * 512;
+            buf.fill(0);
+            file.write_all_at(&buf[..1 << 20], offset).unwrap();
+        }
+        drop(file);
+        rig.close();
+    }
+    kill_under_load(dir, &images);
+}
+
+/// Kills workers at random instants while threads write and verify; then closes and reads everything again.
+fn kill_under_load(dir: &Path, images: &[PathBuf]) {
+    let mut rig = Rig::new(&dir.join("file"), images, &Options::default());
+    rig.serve(false);
+    let bytes = rig.ready.as_ref().unwrap().device_bytes;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&rig.file).unwrap();
+    let mut regions = load::regions(bytes, 16);
+    let (stop, ops) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut pauses = Vec::new();
+    thread::scope(|s| {
+        let threads: Vec<_> = regions
+            .iter_mut()
+            .enumerate()
+            .map(|(t, mine)| {
+                let (file, stop, ops) = (&file, &stop, &ops);
+                s.spawn(move || load::work(file, mine, t as u64 + 1, stop, ops))
+            })
+            .collect();
+        let mut random = Random::new(u64::from(std::process::id()));
+        for _ in 0..kill_count() {
+            thread::sleep(Duration::from_millis(20 + random.below(230)));
+            pauses.push(rig.replace());
+            if threads.iter().any(|t| t.is_finished()) {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        for t in threads {
+            t.join().unwrap().unwrap();
+        }
+    });
+    pauses.sort();
+    println!(
+        "{} kills, {} verified operations, pause median {:?}, longest {:?}",
+        pauses.len(),
+        ops.load(Ordering::Relaxed),
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1]
+    );
+    assert!(!rig.shm().failed());
+    let mut buf = AlignedBuf::new(1 << 20);
+    let mut wanted = vec![0; 1 << 20];
+    for r in regions.iter().flatten() {
+        load::check(&file, r, &mut buf, &mut wanted).unwrap();
+    }
+    drop(file);
+    rig.close();
+    drop(rig);
+    check_by_others(images.last().unwrap());
+    let mut rig = Rig::new(&dir.join("again"), images, &Options::default());
+    rig.serve(false);
+    let file = rig.open();
+    for r in regions.iter().flatten() {
+        load::check(&file, r, &mut buf, &mut wanted).unwrap();
+    }
+    drop(file);
+    rig.close();
+}
