@@ -89,7 +89,7 @@ pub fn work(file: &File, regions: &mut [Region], seed: u64, stop: &AtomicBool, o
                 r.seq = seq;
             }
             65 => {
-                let mode = if seq % 2 == 0 {
+                let mode = if seq.is_multiple_of(2) {
                     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
                 } else {
                     FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE
@@ -109,7 +109,7 @@ pub fn work(file: &File, regions: &mut [Region], seed: u64, stop: &AtomicBool, o
 
 /// Divides a file of `bytes` among threads: some small hot regions and some large ones each, across cluster borders.
 pub fn regions(bytes: u64, threads: usize) -> Vec<Vec<Region>> {
-    let share = bytes / threads as u64 & !0xffff;
+    let share = (bytes / threads as u64) & !0xffff;
     (0..threads as u64)
         .map(|t| {
             let base = t * share;

@@ -111,6 +111,7 @@ impl Rig {
             device: None,
             trace: options.trace,
             no_space_timeout: None,
+            token: String::new(),
         };
         Rig { file: file.into(), attach, fds, session, worker: None, ready: None }
     }

@@ -47,7 +47,7 @@ fn check_by_others(path: &Path) {
 
 fn data(dir: &Path) {
     let top = image(dir, "top", 2048, 64);
-    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &Options::default());
+    let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
     rig.serve(false);
     let ready = rig.ready.clone().unwrap();
     assert_eq!((ready.device_bytes, ready.cluster_sectors, ready.fmt_version), (64 * MIB, 2048, 2));
@@ -82,7 +82,7 @@ fn data(dir: &Path) {
     rig.close();
     check_by_others(&top);
 
-    let mut again = Rig::new(&dir.join("again"), &[top.clone()], &Options::default());
+    let mut again = Rig::new(&dir.join("again"), std::slice::from_ref(&top), &Options::default());
     again.serve(false);
     assert!(!again.ready.as_ref().unwrap().was_marked);
     let file = again.open();
@@ -98,7 +98,7 @@ fn delta(dir: &Path) {
     let mut buf = AlignedBuf::new(2 << 20);
     let mut wanted = vec![0; 2 << 20];
     let below = Region { offset: 5 * MIB, len: 2 << 20, seq: 77 };
-    let mut rig = Rig::new(&dir.join("one"), &[base.clone()], &Options::default());
+    let mut rig = Rig::new(&dir.join("one"), std::slice::from_ref(&base), &Options::default());
     rig.serve(false);
     load::stamp(&mut buf[..below.len], below.offset, below.seq);
     rig.open().write_all_at(&buf[..below.len], below.offset).unwrap();
@@ -127,7 +127,7 @@ fn read_only(dir: &Path) {
     let top = image(dir, "top", 2048, 16);
     let before = (std::fs::read(&top).unwrap(), std::fs::metadata(&top).unwrap());
     let options = Options { read_only: true, ..Options::default() };
-    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &options);
+    let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &options);
     rig.serve(false);
     let file = rig.open();
     let mut buf = AlignedBuf::new(4096);
@@ -145,11 +145,11 @@ fn read_only(dir: &Path) {
 
 fn one_writer(dir: &Path) {
     let top = image(dir, "top", 2048, 16);
-    let mut first = Rig::new(&dir.join("first"), &[top.clone()], &Options::default());
+    let mut first = Rig::new(&dir.join("first"), std::slice::from_ref(&top), &Options::default());
     first.serve(false);
     for read_only in [false, true] {
         let options = Options { read_only, marked: Marked::Recover, ..Options::default() };
-        let mut second = Rig::new(&dir.join(format!("second{read_only}")), &[top.clone()], &options);
+        let mut second = Rig::new(&dir.join(format!("second{read_only}")), std::slice::from_ref(&top), &options);
         match second.start(false) {
             FromWorker::Failed { code: 21, message } => assert!(message.contains("in use"), "{message}"),
             other => panic!("{other:?}"),
@@ -160,13 +160,13 @@ fn one_writer(dir: &Path) {
 
 fn marks(dir: &Path) {
     let top = image(dir, "top", 2048, 16);
-    let mut first = Rig::new(&dir.join("first"), &[top.clone()], &Options::default());
+    let mut first = Rig::new(&dir.join("first"), std::slice::from_ref(&top), &Options::default());
     first.serve(false);
     drop(first);
-    let mut second = Rig::new(&dir.join("second"), &[top.clone()], &Options::default());
+    let mut second = Rig::new(&dir.join("second"), std::slice::from_ref(&top), &Options::default());
     assert!(matches!(second.start(false), FromWorker::Failed { code: 37, .. }));
     let options = Options { marked: Marked::Recover, ..Options::default() };
-    let mut third = Rig::new(&dir.join("third"), &[top.clone()], &options);
+    let mut third = Rig::new(&dir.join("third"), std::slice::from_ref(&top), &options);
     third.serve(false);
     assert!(third.ready.as_ref().unwrap().was_marked);
     third.close();
@@ -176,7 +176,7 @@ fn marks(dir: &Path) {
 fn new_supervisor(dir: &Path) {
     let top = image(dir, "top", 2048, 16);
     let report = dir.join("report");
-    let mut rig = Rig::new(&dir.join("file"), &[top.clone()], &Options::default());
+    let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
     rig.report_to(&report);
     rig.serve(false);
     let mut child = rig.abandon();
