@@ -67,7 +67,8 @@ fn adopt() {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     // Like the real one: the process that the worker waits for ends at once.
     if std::env::args().nth(2).is_none() {
-        Command::new("/proc/self/exe").args(["adopt", "child"]).stdin(socket).spawn().unwrap();
+        // Not waited for: it lives on under somebody else.
+        std::mem::forget(Command::new("/proc/self/exe").args(["adopt", "child"]).stdin(socket).spawn().unwrap());
         return;
     }
     let (first, fds) = frame::recv_within::<ToWorker>(&socket, Duration::from_secs(5)).unwrap().unwrap();
