@@ -46,7 +46,7 @@ impl World {
         if !r.sent || r.what.kind != kind {
             self.fail(format!("buffer of {:?} used for the wrong direction or by a stranger", r.what));
         }
-        if off + len > r.what.len || len == 0 || off % SECTOR != 0 || len % SECTOR != 0 {
+        if off + len > r.what.len || len == 0 || !off.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
             self.fail(format!("range {off}+{len} of the buffer of {:?}", r.what));
         }
         (off / SECTOR) as usize..((off + len) / SECTOR) as usize
@@ -54,7 +54,7 @@ impl World {
 
     fn in_bounce(&self, id: BounceId, off: u32, len: u64) -> std::ops::Range<usize> {
         let end = u64::from(off) + len;
-        let legal = len > 0 && u64::from(off) % SECTOR == 0 && len % SECTOR == 0;
+        let legal = len > 0 && u64::from(off) % SECTOR == 0 && len.is_multiple_of(SECTOR);
         if id.0 >= self.settings.bounces || end > u64::from(self.settings.bounce_bytes) || !legal {
             self.fail(format!("range {off}+{len} of {id:?}"));
         }
@@ -163,7 +163,7 @@ impl World {
                 match *from {
                     Buf::Request { req, off } => drop(self.in_buffer(req, off, *len, RequestKind::Write)),
                     Buf::Bounce { id, off } => {
-                        drop(self.in_bounce(id, off, *len));
+                        self.in_bounce(id, off, *len);
                         let filled = |f: &Flight| matches!(f.act, Action::Read { to, len: n, .. } if overlap(*from, *len, to, n));
                         if let Some(f) = self.flights.iter().find(|f| filled(f)) {
                             self.fail(format!("{act:?} while {:?} still fills its buffer", f.act));
@@ -179,10 +179,8 @@ impl World {
                 }
                 self.check_data_write(first, &vec![0; count as usize]);
             }
-            Action::Fallocate { .. } => {
-                if first < first_data || self.shape.raw_top() {
-                    self.fail(format!("{act:?} is not for new clusters of an image"));
-                }
+            Action::Fallocate { .. } if (first < first_data || self.shape.raw_top()) => {
+                self.fail(format!("{act:?} is not for new clusters of an image"));
             }
             Action::ReadBat { level, page, len, .. } => {
                 if *level as usize > top || *len as usize > BAT_PAGE || *len == 0 || *len % 512 != 0 {
@@ -209,10 +207,8 @@ impl World {
                 self.flushes_since_bat =
                     self.reqs.iter().flatten().filter(|r| r.what.kind == RequestKind::Flush).count() as u64;
             }
-            Action::Sync { .. } => {
-                if self.table.sync_state() == SyncState::Idle {
-                    self.fail("Sync without a record in the shared table beforehand");
-                }
+            Action::Sync { .. } if self.table.sync_state() == SyncState::Idle => {
+                self.fail("Sync without a record in the shared table beforehand");
             }
             _ => {}
         }

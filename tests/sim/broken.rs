@@ -145,8 +145,8 @@ impl Broken {
         self.count += 1;
         match a {
             Action::Reply { req, .. } if req.0 >= EARLY => drop(self.early.remove(&req.0)),
-            Action::Reply { .. } if self.how == Break::LoseReply && self.count % 400 == 0 => {}
-            Action::Reply { .. } if self.how == Break::TwoReplies && self.count % 400 == 0 => {
+            Action::Reply { .. } if self.how == Break::LoseReply && self.count.is_multiple_of(400) => {}
+            Action::Reply { .. } if self.how == Break::TwoReplies && self.count.is_multiple_of(400) => {
                 out.extend([a.clone(), a])
             }
             Action::Sync { op } if self.how == Break::NoDataSync && !self.bat_since_sync => {
@@ -182,7 +182,7 @@ impl Broken {
             }
             Action::ZeroRange { op, .. } if self.how == Break::NoZeroRange => self.made_up.push(op),
             Action::Read { op, len, to: Buf::Request { req, off }, .. }
-                if self.how == Break::ReadBelow && self.count % 200 == 0 =>
+                if self.how == Break::ReadBelow && self.count.is_multiple_of(200) =>
             {
                 out.push(Action::ZeroFill { req, off, len });
                 self.made_up.push(op);

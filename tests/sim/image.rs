@@ -94,7 +94,7 @@ impl Shape {
     /// From the entry on disk to the place; an entry that lies within a cluster has none.
     pub fn place(&self, entry: u32) -> Option<u32> {
         match self.v1 {
-            true if entry % self.spc as u32 != 0 => None,
+            true if !entry.is_multiple_of(self.spc as u32) => None,
             true => Some(entry / self.spc as u32),
             false => Some(entry),
         }
@@ -207,7 +207,7 @@ impl Chain {
         let mut block = [0; 512];
         for cluster in 0..shape.levels[level].clusters {
             let word = cluster + HEADER_WORDS;
-            if cluster == 0 || word % 128 == 0 {
+            if cluster == 0 || word.is_multiple_of(128) {
                 block = arena.bytes(file.read(bat_sector(cluster)));
             }
             let at = (word % 128 * 4) as usize;

@@ -248,7 +248,7 @@ impl World {
             if steps > 400_000 {
                 self.fail("the run does not come to an end");
             }
-            if steps % 100 == 0 {
+            if steps.is_multiple_of(100) {
                 pace = self.rng.pick(&[[60, 20, 25], [20, 10, 80], [90, 5, 5], [10, 40, 50]]);
             }
             if self.engine.is_none() {

@@ -90,7 +90,7 @@ impl Shared for Table {
     fn store(&self, slot: usize, value: u64) {
         let mut t = self.lock();
         t.stores += 1;
-        if t.forget_one_in != 0 && t.stores % t.forget_one_in == 0 && value != Self::FREE {
+        if t.forget_one_in != 0 && t.stores.is_multiple_of(t.forget_one_in) && value != Self::FREE {
             return;
         }
         let old = std::mem::replace(&mut t.slots[slot], value);
