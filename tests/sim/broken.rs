@@ -54,6 +54,8 @@ pub enum Break {
     ReadBelow,
     /// The second sync of a cycle is left out.
     NoBatSync,
+    /// After a failed sync a successor takes the BAT that it reads for the durable one.
+    TrustBatAfterFailure,
 }
 
 pub const ALL: &[Break] = &[
@@ -79,6 +81,7 @@ pub const ALL: &[Break] = &[
     Break::LoseInUse,
     Break::ReadBelow,
     Break::NoBatSync,
+    Break::TrustBatAfterFailure,
 ];
 
 /// First of the ids under which the engine knows requests that have been answered too early.

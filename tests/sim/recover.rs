@@ -321,7 +321,7 @@ impl World {
             return false;
         }
         let (carried, alloc) = if image { self.scan(takeover) } else { (Vec::new(), AllocConfig::default()) };
-        if image && writable && !failed {
+        if image && writable && (!failed || self.broken == Break::TrustBatAfterFailure) {
             let end = u64::from(alloc.end) * self.shape.spc;
             self.cover.hit_if(self.chain.files[top].len() > end, "tail cut at open");
             self.serial += 1;
@@ -398,8 +398,9 @@ impl World {
         }
         // After a failed sync the BAT that is read is not known to be the durable one: what it does not name may be
         // named by that one.
-        let end = if self.failed { end.max(self.chain.files[top].len().div_ceil(self.shape.spc) as u32) } else { end };
-        let free = if self.failed { Vec::new() } else { free };
+        let doubt = self.failed && self.broken != Break::TrustBatAfterFailure;
+        let end = if doubt { end.max(self.chain.files[top].len().div_ceil(self.shape.spc) as u32) } else { end };
+        let free = if doubt { Vec::new() } else { free };
         let limit = if self.shape.v1 { ((1u64 << 32) / self.shape.spc) as u32 } else { u32::MAX };
         (carried, AllocConfig { end, free, ahead: self.settings.ahead, limit })
     }
