@@ -54,13 +54,22 @@ pub struct OpenOptions {
     pub marked: Marked,
     /// Set at a takeover: what the shared table of the worker before holds, as (slot, cluster, image cluster or 0).
     pub carried: Option<Vec<(usize, u32, u32)>>,
+    /// At a takeover: a sync has failed before, so that the BAT that is read need not be the durable one.
+    pub failed: bool,
     /// Bytes to allocate ahead at once; at least one cluster is.
     pub ahead: u64,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { writable: false, raw_cluster: None, marked: Marked::Refuse, carried: None, ahead: 64 << 20 }
+        OpenOptions {
+            writable: false,
+            raw_cluster: None,
+            marked: Marked::Refuse,
+            carried: None,
+            failed: false,
+            ahead: 64 << 20,
+        }
     }
 }
 

@@ -106,7 +106,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
             if options.writable {
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
-                if sync_failed {
+                if sync_failed || options.failed {
                     // Nothing is cut or given out again: what the disk says now need not be what it will say.
                     let held = len.div_ceil(cluster.bytes()).min(u64::from(u32::MAX)) as u32;
                     chain.alloc.end = chain.alloc.end.max(held);

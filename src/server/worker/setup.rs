@@ -89,8 +89,10 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     let mut strikes = Strikes::default();
     if takeover {
         strikes = shm.settle_marks();
-        if shm.sync_state() == SyncState::Running && !synced(kept.fds[WITNESS].as_fd()) {
-            log.say("a sync that was under way when the last worker died has failed".into());
+        // Asked always: write-back can fail without a sync of ours, and whoever hears of it first may die of it, after
+        // which only the witness still knows.
+        if writable && !synced(kept.fds[WITNESS].as_fd()) {
+            log.say("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
             shm.set_sync_state(SyncState::Failed);
         }
     }
@@ -100,6 +102,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
         marked: attach.marked,
         carried: takeover.then(|| shm.carried()),
+        failed,
         ..OpenOptions::default()
     };
     // Before the chain is opened: that marks the image.
