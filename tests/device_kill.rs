@@ -203,6 +203,7 @@ fn killed_while_attaching() {
     let image = t.image("a.hdd", "64M");
     let rounds = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 200 } else { 24 };
     let (mut failed, mut devices) = (0, 0);
+    let mut seen = std::collections::BTreeSet::new();
     for round in 0..rounds {
         let attaching = std::thread::scope(|s| {
             let attaching = s.spawn(|| {
@@ -213,6 +214,7 @@ fn killed_while_attaching() {
             let record = within(10, "a record", || starting(&image));
             pause(round * 11 % 170);
             let record = starting(&image).unwrap_or(record);
+            seen.insert(record.backing.clone());
             // Either or both, also when nothing of them is left to kill.
             for (which, id) in [record.supervisor, record.worker].into_iter().enumerate() {
                 if (round + 1) % 3 != which as u64 && runtime::alive(id) {
@@ -245,6 +247,11 @@ fn killed_while_attaching() {
         assert!(!mounts.contains(" - fuse ploop") || device::list().unwrap().iter().any(|d| d.top() != image));
     }
     println!("{failed} attaches failed, {devices} devices");
+    // Loop devices that were made are gone, unless another test has one of the number now.
+    for backing in seen.iter().filter(|b| !b.is_empty()) {
+        let used = || device::list().unwrap().iter().any(|d| d.record.backing == *backing);
+        within(10, backing, || (!runtime::is_bound(backing) || used()).then_some(()));
+    }
     let mut spec = t.spec(&image);
     spec.marked = ploop::server::proto::Marked::Recover;
     let device = device::attach(spec).unwrap();

@@ -12,7 +12,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::helper::{Job, JobEvent, remote_error};
+use crate::server::helper::{Go, Job, JobEvent, remote_error};
 use crate::server::nodes::Nodes;
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, FuseSession, ToWorker, WorkerStart};
 use crate::server::supervisor::Supervisor;
@@ -248,6 +248,9 @@ impl Supervisor {
                     self.record.backing = binding.backing;
                     self.record.rdev = binding.rdev;
                     self.save();
+                    if let Err(e) = frame::send(&helper.sock, &Go, &[]) {
+                        break Err(e);
+                    }
                 }
                 Some(JobEvent::Attached(binding)) => {
                     self.record.diskseq = binding.diskseq;

@@ -21,7 +21,8 @@ use crate::sys::process;
 /// What a helper is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
-    /// Bind the file `disk` to a loop device from number `first` on. Events: `Chosen` (each time one is made), `Attached`.
+    /// Bind the file `disk` to a loop device from number `first` on. Events: `Chosen` each
+    /// time one is made, then it waits for [`Go`]; `Attached`.
     Attach { disk: PathBuf, first: u32, read_only: bool, name: String },
     /// Undo an attach that was killed or gave up.
     UndoAttach { backing: String, rdev: u64 },
@@ -45,7 +46,7 @@ pub enum JobEvent {
     Error { code: i32, message: String },
 }
 
-/// Tells a detaching helper to go on.
+/// Tells a waiting helper to go on.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Go;
 
@@ -130,17 +131,17 @@ fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
     let _ = process::set_io_flusher();
     match job {
         Job::Attach { disk, first, read_only, name } => {
-            let chosen = |binding: &Binding| frame::send(sock, &JobEvent::Chosen(binding.clone()), &[]);
+            let chosen = |binding: &Binding| {
+                frame::send(sock, &JobEvent::Chosen(binding.clone()), &[])?;
+                wait_for_go(sock)
+            };
             loopdev::attach(&disk, first, read_only, &name, chosen).map(JobEvent::Attached)
         }
         Job::UndoAttach { backing, rdev } => loopdev::undo_attach(&backing, rdev).map(|()| JobEvent::Done),
         Job::Detach { binding, patience } => {
             let opened = || {
                 frame::send(sock, &JobEvent::Opened, &[])?;
-                match frame::recv_within::<Go>(sock, PARENT)? {
-                    Some(_) => Ok(()),
-                    None => bail!(Sys, "the supervisor died"),
-                }
+                wait_for_go(sock)
             };
             loopdev::detach(&binding, patience, opened).map(|()| JobEvent::Done)
         }
@@ -152,6 +153,13 @@ fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
         }
         Job::Clean { name } => clean(&name).map(|()| JobEvent::Done),
         Job::Abort { connection } => abort(connection).map(|()| JobEvent::Done),
+    }
+}
+
+fn wait_for_go(sock: BorrowedFd) -> Result<()> {
+    match frame::recv_within::<Go>(sock, PARENT)? {
+        Some(_) => Ok(()),
+        None => bail!(Sys, "the supervisor died"),
     }
 }
 

@@ -87,7 +87,7 @@ fn set_queue(backing: &str, what: &str, value: &str) {
 }
 
 /// Binds `disk` to a new loop device, its number `first` or above. `chosen` learns each device that is made, before it
-/// is bound. `name` is what losetup shows.
+/// is bound; its error ends the attempt. `name` is what losetup shows.
 pub fn attach(
     disk: &Path,
     first: u32,
@@ -108,12 +108,22 @@ pub fn attach(
         };
         // The number is enough to find and undo it; the sequence number comes with the binding.
         let mut binding = Binding { backing, rdev, diskseq: 0 };
-        chosen(&binding)?;
+        if let Err(e) = chosen(&binding) {
+            remove_unbound(&binding.backing, rdev);
+            return Err(e);
+        }
         set_queue(&binding.backing, "scheduler", "none");
         let options = OpenOptions::new().read(true).write(!read_only).clone();
         let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
             .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
-        let file = options.open(disk).ctx(Kind::Open, || format!("cannot open {}", disk.display()))?;
+        let file = match options.open(disk) {
+            Ok(file) => file,
+            Err(e) => {
+                drop(device);
+                remove_unbound(&binding.backing, rdev);
+                return Err(Error::with(Kind::Open, format!("cannot open {}", disk.display()), e));
+            }
+        };
         let mut flags = loopdev::DIRECT_IO | loopdev::PARTSCAN;
         if read_only {
             flags |= loopdev::READ_ONLY;
@@ -124,7 +134,7 @@ pub fn attach(
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
             Err(e) => {
                 drop(device);
-                let _ = loopdev::remove(control.as_fd(), n);
+                remove_unbound(&binding.backing, rdev);
                 let text = format!("LOOP_CONFIGURE of {} failed (Linux 5.8 or later is needed)", binding.backing);
                 return Err(Error::with(Kind::Loop, text, e));
             }
