@@ -103,7 +103,9 @@ fn long_option<'a>(
 mod tests {
     use super::*;
 
-    fn run(args: &[&str]) -> Result<(Vec<(char, String)>, Vec<String>), String> {
+    type Parsed = (Vec<(char, String)>, Vec<String>);
+
+    fn run(args: &[&str]) -> Result<Parsed, String> {
         let args: Vec<OsString> = args.iter().map(OsString::from).collect();
         let long = [("force", false, 'f'), ("hard-force", false, 'F'), ("blocksize", true, 'b')];
         let text = |s: OsString| s.into_string().unwrap();
