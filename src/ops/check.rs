@@ -1,10 +1,13 @@
 //! Checking an image file, or a disk with all that its descriptor names.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -13,15 +16,21 @@ use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::{self, Guid};
 pub use crate::image::check::{CheckOptions, CheckReport};
 use crate::image::check::{check_file, read_header};
+use crate::image::open::open_level;
 use crate::report;
+use crate::sys::reopen::{Access, reopen};
 
 /// Checks one image file, and repairs what the options say. `InUse` if a device of this machine has it open and
 /// anything could be written.
 pub fn check_image(path: &Path, options: &CheckOptions) -> Result<CheckReport> {
     let _operation = report::cancel::begin();
-    if !options.read_only {
-        refuse_attached(path)?;
-    }
+    let _lock = match options.read_only {
+        true => None,
+        false => {
+            refuse_attached(path)?;
+            hold(path, None)?
+        }
+    };
     let found = check_file(path, None, options)?;
     tell(&found);
     Ok(found)
@@ -51,7 +60,9 @@ pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
             raw_blocksize: Some(u64::from(disk.blocksize.sectors())),
             ..CheckOptions::default()
         };
+        let lock = hold(&image.file, Some(&disk.dir))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
+        drop(lock);
         tell(&found);
         if found.cluster != disk.blocksize {
             bail!(
@@ -111,10 +122,14 @@ fn tell(found: &CheckReport) {
 
 /// A server that writes to the file would be fooled by any change.
 fn refuse_attached(path: &Path) -> Result<()> {
-    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot look at image {}", path.display()))?;
+    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
     let id = (meta.dev(), meta.ino());
-    // Whoever cannot ask (not root, no runtime folder) has no devices either.
-    for found in device::list().unwrap_or_default() {
+    let devices = match device::list() {
+        // Who is not root may not be allowed to ask, and the lock below still tells.
+        Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
+        other => other.unwrap_or_default(),
+    };
+    for found in devices {
         if found.state != device::State::Dead && found.record.ids.contains(&id) {
             bail!(
                 InUse,
@@ -125,6 +140,21 @@ fn refuse_attached(path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The lock that a server holds on the image that it writes, also one of which our /run/ploop knows nothing.
+fn hold(path: &Path, dir: Option<&Path>) -> Result<Option<Flock<File>>> {
+    let fd = open_level(path, dir)?;
+    let (file, _) =
+        reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => {
+            bail!(InUse, "{} is locked by a program that writes to it; end that first", path.display())
+        }
+        // A file system without such locks.
+        Err(_) => Ok(None),
+    }
 }
 
 /// Files that an interrupted operation can have left: told, never touched.

@@ -14,6 +14,7 @@ use crate::descriptor::FILE_NAME;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fs::helper;
 use crate::fs::mounts;
+use crate::fs::stat::FsInfo;
 use crate::report;
 
 /// Where the tour's lines go.
@@ -25,18 +26,29 @@ const FILE_BYTES: usize = 1 << 20;
 /// Bytes of the measured file.
 const MEASURED: u64 = 256 << 20;
 const PIECE: usize = 1 << 20;
+/// What the image can grow to, and some room.
+const NEEDED: u64 = 600 << 20;
 
 /// Takes the tour. `program` is the `ploop` command that is run; `parent` where the folder is made. What was made is
 /// removed, also after an error or a cancellation.
 pub fn run(program: &Path, parent: &Path, show: &mut Show<'_>) -> Result<()> {
     let _operation = report::cancel::begin();
+    let free = FsInfo::of(parent)?;
+    let free = free.block_size.saturating_mul(free.free_blocks);
+    if free < NEEDED {
+        // A disk whose image finds no space waits for it, and so would the tour.
+        bail!(
+            Fallocate,
+            "{} has {} MiB free, the tour needs {}; name another folder: ploop tour DIR",
+            parent.display(),
+            free >> 20,
+            NEEDED >> 20
+        );
+    }
     let folder = mkdtemp(&parent.join("ploop-tour.XXXXXX"))
         .ctx(Kind::Mkdir, || format!("no temporary folder can be made in {}", parent.display()))?;
     let mut tour = Tour { program, folder, show, number: 0 };
     let end = tour.steps();
-    if let Err(e) = &end {
-        (tour.show)(&format!("\nThe tour stops: {e}"));
-    }
     // Cleaning up is not to be cancelled.
     report::cancel::clear();
     let cleaned = tour.clean_up();

@@ -16,7 +16,7 @@ pub const COMMAND: Command = Command {
     usage: "\
 Usage: ploop tour [DIR]
 
-Makes a disk in a temporary folder (in DIR, else in $TMPDIR or /tmp; about 500 MB), mounts it, writes, unmounts,
+Makes a disk in a temporary folder (in DIR, else in $TMPDIR or /tmp; 600 MB), mounts it, writes, unmounts,
 mounts again, compares and measures. Shows each command and what came of it, and cleans up. Needs root.
 Exit status 0: all of it worked; 2: something is missing here, it says what; else the code of the step that failed.
 ",
@@ -45,7 +45,9 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         // Nobody may be reading any more; what was made must be cleaned up all the same.
         let _ = result(line);
     };
-    // The tour has told the error itself.
-    tour::run(&program, Path::new(&parent), &mut show).map_err(|e| Fail::Status(e.code() as u8))?;
+    if let Err(e) = tour::run(&program, Path::new(&parent), &mut show) {
+        result(format_args!("\nThe tour stops: {e}"))?;
+        return Err(Fail::Status(e.code() as u8));
+    }
     result("\nAll of it worked, and nothing is left behind. ploop --help shows the commands.")
 }
