@@ -12,7 +12,7 @@ use ploop::device::{self, State};
 fn attach_list_write_detach() {
     let Some(t) = Bench::new("attach") else { return };
     let image = t.image("a.hdd", "64M");
-    let device = t.attach(&image).unwrap();
+    let device = t.attach_numbered(&image).unwrap();
     assert_eq!(device.state, State::Running);
     let node = device.node().to_path_buf();
     let meta = fs::metadata(&node).unwrap();

@@ -125,8 +125,10 @@ fn killed_cgroup_and_other_mount_namespace() {
     let exe = std::env::current_exe().unwrap();
     // In a group and a mount namespace of its own; the caller stays alive until the group is killed.
     let script = format!(
-        "echo $$ > {}/cgroup.procs; mount --make-rprivate / 2>/dev/null; \"$0\" --exact --nocapture child; sleep 100",
-        group.display()
+        "echo $$ > {}/cgroup.procs; mount --make-rprivate / 2>/dev/null; \"$0\" --exact --nocapture child; touch {}; \
+         sleep 100",
+        group.display(),
+        t.dir.path().join("attached").display()
     );
     let mut caller = Command::new("unshare")
         .args(["-m", "sh", "-c", &script])
@@ -139,6 +141,8 @@ fn killed_cgroup_and_other_mount_namespace() {
         let all = device::list().unwrap();
         all.into_iter().find(|d| d.top() == image && d.state == State::Running)
     });
+    // An attach whose caller dies before the answer is undone.
+    within(10, "the answer", || t.dir.path().join("attached").exists().then_some(()));
     let killed = fs::write(group.join("cgroup.kill"), "1");
     if killed.is_err() {
         caller.kill().unwrap();
@@ -202,7 +206,7 @@ fn twenty_at_once() {
     let Some(t) = Bench::new("twenty_at_once") else { return };
     let images: Vec<PathBuf> = (0..20).map(|i| t.image(&format!("{i}.hdd"), "32M")).collect();
     let devices: Vec<_> = std::thread::scope(|s| {
-        let threads: Vec<_> = images.iter().map(|image| s.spawn(|| t.attach(image).unwrap())).collect();
+        let threads: Vec<_> = images.iter().map(|image| s.spawn(|| t.attach_numbered(image).unwrap())).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     let mut names: Vec<&str> = devices.iter().map(|d| d.name()).collect();

@@ -5,11 +5,14 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ploop::device::{self, AttachSpec, Device, Level};
 use ploop::server::proto::Marked;
 use ploop::server::{nodes, runtime};
+
+static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// A scratch folder for one test; devices that the test forgot end with it.
 pub struct Bench {
@@ -49,9 +52,15 @@ impl Bench {
             marked: Marked::Refuse,
             component: String::new(),
             descriptor: None,
-            device: None,
+            // Nobody else who uses devices at the same time takes this name after us.
+            device: Some(format!("ploop-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))),
             trace: false,
         }
+    }
+
+    /// Attaches under the next free number.
+    pub fn attach_numbered(&self, image: &Path) -> ploop::Result<Device> {
+        device::attach(AttachSpec { device: None, ..self.spec(image) })
     }
 
     pub fn attach(&self, image: &Path) -> ploop::Result<Device> {
@@ -61,15 +70,19 @@ impl Bench {
     /// Nothing of the device is left.
     pub fn assert_gone(&self, device: &Device) {
         let r = &device.record;
-        assert!(nodes::existing(Path::new("/dev"), &r.name).is_empty(), "nodes of {} are left", r.name);
-        assert!(!runtime::device_dir(&r.name).exists(), "the folder of {} is left", r.name);
-        assert!(!Path::new("/sys/block").join(&r.backing).exists(), "{} is left", r.backing);
+        // A number may be somebody else's by now.
+        if runtime::number(&r.name).is_none() {
+            assert!(nodes::existing(Path::new("/dev"), &r.name).is_empty(), "nodes of {} are left", r.name);
+            assert!(!runtime::device_dir(&r.name).exists(), "the folder of {} is left", r.name);
+            assert!(device::by_node(&r.name).unwrap().is_none());
+        }
+        let identity = runtime::disk_identity(&r.backing);
+        assert!(identity.is_none_or(|(_, seq)| seq > r.diskseq + 1), "{} is left: {identity:?}", r.backing);
         let end = Instant::now() + Duration::from_secs(2);
         while runtime::alive(r.supervisor) || runtime::alive(r.worker) {
             assert!(Instant::now() < end, "processes of {} are left", r.name);
             pause(5);
         }
-        assert!(device::by_node(&r.name).unwrap().is_none());
     }
 
     /// Debian's ploop and qemu have nothing to complain about.
