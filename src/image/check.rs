@@ -131,6 +131,17 @@ impl Check<'_> {
         } else {
             let header = self.header()?;
             let skipped = !header.is_marked() && !self.options.force && !self.options.hard_force;
+            let full = (header.sectors / u64::from(header.cluster.sectors())) as u32;
+            if !skipped && header.size_clusters != header.clusters() && header.size_clusters != full {
+                // The classic never looks at it, so that it is no error; others size the BAT from it.
+                self.notes.push(format!(
+                    "size in clusters is {} at offset 32 of the header: {} would fit the {} sectors at offset 36; qemu \
+                     and dm-ploop may refuse the image",
+                    header.size_clusters,
+                    header.clusters(),
+                    header.sectors
+                ));
+            }
             if !skipped {
                 self.table(&header, len)?;
             }
