@@ -364,8 +364,8 @@ def case_not_supported(t):
     """Encryption, volumes and stages of a reverse merge are refused by name, not ignored."""
     folder = t.mkdir("img")
     img = os.path.join(folder, "root.hdd")
-    ploop("init", "-s", "64m", "-t", "none", img)
-    dd = os.path.join(folder, "DiskDescriptor.xml")
+    dd, paths = ploopimg.write_chain(folder, 2, 2, 2048, 64 * 2048)
+    img = paths[-1]
     plain = open(dd).read()
     was = devlib.identity(img)
     for word, old, new in (("ncrypt", "<Padding>0</Padding>", "<Padding>0</Padding><Encryption><KeyId>k1</KeyId></Encryption>"),

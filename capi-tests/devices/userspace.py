@@ -335,6 +335,7 @@ def dirty_copy(t):
         os.fsync(f.fileno())
     copy = os.path.join(t.mkdir("copy"), "root.hdd")
     run("cp", "--sparse=never", img, copy)
+    run("sync", copy)
     check(ploopimg.Image(copy).header.in_use == ploopimg.IN_USE, "a mounted image is not marked in use")
     return img, dd, point, copy, sums
 
