@@ -58,10 +58,10 @@ def case_qemu_create(t):
     """qemu-img create; by descriptor and by path; then written by qemu again."""
     devlib.have("qemu-img", "qemu-io")
     img = t.path("q.hds")
-    run("qemu-img", "create", "-f", "parallels", img, "2G")
-    size = 2 << 30
+    size = devlib.pick(768, 2048) * MIB
+    run("qemu-img", "create", "-f", "parallels", img, size)
     dd = with_descriptor(img, size // 512, 2048)
-    spots = [k * MIB for k in (0, 1, 2, 500, 1023, 2047)]
+    spots = [k * MIB for k in (0, 1, 2, 500, 767)]
     model = write_and_close(t, [dd], size, None, 11, 400, spots)
     bad = ploopimg.validate(img, leaks_allowed=True)
     check(not bad, "; ".join(bad))

@@ -113,7 +113,7 @@ def commands(t, with_filesystem):
     r = tell("mount", dd)
     check(r.rc == 0, f"mount by descriptor: {r.text}")
     again = t.device_of(dd)
-    t.later(t._drop, again)
+    t.drop_later(again)
     check(devlib.record(again)["backing"] != loop, "the stranger's loop device was taken")
     if not with_filesystem:
         d = devlib.Direct(again)

@@ -64,7 +64,7 @@ def case_path_read_only(t):
     was = devlib.identity(img)
     r = ploop("mount", "-r", img)
     dev = re.search(r"dev=(/dev/ploop\d+)", r.out).group(1)
-    t.later(t._drop, dev)
+    t.drop_later(dev)
     typed = re.search(r"^.*\bmount\b.*(/dev/ploop\S+)\s+\S+.*$", r.out, re.M)
     check(typed, f"no mount command to type is printed: {r.out}")
     refuses_writes(dev)
@@ -444,19 +444,19 @@ def case_written_by_another_ours(t):
 
 
 def large_bat(t, version):
-    """A BAT of several clusters (32 KiB clusters, 2 GiB: nine), written at the borders of its clusters and pages."""
+    """A BAT of several clusters (32 KiB clusters; 2 GiB: nine), written at the borders of its clusters and pages."""
     folder = t.mkdir(f"v{version}")
     img = os.path.join(folder, "root.hdd")
-    ploop("init", "-s", "2g", "-b", 64, "-v", version, "-t", "none", img)
+    bats, size, n = devlib.pick((4, 800 * MIB, 32768), (9, 2 << 30, 32768))
+    ploop("init", "-s", size // 512, "-b", 64, "-v", version, "-t", "none", img)
     dd = os.path.join(folder, "DiskDescriptor.xml")
     h = ploopimg.Image(img).header
-    check(h.l1 == 9, f"a BAT of {h.l1} clusters, 9 wanted")
-    size, n = 2 << 30, 32768
+    check(h.l1 == bats, f"a BAT of {h.l1} clusters, {bats} wanted")
     model = devlib.Model(t.path(f"model{version}"), size)
-    spots = [c * n for b in range(9) for c in (8176 + 8192 * b - 1, 8176 + 8192 * b) if c * n < size]
-    spots += [c * n for p in range(1, 60, 7) for c in (1024 * p - 17, 1024 * p - 16)] + [0, size - n]
+    spots = [c * n for b in range(bats) for c in (8176 + 8192 * b - 1, 8176 + 8192 * b) if c * n < size]
+    spots += [c * n for p in range(1, size // n // 1024, 3) for c in (1024 * p - 17, 1024 * p - 16)] + [0, size - n]
     dev = t.mount(dd)
-    devlib.scribble(dev, model, version, 1500, spots=spots)
+    devlib.scribble(dev, model, version, devlib.pick(700, 2000), spots=spots)
     devlib.flush_buffers(dev)
     model.compare(dev)
     t.umount(dd)

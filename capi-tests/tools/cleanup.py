@@ -133,6 +133,17 @@ def abort_connection(number):
                 f"mount -t fusectl none /sys/fs/fuse/connections; echo 1 > /sys/fs/fuse/connections/{number}/abort", limit=10)
 
 
+def still_bound(rec):
+    """The loop device of the record is still the one that the record means, not a later user of the number."""
+    loop = rec.get("backing", "")
+    try:
+        with open(f"/sys/block/{loop}/diskseq") as f:
+            seq = int(f.read())
+        return os.stat("/dev/" + loop).st_rdev == rec["rdev"] and rec.get("diskseq") in (0, seq)
+    except (OSError, ValueError):
+        return False
+
+
 def drop_device(name, rec):
     """Takes one of our devices away: politely, else by its record. Says what went wrong with the polite way."""
     said = []
@@ -151,15 +162,8 @@ def drop_device(name, rec):
         time.sleep(0.1)
     if rec:
         abort_connection(rec.get("connection"))
-        loop = rec.get("backing", "")
-        try:
-            same = os.stat("/dev/" + loop).st_rdev == rec["rdev"]
-            with open(f"/sys/block/{loop}/diskseq") as f:
-                same &= rec.get("diskseq") in (0, int(f.read()))
-        except OSError:
-            same = False
-        if same:
-            quietly("losetup", "-d", "/dev/" + loop, limit=10)
+        if still_bound(rec):
+            quietly("losetup", "-d", "/dev/" + rec["backing"], limit=10)
     for node in nodes():
         if node == "/dev/" + name or node.startswith(f"/dev/{name}p"):
             os.unlink(node)
@@ -174,6 +178,8 @@ def clean(scratch):
     ours = {n: r for n, r in records().items() if is_ours(r, scratch)}
     numbers = set()
     for name, rec in ours.items():
+        if not still_bound(rec):
+            continue
         rdev = rec.get("rdev", 0)
         numbers.add(f"{os.major(rdev)}:{os.minor(rdev)}")
         loop = rec.get("backing", "")

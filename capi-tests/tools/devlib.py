@@ -197,6 +197,12 @@ def record(name):
         return json.load(f)
 
 
+def identity_of_device(name):
+    """What tells a device from a later one of the same name."""
+    r = record(name)
+    return r["rdev"], r["diskseq"], r["ids"]
+
+
 def wait_for(what, condition, limit=10.0, step=0.02):
     end = time.monotonic() + limit
     while True:
@@ -465,12 +471,24 @@ class Case:
         m = re.search(r"dev=(/dev/\S+)", r.out)
         check(m, f"no `dev=/dev/ploopN` in the output of mount: {r.out}")
         dev = m.group(1).rstrip(",;:.)")
-        self.later(self._drop, dev)
+        self.drop_later(dev)
         return dev
 
-    def _drop(self, dev):
-        if os.path.exists(f"{RUN}/{os.path.basename(dev)}"):
-            ploop("umount", "-d", dev, rc=None)
+    def drop_later(self, dev):
+        """Takes the device away at the end, if it still runs then and its name is not another disk's by now."""
+        try:
+            was = identity_of_device(dev)
+        except (OSError, ValueError):
+            was = None
+
+        def drop():
+            try:
+                now = identity_of_device(dev)
+            except (OSError, ValueError):
+                return
+            if was in (None, now):
+                ploop("umount", "-d", dev, rc=None)
+        self.later(drop)
 
     def umount(self, *args, rc=0, **kw):
         return ploop("umount", *args, rc=rc, **kw)
