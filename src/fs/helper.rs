@@ -1,7 +1,7 @@
 //! Helper programs (mkfs, tune2fs, fsck, ...): where they are looked for, how they are run, and what of them is shown.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -95,18 +95,46 @@ pub fn outcome(program: &Path, args: &[&OsStr]) -> io::Result<Outcome> {
     collect(spawn(program, args)?)
 }
 
-fn spawn(path: &Path, args: &[&OsStr]) -> io::Result<Child> {
-    Command::new(path)
+/// Tells the exit status of the program that it runs at the end of its output. It ends that program when it is ended.
+const TELL: &str = r#""$@" & p=$!; trap 'kill $p' TERM; wait $p; s=$?; wait $p; printf '\000%d' $s"#;
+
+/// A caller that ignores or handles SIGCHLD can take the exit status of our children away.
+fn status_is_safe() -> bool {
+    const SIGCHLD: u32 = libc::SIGCHLD as u32 - 1;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let masks = status.lines().filter_map(|l| l.strip_prefix("SigIgn:").or(l.strip_prefix("SigCgt:")));
+    let masks: Vec<u64> = masks.filter_map(|m| u64::from_str_radix(m.trim(), 16).ok()).collect();
+    masks.len() == 2 && masks.iter().all(|m| m >> SIGCHLD & 1 == 0)
+}
+
+fn spawn(path: &Path, args: &[&OsStr]) -> io::Result<Running> {
+    let told = !status_is_safe();
+    let mut command = match told {
+        false => Command::new(path),
+        true => {
+            let mut shell = Command::new("/bin/sh");
+            shell.args(["-c", TELL, "sh"]).arg(path);
+            shell
+        }
+    };
+    let child = command
         .args(args)
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .spawn()
+        .spawn()?;
+    Ok(Running { child, told })
+}
+
+struct Running {
+    child: Child,
+    /// The status comes at the end of the output.
+    told: bool,
 }
 
 /// Drains both pipes in this very thread: a signal that asks for cancellation must find no other one to interrupt.
-fn collect(mut child: Child) -> io::Result<Outcome> {
+fn collect(Running { mut child, told }: Running) -> io::Result<Outcome> {
     let _guard = i32::try_from(child.id()).ok().and_then(report::cancel::register_child);
     let mut pipes = [
         (child.stdout.take().map(|p| File::from(OwnedFd::from(p))), Vec::new()),
@@ -128,8 +156,20 @@ fn collect(mut child: Child) -> io::Result<Outcome> {
             }
         }
     }
-    let status = child.wait()?;
-    let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    let waited = child.wait();
+    let status = match told {
+        false => {
+            let status = waited?;
+            status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+        }
+        true => {
+            let out = &mut pipes[0].1;
+            let at = out.iter().rposition(|b| *b == 0).ok_or_else(|| io::Error::other("it did not tell"))?;
+            let number = out.split_off(at);
+            let number = String::from_utf8_lossy(&number[1..]).into_owned();
+            number.parse().map_err(|_| io::Error::other(format!("it told {number:?}")))?
+        }
+    };
     let [out, err] = pipes.map(|(_, kept)| String::from_utf8_lossy(&kept).into_owned());
     Ok(Outcome { status, out, err })
 }
@@ -177,6 +217,20 @@ mod tests {
         assert_eq!(o.complaint(), "status 3: oops");
         let o = run("sh", &["-c".as_ref(), "kill -9 $$".as_ref()]).unwrap();
         assert_eq!(o.status, 128 + 9);
+    }
+
+    #[test]
+    fn status_can_be_told() {
+        let run = |script: &str| {
+            let mut shell = Command::new("/bin/sh");
+            shell.args(["-c", TELL, "sh", "/bin/sh", "-c", script]).stdin(Stdio::null());
+            let child = shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            collect(Running { child, told: true }).unwrap()
+        };
+        let o = run("echo out; echo oops >&2; exit 3");
+        assert_eq!((o.status, o.out.as_str(), o.err.as_str()), (3, "out\n", "oops\n"));
+        assert_eq!(run("kill -9 $$").status, 128 + 9);
+        assert_eq!(run("exit 0").status, 0);
     }
 
     #[test]

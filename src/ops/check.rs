@@ -201,3 +201,22 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::ImageMode;
+    use crate::units::ClusterSize;
+
+    #[test]
+    fn orphans_are_deltas_that_nothing_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = dir.path().join("root.hdd");
+        let disk = Descriptor::new_base(&first, 2048, ClusterSize::DEFAULT, ImageMode::Expanded).unwrap();
+        let orphan = dir.path().join("root.hdd.{11111111-2222-4333-8444-555555555555}");
+        for path in [&first, &orphan, &dir.path().join("root.hdd.bak"), &dir.path().join("other.{1}")] {
+            fs::write(path, "x").unwrap();
+        }
+        assert_eq!(orphans(&disk, &first), [orphan]);
+    }
+}

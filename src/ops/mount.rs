@@ -367,3 +367,57 @@ fn drop_cache(disk: &LockedDescriptor) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::{Image, ImageMode, Shot};
+    use crate::format::guid;
+
+    #[test]
+    fn snapshots_are_found_by_guid_and_the_base_by_its_word() {
+        let mut disk =
+            Descriptor::new_base(Path::new("/d/root.hdd"), 2048, ClusterSize::DEFAULT, ImageMode::Expanded).unwrap();
+        assert_eq!(wanted(&disk, None).unwrap(), guid::TOP);
+        assert_eq!(wanted(&disk, Some("base")).unwrap(), guid::TOP);
+        let first = Guid::parse("{aaaaaaaa-2222-4333-8444-555555555555}").unwrap();
+        disk.images[0].guid = first;
+        disk.shots[0].guid = first;
+        disk.images.push(Image { guid: guid::TOP, file: "/d/root.hdd.1".into() });
+        disk.shots.push(Shot { guid: guid::TOP, parent: first, temporary: false, reverse_merge: None });
+        assert_eq!(wanted(&disk, None).unwrap(), guid::TOP);
+        assert_eq!(wanted(&disk, Some("base")).unwrap(), first);
+        assert_eq!(wanted(&disk, Some("AAAAAAAA-2222-4333-8444-555555555555")).unwrap(), first);
+        for unknown in ["{bbbbbbbb-2222-4333-8444-555555555555}", "Base", ""] {
+            assert_eq!(wanted(&disk, Some(unknown)).unwrap_err().kind(), Kind::NoSnap, "{unknown}");
+        }
+    }
+
+    #[test]
+    fn raw_clusters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("raw");
+        let cluster = |len: u64, given| {
+            fs::write(&path, []).unwrap();
+            fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(len).unwrap();
+            raw_cluster(&level(&path, None, true).unwrap(), given).map(ClusterSize::bytes).map_err(|e| e.kind())
+        };
+        assert_eq!(cluster(8 << 20, None), Ok(1 << 20));
+        assert_eq!(cluster(3 << 19, None), Ok(1 << 19));
+        assert_eq!(cluster(32 << 10, None), Ok(32 << 10));
+        assert_eq!(cluster((32 << 10) + 512, None), Err(Kind::Param));
+        assert_eq!(cluster(0, None), Err(Kind::Param));
+        assert_eq!(cluster(512, ClusterSize::from_sectors(64).ok()), Ok(32 << 10));
+        fs::write(&path, "WithouFreSpacExt and more of it, until a header is full of something else").unwrap();
+        let e = raw_cluster(&level(&path, None, true).unwrap(), None).unwrap_err();
+        assert!(e.to_string().contains("signature"), "{e}");
+        assert_eq!(level(&dir.path().join("gone"), None, false).unwrap_err().kind(), Kind::Mount);
+    }
+
+    #[test]
+    fn component_names() {
+        assert!(find::check_component("").is_ok());
+        assert!(find::check_component(&"c".repeat(63)).is_ok());
+        assert_eq!(find::check_component(&"c".repeat(64)).unwrap_err().kind(), Kind::Param);
+    }
+}
