@@ -43,16 +43,18 @@ impl Span {
 }
 
 impl Arena {
-    /// Maps `len` bytes (rounded up to 2 MiB) on huge pages where they can be had, and touches all of them. They are
-    /// locked where that is permitted, and never given back.
-    pub fn leak(len: usize) -> io::Result<&'static Arena> {
-        let len = len.next_multiple_of(HUGE);
+    /// Maps `ready` bytes (rounded up to 2 MiB) on huge pages where they can be had, and touches all of them. They are
+    /// locked where that is permitted, and never given back. After them comes address space for `reserve` bytes more,
+    /// without memory; see [`open`](Self::open).
+    pub fn leak(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
+        let ready = ready.next_multiple_of(HUGE);
+        let len = ready + reserve.next_multiple_of(HUGE);
         // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, disturbs nobody.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
                 len + HUGE,
-                libc::PROT_READ | libc::PROT_WRITE,
+                libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
@@ -70,24 +72,55 @@ impl Arena {
                 libc::munmap(start, skip);
             }
             libc::munmap(base.add(len).cast(), HUGE - skip);
-            libc::madvise(base.cast(), len, libc::MADV_HUGEPAGE);
             libc::madvise(base.cast(), len, libc::MADV_DONTFORK);
-            if libc::madvise(base.cast(), len, libc::MADV_POPULATE_WRITE) != 0 {
-                // Before 5.14: one store in every page does the same.
-                for at in (0..len).step_by(4096) {
-                    base.add(at).write_volatile(0);
-                }
-            }
-            libc::mlock(base.cast(), len);
             base
         };
         let Some(base) = NonNull::new(base) else {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         };
-        Ok(Box::leak(Box::new(Arena { base, len })))
+        let arena = Box::leak(Box::new(Arena { base, len }));
+        arena.open(Span { at: 0, len: ready })?;
+        Ok(arena)
     }
 
-    /// Bytes of the arena.
+    /// Puts locked memory behind a part of the reserve (whole pages). Until then every access to it is a fault.
+    pub fn open(&self, span: Span) -> io::Result<()> {
+        let at = self.ptr(span);
+        // SAFETY: the part lies inside the mapping. Changing its protection from none to all disturbs nobody, the advices
+        // do not change content, and the stores fall into memory that nobody uses yet.
+        unsafe {
+            if libc::mprotect(at.cast(), span.len, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
+            if libc::madvise(at.cast(), span.len, libc::MADV_POPULATE_WRITE) != 0 {
+                let e = io::Error::last_os_error();
+                if e.raw_os_error() != Some(libc::EINVAL) {
+                    return Err(e);
+                }
+                // Before 5.14: one store in every page does the same.
+                for page in (0..span.len).step_by(4096) {
+                    at.add(page).write_volatile(0);
+                }
+            }
+            libc::mlock(at.cast(), span.len);
+        }
+        Ok(())
+    }
+
+    /// Gives back the memory of a part that [`open`](Self::open) made usable. Nobody, the kernel included, may have any
+    /// business with it; who does meets a fault.
+    pub fn close(&self, span: Span) {
+        let at = self.ptr(span);
+        // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access.
+        unsafe {
+            libc::munlock(at.cast(), span.len);
+            libc::madvise(at.cast(), span.len, libc::MADV_DONTNEED);
+            libc::mprotect(at.cast(), span.len, libc::PROT_NONE);
+        }
+    }
+
+    /// Bytes of the arena, the reserve included.
     pub fn bytes(&self) -> usize {
         self.len
     }
@@ -176,7 +209,7 @@ mod tests {
 
     #[test]
     fn parts_are_copied_and_cleared() {
-        let a = Arena::leak(1).unwrap();
+        let a = Arena::leak(1, 0).unwrap();
         assert_eq!(a.bytes(), HUGE);
         let one = Span { at: 4096, len: 16 };
         let two = Span { at: 8192, len: 16 };
@@ -190,7 +223,7 @@ mod tests {
 
     #[test]
     fn files_are_read_and_written_around_a_head() {
-        let a = Arena::leak(1).unwrap();
+        let a = Arena::leak(1, 0).unwrap();
         let (r, w) = nix::unistd::pipe().unwrap();
         let data = Span { at: 512, len: 6 };
         a.put(data, b"world!");
@@ -203,9 +236,24 @@ mod tests {
     }
 
     #[test]
+    fn a_reserve_comes_and_goes() {
+        let a = Arena::leak(1, 4 << 20).unwrap();
+        assert_eq!(a.bytes(), HUGE + (4 << 20));
+        let part = Span { at: HUGE + (1 << 20), len: 1 << 20 };
+        a.open(part).unwrap();
+        a.put(part, b"here");
+        a.close(part);
+        a.open(part).unwrap();
+        let mut got = [1; 4];
+        a.get(part, &mut got);
+        assert_eq!(got, [0; 4]);
+        a.close(part);
+    }
+
+    #[test]
     #[should_panic(expected = "outside of the arena")]
     fn nothing_outside_is_touched() {
-        let a = Arena::leak(1).unwrap();
+        let a = Arena::leak(1, 0).unwrap();
         a.zero(Span { at: HUGE - 8, len: 9 });
     }
 }

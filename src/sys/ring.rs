@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn data_travels_and_polls_fire() {
-        let arena = Arena::leak(1).unwrap();
+        let arena = Arena::leak(1, 0).unwrap();
         let mut ring = Ring::new(8, arena).unwrap();
         let file = tempfile::tempfile().unwrap();
         let (r, w) = nix::unistd::pipe().unwrap();

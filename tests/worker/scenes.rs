@@ -24,6 +24,7 @@ pub const ALL: &[(&str, Scene)] = &[
     ("one_writer", one_writer),
     ("marks", marks),
     ("new_supervisor", new_supervisor),
+    ("no_space", no_space),
     ("kills", kills),
     ("kills_in_a_chain", kills_in_a_chain),
 ];
@@ -188,6 +189,71 @@ fn new_supervisor(dir: &Path) {
     assert_eq!(text, "6 descriptors, takeover true: [Flushed { error: None }, Closed { error: None }]");
     assert!(child.wait().unwrap().success());
     check_by_others(&top);
+}
+
+/// Writes that find no space wait; reads go on meanwhile, whatever the waiting writes hold; space ends it.
+fn no_space(dir: &Path) {
+    let (disk, fs) = (dir.join("disk"), dir.join("fs"));
+    std::fs::File::create(&disk).unwrap().set_len(160 * MIB).unwrap();
+    std::fs::create_dir(&fs).unwrap();
+    let run = |program: &str, args: &[&std::ffi::OsStr]| {
+        assert!(Command::new(program).args(args).status().unwrap().success(), "{program}");
+    };
+    run("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), disk.as_ref()]);
+    run("mount", &["-oloop".as_ref(), disk.as_ref(), fs.as_ref()]);
+    let top = image(&fs, "top", 2048, 256);
+    let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
+    rig.serve(false);
+    let file = rig.open();
+    let mut buf = AlignedBuf::new(1 << 20);
+    let mut wanted = vec![0; 1 << 20];
+    let first = Region { offset: 0, len: 1 << 20, seq: 5 };
+    load::stamp(&mut buf[..first.len], first.offset, first.seq);
+    file.write_all_at(&buf[..first.len], first.offset).unwrap();
+    // What is left for the image: some 40 MiB.
+    let ballast = fs.join("ballast");
+    let left = nix::sys::statvfs::statvfs(&fs).unwrap();
+    let left = left.blocks_available() * left.block_size();
+    let hole = std::fs::File::create(&ballast).unwrap();
+    nix::fcntl::fallocate(&hole, nix::fcntl::FallocateFlags::empty(), 0, (left - 10 * MIB) as i64).unwrap();
+    let regions: Vec<_> = (0..110u64).map(|i| Region { offset: (100 + i) * MIB, len: 1 << 20, seq: 100 + i }).collect();
+    thread::scope(|s| {
+        for r in &regions {
+            let file = &file;
+            s.spawn(move || {
+                let mut buf = AlignedBuf::new(r.len);
+                load::stamp(&mut buf[..r.len], r.offset, r.seq);
+                file.write_all_at(&buf[..r.len], r.offset).unwrap();
+            });
+        }
+        let end = Instant::now() + Duration::from_secs(20);
+        while !rig.shm().status().no_space && Instant::now() < end {
+            thread::sleep(Duration::from_millis(50));
+        }
+        assert!(rig.shm().status().no_space);
+        thread::sleep(Duration::from_secs(3));
+        for _ in 0..5 {
+            let start = Instant::now();
+            load::check(&file, &first, &mut buf, &mut wanted).unwrap();
+            assert!(start.elapsed() < Duration::from_secs(2), "a read took {:?}", start.elapsed());
+        }
+        rig.replace();
+        load::check(&file, &first, &mut buf, &mut wanted).unwrap();
+        println!("{} kB while writes wait", rig.resident());
+        drop(hole);
+        std::fs::remove_file(&ballast).unwrap();
+    });
+    for r in &regions {
+        load::check(&file, r, &mut buf, &mut wanted).unwrap();
+    }
+    thread::sleep(Duration::from_millis(2500));
+    assert!(!rig.shm().status().no_space);
+    assert!(rig.resident() < 40 << 10, "{} kB resident", rig.resident());
+    drop(file);
+    rig.close();
+    drop(rig);
+    check_by_others(&top);
+    run("umount", &[fs.as_ref()]);
 }
 
 pub fn kill_count() -> u32 {

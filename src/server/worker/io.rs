@@ -115,6 +115,9 @@ impl<'a> IoThread<'a> {
                 }
             }
             Drained::Starved => {
+                if self.core.status().no_space {
+                    self.grow();
+                }
                 if !self.core.starving.swap(true, Ordering::AcqRel) {
                     self.core.inboxes[(self.number + 1) % THREADS].ring();
                 }
@@ -125,6 +128,14 @@ impl<'a> IoThread<'a> {
             Drained::Over => self.look = false,
         }
         Ok(())
+    }
+
+    /// What waits for space must not keep others from being read.
+    fn grow(&mut self) {
+        match self.core.common.grow(&self.core.memory) {
+            Ok(_) => {}
+            Err(e) => self.core.log.say(format!("no memory for more requests while writes wait for space: {e}")),
+        }
     }
 
     fn drain(&mut self) -> Drained {

@@ -68,6 +68,14 @@ impl Link {
         }
     }
 
+    /// Closes a device that nobody has used, for a supervisor that is gone.
+    pub fn close_unused(&mut self, core: &Core, kept: &Kept) -> Result<(), Errno> {
+        self.socket = None;
+        core.closing.store(true, Ordering::Release);
+        core.tell(MAIN_THREAD, Pending::Close);
+        self.serve(core, kept)
+    }
+
     /// Serves until the engine has closed; returns how that ended.
     pub fn serve(&mut self, core: &Core, kept: &Kept) -> Result<(), Errno> {
         let mut notices = Vec::new();
@@ -78,7 +86,14 @@ impl Link {
             if now >= tick {
                 tick = now + TICK;
                 core.tell(MAIN_THREAD, Pending::Tick);
-                core.shm.publish(&core.status());
+                let status = core.status();
+                core.shm.publish(&status);
+                if !status.no_space {
+                    core.common.shrink(&core.memory);
+                } else if core.starving.load(Ordering::Acquire) {
+                    // All buffers belong to writes that wait for space: time to make more.
+                    core.inboxes[0].ring();
+                }
             }
             core.notices.take(&mut notices);
             for notice in notices.drain(..) {

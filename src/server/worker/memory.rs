@@ -3,10 +3,14 @@
 //! A request is read from /dev/fuse into a big buffer, because nobody knows how long it is. Short ones move on into a
 //! small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory stays
 //! warm in the caches.
+//!
+//! While the host file system is full, writes that wait for space keep their buffers, and reads must go on: then, and
+//! only then, more big buffers are made, one for every request that the block device can have in flight.
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::engine::api::{BAT_PAGE, BounceId};
 use crate::server::fuse::MAX_IO;
@@ -29,11 +33,21 @@ pub const PAGES: usize = 32;
 /// Zeroes for file systems that cannot make them.
 const ZEROES: usize = 256 << 10;
 
+/// Further big buffers while writes wait for space: with the others one for each of 128 requests.
+const EXTRAS: usize = 128 - BIGS;
+/// So many are made at once.
+const EXTRA_STEP: usize = 8;
+
 const AT_BOUNCES: usize = BIGS * BIG;
 const AT_SMALLS: usize = AT_BOUNCES + BOUNCES * BOUNCE;
 const AT_PAGES: usize = AT_SMALLS + SMALLS * SMALL;
 
-/// A data buffer of a request: big ones first, then small ones.
+/// Where the memory of the extra buffers begins, behind all others.
+fn at_extras(threads: usize) -> usize {
+    (AT_PAGES + threads * PAGES * BAT_PAGE + ZEROES).next_multiple_of(2 << 20)
+}
+
+/// A data buffer of a request: big ones first, then small ones, then extra ones.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BufId(u16);
 
@@ -52,6 +66,14 @@ impl BufId {
     fn is_big(self) -> bool {
         usize::from(self.0) < BIGS
     }
+
+    fn extra(n: usize) -> BufId {
+        BufId((BIGS + SMALLS + n) as u16)
+    }
+
+    fn is_extra(self) -> bool {
+        usize::from(self.0) >= BIGS + SMALLS && self != BufId::NONE
+    }
 }
 
 /// The memory and how it is divided.
@@ -64,17 +86,18 @@ pub struct Memory {
 impl Memory {
     /// Maps and populates everything for so many I/O threads.
     pub fn new(threads: usize) -> io::Result<Memory> {
-        let len = AT_PAGES + threads * PAGES * BAT_PAGE + ZEROES;
-        Ok(Memory { arena: Arena::leak(len)?, threads })
+        Ok(Memory { arena: Arena::leak(at_extras(threads), EXTRAS * BIG)?, threads })
     }
 
     pub fn buffer(&self, id: BufId) -> Span {
         let n = usize::from(id.0);
         if id.is_big() {
             Span { at: n * BIG, len: BIG }
-        } else {
-            assert!(n - BIGS < SMALLS, "there is no buffer {n}");
+        } else if n < BIGS + SMALLS {
             Span { at: AT_SMALLS + (n - BIGS) * SMALL, len: SMALL }
+        } else {
+            assert!(n < BIGS + SMALLS + EXTRAS, "there is no buffer {n}");
+            Span { at: at_extras(self.threads) + (n - BIGS - SMALLS) * BIG, len: BIG }
         }
     }
 
@@ -144,10 +167,9 @@ impl Stash {
     /// Takes back what a request held.
     pub fn give(&mut self, buf: BufId, request: u32) {
         self.requests.push(request);
-        if buf == BufId::NONE {
-        } else if buf.is_big() {
+        if buf.is_big() || buf.is_extra() {
             self.bigs.push(buf);
-        } else {
+        } else if buf != BufId::NONE {
             self.smalls.push(buf);
         }
     }
@@ -157,6 +179,8 @@ impl Stash {
 #[derive(Debug)]
 pub struct Common {
     stash: Mutex<Stash>,
+    /// How many extra buffers there are.
+    extras: AtomicUsize,
 }
 
 impl Common {
@@ -166,7 +190,7 @@ impl Common {
         all.bigs.extend((0..BIGS).rev().map(|i| BufId(i as u16)));
         all.smalls.extend((BIGS..BIGS + SMALLS).rev().map(|i| BufId(i as u16)));
         all.requests.extend((0..REQUESTS as u32).rev());
-        Common { stash: Mutex::new(all) }
+        Common { stash: Mutex::new(all), extras: AtomicUsize::new(0) }
     }
 
     /// A stash for one thread with its share.
@@ -184,13 +208,45 @@ impl Common {
         top_up(&mut mine.requests, &mut all.requests, SHARE_REQUESTS);
     }
 
-    /// Takes from a thread's stash what exceeds its share.
+    /// Takes from a thread's stash what exceeds its share, and extra buffers.
     pub fn level(&self, mine: &mut Stash) {
+        if self.extras.load(Relaxed) > 0 {
+            let mut all = locked(&self.stash);
+            all.bigs.extend(mine.bigs.extract_if(.., |b| b.is_extra()));
+        }
         if mine.bigs.len() > SHARE_BIGS || mine.smalls.len() > SHARE_SMALLS || mine.requests.len() > SHARE_REQUESTS {
             let mut all = locked(&self.stash);
             cut(&mut mine.bigs, &mut all.bigs, SHARE_BIGS);
             cut(&mut mine.smalls, &mut all.smalls, SHARE_SMALLS);
             cut(&mut mine.requests, &mut all.requests, SHARE_REQUESTS);
+        }
+    }
+
+    /// Makes some extra big buffers, if there may be more of them; how many there are then.
+    pub fn grow(&self, memory: &Memory) -> io::Result<usize> {
+        let mut all = locked(&self.stash);
+        let now = self.extras.load(Relaxed);
+        let then = (now + EXTRA_STEP).min(EXTRAS);
+        for n in now..then {
+            memory.arena.open(memory.buffer(BufId::extra(n)))?;
+            all.bigs.push(BufId::extra(n));
+            self.extras.store(n + 1, Relaxed);
+        }
+        Ok(then)
+    }
+
+    /// Gives the memory of extra buffers back, the last first, as far as they are not in use.
+    pub fn shrink(&self, memory: &Memory) {
+        if self.extras.load(Relaxed) == 0 {
+            return;
+        }
+        let mut all = locked(&self.stash);
+        while let Some(n) = self.extras.load(Relaxed).checked_sub(1)
+            && let Some(at) = all.bigs.iter().position(|b| *b == BufId::extra(n))
+        {
+            all.bigs.swap_remove(at);
+            memory.arena.close(memory.buffer(BufId::extra(n)));
+            self.extras.store(n, Relaxed);
         }
     }
 
@@ -229,7 +285,42 @@ mod tests {
         assert!(all.windows(2).all(|w| w[0].at + w[0].len <= w[1].at));
         assert!(all.last().is_some_and(|s| s.at + s.len <= m.arena.bytes()));
         assert!(all.iter().all(|s| s.at % 4096 == 0));
-        assert!(m.arena.bytes() <= 28 << 20);
+        assert!(at_extras(2) <= 26 << 20);
+        let extra = m.buffer(BufId::extra(EXTRAS - 1));
+        assert!(extra.at + extra.len <= m.arena.bytes());
+    }
+
+    #[test]
+    fn extra_buffers_come_and_go() {
+        let m = Memory::new(2).unwrap();
+        let common = Common::new();
+        let mut mine = common.share();
+        let mut held = Vec::new();
+        loop {
+            common.refill(&mut mine);
+            match mine.next() {
+                Some((big, req)) => {
+                    mine.take_big();
+                    m.arena.zero(m.buffer(big));
+                    held.push((big, req));
+                }
+                None if held.len() == BIGS + EXTRAS => break,
+                None => assert!(common.grow(&m).unwrap() > 0),
+            }
+        }
+        assert_eq!(common.grow(&m).unwrap(), EXTRAS);
+        let last = held.pop().unwrap();
+        common.shrink(&m);
+        for (buf, req) in held {
+            mine.give(buf, req);
+        }
+        common.level(&mut mine);
+        common.shrink(&m);
+        assert_eq!(BufId::extra(common.extras.load(Relaxed)).0, last.0.0 + 1);
+        common.give(last.0, last.1);
+        common.shrink(&m);
+        assert_eq!(common.extras.load(Relaxed), 0);
+        assert_eq!(locked(&common.stash).bigs.len() + mine.bigs.len(), BIGS);
     }
 
     #[test]

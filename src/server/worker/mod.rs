@@ -76,8 +76,9 @@ pub fn worker_main() -> ! {
         Ok((core, chain, ready)) => {
             let heard = link.say(&FromWorker::Ready(ready));
             if heard.is_err() && !kept.start.takeover {
-                // Nobody has used the device yet.
-                exit(0);
+                // Nobody has used the device yet: the mark goes again.
+                let closed = link.close_unused(core, &kept);
+                exit(i32::from(finish(core, &chain, closed).is_err()));
             }
             let closed = link.serve(core, &kept);
             let error = finish(core, &chain, closed).err().map(|e| (e.code(), e.to_string()));
