@@ -89,7 +89,7 @@ impl World {
         self.oracle.admits(sector, value, self.oracle.flushed)
     }
 
-    pub fn must_admit(&mut self, sector: u64, value: Stamp, horizon: u64, what: &str) {
+    pub fn must_admit(&mut self, sector: u64, value: Stamp, horizon: u64, what: impl std::fmt::Display) {
         self.initial(sector);
         if !self.oracle.admits(sector, value, horizon) {
             self.fail(format!(
@@ -127,7 +127,7 @@ impl World {
         if entry == 0 {
             for s in self.sectors_of(cluster) {
                 let below = self.chain.read_below(&self.shape, top, s);
-                self.must_admit(s, below, horizon, &format!("{what}, entry 0"));
+                self.must_admit(s, below, horizon, format_args!("{what}, entry 0"));
             }
             return;
         }
@@ -146,7 +146,7 @@ impl World {
             let sector = u64::from(cluster) * spc + i;
             for v in &values {
                 if sector < device.end {
-                    self.must_admit(sector, *v, horizon, &format!("{what}, place {place}"));
+                    self.must_admit(sector, *v, horizon, format_args!("{what}, place {place}"));
                 } else if v & POISON != 0 {
                     self.fail(format!("{what}: rubbish beyond the device's end in place {place}: {v:#x}"));
                 }
@@ -229,7 +229,7 @@ impl World {
                         at,
                         *v,
                         self.oracle.flushed,
-                        &format!("write to place {place}, which may be durable"),
+                        format_args!("write to place {place}, which may be durable"),
                     );
                 }
             }
@@ -282,7 +282,7 @@ impl World {
                     self.in_flight(at, &mut values);
                 }
                 for v in &values {
-                    self.must_admit(s, *v, now, &format!("{what}, place {place}"));
+                    self.must_admit(s, *v, now, format_args!("{what}, place {place}"));
                 }
             }
         }

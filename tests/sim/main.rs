@@ -83,7 +83,12 @@ fn many(maker: Maker, seeds: u64) -> Cover {
         }
         match run(seed, maker, Break::None, false) {
             Ok(c) => cover.add(&c),
-            Err(text) => failures.push(text),
+            Err(text) => {
+                if std::env::var_os("SIM_VERBOSE").is_some() {
+                    eprintln!("{text}");
+                }
+                failures.push(text);
+            }
         }
     }
     let shown: Vec<&str> = failures.iter().take(20).map(String::as_str).collect();

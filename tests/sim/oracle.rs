@@ -26,8 +26,9 @@ pub struct Oracle {
     pub flushed: u64,
 }
 
-fn superseded(w: &Write, all: &[Write], horizon: u64) -> bool {
-    all.iter().any(|n| !n.weak && w.end < n.start && n.end < horizon)
+/// Start of the latest write that was over before `horizon`: whatever ended before that is superseded.
+fn newest(all: &[Write], horizon: u64) -> u64 {
+    all.iter().filter(|n| !n.weak && n.end < horizon).map(|n| n.start).max().unwrap_or(0)
 }
 
 impl Oracle {
@@ -53,8 +54,8 @@ impl Oracle {
         let horizon = oldest.min(self.flushed);
         let list = &mut self.sectors[sector as usize];
         if list.len() >= 12 {
-            let all = list.clone();
-            list.retain(|w| !superseded(w, &all, horizon));
+            let newest = newest(list, horizon);
+            list.retain(|w| w.end >= newest);
         }
         list.push(Write { value, start: now, end: OPEN, weak: false, tag });
     }
@@ -71,7 +72,8 @@ impl Oracle {
     /// May the sector be found with this value at that horizon?
     pub fn admits(&self, sector: u64, value: Stamp, horizon: u64) -> bool {
         let list = &self.sectors[sector as usize];
-        list.iter().any(|w| w.value == value && !superseded(w, list, horizon))
+        let newest = newest(list, horizon);
+        list.iter().any(|w| w.value == value && w.end >= newest)
     }
 
     /// A read that began at `start` and ended now returned this value. If no write overlaps it, later reads must
@@ -79,7 +81,8 @@ impl Oracle {
     pub fn read_saw(&mut self, sector: u64, value: Stamp, start: u64, now: u64) {
         let list = &mut self.sectors[sector as usize];
         let alone = list.iter().all(|w| w.end < start);
-        let open_to_doubt = list.iter().filter(|w| !superseded(w, list, start)).nth(1).is_some();
+        let newest = newest(list, start);
+        let open_to_doubt = list.iter().filter(|w| w.end >= newest).nth(1).is_some();
         if alone && open_to_doubt {
             list.push(Write { value, start, end: now, weak: false, tag: 0 });
         }
@@ -99,7 +102,7 @@ impl Oracle {
         for w in list {
             let end = if w.end == OPEN { "..".to_string() } else { w.end.to_string() };
             let weak = if w.weak { " failed" } else { "" };
-            let old = if superseded(w, list, self.flushed) { " (gone)" } else { "" };
+            let old = if w.end < newest(list, self.flushed) { " (gone)" } else { "" };
             text += &format!(" {:#x} [{},{}]{}{};", w.value, w.start, end, weak, old);
         }
         text

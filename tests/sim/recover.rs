@@ -88,9 +88,12 @@ impl World {
             }
             self.now += 1;
             let file = &mut self.chain.files[top];
-            let end = file.len();
             if changes(&f.act) {
-                file.finished(0..end, f.serial, self.now);
+                let all = match f.act {
+                    Action::Fallocate { .. } => 0..file.len(),
+                    _ => f.first..f.first + f.landed.len() as u64,
+                };
+                file.finished(all, f.serial, self.now);
             }
         }
         for r in self.reqs.iter_mut().flatten() {
