@@ -103,15 +103,6 @@ impl<S: Shared> Engine<S> {
         if !self.closing || self.closed || !self.is_quiet() {
             return false;
         }
-        if self.dirty.len() > 0 && !self.dirty.any_can_go() {
-            // What never got its data: its write failed and was answered so.
-            let clusters: Vec<u32> = self.dirty.iter().filter(|(_, d)| !d.ready).map(|(c, _)| c).collect();
-            for cluster in clusters {
-                if let Some(place) = self.dirty.revert(cluster) {
-                    self.space.give(place);
-                }
-            }
-        }
         self.dirty.len() > 0 || !self.cycle.final_done
     }
 

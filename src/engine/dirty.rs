@@ -15,7 +15,7 @@ pub struct Change {
     pub durable: u32,
     /// Value in a BAT page of the running cycle.
     pub writing: Option<u32>,
-    /// The data that `current` names has been written.
+    /// The write to the place `current` has ended.
     pub ready: bool,
     pub slot: u32,
 }
@@ -142,7 +142,7 @@ impl<S: Shared> Dirty<S> {
         Ok(None)
     }
 
-    /// The data of the cluster's place has been written.
+    /// A write to the cluster's place has ended.
     pub fn set_ready(&mut self, cluster: u32) {
         if let Some(change) = self.changes.get_mut(&cluster) {
             change.ready = true;
@@ -175,18 +175,8 @@ impl<S: Shared> Dirty<S> {
         (over, freed)
     }
 
-    /// Drops a change whose current value equals the durable one again, or that never got its data; the place it named
-    /// is returned as free.
-    pub fn revert(&mut self, cluster: u32) -> Option<u32> {
-        let change = *self.changes.get(&cluster)?;
-        if change.writing.is_some() {
-            return None;
-        }
-        self.forget(cluster);
-        (change.current != 0 && change.current != change.durable).then_some(change.current)
-    }
-
-    fn forget(&mut self, cluster: u32) {
+    /// Drops a change whose current value is the durable one, and is in no page on its way to the disk.
+    pub fn forget(&mut self, cluster: u32) {
         if let Some(change) = self.changes.remove(&cluster) {
             self.shared.store(change.slot as usize, S::FREE);
             self.free_slots.push(change.slot);

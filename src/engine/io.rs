@@ -182,7 +182,7 @@ impl<S: Shared> Engine<S> {
     fn settle(&mut self, cluster: u32) {
         let none = self.dirty.get(cluster).is_some_and(|d| d.current == d.durable && d.writing.is_none());
         if none {
-            self.dirty.revert(cluster);
+            self.dirty.forget(cluster);
             self.map.mark(cluster, Ent::DIRTY, false);
         }
     }
@@ -218,7 +218,9 @@ impl<S: Shared> Engine<S> {
     }
 
     pub(super) fn io_done(&mut self, io: Io, result: Result<(), Errno>, out: &mut Vec<Action>) {
-        let wrote = result.is_ok() && io.kind != RequestKind::Read;
+        // A write that failed was answered so; what it left of the zeroes in a new place is its content. Were the entry
+        // held back for ever, its slot in the shared table would be lost.
+        let wrote = io.kind != RequestKind::Read;
         for cluster in io.run.first..io.run.first + io.run.count {
             let ent = self.map.leave(cluster);
             if wrote && ent.is(Ent::DIRTY) {
