@@ -54,6 +54,18 @@ pub enum Break {
     ReadBelow,
     /// The second sync of a cycle is left out.
     NoBatSync,
+    /// A flush is answered when the cycle ends that ran when it arrived.
+    JoinRunningCycle,
+    /// A range is zeroed but for its last sector.
+    ShortZero,
+    /// Zeroes come up instead of what a lower level has.
+    ForgetCopyUp,
+    /// A failed read is reported as done.
+    SwallowReadError,
+    /// Flushes wait for space.
+    HoldFlush,
+    /// Time stands still.
+    NoTick,
     /// After a failed sync a successor takes the BAT that it reads for the durable one.
     TrustBatAfterFailure,
 }
@@ -81,6 +93,12 @@ pub const ALL: &[Break] = &[
     Break::LoseInUse,
     Break::ReadBelow,
     Break::NoBatSync,
+    Break::JoinRunningCycle,
+    Break::ShortZero,
+    Break::ForgetCopyUp,
+    Break::SwallowReadError,
+    Break::HoldFlush,
+    Break::NoTick,
     Break::TrustBatAfterFailure,
 ];
 
@@ -100,6 +118,11 @@ pub struct Broken {
     bat_since_sync: bool,
     syncs: HashMap<OpId, ()>,
     bats: HashMap<OpId, ()>,
+    reads: HashMap<OpId, ()>,
+    /// Flushes that the engine knows under another id, answered when a sync ends.
+    joined: Vec<ReqId>,
+    /// Flushes that the engine does not know yet.
+    held: Vec<Request>,
 }
 
 impl Broken {
@@ -118,12 +141,19 @@ impl Broken {
             bat_since_sync: false,
             syncs: HashMap::new(),
             bats: HashMap::new(),
+            reads: HashMap::new(),
+            joined: Vec::new(),
+            held: Vec::new(),
         })
     }
 
     /// The engine learns of a request that the user has been told is done.
-    fn answer_early(&mut self, mut r: Request, out: &mut Vec<Action>) {
+    fn answer_early(&mut self, r: Request, out: &mut Vec<Action>) {
         out.push(Action::Reply { req: r.id, result: Ok(()) });
+        self.under_other_id(r, out);
+    }
+
+    fn under_other_id(&mut self, mut r: Request, out: &mut Vec<Action>) {
         while self.early.contains_key(&self.next_early) {
             self.next_early += 1;
         }
@@ -190,6 +220,17 @@ impl Broken {
                 out.push(Action::ZeroFill { req, off, len });
                 self.made_up.push(op);
             }
+            Action::ZeroRange { op, file_off, len } if self.how == Break::ShortZero && len > 512 => {
+                out.push(Action::ZeroRange { op, file_off, len: len - 512 });
+            }
+            Action::Read { op, len, to: Buf::Bounce { id, off }, .. } if self.how == Break::ForgetCopyUp => {
+                out.push(Action::Overlay { bounce: id, at: off, from: None, len: len as u32 });
+                self.made_up.push(op);
+            }
+            Action::Read { op, .. } => {
+                self.reads.insert(op, ());
+                out.push(a);
+            }
             other => out.push(other),
         }
     }
@@ -207,19 +248,42 @@ impl Machine for Broken {
             Event::Request(r) if self.how == Break::NoZero && r.kind == RequestKind::Zero => {
                 out.push(Action::Reply { req: r.id, result: Ok(()) });
             }
+            Event::Request(r)
+                if self.how == Break::JoinRunningCycle && r.kind == RequestKind::Flush && !self.syncs.is_empty() =>
+            {
+                self.joined.push(r.id);
+                self.under_other_id(r, out);
+            }
+            Event::Request(r)
+                if self.how == Break::HoldFlush && r.kind == RequestKind::Flush && self.inner.status().no_space =>
+            {
+                self.held.push(r);
+            }
+            Event::Tick if self.how == Break::NoTick => {}
             Event::Done { op, result } => {
-                let sync = self.syncs.remove(&op).is_some() && self.how == Break::SwallowSyncError;
+                let synced = self.syncs.remove(&op).is_some();
+                if synced && result.is_ok() {
+                    out.extend(self.joined.drain(..).map(|req| Action::Reply { req, result: Ok(()) }));
+                }
+                let read = self.reads.remove(&op).is_some() && self.how == Break::SwallowReadError;
+                let sync = synced && self.how == Break::SwallowSyncError;
                 let bat = self.bats.remove(&op).is_some() && self.how == Break::SwallowBatError;
-                let result = if sync || bat { Ok(()) } else { result };
+                let result = if sync || bat || read { Ok(()) } else { result };
                 self.inner(Event::Done { op, result }, out);
             }
             other => self.inner(other, out),
+        }
+        if !self.inner.status().no_space {
+            for r in std::mem::take(&mut self.held) {
+                self.inner(Event::Request(r), out);
+            }
         }
     }
 
     fn status(&self) -> Status {
         let mut s = self.inner.status();
         s.requests = s.requests.saturating_sub(self.early.len() as u32);
+        s.requests += (self.joined.len() + self.held.len()) as u32;
         s
     }
 }

@@ -253,7 +253,8 @@ fn build_raw(sectors: u64, rng: &mut Rng) -> SimFile {
 fn build_image(shape: &Shape, level: usize, arena: &mut Arena, rng: &mut Rng) -> SimFile {
     let Level { clusters, first_data, .. } = shape.levels[level];
     let top = level == shape.top();
-    let share = rng.pick(&[0, 100, 400, 900]);
+    // Much to copy up: what lower levels have the top often lacks.
+    let share = if top && level > 0 { rng.pick(&[0, 0, 100, 400]) } else { rng.pick(&[0, 100, 400, 900]) };
     let mut mapped: Vec<u32> = shape.hot.iter().copied().filter(|c| *c < clusters && rng.permille(share)).collect();
     for _ in 0..rng.below(6) {
         mapped.push(rng.below(u64::from(clusters)) as u32);

@@ -272,7 +272,7 @@ impl World {
 
     fn accident(&mut self) -> bool {
         let s = &self.settings;
-        let rates = [s.kill, s.power, s.close, s.no_space];
+        let rates = [s.kill, s.power, s.close, s.no_space, 30];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {
             if at < u64::from(*rate) {
@@ -286,8 +286,10 @@ impl World {
                     3 => {
                         self.no_space = !self.no_space;
                         self.say(|w| format!("no space: {}", w.no_space));
+                        self.quiet |= self.no_space && self.rng.coin();
                         self.cover.hit(if self.no_space { "period without space" } else { "space came back" });
                     }
+                    4 => self.quiet = true,
                     _ => return false,
                 }
                 return true;
@@ -325,7 +327,10 @@ impl World {
             0 => {
                 let at =
                     if self.rng.below(4) == 0 { self.flights.len() - 1 } else { self.rng.index(self.flights.len()) };
-                self.idle_ticks = 0;
+                // Attempts to get space are no progress.
+                if !self.no_space {
+                    self.idle_ticks = 0;
+                }
                 self.complete(at);
             }
             1 => {
@@ -349,6 +354,7 @@ impl World {
         self.cover.hit_if(waited, "wait for space began");
         self.say(|_| "Tick".into());
         self.feed(Event::Tick);
+        self.check_age();
         if busy || more || self.engine.is_none() {
             return;
         }
@@ -357,10 +363,12 @@ impl World {
         if self.idle_ticks < patience {
             return;
         }
+        self.quiet = false;
         if self.no_space {
             self.check_held();
-            self.no_space = false;
-            self.say(|_| "space comes back".into());
+            self.cover.hit("nothing held but writes while waiting for space");
+            self.no_space = self.issued < self.settings.operations && self.rng.coin();
+            self.say(|w| format!("still no space: {}", w.no_space));
             self.idle_ticks = 0;
         } else if self.outstanding() > 0 || (self.closing && self.closed.is_none()) {
             let left: Vec<String> = self.reqs.iter().flatten().map(|r| format!("{:?}", r.what)).collect();
@@ -371,7 +379,27 @@ impl World {
             ));
         } else if !self.closing {
             self.check_idle();
-            self.want_close = true;
+            self.cover.hit("all quiet");
+            self.want_close = self.issued >= self.settings.operations;
+            self.idle_ticks = 0;
+        }
+    }
+
+    /// No change stays in memory for long, flushes or not.
+    fn check_age(&mut self) {
+        if self.no_space || self.failed || self.engine.is_none() {
+            self.ages.clear();
+            return;
+        }
+        let used = self.table.used();
+        self.ages.retain(|slot, _| used.contains(slot));
+        for slot in used {
+            let age = self.ages.entry(slot).or_insert(0);
+            *age += 1;
+            if *age > self.settings.bat_age + 30 {
+                let age = *age;
+                self.fail(format!("entry (slot, cluster, place) {slot:?} has not become durable for {age} ticks"));
+            }
         }
     }
 

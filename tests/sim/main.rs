@@ -132,7 +132,8 @@ fn make_broken(how: Break) -> Maker {
     }
     makers!(ForgetStore TornWrite LazySync NoBarrier LoseCarried ReuseTooEarly UsedAsFree ForgetFailure EarlyFlush EarlyZero
         NoZero NoDataSync EntryBeforeData SwallowSyncError SwallowBatError NoBatWrite NoZeroRange LoseReply TwoReplies
-        LoseInUse ReadBelow NoBatSync TrustBatAfterFailure)
+        LoseInUse ReadBelow NoBatSync JoinRunningCycle ShortZero ForgetCopyUp
+        SwallowReadError HoldFlush NoTick TrustBatAfterFailure)
 }
 
 #[test]

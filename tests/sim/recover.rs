@@ -429,6 +429,7 @@ impl World {
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
         self.table.begin_step();
         self.idle_ticks = 0;
+        self.ages.clear();
         self.engine = Some((self.maker)(config, carried, self.table.clone()));
     }
 

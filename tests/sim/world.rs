@@ -149,6 +149,8 @@ pub struct World {
     /// A read of the BAT has failed in this session.
     pub bat_read_error: bool,
     pub no_space: bool,
+    /// No new requests until everything has come to rest.
+    pub quiet: bool,
     /// The engine was waiting for space after its last step.
     pub was_waiting: bool,
     /// The engine is the successor of a dead worker.
@@ -165,6 +167,8 @@ pub struct World {
     /// Who may be named by the BAT after a power cut; rebuilt when the BAT moved.
     pub owners: Option<HashMap<u32, Vec<u32>>>,
     pub idle_ticks: u32,
+    /// Ticks for which a slot of the shared table has held the same.
+    pub ages: HashMap<(usize, u32, u32), u32>,
     trace: Option<VecDeque<String>>,
 }
 
@@ -212,6 +216,7 @@ impl World {
             bad_pages: Vec::new(),
             bat_read_error: false,
             no_space: false,
+            quiet: false,
             was_waiting: false,
             took_over: false,
             write_back_errors: 0,
@@ -221,6 +226,7 @@ impl World {
             ghosts: Vec::new(),
             owners: None,
             idle_ticks: 0,
+            ages: HashMap::new(),
             trace: traced.then(VecDeque::new),
             shape,
             settings,
