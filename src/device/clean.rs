@@ -26,6 +26,12 @@ pub fn detach(name: &str) -> Result<()> {
     tell(&name, &Command::Stop)
 }
 
+/// Whether writes that find no space in the host's file system wait for it (the rule) or fail.
+pub fn hold_for_space(name: &str, hold: bool) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    tell(&name, &Command::HoldForSpace(hold))
+}
+
 /// Gives up a device that cannot be served any more: its I/O fails from now on.
 pub fn abort(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;

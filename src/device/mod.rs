@@ -10,7 +10,7 @@ mod find;
 mod lock;
 
 pub use attach::{AttachSpec, Level, attach};
-pub use clean::{abort, clean, detach};
+pub use clean::{abort, clean, detach, hold_for_space};
 pub use find::{by_base, by_node, list, mount_source};
 
 use std::path::Path;

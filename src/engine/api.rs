@@ -60,6 +60,8 @@ pub enum Event<'a> {
     },
     /// About once a second: ages changes of the BAT, retries what met ENOSPC.
     Tick,
+    /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
+    HoldForSpace(bool),
     /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
     Close,
 }

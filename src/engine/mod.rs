@@ -76,6 +76,11 @@ pub struct Engine<S: Shared> {
     bounce_wait: VecDeque<u32>,
     /// Segments that wait for a slot of the shared table.
     slot_wait: Vec<Seg>,
+    /// Ticks after which writes do not wait for space any longer.
+    patience: Option<u32>,
+    /// Ticks for which something has waited for space.
+    waited: u32,
+    hold: bool,
     closing: bool,
     closed: bool,
     stats: Status,
@@ -110,11 +115,19 @@ impl<S: Shared> Engine<S> {
             bounces: (0..config.bounces).rev().map(BounceId).collect(),
             bounce_wait: VecDeque::new(),
             slot_wait: Vec::new(),
+            patience: None,
+            waited: 0,
+            hold: true,
             closing: false,
             closed: false,
             stats: Status::default(),
             config,
         }
+    }
+
+    /// Writes that find no space wait for so many ticks; `None`, as at first: for ever.
+    pub fn set_patience(&mut self, ticks: Option<u32>) {
+        self.patience = ticks;
     }
 
     /// Takes an event in and appends what is to be done to `out`.
@@ -124,6 +137,7 @@ impl<S: Shared> Engine<S> {
             Event::Done { op, result } => self.done(op, result, out),
             Event::BatRead { op, result } => self.bat_read(op, result, out),
             Event::Tick => self.tick(out),
+            Event::HoldForSpace(hold) => self.hold_for_space(hold, out),
             Event::Close => self.close(out),
         }
         loop {
@@ -226,9 +240,14 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A write that met ENOSPC waits for the next tick; while closing, and for what must not be held, it fails.
+    /// Writes may wait for space now.
+    fn holds(&self) -> bool {
+        self.hold && !self.closing && self.patience.is_none_or(|p| self.waited < p)
+    }
+
+    /// A write that met ENOSPC waits for the next tick if that is allowed; what must not be held fails.
     fn park(&mut self, op: OpId) -> bool {
-        let waits = !self.closing
+        let waits = self.holds()
             && match self.ops.get(op.0) {
                 Some(Op::Io(io)) => io.is_write(),
                 Some(Op::Job { cluster }) => self.jobs.get(cluster).is_some_and(Job::may_wait),
@@ -241,6 +260,8 @@ impl<S: Shared> Engine<S> {
     }
 
     fn tick(&mut self, out: &mut Vec<Action>) {
+        let waiting = !self.parked.is_empty() || !self.space.waiters.is_empty();
+        self.waited = if waiting { self.waited + 1 } else { 0 };
         for op in std::mem::take(&mut self.parked) {
             match self.ops.get(op.0) {
                 Some(Op::Io(io)) => out.push(io.action(op)),
@@ -254,6 +275,18 @@ impl<S: Shared> Engine<S> {
 
     fn close(&mut self, out: &mut Vec<Action>) {
         self.closing = true;
+        self.let_waiting_fail(out);
+    }
+
+    fn hold_for_space(&mut self, hold: bool, out: &mut Vec<Action>) {
+        self.hold = hold;
+        if !hold {
+            self.let_waiting_fail(out);
+        }
+    }
+
+    /// What waits for space is tried once more, and fails if there is none.
+    fn let_waiting_fail(&mut self, out: &mut Vec<Action>) {
         for op in std::mem::take(&mut self.parked) {
             self.done(op, Err(NO_SPACE), out);
         }
@@ -292,7 +325,7 @@ impl<S: Shared> Engine<S> {
                 self.ready.extend(std::mem::take(&mut self.space.waiters));
             }
             Err(NO_SPACE) if self.space.not_grown() => {}
-            Err(NO_SPACE) if !self.closing => {
+            Err(NO_SPACE) if self.holds() => {
                 // Writes wait for space. A zeroing must not be held: on a loop device it would stop all other I/O.
                 for seg in std::mem::take(&mut self.space.waiters) {
                     if self.is_write(seg.req) {

@@ -287,6 +287,35 @@ fn writes_wait_for_space_and_zeroings_do_not() {
 }
 
 #[test]
+fn waiting_for_space_has_an_end() {
+    for by_command in [false, true] {
+        let mut r = rig(vec![image(10, &[])], 10);
+        r.no_space = true;
+        r.engine.set_patience((!by_command).then_some(3));
+        let write = r.submit(RequestKind::Write, 0, 512, 1);
+        r.run();
+        for _ in 0..2 {
+            r.event(Event::Tick);
+            r.run();
+            assert_eq!(r.replies.get(&write), None);
+        }
+        r.event(if by_command { Event::HoldForSpace(false) } else { Event::Tick });
+        r.run();
+        assert_eq!(r.replies[&write], Err(28));
+        // The next one waits again, or fails at once while the device is being stopped.
+        r.event(Event::Tick);
+        let next = r.submit(RequestKind::Write, 0, 512, 1);
+        r.run();
+        assert_eq!(r.replies.get(&next), by_command.then_some(&Err(28)));
+        r.no_space = false;
+        r.event(Event::HoldForSpace(true));
+        r.event(Event::Tick);
+        r.run();
+        r.write(0, 512, 2);
+    }
+}
+
+#[test]
 fn closing_makes_all_durable() {
     let mut r = rig(vec![image(2000, &[])], 2000);
     for c in [0, 900, 1007, 1008, 1999] {

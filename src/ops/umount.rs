@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::find;
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::device::{self, Device};
+use crate::device::{self, Device, State};
 use crate::error::{Error, Kind, Result};
 use crate::fs::mount;
 use crate::fs::stat::FsInfo;
@@ -91,8 +91,20 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     {
         report::warn(format_args!("the file system's size is not remembered: {e}"));
     }
-    mount::umount_all(&find::names(device))?;
-    device::detach(device.name())?;
+    let full = device.state == State::NoSpace;
+    if full {
+        report::warn(format_args!(
+            "{}: writes wait for space that the host's file system does not have; those that find none fail now",
+            device.node().display()
+        ));
+        device::hold_for_space(device.name(), false)?;
+    }
+    let ended = mount::umount_all(&find::names(device)).and_then(|()| device::detach(device.name()));
+    if ended.is_err() && full {
+        // Still in use: its writes wait again. If even that fails the device is gone or dead.
+        let _ = device::hold_for_space(device.name(), true);
+    }
+    ended?;
     if let Some(disk) = disk {
         remove_mount_point(&temporary_mount_point(disk)?);
     }

@@ -120,6 +120,8 @@ pub enum ToWorker {
     Close,
     /// Flush and answer `Flushed`.
     Flush,
+    /// Whether writes that find no space wait for it.
+    HoldForSpace(bool),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -158,6 +160,9 @@ pub enum Command {
     /// Detach, close the image cleanly, forget the device. Busy: error 3, nothing changed.
     Stop,
     Flush,
+    /// Whether writes that find no space wait for it (the rule) or fail; a device that cannot be stopped because they
+    /// wait is stopped after this.
+    HoldForSpace(bool),
     /// Give up a device that cannot be served any more: I/O fails from now on.
     Abort,
 }

@@ -458,6 +458,10 @@ impl Supervisor {
             }
             Command::Abort if self.record.state != "starting" => self.aborting.push(client),
             Command::Stop if self.record.state != "starting" && self.failed.is_none() => self.stopping.push(client),
+            Command::HoldForSpace(hold) if self.failed.is_none() => {
+                self.tell_worker(&ToWorker::HoldForSpace(hold));
+                control::answer(&client, &Answer::Done);
+            }
             Command::Flush if self.failed.is_none() => {
                 self.flushing.push(client);
                 self.flush();

@@ -434,6 +434,8 @@ impl Machine for Naive {
                 self.blocked = false;
                 self.age += u32::from(!self.slots.is_empty() && !self.failed);
             }
+            // Never sent to this one: it holds writes for ever.
+            Event::HoldForSpace(_) => {}
             Event::Close => self.closing = true,
         }
         self.pump(out);

@@ -56,6 +56,7 @@ pub enum Pending {
         result: Result<Span, Errno>,
     },
     Tick,
+    HoldForSpace(bool),
     Close,
 }
 
@@ -211,6 +212,7 @@ impl Core {
                 }
                 Pending::Bat { op, result: Err(e) } => engine.step(Event::BatRead { op, result: Err(e) }, actions),
                 Pending::Tick => engine.step(Event::Tick, actions),
+                Pending::HoldForSpace(hold) => engine.step(Event::HoldForSpace(hold), actions),
                 Pending::Close => engine.step(Event::Close, actions),
             }
         }

@@ -136,6 +136,7 @@ impl Link {
                 }
             }
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
+            Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Start(_), _))) => core.log.say("the supervisor sent Start twice".into()),
             Ok(None) => {
                 core.log.say("the supervisor has ended".into());

@@ -133,10 +133,13 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         was_marked: chain.was_marked,
         direct: files.iter().all(|f| f.direct),
     };
+    let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
+    // The engine is told the time once a second.
+    engine.set_patience(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
     let core = Core::new(Parts {
         fuse,
         memory,
-        engine: Engine::new(config, chain.carried.clone(), shm.clone()),
+        engine,
         levels: files,
         device_bytes: chain.device_bytes,
         block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32,
