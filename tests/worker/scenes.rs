@@ -152,7 +152,7 @@ fn one_writer(dir: &Path) {
         let options = Options { read_only, marked: Marked::Recover, ..Options::default() };
         let mut second = Rig::new(&dir.join(format!("second{read_only}")), std::slice::from_ref(&top), &options);
         match second.start(false) {
-            FromWorker::Failed { code: 21, message } => assert!(message.contains("in use"), "{message}"),
+            FromWorker::Failed { code: 37, message } => assert!(message.contains("in use"), "{message}"),
             other => panic!("{other:?}"),
         }
     }
