@@ -25,8 +25,11 @@ pub const ALL: &[(&str, Scene)] = &[
     ("marks", marks),
     ("new_supervisor", new_supervisor),
     ("no_space", no_space),
+    ("struck_out", struck_out),
     ("kills", kills),
     ("kills_in_a_chain", kills_in_a_chain),
+    ("kills_on_tmpfs", kills_on_tmpfs),
+    ("kills_with_large_sectors", kills_with_large_sectors),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -193,14 +196,7 @@ fn new_supervisor(dir: &Path) {
 
 /// Writes that find no space wait; reads go on meanwhile, whatever the waiting writes hold; space ends it.
 fn no_space(dir: &Path) {
-    let (disk, fs) = (dir.join("disk"), dir.join("fs"));
-    std::fs::File::create(&disk).unwrap().set_len(160 * MIB).unwrap();
-    std::fs::create_dir(&fs).unwrap();
-    let run = |program: &str, args: &[&std::ffi::OsStr]| {
-        assert!(Command::new(program).args(args).status().unwrap().success(), "{program}");
-    };
-    run("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), disk.as_ref()]);
-    run("mount", &["-oloop".as_ref(), disk.as_ref(), fs.as_ref()]);
+    let fs = small_fs(dir, 160, 512);
     let top = image(&fs, "top", 2048, 256);
     let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
     rig.serve(false);
@@ -210,12 +206,7 @@ fn no_space(dir: &Path) {
     let first = Region { offset: 0, len: 1 << 20, seq: 5 };
     load::stamp(&mut buf[..first.len], first.offset, first.seq);
     file.write_all_at(&buf[..first.len], first.offset).unwrap();
-    // What is left for the image: some 40 MiB.
-    let ballast = fs.join("ballast");
-    let left = nix::sys::statvfs::statvfs(&fs).unwrap();
-    let left = left.blocks_available() * left.block_size();
-    let hole = std::fs::File::create(&ballast).unwrap();
-    nix::fcntl::fallocate(&hole, nix::fcntl::FallocateFlags::empty(), 0, (left - 10 * MIB) as i64).unwrap();
+    let ballast = fill(&fs, 10);
     let regions: Vec<_> = (0..110u64).map(|i| Region { offset: (100 + i) * MIB, len: 1 << 20, seq: 100 + i }).collect();
     thread::scope(|s| {
         for r in &regions {
@@ -240,7 +231,6 @@ fn no_space(dir: &Path) {
         rig.replace();
         load::check(&file, &first, &mut buf, &mut wanted).unwrap();
         println!("{} kB while writes wait", rig.resident());
-        drop(hole);
         std::fs::remove_file(&ballast).unwrap();
     });
     for r in &regions {
@@ -253,7 +243,101 @@ fn no_space(dir: &Path) {
     rig.close();
     drop(rig);
     check_by_others(&top);
-    run("umount", &[fs.as_ref()]);
+    run("umount", &[&fs]);
+}
+
+/// A request that was there when three workers died of faults of their own is given up; the device goes on.
+fn struck_out(dir: &Path) {
+    let fs = small_fs(dir, 160, 512);
+    let top = image(&fs, "top", 2048, 256);
+    let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
+    rig.serve(false);
+    let file = rig.open();
+    let buf = AlignedBuf::new(1 << 20);
+    file.write_all_at(&buf[..4096], 0).unwrap();
+    let ballast = fill(&fs, 2);
+    thread::scope(|s| {
+        let held = s.spawn(|| {
+            let mut error = None;
+            // More than what was allocated ahead.
+            for i in 0..128 {
+                if let Err(e) = file.write_all_at(&buf[..4096], (100 + i) * MIB) {
+                    error = e.raw_os_error();
+                    break;
+                }
+            }
+            error
+        });
+        let end = Instant::now() + Duration::from_secs(20);
+        while !rig.shm().status().no_space && Instant::now() < end {
+            thread::sleep(Duration::from_millis(50));
+        }
+        for _ in 0..2 {
+            rig.replace();
+        }
+        for death in 1..=3 {
+            assert!(!held.is_finished(), "given up after {} deaths", death - 1);
+            rig.shm().set_panicked();
+            rig.replace();
+            thread::sleep(Duration::from_millis(300));
+        }
+        assert_eq!(held.join().unwrap(), Some(libc::EIO));
+    });
+    std::fs::remove_file(&ballast).unwrap();
+    file.write_all_at(&buf[..1 << 20], 100 * MIB).unwrap();
+    drop(file);
+    rig.close();
+    drop(rig);
+    check_by_others(&top);
+    run("umount", &[&fs]);
+}
+
+fn run(program: &str, args: &[&Path]) {
+    assert!(Command::new(program).args(args).status().unwrap().success(), "{program}");
+}
+
+/// An ext4 file system of its own, on a loop device that goes with its mount.
+fn small_fs(dir: &Path, mib: u64, sector: u32) -> PathBuf {
+    let (disk, fs) = (dir.join("disk"), dir.join("fs"));
+    std::fs::File::create(&disk).unwrap().set_len(mib * MIB).unwrap();
+    std::fs::create_dir(&fs).unwrap();
+    let sectors = sector.to_string();
+    let args = ["-f", "--show", "--sector-size", &sectors];
+    let made = Command::new("losetup").args(args).arg(&disk).output().unwrap();
+    let dev = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
+    run("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), &dev]);
+    run("mount", &[&dev, &fs]);
+    // It stays until the file system is unmounted.
+    run("losetup", &["-d".as_ref(), &dev]);
+    fs
+}
+
+/// Leaves so much space in a file system.
+fn fill(fs: &Path, mib: u64) -> PathBuf {
+    let ballast = fs.join("ballast");
+    let left = nix::sys::statvfs::statvfs(fs).unwrap();
+    let len = left.blocks_available() * left.block_size() - mib * MIB;
+    let file = std::fs::File::create(&ballast).unwrap();
+    nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, len as i64).unwrap();
+    ballast
+}
+
+/// Direct I/O is accepted there, but has no meaning; there is no FIEMAP and no zeroing of ranges.
+fn kills_on_tmpfs(dir: &Path) {
+    let fs = dir.join("fs");
+    std::fs::create_dir(&fs).unwrap();
+    run("mount", &["-t".as_ref(), "tmpfs".as_ref(), "none".as_ref(), &fs]);
+    let top = image(&fs, "top", 512, 128);
+    kill_under_load(dir, &[top]);
+    run("umount", &[&fs]);
+}
+
+/// Direct I/O would need 4096 bytes at least: the page cache is used.
+fn kills_with_large_sectors(dir: &Path) {
+    let fs = small_fs(dir, 400, 4096);
+    let top = image(&fs, "top", 2048, 128);
+    kill_under_load(dir, &[top]);
+    run("umount", &[&fs]);
 }
 
 pub fn kill_count() -> u32 {
