@@ -4,23 +4,11 @@
 use std::fs;
 use std::io;
 
-/// 1 = this thread is part of an I/O path: its allocations must not wait for file systems or block devices.
-const PR_SET_IO_FLUSHER: i32 = 57;
-
-/// Marks the calling thread as part of the I/O path. Threads started afterwards inherit it.
-pub fn io_flusher() -> io::Result<()> {
-    prctl(PR_SET_IO_FLUSHER, 1)
-}
-
 /// No core dump is written when this process dies.
 pub fn not_dumpable() -> io::Result<()> {
-    prctl(libc::PR_SET_DUMPABLE, 0)
-}
-
-fn prctl(option: i32, value: libc::c_ulong) -> io::Result<()> {
     const NONE: libc::c_ulong = 0;
-    // SAFETY: these options take plain numbers and touch no memory of ours.
-    match unsafe { libc::prctl(option, value, NONE, NONE, NONE) } {
+    // SAFETY: takes numbers only.
+    match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, NONE, NONE, NONE, NONE) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

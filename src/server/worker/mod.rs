@@ -51,7 +51,8 @@ pub fn worker_main() -> ! {
     calm::one_heap();
     let _ = calm::not_dumpable();
     let _ = calm::ignore_signals();
-    let _ = calm::io_flusher();
+    // Threads inherit it.
+    let _ = process::set_io_flusher();
     let _ = calm::spare_from_oom();
     die_of_panics(None);
     let Ok(socket) = process::take_standard(SOCKET) else { exit(2) };
