@@ -202,10 +202,15 @@ def clean(scratch):
             said.append(f"mount {point} ({source})")
             if quietly("umount", point, limit=30).rc:
                 quietly("umount", "-l", point, limit=15)
-    for loop, backing in loops().items():
-        if below(backing.removesuffix(" (deleted)"), scratch):
-            said.append(f"{loop} over {backing}")
-            quietly("losetup", "-d", "/dev/" + loop, limit=10)
+    for _ in range(20):
+        # The loop device of an unmounted file system goes by itself, but not at once.
+        of_ours = {l: b for l, b in loops().items() if below(b.removesuffix(" (deleted)"), scratch)}
+        if not of_ours:
+            break
+        time.sleep(0.25)
+    for loop, backing in of_ours.items():
+        said.append(f"{loop} over {backing}")
+        quietly("losetup", "-d", "/dev/" + loop, limit=10)
     for prefix in CONTAINERS:
         folder, begin = os.path.split(prefix)
         if os.path.isdir(folder):
