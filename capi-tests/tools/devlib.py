@@ -513,9 +513,15 @@ class Case:
     def _umount_host(point):
         for _ in range(20):
             if run("umount", point, rc=None, quiet=True).rc == 0:
+                break
+            time.sleep(0.25)
+        else:
+            run("umount", "-l", point, rc=None)
+        # The loop device that mount(8) made goes by itself, on btrfs a moment later.
+        for _ in range(40):
+            if not run("losetup", "-j", point + ".img", rc=None, quiet=True, limit=20).out.strip():
                 return
             time.sleep(0.25)
-        run("umount", "-l", point, rc=None)
 
     def user_mount(self, dev, point, fstype=None, options=None):
         cmd = ["mount"]
