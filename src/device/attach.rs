@@ -9,9 +9,13 @@ use std::path::PathBuf;
 use crate::bail;
 use crate::device::{Device, State, clean, find};
 use crate::error::{IoContext, Kind, Result};
+use crate::report;
 use crate::server::proto::{AttachRequest, LevelName, Marked};
 use crate::server::{runtime, spawn};
 use crate::units::{ClusterSize, MAX_CHAIN};
+
+/// Attempts to find a name that nobody else takes at the same time.
+const NAMES: usize = 8;
 
 /// One image of a chain.
 #[derive(Debug)]
@@ -71,7 +75,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
         ids.push((meta.dev(), meta.ino()));
     }
-    let request = AttachRequest {
+    let mut request = AttachRequest {
         levels: spec.levels.iter().map(|l| LevelName { path: l.path.clone(), raw: l.raw }).collect(),
         raw_cluster: spec.raw_cluster.map(ClusterSize::sectors),
         read_only: spec.read_only,
@@ -85,8 +89,17 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         token: uuid::Uuid::new_v4().to_string(),
     };
     let fds: Vec<BorrowedFd> = spec.levels.iter().map(|l| l.fd.as_fd()).collect();
-    let record = spawn::start(&request, &fds)?;
-    Ok(Device { record, state: State::Running })
+    for _ in 0..NAMES {
+        match spawn::start(&request, &fds) {
+            // Somebody who does not share our records (another root folder over the same /dev) took the name meanwhile.
+            Err(e) if e.kind() == Kind::Mknod && request.device.is_none() => {
+                report::say(1, format_args!("{e}; trying another name"));
+                request.token = uuid::Uuid::new_v4().to_string();
+            }
+            started => return Ok(Device { record: started?, state: State::Running }),
+        }
+    }
+    bail!(Mknod, "{NAMES} names for a device in /dev were taken by others while it was being made; try again")
 }
 
 /// `$PLOOP_ENOSPC_TIMEOUT` in seconds; 0 or nothing: writes wait for ever.
