@@ -98,4 +98,8 @@ pub const WANTED: &[&str] = &[
     "request over several pages",
     "tail cut at open",
     "second session in one run",
+    "change refused: the file cannot grow",
+    "nothing held but writes while waiting for space",
+    "all quiet",
+    "failed by a BAT read error",
 ];

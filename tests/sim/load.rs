@@ -188,6 +188,10 @@ impl World {
             self.cover.hit_if(self.took_over, "flush refused after takeover");
             return;
         }
+        if changes && e == 27 && self.settings.growth.is_some() {
+            self.cover.hit("change refused: the file cannot grow");
+            return;
+        }
         let clusters = |r: &Req| (r.what.len >> self.shape.shift) as usize + 2;
         let wanted = self.reqs.iter().flatten().map(clusters).sum::<usize>() + clusters(r);
         if changes && self.failed && self.table.used().len() + wanted >= self.settings.slots {

@@ -405,6 +405,7 @@ impl World {
         let end = if doubt { end.max(self.chain.files[top].len().div_ceil(self.shape.spc) as u32) } else { end };
         let free = if doubt { Vec::new() } else { free };
         let limit = if self.shape.v1 { ((1u64 << 32) / self.shape.spc) as u32 } else { u32::MAX };
+        let limit = self.settings.growth.map_or(limit, |n| limit.min(end + n));
         (carried, AllocConfig { end, free, ahead: self.settings.ahead, limit })
     }
 
@@ -426,6 +427,7 @@ impl World {
             bat_age: s.bat_age,
             failed,
         };
+        self.limit = config.alloc.limit;
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
         self.table.begin_step();
         self.idle_ticks = 0;

@@ -33,6 +33,8 @@ pub struct Settings {
     pub bat_age: u32,
     pub ahead: u32,
     pub slots: usize,
+    /// The file cannot grow by more than so many places (as version 1 at 2^32 sectors).
+    pub growth: Option<u32>,
     pub operations: u64,
     pub max_in_flight: usize,
     /// Weights of read, write, zero, flush.
@@ -64,6 +66,7 @@ impl Settings {
             bat_age: rng.between(1, 5) as u32,
             ahead: rng.between(1, 4) as u32,
             slots: rng.pick(&[4, 5, 6, 8, 8, 64]),
+            growth: (rng.below(20) == 0).then(|| rng.below(8) as u32),
             operations: 1000 + rng.below(200),
             max_in_flight: rng.pick(&[2, 8, 16, 16]),
             kinds: rng.pick(&[[40, 40, 10, 4], [20, 60, 10, 2], [30, 20, 40, 4], [30, 40, 5, 20], [30, 50, 20, 0]]),
@@ -127,6 +130,8 @@ pub struct World {
     pub engine: Option<Box<dyn Machine>>,
     pub flights: Vec<Flight>,
     pub bounces: Vec<Vec<Stamp>>,
+    /// No place at or beyond this.
+    pub limit: u32,
     /// The header that the engine was given.
     pub header: [u8; 64],
     pub pages_read: HashSet<u32>,
@@ -202,6 +207,7 @@ impl World {
             engine: None,
             flights: Vec::new(),
             bounces: Vec::new(),
+            limit: 0,
             header: [0; 64],
             pages_read: HashSet::new(),
             want_close: false,
