@@ -1,5 +1,7 @@
 //! Requests cut at cluster borders: each piece becomes part of a file operation, a job, or waits.
 
+use std::ops::Range;
+
 use super::api::{Action, BAT_PAGE, Buf, Errno, Event, LevelConfig, OpId, ReqId, RequestKind, Shared};
 use super::map::{ENTRIES, Ent, Page, clusters_of, page_of};
 use super::request::Seg;
@@ -39,6 +41,10 @@ impl Io {
 
     pub(super) fn is_write(&self) -> bool {
         self.kind == RequestKind::Write
+    }
+
+    pub(super) fn clusters(&self) -> Range<u32> {
+        self.run.first..self.run.first + self.run.count
     }
 }
 
@@ -144,6 +150,9 @@ impl<S: Shared> Engine<S> {
     fn zero_piece(&mut self, piece: Seg, cluster: u32, ent: Ent, run: &mut Option<Run>, out: &mut Vec<Action>) {
         if ent.is(Ent::HELD) {
             self.wait_for_job(cluster, piece);
+            if self.is_parked(cluster) {
+                self.refuse_zeroings(cluster, out);
+            }
             return;
         }
         let Some((level, place)) = ent.place() else { return };
@@ -153,7 +162,7 @@ impl<S: Shared> Engine<S> {
         if level != self.top {
             // A lower level has it: hide that with a cluster of the top's own.
             self.allocate_zero(piece, cluster, ent, whole, out);
-        } else if whole && !ent.is(Ent::LOWER) && !self.raw_top {
+        } else if whole && !ent.is(Ent::LOWER) && !self.raw_top && !self.is_parked(cluster) {
             self.unmap(piece, cluster, ent, place);
         } else {
             let file_off = self.file_off(place) + (piece.off - start);
@@ -221,7 +230,7 @@ impl<S: Shared> Engine<S> {
         // A write that failed was answered so; what it left of the zeroes in a new place is its content. Were the entry
         // held back for ever, its slot in the shared table would be lost.
         let wrote = io.kind != RequestKind::Read;
-        for cluster in io.run.first..io.run.first + io.run.count {
+        for cluster in io.clusters() {
             let ent = self.map.leave(cluster);
             if wrote && ent.is(Ent::DIRTY) {
                 self.dirty.set_ready(cluster);

@@ -7,7 +7,7 @@
 use super::api::{Action, BounceId, Buf, Errno, OpId, RequestKind, Shared};
 use super::map::Ent;
 use super::request::Seg;
-use super::{Engine, Op};
+use super::{Engine, NO_SPACE, Op};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
@@ -154,6 +154,20 @@ impl<S: Shared> Engine<S> {
         match self.jobs.get_mut(&cluster) {
             Some(job) => job.waiters.push(piece),
             None => self.ready.push_back(piece),
+        }
+    }
+
+    /// The job waits for space: zeroings behind it must not.
+    pub(super) fn refuse_zeroings(&mut self, cluster: u32, out: &mut Vec<Action>) {
+        let Some(job) = self.jobs.get_mut(&cluster) else { return };
+        let waiters = std::mem::take(&mut job.waiters);
+        let (zeroings, others): (Vec<Seg>, Vec<Seg>) =
+            waiters.into_iter().partition(|seg| self.kind(seg.req) == Some(RequestKind::Zero));
+        if let Some(job) = self.jobs.get_mut(&cluster) {
+            job.waiters = others;
+        }
+        for seg in zeroings {
+            self.part_done(seg.req, Err(NO_SPACE), out);
         }
     }
 

@@ -226,7 +226,7 @@ impl<S: Shared> Engine<S> {
     }
 
     fn done(&mut self, op: OpId, result: Result<(), Errno>, out: &mut Vec<Action>) {
-        if result == Err(NO_SPACE) && self.park(op) {
+        if result == Err(NO_SPACE) && self.park(op, out) {
             return;
         }
         match self.ops.remove(op.0) {
@@ -246,17 +246,35 @@ impl<S: Shared> Engine<S> {
     }
 
     /// A write that met ENOSPC waits for the next tick if that is allowed; what must not be held fails.
-    fn park(&mut self, op: OpId) -> bool {
-        let waits = self.holds()
-            && match self.ops.get(op.0) {
-                Some(Op::Io(io)) => io.is_write(),
-                Some(Op::Job { cluster }) => self.jobs.get(cluster).is_some_and(Job::may_wait),
-                _ => false,
-            };
-        if waits {
-            self.parked.push(op);
+    fn park(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
+        let held = match self.ops.get(op.0) {
+            _ if !self.holds() => None,
+            Some(Op::Io(io)) if io.is_write() => Some((io.clusters(), false)),
+            Some(&Op::Job { cluster }) if self.jobs.get(&cluster).is_some_and(Job::may_wait) => {
+                Some((cluster..cluster + 1, true))
+            }
+            _ => None,
+        };
+        let Some((clusters, job)) = held else { return false };
+        self.parked.push(op);
+        // Zeroings do not wait with it: they find another way where the write is in place, else there is no space.
+        for cluster in clusters {
+            if job {
+                self.refuse_zeroings(cluster, out);
+            } else {
+                self.drained(cluster);
+            }
         }
-        waits
+        true
+    }
+
+    /// A write to the cluster waits for space.
+    fn is_parked(&self, cluster: u32) -> bool {
+        self.parked.iter().any(|op| match self.ops.get(op.0) {
+            Some(Op::Io(io)) => io.clusters().contains(&cluster),
+            Some(Op::Job { cluster: c }) => *c == cluster,
+            _ => false,
+        })
     }
 
     fn tick(&mut self, out: &mut Vec<Action>) {
