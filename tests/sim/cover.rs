@@ -101,5 +101,6 @@ pub const WANTED: &[&str] = &[
     "change refused: the file cannot grow",
     "nothing held but writes while waiting for space",
     "all quiet",
+    "write refused while being stopped",
     "failed by a BAT read error",
 ];

@@ -56,7 +56,7 @@ impl World {
             |p: &u32| self.flights.iter().any(|f| matches!(f.act, Action::ReadBat { page, .. } if page == *p));
         self.bad_pages.retain(reading);
         let faults = if self.bad_pages.is_empty() { self.faults } else { self.faults - 1 };
-        self.reqs[id] = Some(Req { what, buf, start, serial, faults, sent: false });
+        self.reqs[id] = Some(Req { what, buf, start, serial, faults, sent: false, refusable: !self.hold });
     }
 
     fn touch(&mut self, sector: u64) {
@@ -199,14 +199,19 @@ impl World {
             self.cover.hit("change refused: table full on a failed device");
             return;
         }
+        let behind = r.what.kind == RequestKind::Zero && (self.no_space || self.was_waiting);
+        if e == 28 && behind {
+            self.cover.hit("zero refused for want of space");
+            return;
+        }
         if r.faults == self.faults {
             self.fail(format!("{:?} is answered with error {e}, and nothing had failed", r.what));
         }
         // A stop ends the wait for space.
-        if e == 28 && r.what.kind != RequestKind::Zero && !self.closing {
+        self.cover.hit_if(e == 28 && r.refusable, "write refused while being stopped");
+        if e == 28 && r.what.kind != RequestKind::Zero && !self.closing && !r.refusable {
             self.fail(format!("{:?} is answered with ENOSPC instead of waiting", r.what));
         }
-        self.cover.hit_if(e == 28, "zero refused for want of space");
     }
 
     /// A change was answered: killed now, the worker must not have lost it.
@@ -276,7 +281,7 @@ impl World {
 
     fn accident(&mut self) -> bool {
         let s = &self.settings;
-        let rates = [s.kill, s.power, s.close, s.no_space, 30];
+        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {
             if at < u64::from(*rate) {
@@ -289,11 +294,18 @@ impl World {
                     2 => self.want_close = true,
                     3 => {
                         self.no_space = !self.no_space;
+                        self.idle_ticks = 0;
                         self.say(|w| format!("no space: {}", w.no_space));
                         self.quiet |= self.no_space && self.rng.coin();
                         self.cover.hit(if self.no_space { "period without space" } else { "space came back" });
                     }
                     4 => self.quiet = true,
+                    5 if self.engine.is_some() => {
+                        self.hold = !self.hold;
+                        self.say(|w| format!("HoldForSpace({})", w.hold));
+                        self.reqs.iter_mut().flatten().for_each(|r| r.refusable |= !self.hold);
+                        self.feed(Event::HoldForSpace(self.hold));
+                    }
                     _ => return false,
                 }
                 return true;

@@ -1,7 +1,8 @@
 //! The engine in a simulated world: every run follows from its seed.
 //!
-//! `PLOOP_TEST=ci` runs 200 seeds, `PLOOP_TEST=full` 5000, otherwise 50. `SIM_SEED=N cargo test --test sim` replays one
-//! and prints what happened.
+//! `PLOOP_TEST=ci` runs 200 seeds, `PLOOP_TEST=full` 5000, otherwise 50. `SIM_SEED=N cargo test --test sim the_engine`
+//! replays one and prints what happened (`SIM_LIVE=1`: at once). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
+//! tells how far it is, `SIM_BREAK=NAME` looks for one breach only.
 
 mod act;
 mod broken;
@@ -18,6 +19,9 @@ mod table;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use broken::{Break, Broken};
 use cover::Cover;
@@ -65,6 +69,26 @@ fn seeds() -> u64 {
     }
 }
 
+/// A step of the engine that never ends cannot be stopped, but it can be named: the whole test is aborted.
+fn watch(seed: Arc<AtomicU64>) {
+    std::thread::spawn(move || {
+        let (mut last, mut since) = (u64::MAX, 0);
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            let now = seed.load(Ordering::Relaxed);
+            since = if now == last { since + 1 } else { 0 };
+            last = now;
+            if now == u64::MAX {
+                return;
+            }
+            if since > 120 {
+                eprintln!("seed {now} does not end: SIM_SEED={now} SIM_LIVE=1 cargo test --test sim the_engine");
+                std::process::abort();
+            }
+        }
+    });
+}
+
 /// Runs many seeds (or the one asked for); returns what they met.
 fn many(maker: Maker, seeds: u64) -> Cover {
     if let Some(seed) = std::env::var("SIM_SEED").ok().and_then(|s| s.parse().ok()) {
@@ -77,7 +101,10 @@ fn many(maker: Maker, seeds: u64) -> Cover {
     let mut cover = Cover::default();
     let mut failures = Vec::new();
     let first = std::env::var("SIM_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+    let current = Arc::new(AtomicU64::new(first));
+    watch(current.clone());
     for seed in first..first + seeds {
+        current.store(seed, Ordering::Relaxed);
         if std::env::var_os("SIM_VERBOSE").is_some() {
             eprintln!("seed {seed}");
         }
@@ -91,6 +118,7 @@ fn many(maker: Maker, seeds: u64) -> Cover {
             }
         }
     }
+    current.store(u64::MAX, Ordering::Relaxed);
     let shown: Vec<&str> = failures.iter().take(20).map(String::as_str).collect();
     let count = failures.len();
     assert!(

@@ -431,6 +431,7 @@ impl World {
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
         self.table.begin_step();
         self.idle_ticks = 0;
+        self.hold = true;
         self.ages.clear();
         self.engine = Some((self.maker)(config, carried, self.table.clone()));
     }

@@ -93,6 +93,8 @@ pub struct Req {
     pub serial: u64,
     /// Faults injected before it arrived: without a new one it must not fail.
     pub faults: u64,
+    /// Writes were not held for space at some time of its life.
+    pub refusable: bool,
     /// The engine now running has been told of it.
     pub sent: bool,
 }
@@ -154,6 +156,8 @@ pub struct World {
     /// A read of the BAT has failed in this session.
     pub bat_read_error: bool,
     pub no_space: bool,
+    /// Writes wait for space (the device is not being stopped).
+    pub hold: bool,
     /// No new requests until everything has come to rest.
     pub quiet: bool,
     /// The engine was waiting for space after its last step.
@@ -222,6 +226,7 @@ impl World {
             bad_pages: Vec::new(),
             bat_read_error: false,
             no_space: false,
+            hold: true,
             quiet: false,
             was_waiting: false,
             took_over: false,
