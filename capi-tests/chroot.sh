@@ -8,7 +8,7 @@
 set -u
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
 scratch=${PLOOP_TEST_SCRATCH:-/var/tmp}
-fs=$(mktemp -d "$scratch/ploop-chroot.XXXXXX") || exit 1
+fs=$(mktemp -d "$scratch/ploop-chroot.XXXXXX") && chmod 755 "$fs" || exit 1
 suite=${PLOOP_CHROOT_SUITE:-bookworm}
 cache=${PLOOP_CHROOT_CACHE:-}
 begin=$SECONDS

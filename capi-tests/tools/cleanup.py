@@ -129,7 +129,7 @@ def kill_stragglers(case):
 def abort_connection(number):
     """Ends a FUSE connection whose server does not answer."""
     if number:
-        quietly("unshare", "-m", "sh", "-c", "mountpoint -q /sys/fs/fuse/connections || "
+        quietly("unshare", "-m", "--propagation", "unchanged", "sh", "-c", "mount --make-rprivate /sys; mountpoint -q /sys/fs/fuse/connections || "
                 f"mount -t fusectl none /sys/fs/fuse/connections; echo 1 > /sys/fs/fuse/connections/{number}/abort", limit=10)
 
 

@@ -140,9 +140,10 @@ def debian(*args, rc=0, limit=120, large=False):
     env.pop("LD_PRELOAD", None)
     cmd = [DEBIAN_PLOOP, *args]
     if large:
-        script = ("mount -t tmpfs none /sys/module && mkdir -p /sys/module/ploop/parameters && "
+        # Works where / is no mount point too, as in a chroot; /sys is made private first, so that nobody else sees it.
+        script = ("mount --make-rprivate /sys && mount -t tmpfs none /sys/module && mkdir -p /sys/module/ploop/parameters && "
                   "echo 1 > /sys/module/ploop/parameters/large_disk_support && exec \"$@\"")
-        cmd = ["unshare", "-m", "sh", "-c", script, "sh", *cmd]
+        cmd = ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script, "sh", *cmd]
     return run(*cmd, rc=rc, limit=limit, env=env)
 
 
