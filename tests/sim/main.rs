@@ -2,7 +2,8 @@
 //!
 //! `PLOOP_TEST=ci` runs 200 seeds, `PLOOP_TEST=full` 5000, otherwise 50. `SIM_SEED=N cargo test --test sim the_engine`
 //! replays one and prints what happened (`SIM_LIVE=1`: at once). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
-//! tells how far it is, `SIM_BREAK=NAME` looks for one breach only.
+//! tells how far it is, `SIM_STOP=1` ends with the first failure,
+//! `SIM_BREAK=NAME` looks for one breach only.
 
 mod act;
 mod broken;
@@ -115,6 +116,9 @@ fn many(maker: Maker, seeds: u64) -> Cover {
                     eprintln!("{text}");
                 }
                 failures.push(text);
+                if std::env::var_os("SIM_STOP").is_some() {
+                    break;
+                }
             }
         }
     }
