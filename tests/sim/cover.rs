@@ -102,5 +102,4 @@ pub const WANTED: &[&str] = &[
     "nothing held but writes while waiting for space",
     "all quiet",
     "write refused while being stopped",
-    "failed by a BAT read error",
 ];

@@ -56,7 +56,16 @@ impl World {
             |p: &u32| self.flights.iter().any(|f| matches!(f.act, Action::ReadBat { page, .. } if page == *p));
         self.bad_pages.retain(reading);
         let faults = if self.bad_pages.is_empty() { self.faults } else { self.faults - 1 };
-        self.reqs[id] = Some(Req { what, buf, start, serial, faults, sent: false, refusable: !self.hold });
+        self.reqs[id] = Some(Req {
+            what,
+            buf,
+            start,
+            serial,
+            faults,
+            sent: false,
+            refusable: !self.hold,
+            starved: self.no_space || self.was_waiting,
+        });
     }
 
     fn touch(&mut self, sector: u64) {
@@ -199,7 +208,7 @@ impl World {
             self.cover.hit("change refused: table full on a failed device");
             return;
         }
-        let behind = r.what.kind == RequestKind::Zero && (self.no_space || self.was_waiting);
+        let behind = r.what.kind == RequestKind::Zero && r.starved;
         if e == 28 && behind {
             self.cover.hit("zero refused for want of space");
             return;
@@ -295,6 +304,7 @@ impl World {
                     3 => {
                         self.no_space = !self.no_space;
                         self.idle_ticks = 0;
+                        self.reqs.iter_mut().flatten().for_each(|r| r.starved |= self.no_space);
                         self.say(|w| format!("no space: {}", w.no_space));
                         self.quiet |= self.no_space && self.rng.coin();
                         self.cover.hit(if self.no_space { "period without space" } else { "space came back" });

@@ -494,8 +494,9 @@ impl World {
         if used + status.free != status.alloc_end.saturating_sub(first) {
             self.fail(format!("at rest {used} places used + {} free, but {first}..{}", status.free, status.alloc_end));
         }
-        if let Some((c, p)) = places.iter().find(|(_, p)| *p >= status.alloc_end) {
-            self.fail(format!("cluster {c} is at place {p}, beyond the end {}", status.alloc_end));
+        let end = places.iter().map(|(_, p)| p + 1).max().unwrap_or(first);
+        if end != status.alloc_end {
+            self.fail(format!("at rest the last place in use is before {end}, but the end is {}", status.alloc_end));
         }
         if u64::from(status.alloc_end) * self.shape.spc > self.chain.files[top].len() {
             self.fail(format!("the end {} lies beyond the file", status.alloc_end));

@@ -95,6 +95,8 @@ pub struct Req {
     pub faults: u64,
     /// Writes were not held for space at some time of its life.
     pub refusable: bool,
+    /// There was no space at some time of its life.
+    pub starved: bool,
     /// The engine now running has been told of it.
     pub sent: bool,
 }
