@@ -386,7 +386,8 @@ impl World {
             _ => self.feed(Event::Done { op: f.op, result }),
         }
         if sticky && self.engine.is_some() && self.table.sync_state() != SyncState::Failed {
-            self.fail(format!("{:?} failed and the shared table does not say so", f.act));
+            let what = if matches!(f.act, Action::Sync { .. }) { "sync" } else { "BAT write" };
+            self.fail(format!("a {what} failed and the shared table does not say so"));
         }
     }
 }

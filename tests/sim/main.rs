@@ -15,6 +15,7 @@ mod load;
 mod naive;
 mod oracle;
 mod recover;
+mod rest;
 mod rng;
 mod table;
 mod world;

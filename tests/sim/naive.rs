@@ -441,12 +441,22 @@ impl Machine for Naive {
         self.pump(out);
     }
 
+    fn holds_only_writes(&self) -> bool {
+        false
+    }
+
     fn status(&self) -> Status {
+        let mut free = self.free.clone();
+        let mut end = self.end;
+        while let Some(i) = free.iter().position(|p| p + 1 == end) {
+            free.swap_remove(i);
+            end -= 1;
+        }
         Status {
             no_space: self.blocked,
             failed: self.failed,
-            alloc_end: self.end,
-            free: self.free.len() as u32,
+            alloc_end: end,
+            free: free.len() as u32,
             dirty: self.slots.len() as u32,
             requests: self.queue.len() as u32 + u32::from(self.current.is_some()),
             ..Status::default()

@@ -16,6 +16,10 @@ use crate::table::Table;
 pub trait Machine {
     fn step(&mut self, event: Event<'_>, actions: &mut Vec<Action>);
     fn status(&self) -> Status;
+    /// One that works on one request at a time cannot keep the rule that only writes wait for space.
+    fn holds_only_writes(&self) -> bool {
+        true
+    }
 }
 
 pub type Maker = fn(Config, Vec<Carried>, Table) -> Box<dyn Machine>;
