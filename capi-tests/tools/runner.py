@@ -41,7 +41,7 @@ class Runner:
     def command(self, name, cmd, limit, cwd=ROOT, env=None):
         """Runs one test under `limit`; returns its status (124: limit) and the seconds."""
         begin = time.monotonic()
-        env = {**os.environ, "PLOOP_TEST_SCRATCH": self.scratch, "PLOOP_TEST_CASE": name, "PLOOP": devlib.PLOOP,
+        env = {**os.environ, "PLOOP_TEST_SCRATCH": self.scratch, "PLOOP_TEST_CASE": f"{name}@{os.getpid()}", "PLOOP": devlib.PLOOP,
                "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
         with open(self.log(name), "wb") as out:
             self.child = p = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env,
@@ -125,7 +125,7 @@ class Runner:
         self.note(name, rc, seconds, True, extra)
 
     def after(self, name, rc):
-        killed = cleanup.kill_stragglers(name)
+        killed = cleanup.kill_stragglers(f"{name}@{os.getpid()}")
         undone = cleanup.clean(os.path.join(self.scratch, name))
         if killed:
             undone.append(f"processes {' '.join(killed)}")
