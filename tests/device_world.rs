@@ -4,6 +4,7 @@ mod device_common;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -130,8 +131,15 @@ fn killed_cgroup_and_other_mount_namespace() {
         group.display(),
         t.dir.path().join("attached").display()
     );
-    let mut caller = Command::new("unshare")
-        .args(["-m", "sh", "-c", &script])
+    // From another namespace our records would be looked for below the root of process 1: not in a plain chroot.
+    let identity = |p: &str| fs::metadata(p).map(|m| (m.dev(), m.ino())).ok();
+    let chroot = identity("/proc/1/root/").is_some_and(|first| Some(first) != identity("/"));
+    let mut caller = if chroot { Command::new("env") } else { Command::new("unshare") };
+    if !chroot {
+        caller.arg("-m");
+    }
+    let mut caller = caller
+        .args(["sh", "-c", &script])
         .arg(exe)
         .env("PLOOP_TEST_ATTACH", &image)
         .stdout(std::process::Stdio::null())
