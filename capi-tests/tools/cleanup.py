@@ -6,6 +6,7 @@ loop device over a file in it. Everything that may hang has a time limit.
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -241,7 +242,9 @@ def leftovers(before, scratch, shared):
             out.append(f"/dev/{n} over {backing}")
     for n in nodes():
         base = os.path.basename(n)
-        if n not in before["nodes"] and not any(base == f or base.startswith(f + "p") for f in foreign):
+        of = re.sub(r"p\d+$", "", base)
+        # Another's device may have its record out of our sight (in a chroot).
+        if n not in before["nodes"] and (of in now and of not in foreign if shared else True):
             out.append(n)
     old = {tuple(m) for m in before["mounts"]}
     for m in mounts():

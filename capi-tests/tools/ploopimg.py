@@ -267,7 +267,21 @@ def open_read(path):
         return os.open(path, os.O_RDONLY)
 
 
-class Raw:
+class File:
+    """An open file that is closed with the object at the latest (an open one keeps its file system busy)."""
+
+    fd = -1
+
+    def close(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def __del__(self):
+        self.close()
+
+
+class Raw(File):
     """A raw base."""
 
     def __init__(self, path, bs):
@@ -284,11 +298,8 @@ class Raw:
         data = os.pread(self.fd, min(n, max(0, self.bytes - off)), off)
         return data + bytes(n - len(data))
 
-    def close(self):
-        os.close(self.fd)
 
-
-class Image:
+class Image(File):
     """One ploop1 file, opened for reading."""
 
     def __init__(self, path):
@@ -315,9 +326,6 @@ class Image:
         if len(data) != n:
             raise FormatError(f"{self.path}: {n} bytes at {off}: only {len(data)}, the file has {self.bytes}")
         return data
-
-    def close(self):
-        os.close(self.fd)
 
 
 def read_descriptor(path):
