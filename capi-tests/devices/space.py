@@ -60,7 +60,7 @@ def case_space_ends_it(t):
         os.unlink(ballast)
         out, err = writer.communicate(timeout=90)
         check(writer.returncode == 0 and out.endswith("synced\n"), f"the writer failed: {err[-300:]}")
-        check(not waits(dev), "the state stays though there is space")
+        devlib.wait_for("the state goes when there is space", lambda: not waits(dev), 10)
         d = devlib.Direct(dev, write=False)
         for i in range(300):
             check(bytes(d.read(i * MIB, MIB)) == bytes([i % 251 + 1]) * MIB, f"MiB {i} is wrong")

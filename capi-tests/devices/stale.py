@@ -107,7 +107,9 @@ def commands(t, with_filesystem):
     check(r.rc != 0, "mount with the stale node's name of a marked image succeeded")
     r = tell("umount", "-d", dev)
     check(not os.path.exists(f"{devlib.RUN}/{name}"), "umount -d left the record")
-    check(not os.path.exists(dev), f"{dev} still leads to the stranger's disk")
+    # Another's device may have the name by now.
+    number = os.stat(f"/dev/{loop}").st_rdev
+    check(not os.path.exists(dev) or os.stat(dev).st_rdev != number, f"{dev} still leads to the stranger's disk")
     check(not [n for n in os.listdir('/dev') if n.startswith(name + "p")], "partition nodes still lead to the stranger's disk")
     # The image itself comes back by its descriptor.
     r = tell("mount", dd)
@@ -169,7 +171,9 @@ def case_umount_by_descriptor(t):
         log("umount by descriptor left the record")
         t.umount("-d", dev)
         s.untouched("umount -d")
-    check(not os.path.exists(dev), f"{dev} still leads to the stranger's disk")
+    # Another's device may have the name by now.
+    number = os.stat(f"/dev/{loop}").st_rdev
+    check(not os.path.exists(dev) or os.stat(dev).st_rdev != number, f"{dev} still leads to the stranger's disk")
 
 
 def case_strangers_mount(t):
