@@ -225,7 +225,11 @@ fn remove_nodes(name: &str, rdev: u64) {
 fn abort(connection: u64) -> Result<()> {
     let none: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make / private")?;
+    match mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none) {
+        // In a plain chroot the root folder is no mount point.
+        Err(nix::errno::Errno::EINVAL) => {}
+        other => other.ctx(Kind::Mount, || "cannot make / private")?,
+    }
     // Any folder will do: the mount is seen by this process alone.
     mount(Some("none"), "/proc", Some("fusectl"), MsFlags::empty(), none)
         .ctx(Kind::Mount, || "cannot mount fusectl")?;
