@@ -226,8 +226,10 @@ fn abort(connection: u64) -> Result<()> {
     let none: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
     match mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none) {
-        // In a plain chroot the root folder is no mount point.
-        Err(nix::errno::Errno::EINVAL) => {}
+        // In a plain chroot the root folder is no mount point; what is mounted over /proc must still be seen by nobody.
+        Err(nix::errno::Errno::EINVAL) => {
+            mount(none, "/proc", none, MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make /proc private")?
+        }
         other => other.ctx(Kind::Mount, || "cannot make / private")?,
     }
     // Any folder will do: the mount is seen by this process alone.
