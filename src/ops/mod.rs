@@ -10,5 +10,6 @@ pub mod info;
 pub mod list;
 pub mod mount;
 mod scratch;
+pub mod snapshot_list;
 pub mod tour;
 pub mod umount;

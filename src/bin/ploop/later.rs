@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 24] = [
+const CLASSIC: [&str; 23] = [
     "balloon",
     "clear",
     "convert",
@@ -19,7 +19,6 @@ const CLASSIC: [&str; 24] = [
     "rm",
     "snapshot",
     "snapshot-delete",
-    "snapshot-list",
     "snapshot-merge",
     "snapshot-switch",
     "start",
@@ -39,7 +38,7 @@ pub fn is_classic(name: &OsStr) -> bool {
 /// Says that a command is not there; the exit status.
 pub fn not_yet(name: &str) -> u8 {
     eprintln!(
-        "ploop {name}: this version ({}) does not have this command yet; it has init, mount, umount, list, info, check, tour and doctor",
+        "ploop {name}: this version ({}) does not have this command yet; ploop --help shows those it has",
         env!("CARGO_PKG_VERSION")
     );
     Kind::Param as u8

@@ -12,6 +12,7 @@ mod init;
 mod later;
 mod list;
 mod mount;
+mod snapshot_list;
 mod tour;
 mod umount;
 mod values;
@@ -82,7 +83,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 9] = [
+const COMMANDS: [&Command; 10] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -90,6 +91,7 @@ const COMMANDS: [&Command; 9] = [
     &info::COMMAND,
     &check::COMMAND,
     &check::FSCK,
+    &snapshot_list::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
 ];
@@ -107,6 +109,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop info [-s] [-d] DISK          how full it is, its size, its device
   ploop info --image FILE            what is in an image file
   ploop check { DISK | FILE }        look for damage
+  ploop snapshot-list DISK           its snapshots
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
 
@@ -159,7 +162,8 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
     let parsed = match getopt::parse(args, command.short, command.long) {
         Ok(parsed) => parsed,
         Err(message) => {
-            return ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name)))));
+            let status = ended(command.usage, Err(Fail::Usage(Some(format!("ploop {}: {message}", command.name)))));
+            return if command.name == snapshot_list::COMMAND.name { snapshot_list::FAILED } else { status };
         }
     };
     let asked = parsed.options.iter().find(|(o, _)| matches!(*o, HELP | VERSION));
