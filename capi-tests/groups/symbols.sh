@@ -27,7 +27,7 @@ done
 
 # Every function that the header declares, and no other, but for those that the classic exports without declaring them.
 sed -n 's/^[a-z].*[ *]\(ploop_[a-z_]*\)(.*);$/\1/p' "$ROOT/include/ploop/libploop.h" | LC_ALL=C sort >"$SCRATCH/declared"
-grep -vx ploop_mount "$wanted" | diff -u - "$SCRATCH/declared" || fail "declared and exported functions differ"
+LC_ALL=C comm -23 "$wanted" "$ROOT/capi-tests/symbols/undeclared" | diff -u - "$SCRATCH/declared" || fail "declared and exported functions differ"
 
 gcc -std=gnu99 -Wall -Werror -o "$SCRATCH/dlopen" "$ROOT/capi-tests/symbols/dlopen.c" -lpthread -ldl || exit 1
 # shellcheck disable=SC2046 # one word a symbol

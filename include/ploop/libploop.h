@@ -425,6 +425,21 @@ int ploop_open_dd(struct ploop_disk_images_data **di, const char *fname);
 /* Frees an object of ploop_open_dd() and everything in it. NULL is allowed. */
 void ploop_close_dd(struct ploop_disk_images_data *di);
 
+/* Old name of ploop_close_dd(). */
+void ploop_free_diskdescriptor(struct ploop_disk_images_data *di);
+
+/*
+ * ploop_open_dd(), and the descriptor is read at once, without its lock. If that fails -1 is returned with *di set, to be
+ * freed all the same.
+ */
+int ploop_read_disk_descr(struct ploop_disk_images_data **di, const char *file);
+
+/* GUID of the parent of snapshot guid inside di, which must have been read; NULL for the base and an unknown one. */
+char *ploop_find_parent_by_guid(struct ploop_disk_images_data *di, const char *guid);
+
+/* Not possible any more: logs an error, returns NULL. */
+char *ploop_get_base_delta_uuid(struct ploop_disk_images_data *di);
+
 /*
  * Sets the component (at most 63 bytes) by which devices of this object are made and looked for: one image can be attached
  * once for each. NULL or "": none.
@@ -480,6 +495,18 @@ int ploop_get_partition_by_mnt(const char *path, char *buf, int size);
 int ploop_get_mnt_by_dev(const char *dev, char *buf, int size);
 
 /*
+ * Stores the path of a running device's top delta in image and its format, raw or ploop1, in format, cut to the sizes of
+ * the buffers. Either may be NULL.
+ */
+int ploop_find_top_delta_name_and_format(const char *device, char *image, size_t image_size, char *format, size_t format_size);
+
+/* Can disks use format version 2 here? Always 1. */
+int ploop_is_large_disk_supported(void);
+
+/* Nothing to do any more; 0. */
+int ploop_complete_running_operation(const char *device);
+
+/*
  * Tells about the file system of the disk with descriptor descr: from what was stored at the last unmount, else from the
  * mounted file system, else by mounting it for a moment.
  */
@@ -502,6 +529,9 @@ int ploop_create_image(struct ploop_create_param *param);
  * and mounts it on param->target if given. Already attached with this component: SYSEXIT_MOUNT.
  */
 int ploop_mount_image(struct ploop_disk_images_data *di, struct ploop_mount_param *param);
+
+/* ploop_mount_image() for a snapshot: param->guid must be set. */
+int ploop_mount_snapshot(struct ploop_disk_images_data *di, struct ploop_mount_param *param);
 
 /* Unmounts the disk's file system and detaches its device. Not attached: SYSEXIT_DEV_NOT_MOUNTED. */
 int ploop_umount_image(struct ploop_disk_images_data *di);

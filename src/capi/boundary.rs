@@ -60,6 +60,11 @@ pub fn minus_one(name: &str, body: impl FnOnce() -> Result<()>) -> c_int {
     }
 }
 
+/// What was asked for; `otherwise` on error.
+pub fn or<R>(name: &str, otherwise: R, body: impl FnOnce() -> Result<R>) -> R {
+    run(name, body).unwrap_or(otherwise)
+}
+
 /// Nothing to return; an error is only reported.
 pub fn void(name: &str, body: impl FnOnce() -> Result<()>) {
     let _ = run(name, body);

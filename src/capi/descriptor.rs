@@ -7,8 +7,9 @@ use super::types::ploop_disk_images_data;
 use crate::bail;
 use crate::descriptor::{Image, LockedDescriptor};
 use crate::error::{IoContext, Kind, Result};
-use crate::format::guid::Guid;
-use std::ffi::{c_char, c_int};
+use crate::format::guid::{self, Guid};
+use std::ffi::{CStr, c_char, c_int};
+use std::ptr;
 
 /// Longest component name: kernels with ploop keep 64 bytes and the NUL must fit.
 const COMPONENT_MAX: usize = 63;
@@ -39,6 +40,57 @@ pub unsafe extern "C" fn ploop_close_dd(di: *mut ploop_disk_images_data) {
         // SAFETY: the caller's object, which it gives up here.
         unsafe { handle::close(di) };
         Ok(())
+    })
+}
+
+/// Old name of ploop_close_dd().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_free_diskdescriptor(di: *mut ploop_disk_images_data) {
+    boundary::void("ploop_free_diskdescriptor", || {
+        // SAFETY: the caller's object, which it gives up here.
+        unsafe { handle::close(di) };
+        Ok(())
+    })
+}
+
+/// ploop_open_dd(), and the descriptor is read at once, without its lock. If that fails -1 is returned with *di set, to be
+/// freed all the same.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_read_disk_descr(di: *mut *mut ploop_disk_images_data, file: *const c_char) -> c_int {
+    // SAFETY: the same arguments.
+    let opened = unsafe { ploop_open_dd(di, file) };
+    if opened != 0 {
+        return opened;
+    }
+    boundary::minus_one("ploop_read_disk_descr", || {
+        // SAFETY: `*di` was just set to an object that nobody else knows.
+        unsafe { Disk::borrow(*di) }?.read()
+    })
+}
+
+/// GUID of the parent of snapshot guid inside di, which must have been read; NULL for the base and an unknown one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_find_parent_by_guid(
+    di: *mut ploop_disk_images_data,
+    guid: *const c_char,
+) -> *mut c_char {
+    boundary::or("ploop_find_parent_by_guid", ptr::null_mut(), || {
+        // SAFETY: the caller's object, used by this thread alone, and its string.
+        let (disk, guid) = unsafe { (Disk::borrow(di)?, convert::text(guid)) };
+        let Some(shown) = guid.and_then(|g| disk.shown(g)) else { return Ok(ptr::null_mut()) };
+        // SAFETY: a string of the object.
+        let parent = unsafe { CStr::from_ptr(shown.parent) };
+        let base = parent.to_bytes() == guid::NONE.as_str().as_bytes();
+        Ok(if base { ptr::null_mut() } else { shown.parent })
+    })
+}
+
+/// Not possible any more: logs an error, returns NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_get_base_delta_uuid(di: *mut ploop_disk_images_data) -> *mut c_char {
+    let _ = di;
+    boundary::or("ploop_get_base_delta_uuid", ptr::null_mut(), || {
+        bail!(Param, "ploop_get_base_delta_uuid is not supported; ploop_get_base_delta_fname tells the base's file")
     })
 }
 

@@ -139,6 +139,49 @@ pub unsafe extern "C" fn ploop_get_mnt_by_dev(dev: *const c_char, buf: *mut c_ch
     }
 }
 
+/// Stores the path of a running device's top delta in image and its format, raw or ploop1, in format, cut to the sizes of
+/// the buffers. Either may be NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_find_top_delta_name_and_format(
+    device: *const c_char,
+    image: *mut c_char,
+    image_size: usize,
+    format: *mut c_char,
+    format_size: usize,
+) -> c_int {
+    boundary::call("ploop_find_top_delta_name_and_format", || {
+        // SAFETY: the caller's string, NULL or NUL-terminated.
+        let Some(device) = unsafe { convert::optional_string(device, "device") }? else {
+            bail!(Param, "device is NULL or empty; give its path, /dev/ploopN");
+        };
+        let found = ops::levels::device(&device)?;
+        let raw = found.record.levels.last().is_some_and(|l| l.raw);
+        let texts = [
+            (image, image_size, found.top().as_os_str()),
+            (format, format_size, OsStr::new(if raw { "raw" } else { "ploop1" })),
+        ];
+        for (buffer, size, text) in texts.into_iter().filter(|(b, ..)| !b.is_null()) {
+            let size = c_int::try_from(size).unwrap_or(c_int::MAX);
+            // SAFETY: the caller's buffer of `size` bytes.
+            unsafe { convert::copy_out(buffer, size, text, Long::Cut) }?;
+        }
+        Ok(())
+    })
+}
+
+/// Can disks use format version 2 here? Always 1.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_is_large_disk_supported() -> c_int {
+    1
+}
+
+/// Nothing to do any more; 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_complete_running_operation(device: *const c_char) -> c_int {
+    let _ = device;
+    0
+}
+
 /// Tells about the file system of the disk with descriptor descr: from what was stored at the last unmount, else from the
 /// mounted file system, else by mounting it for a moment.
 #[unsafe(no_mangle)]

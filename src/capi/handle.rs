@@ -5,7 +5,8 @@ use super::types::{ploop_disk_images_data, ploop_disk_images_runtime_data, ploop
 use crate::bail;
 use crate::descriptor::{Descriptor, ImageMode};
 use crate::error::{Error, Kind, Result};
-use std::ffi::{OsStr, c_char, c_int};
+use crate::format::guid;
+use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
@@ -90,8 +91,55 @@ impl Disk {
             return None;
         }
         // SAFETY: `nimages` is positive, so `images` has a first element, and it was filled by `fill`.
-        let file = unsafe { std::ffi::CStr::from_ptr((*(*self.mirror().images)).file) };
+        let file = unsafe { CStr::from_ptr((*(*self.mirror().images)).file) };
         Some(PathBuf::from(OsStr::from_bytes(file.to_bytes())))
+    }
+
+    /// What is shown of the snapshot with this GUID (either case): its place in `snapshots`, its parent, its image. The
+    /// strings belong to the object and live until it is read again.
+    pub fn shown(&self, guid: &CStr) -> Option<Shown> {
+        let m = self.mirror();
+        let is = |text: *const c_char| {
+            // SAFETY: GUIDs of a filled mirror are NUL-terminated strings.
+            unsafe { CStr::from_ptr(text) }.to_bytes().eq_ignore_ascii_case(guid.to_bytes())
+        };
+        // SAFETY: `fill_mirror` filled both arrays up to their numbers with pointers to live structs.
+        unsafe {
+            let index = (0..m.nsnapshots as usize).find(|i| is((**m.snapshots.add(*i)).guid))?;
+            let image = (0..m.nimages as usize).find(|i| is((**m.images.add(*i)).guid));
+            Some(Shown {
+                index,
+                parent: (**m.snapshots.add(index)).parent_guid,
+                file: image.map_or(ptr::null_mut(), |i| (**m.images.add(i)).file),
+            })
+        }
+    }
+
+    /// Files of the chain that ends with this snapshot, base first, as they are shown. `NoSnap`, `DiskDescr`.
+    pub fn shown_chain(&self, guid: &CStr) -> Result<Vec<PathBuf>> {
+        let mut chain = Vec::new();
+        let mut at = guid.to_owned();
+        while !at.to_bytes().eq_ignore_ascii_case(guid::NONE.as_str().as_bytes()) {
+            let Some(shown) = self.shown(&at) else {
+                bail!(NoSnap, "{} has no snapshot {}", self.descriptor().display(), at.to_string_lossy());
+            };
+            if shown.file.is_null() || chain.len() >= self.mirror().nsnapshots as usize {
+                bail!(
+                    DiskDescr,
+                    "{}: the chain of {} has no image or runs in a circle at {}",
+                    self.descriptor().display(),
+                    guid.to_string_lossy(),
+                    at.to_string_lossy()
+                );
+            }
+            // SAFETY: strings of a filled mirror, alive while `self` is.
+            unsafe {
+                chain.push(PathBuf::from(OsStr::from_bytes(CStr::from_ptr(shown.file).to_bytes())));
+                at = CStr::from_ptr(shown.parent).to_owned();
+            }
+        }
+        chain.reverse();
+        Ok(chain)
     }
 
     /// Reads the descriptor again, without its lock, into the visible fields; they are empty when that fails.
@@ -143,6 +191,15 @@ impl Disk {
         // SAFETY: as in `state`; `self` is borrowed mutably.
         unsafe { &mut (*self.mirror_mut().runtime).state }
     }
+}
+
+/// A snapshot in the visible fields.
+pub struct Shown {
+    pub index: usize,
+    /// The null GUID for the base.
+    pub parent: *mut c_char,
+    /// NULL if it has no image.
+    pub file: *mut c_char,
 }
 
 impl Drop for Disk {

@@ -2,13 +2,17 @@
 //! return classic codes. Panics never cross; memory handed out comes from malloc.
 //!
 //! What is exported, by file:
-//! - [`descriptor`]: ploop_open_dd, ploop_close_dd, ploop_set_component_name, ploop_get_top_delta_fname,
-//!   ploop_get_base_delta_fname, ploop_uuid_generate
+//! - [`descriptor`]: ploop_open_dd, ploop_read_disk_descr, ploop_close_dd, ploop_free_diskdescriptor,
+//!   ploop_set_component_name, ploop_get_top_delta_fname, ploop_get_base_delta_fname, ploop_find_parent_by_guid,
+//!   ploop_get_base_delta_uuid, ploop_uuid_generate
 //! - [`devices`]: ploop_get_dev, ploop_get_devs, ploop_is_mounted, ploop_find_dev, ploop_get_dev_by_mnt,
 //!   ploop_get_partition_by_mnt, ploop_get_mnt_by_dev, ploop_free_array, ploop_get_info_by_descr, ploop_get_spec,
-//!   ploop_get_max_size
-//! - [`mount`]: ploop_create_image, ploop_mount_image, ploop_umount_image, ploop_umount, and ploop_mount, which the classic
+//!   ploop_get_max_size, ploop_find_top_delta_name_and_format, ploop_is_large_disk_supported,
+//!   ploop_complete_running_operation
+//! - [`mount`]: ploop_create_image, ploop_mount_image, ploop_mount_snapshot, ploop_umount_image, ploop_umount, and ploop_mount, which the classic
 //!   exports without declaring it
+//! - [`tools`]: what the classic's own programs use, undeclared: find_image_by_guid, find_snapshot_by_guid,
+//!   make_images_list, guidcmp, is_valid_guid, read_line, check_deltas_same, find_level_by_delta, get_delta_info, mntn2str
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //!
@@ -26,4 +30,5 @@ mod handle;
 pub mod kernel_consts;
 pub mod log;
 pub mod mount;
+pub mod tools;
 pub mod types;

@@ -41,6 +41,21 @@ pub unsafe extern "C" fn ploop_mount_image(di: *mut ploop_disk_images_data, para
     })
 }
 
+/// ploop_mount_image() for a snapshot: param->guid must be set.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_mount_snapshot(di: *mut ploop_disk_images_data, param: *mut ploop_mount_param) -> c_int {
+    let named = boundary::call("ploop_mount_snapshot", || {
+        // SAFETY: the caller's struct, NULL or valid.
+        match unsafe { param.as_ref() } {
+            Some(p) if !p.guid.is_null() => Ok(()),
+            Some(_) => bail!(Param, "ploop_mount_snapshot: no GUID given"),
+            None => bail!(Param, "mount parameters are NULL"),
+        }
+    });
+    // SAFETY: the same arguments.
+    if named != 0 { named } else { unsafe { ploop_mount_image(di, param) } }
+}
+
 /// Attaches a chain of files, base first, in an array that ends in NULL, without descriptor. di may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_mount(

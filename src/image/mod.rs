@@ -7,6 +7,7 @@ pub mod complete;
 pub mod content;
 pub mod create;
 pub mod open;
+pub mod same;
 pub mod scan;
 
 #[cfg(test)]

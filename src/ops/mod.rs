@@ -7,6 +7,7 @@ pub mod create;
 pub mod doctor;
 pub mod find;
 pub mod info;
+pub mod levels;
 pub mod list;
 pub mod mount;
 mod scratch;

@@ -1,0 +1,80 @@
+//! Whether one image file can stand in for another.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::bail;
+use crate::error::{IoContext, Kind, Result};
+use crate::format::header::{self, Header};
+use crate::image::open::{Access, open_level, reopen};
+
+/// Compares sizes and headers of two ploop1 images; in-use marks are left out, contents are not looked at. `Format` if
+/// they differ, `Open` if one cannot be opened or has no sound header.
+pub fn same_shape(one: &Path, other: &Path) -> Result<()> {
+    let (a, b) = (shape(one)?, shape(other)?);
+    if a.0 != b.0 {
+        bail!(
+            Format,
+            "{} has {} bytes, {} has {}: they are not copies of each other",
+            one.display(),
+            a.0,
+            other.display(),
+            b.0
+        );
+    }
+    if a.1 != b.1 {
+        bail!(
+            Format,
+            "{} and {} are not copies of each other: their headers are {:?} and {:?}",
+            one.display(),
+            other.display(),
+            a.1,
+            b.1
+        );
+    }
+    Ok(())
+}
+
+/// Bytes of the file, and its header without the mark.
+fn shape(path: &Path) -> Result<(u64, Header)> {
+    let fd = open_level(path, None)?;
+    let (file, _) =
+        reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    let len = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?.len();
+    let mut bytes = [0; header::SIZE];
+    let got = file.read_at(&mut bytes, 0).ctx(Kind::Read, || format!("cannot read {}", path.display()))?;
+    let header = Header::parse(&bytes[..got]).map_err(|e| e.as_kind(Kind::Open).context(path.display()))?;
+    Ok((len, Header { in_use: 0, extension: 0, ..header }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::ImageMode;
+    use crate::format::header::Version;
+    use crate::image::create::{Params, create};
+    use crate::units::ClusterSize;
+    use std::fs::OpenOptions;
+
+    #[test]
+    fn marks_do_not_count_and_sizes_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str, sectors| {
+            let path = dir.path().join(name);
+            let cluster = ClusterSize::from_sectors(64).unwrap();
+            let params = Params { version: Version::V2, cluster, sectors, mode: ImageMode::Expanded };
+            create(&path, &params, &mut |_, _| Ok(())).unwrap();
+            path
+        };
+        let (a, b, c) = (make("a", 6400), make("b", 6400), make("c", 6464));
+        let f = OpenOptions::new().write(true).open(&b).unwrap();
+        f.write_all_at(&header::IN_USE.to_le_bytes(), 44).unwrap();
+        same_shape(&a, &b).unwrap();
+        assert_eq!(same_shape(&a, &c).unwrap_err().code(), 11);
+        assert_eq!(same_shape(&a, &dir.path().join("d")).unwrap_err().code(), 4);
+        f.set_len(f.metadata().unwrap().len() + 1).unwrap();
+        assert_eq!(same_shape(&a, &b).unwrap_err().code(), 11);
+        std::fs::write(&b, "x").unwrap();
+        assert_eq!(same_shape(&a, &b).unwrap_err().code(), 4);
+    }
+}

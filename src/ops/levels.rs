@@ -1,0 +1,74 @@
+//! A running device by levels: 0 is the base, the highest one the top. For what is done to a device without its
+//! descriptor.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::find;
+use crate::bail;
+use crate::device::{self, Device};
+use crate::error::{IoContext, Kind, Result};
+
+/// Levels to merge: `low` takes what those above it have, up to `high`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub low: usize,
+    pub high: usize,
+    /// Level of the device's top.
+    pub top: usize,
+    /// The level that is merged into is a raw base.
+    pub raw: bool,
+    /// The range ends with the top, and the device writes to it.
+    pub writable_top: bool,
+    /// Files of the range, the upper first.
+    pub files: Vec<PathBuf>,
+}
+
+/// A device of ours by its node, whatever its state. `Sysfs` if there is none.
+pub fn device(node: &str) -> Result<Device> {
+    match device::by_node(node) {
+        Ok(Some(device)) => Ok(device),
+        Ok(None) => bail!(Sysfs, "{node} is no ploop device; ploop list shows those that are there"),
+        Err(e) => Err(e.as_kind(Kind::Sysfs)),
+    }
+}
+
+/// The level of a device whose image is this very file, whatever it is called. `Sysfs`: no such device; `Fstat`: no such
+/// file; `Param`: not a level of it.
+pub fn level_of(node: &str, image: &Path) -> Result<usize> {
+    let device = device(node)?;
+    let meta = fs::metadata(image).ctx(Kind::Fstat, || format!("cannot look at image {}", image.display()))?;
+    let id = (meta.dev(), meta.ino());
+    match device.record.ids.iter().position(|i| *i == id) {
+        Some(level) => Ok(level),
+        None => bail!(Param, "{} is no image of {}", image.display(), device.node().display()),
+    }
+}
+
+/// What merging levels `low` to `high` (none: the top) of a device means. `Param`: nothing to merge, the device has one
+/// image; `Sysfs`: no such device or level.
+pub fn merge_range(node: &str, low: usize, high: Option<usize>) -> Result<Range> {
+    let device = device(node)?;
+    let levels = &device.record.levels;
+    let top = levels.len().saturating_sub(1);
+    if top == 0 {
+        bail!(Param, "{} has a single image: there is nothing to merge", device.node().display());
+    }
+    let high = high.unwrap_or(top);
+    if low >= high || high > top {
+        bail!(
+            Sysfs,
+            "levels {low}..{high} of {}: the lower must come first and the upper be at most {top}",
+            device.node().display()
+        );
+    }
+    Ok(Range {
+        low,
+        high,
+        top,
+        raw: levels[low].raw,
+        writable_top: high == top && !device.record.read_only && find::runs(device.state),
+        files: levels[low..=high].iter().rev().map(|l| l.path.clone()).collect(),
+    })
+}
