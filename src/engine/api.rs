@@ -90,19 +90,23 @@ pub enum Action {
     Overlay { bounce: BounceId, at: u32, from: Option<(ReqId, u64)>, len: u32 },
     /// Read from the file of a level.
     Read { op: OpId, level: u8, file_off: u64, len: u64, to: Buf },
-    /// Write to the file of the top. It never changes the length of an image; it may extend a raw file within its size.
-    Write { op: OpId, file_off: u64, len: u64, from: Buf },
+    /// Write to the file of a level: the top, or the target of a merge. It never changes the length of an image; it may
+    /// extend a raw file within its size.
+    Write { op: OpId, level: u8, file_off: u64, len: u64, from: Buf },
     /// Read `len` (up to [`BAT_PAGE`]) bytes at `page * 4096` of a level's file; answered by `BatRead`.
     ReadBat { op: OpId, level: u8, page: u32, len: u32 },
     /// Write one page of the top's BAT at `page * 4096`.
     WriteBat { op: OpId, page: u32, data: Box<[u8; BAT_PAGE]> },
-    /// Make the top's file at least `file_off + len` bytes long; `[file_off, file_off + len)`, beyond its old end, is
+    /// Make a level's file at least `file_off + len` bytes long; `[file_off, file_off + len)`, beyond its old end, is
     /// allocated and reads as zero.
-    Fallocate { op: OpId, file_off: u64, len: u64 },
-    /// The range of the top's file, inside it, reads as zero afterwards; allocated if that can be had.
-    ZeroRange { op: OpId, file_off: u64, len: u64 },
+    Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
+    /// The range of a level's file, inside it, reads as zero afterwards; allocated if that can be had.
+    ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
     /// Data and length of the top's file, as far as written by operations completed before now, on stable storage.
     Sync { op: OpId },
+    /// The merge: the top and its target agree now, and go on doing so until the engine is closed; or the merge has ended
+    /// before its time (ECANCELED: because of `Close`). Can come twice: what agreed can fail later.
+    Merged { result: Result<(), Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
 }
@@ -159,6 +163,18 @@ pub struct Config {
     pub bat_age: u32,
     /// An earlier sync failed or is not known to have worked: every flush fails.
     pub failed: bool,
+    /// The top is to be merged into a lower level.
+    pub merge: Option<MergeConfig>,
+}
+
+/// A merge of the writable top while it is in use.
+#[derive(Clone, Debug)]
+pub struct MergeConfig {
+    /// The level below the top; its file is writable, marked in use and ours alone. A raw one is as long as the device, an
+    /// image has entries for all of it.
+    pub level: u8,
+    /// Space in that file, as for the top.
+    pub alloc: AllocConfig,
 }
 
 /// What must survive the death of the worker: the changes of the BAT that are not durable yet, and the fate of syncs.
@@ -219,4 +235,7 @@ pub struct Status {
     pub flushes: u64,
     pub copied_up: u64,
     pub allocated: u64,
+    /// Clusters that the merge has looked at, of all of the device; and those that it has copied.
+    pub merge_seen: u64,
+    pub merge_copied: u64,
 }

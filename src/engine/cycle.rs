@@ -249,7 +249,7 @@ impl<S: Shared> Engine<S> {
     }
 
     pub(super) fn look_after_close(&mut self, out: &mut Vec<Action>) {
-        if !self.closing || self.closed || !self.is_quiet() || self.cycle.flushes() > 0 {
+        if !self.closing || self.closed || !self.is_quiet() || self.cycle.flushes() > 0 || !self.merge_is_idle() {
             return;
         }
         if !self.ops.is_empty() {

@@ -10,13 +10,13 @@ use super::{Engine, IO, Op};
 /// Neighbouring pieces that stand together in one file become one operation.
 #[derive(Clone, Copy)]
 pub(super) struct Run {
-    level: u8,
-    file_off: u64,
-    len: u64,
+    pub level: u8,
+    pub file_off: u64,
+    pub len: u64,
     /// Offset in the request's buffer.
-    at: u64,
-    first: u32,
-    count: u32,
+    pub at: u64,
+    pub first: u32,
+    pub count: u32,
 }
 
 /// Read, write or zeroing in place, in flight.
@@ -25,6 +25,8 @@ pub(super) struct Io {
     req: ReqId,
     kind: RequestKind,
     run: Run,
+    /// It is half of a write to both files of a merge.
+    pair: Option<u32>,
 }
 
 impl Io {
@@ -34,13 +36,17 @@ impl Io {
         let buf = Buf::Request { req: self.req, off: at };
         match self.kind {
             RequestKind::Read => Action::Read { op, level, file_off, len, to: buf },
-            RequestKind::Write => Action::Write { op, file_off, len, from: buf },
-            _ => Action::ZeroRange { op, file_off, len },
+            RequestKind::Write => Action::Write { op, level, file_off, len, from: buf },
+            _ => Action::ZeroRange { op, level, file_off, len },
         }
     }
 
     pub(super) fn is_write(&self) -> bool {
         self.kind == RequestKind::Write
+    }
+
+    pub(super) fn level(&self) -> u8 {
+        self.run.level
     }
 
     pub(super) fn clusters(&self) -> Range<u32> {
@@ -74,7 +80,7 @@ impl<S: Shared> Engine<S> {
             }
             off = stop;
         }
-        self.issue(seg.req, run.take(), out);
+        self.issue(seg.req, run.take(), None, out);
         self.part_done(seg.req, Ok(()), out);
     }
 
@@ -140,6 +146,9 @@ impl<S: Shared> Engine<S> {
             _ => self.allocate(piece, cluster, ent, out),
         };
         if let Some(place) = place {
+            if self.write_both(piece, cluster, place, at, run, out) {
+                return;
+            }
             let file_off = self.file_off(place) + within;
             let next = Run { level: self.top, file_off, len: piece.len, at, first: cluster, count: 1 };
             self.extend(piece.req, run, next, out);
@@ -162,9 +171,14 @@ impl<S: Shared> Engine<S> {
         if level != self.top {
             // A lower level has it: hide that with a cluster of the top's own.
             self.allocate_zero(piece, cluster, ent, whole, out);
-        } else if whole && !ent.is(Ent::LOWER) && !self.raw_top && !self.is_parked(cluster) {
+        } else if whole
+            && !ent.is(Ent::LOWER)
+            && !self.raw_top
+            && !self.is_parked(cluster)
+            && !self.is_mirrored(cluster)
+        {
             self.unmap(piece, cluster, ent, place);
-        } else {
+        } else if !self.write_both(piece, cluster, place, 0, run, out) {
             let file_off = self.file_off(place) + (piece.off - start);
             let next = Run { level, file_off, len: piece.len, at: 0, first: cluster, count: 1 };
             self.extend(piece.req, run, next, out);
@@ -213,31 +227,35 @@ impl<S: Shared> Engine<S> {
             }
             _ => {
                 let full = run.replace(next);
-                self.issue(req, full, out);
+                self.issue(req, full, None, out);
             }
         }
     }
 
-    fn issue(&mut self, req: ReqId, run: Option<Run>, out: &mut Vec<Action>) {
+    pub(super) fn issue(&mut self, req: ReqId, run: Option<Run>, pair: Option<u32>, out: &mut Vec<Action>) {
         let (Some(run), Some(kind)) = (run, self.kind(req)) else { return };
         self.hold(req);
-        let io = Io { req, kind, run };
+        let io = Io { req, kind, run, pair };
         let op = self.start(Op::Io(io));
         out.push(io.action(op));
     }
 
-    pub(super) fn io_done(&mut self, io: Io, result: Result<(), Errno>, out: &mut Vec<Action>) {
+    pub(super) fn io_done(&mut self, io: Io, mut result: Result<(), Errno>, out: &mut Vec<Action>) {
         // A write that failed was answered so; what it left of the zeroes in a new place is its content. Were the entry
         // held back for ever, its slot in the shared table would be lost.
-        let wrote = io.kind != RequestKind::Read;
+        let wrote = io.kind != RequestKind::Read && io.run.level == self.top;
         for cluster in io.clusters() {
             let ent = self.map.leave(cluster);
             if wrote && ent.is(Ent::DIRTY) {
                 self.dirty.set_ready(cluster);
             }
             if ent.is(Ent::HELD) && ent.in_flight() == 0 {
-                self.drained(cluster);
+                self.drained(cluster, out);
             }
+        }
+        if let Some(pair) = io.pair {
+            result = self.mirrored(io.run.level, result, out);
+            self.half_done(pair);
         }
         self.part_done(io.req, result, out);
     }
@@ -290,6 +308,10 @@ impl<S: Shared> Engine<S> {
                 self.ops.remove(op.0);
                 self.page_part(page, level, result, out);
             }
+            Some(&Op::MergePage { page }) => {
+                self.ops.remove(op.0);
+                self.merge_page(page, result, out);
+            }
             // A `BatRead` for anything else is a fault of the caller; the operation counts as failed.
             _ => self.step_other(op, out),
         }
@@ -313,8 +335,9 @@ impl<S: Shared> Engine<S> {
         }
         let failed = loading.error;
         self.page_complete(page, out);
-        if failed.is_some() {
+        if let Some(errno) = failed {
             self.cycle_page_failed(page, out);
+            self.merge_page_failed(page, errno, out);
         }
     }
 

@@ -4,8 +4,9 @@
 //! the cluster, the write goes straight to it (no job). Else the place is made right first: copied up from the lower
 //! level with the new bytes laid over, zeroed, or written whole. Until then reads see the old cluster; writes wait.
 
-use super::api::{Action, BounceId, Buf, Errno, OpId, RequestKind, Shared};
+use super::api::{Action, BounceId, Buf, Errno, LevelConfig, OpId, RequestKind, Shared};
 use super::map::Ent;
+use super::merge::NOBODY;
 use super::request::Seg;
 use super::{Engine, NO_SPACE, Op};
 
@@ -13,7 +14,9 @@ use super::{Engine, NO_SPACE, Op};
 enum Kind {
     /// Waits until nothing is in flight on the cluster.
     Drain,
-    /// Copies the cluster from a lower level, chunk by chunk.
+    /// The same, for a copy that begins then.
+    MergeDrain { place: u32 },
+    /// Copies the cluster from another level, chunk by chunk.
     CopyUp { level: u8, place: u32 },
     /// Zeroes the place; then the piece is written, unless it is a zeroing itself.
     Fill,
@@ -34,6 +37,8 @@ enum Step {
 pub struct Job {
     kind: Kind,
     step: Step,
+    /// Level and place that it makes right.
+    dest: u8,
     place: u32,
     slot: u32,
     /// The piece that began it.
@@ -46,7 +51,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// Waits for space in the host file system; a zeroing must not.
+    /// Waits for space in the host file system; a zeroing must not, and a merge rather ends.
     pub fn may_wait(&self) -> bool {
         !self.zero
     }
@@ -106,6 +111,7 @@ impl<S: Shared> Engine<S> {
             if let Some(p) = freed {
                 self.space.give(p);
             }
+            self.merge_anew(cluster);
         }
     }
 
@@ -119,7 +125,8 @@ impl<S: Shared> Engine<S> {
         self.hold(piece.req);
         self.map.mark(cluster, Ent::HELD, true);
         let waiters = Vec::new();
-        let job = Job { kind, step: Step::Waiting, place, slot, piece, zero, at: 0, bounce: None, waiters };
+        let (step, dest) = (Step::Waiting, self.top);
+        let job = Job { kind, step, dest, place, slot, piece, zero, at: 0, bounce: None, waiters };
         self.jobs.insert(cluster, job);
         self.advance(cluster, out);
     }
@@ -130,14 +137,39 @@ impl<S: Shared> Engine<S> {
         self.map.mark(cluster, Ent::HELD, true);
         let waiters = vec![piece];
         let (kind, step) = (Kind::Drain, Step::Waiting);
-        let job = Job { kind, step, place: 0, slot: 0, piece, zero: true, at: 0, bounce: None, waiters };
+        let dest = self.top;
+        let job = Job { kind, step, dest, place: 0, slot: 0, piece, zero: true, at: 0, bounce: None, waiters };
         self.jobs.insert(cluster, job);
     }
 
+    /// The cluster is copied from its place in the top to one in the target of the merge, once nothing is in flight on it.
+    pub(super) fn begin_merge_copy(&mut self, cluster: u32, from: u32, place: u32, busy: bool, out: &mut Vec<Action>) {
+        let Some(dest) = self.merge.as_ref().map(|m| m.level) else { return };
+        self.map.mark(cluster, Ent::HELD, true);
+        let copy = Kind::CopyUp { level: self.top, place: from };
+        let kind = if busy { Kind::MergeDrain { place: from } } else { copy };
+        let piece = Seg { req: NOBODY, off: u64::from(cluster) << self.config.cluster_shift, len: 0 };
+        let (step, waiters) = (Step::Waiting, Vec::new());
+        // `zero`: it does not wait for space.
+        let job = Job { kind, step, dest, place, slot: 0, piece, zero: true, at: 0, bounce: None, waiters };
+        self.jobs.insert(cluster, job);
+        self.advance(cluster, out);
+    }
+
     /// Nothing is in flight on the cluster any more.
-    pub(super) fn drained(&mut self, cluster: u32) {
-        if self.jobs.get(&cluster).is_some_and(|j| j.kind == Kind::Drain) {
-            self.let_go(cluster);
+    pub(super) fn drained(&mut self, cluster: u32, out: &mut Vec<Action>) {
+        let Some(job) = self.jobs.get_mut(&cluster) else { return };
+        match job.kind {
+            Kind::Drain => {
+                self.let_go(cluster);
+            }
+            Kind::MergeDrain { place } => {
+                job.kind = Kind::CopyUp { level: self.top, place };
+                // Reads can go on, writes come back to wait.
+                self.ready.extend(job.waiters.drain(..));
+                self.advance(cluster, out);
+            }
+            _ => {}
         }
     }
 
@@ -173,14 +205,14 @@ impl<S: Shared> Engine<S> {
 
     /// Reads see the old cluster while a new one is made, but wait behind a freeing.
     pub(super) fn job_blocks_reads(&self, cluster: u32) -> bool {
-        self.jobs.get(&cluster).is_some_and(|j| j.kind == Kind::Drain)
+        self.jobs.get(&cluster).is_some_and(|j| matches!(j.kind, Kind::Drain | Kind::MergeDrain { .. }))
     }
 
     /// Begins the job's next operation.
     fn advance(&mut self, cluster: u32, out: &mut Vec<Action>) {
         let Some(job) = self.jobs.get_mut(&cluster) else { return };
         job.step = match job.kind {
-            Kind::Drain => return,
+            Kind::Drain | Kind::MergeDrain { .. } => return,
             Kind::Whole => Step::Writing,
             Kind::Fill => Step::Filling,
             Kind::CopyUp { .. } => {
@@ -200,7 +232,16 @@ impl<S: Shared> Engine<S> {
 
     /// Bytes of the chunk that a copy is at.
     fn chunk_len(&self, job: &Job) -> u64 {
-        ((1 << self.config.cluster_shift) - job.at).min(u64::from(self.config.bounce_bytes))
+        (self.copy_len(job) - job.at).min(u64::from(self.config.bounce_bytes))
+    }
+
+    /// Bytes that a copy has to copy: a cluster, but a raw file ends with the device.
+    fn copy_len(&self, job: &Job) -> u64 {
+        let cluster = 1 << self.config.cluster_shift;
+        match self.config.levels.get(usize::from(job.dest)) {
+            Some(LevelConfig::Raw { .. }) => (self.config.device_bytes - self.file_off(job.place)).min(cluster),
+            _ => cluster,
+        }
     }
 
     /// The part of the piece that lies in the chunk: offset in the chunk, offset in the piece, length.
@@ -264,12 +305,14 @@ impl<S: Shared> Engine<S> {
             }
             (Step::Writing, Kind::CopyUp { .. }, Some(id)) => {
                 let from = Buf::Bounce { id, off: 0 };
-                Action::Write { op, file_off: to + job.at, len: self.chunk_len(job), from }
+                Action::Write { op, level: job.dest, file_off: to + job.at, len: self.chunk_len(job), from }
             }
-            (Step::Filling, ..) => Action::ZeroRange { op, file_off: to, len: 1 << self.config.cluster_shift },
+            (Step::Filling, ..) => {
+                Action::ZeroRange { op, level: self.top, file_off: to, len: 1 << self.config.cluster_shift }
+            }
             _ => {
                 let from = Buf::Request { req: job.piece.req, off: base };
-                Action::Write { op, file_off: to + within, len: job.piece.len, from }
+                Action::Write { op, level: self.top, file_off: to + within, len: job.piece.len, from }
             }
         });
     }
@@ -279,16 +322,16 @@ impl<S: Shared> Engine<S> {
             self.job_failed(cluster, errno, out);
             return;
         }
-        let chunk = self.jobs.get(&cluster).map_or(0, |j| self.chunk_len(j));
+        let (chunk, all) = self.jobs.get(&cluster).map_or((0, 0), |j| (self.chunk_len(j), self.copy_len(j)));
         let Some(job) = self.jobs.get_mut(&cluster) else { return };
         match (job.kind, job.step) {
             (Kind::CopyUp { .. }, Step::Reading) => self.chunk_read(cluster, out),
             (Kind::CopyUp { .. }, _) => {
                 job.at += chunk;
-                if job.at < 1 << self.config.cluster_shift {
+                if job.at < all {
                     self.copy_chunk(cluster, out);
                 } else {
-                    self.stats.copied_up += 1;
+                    self.stats.copied_up += u64::from(job.dest == self.top);
                     self.job_complete(cluster, out);
                 }
             }
@@ -302,15 +345,23 @@ impl<S: Shared> Engine<S> {
 
     fn job_complete(&mut self, cluster: u32, out: &mut Vec<Action>) {
         let Some(job) = self.let_go(cluster) else { return };
-        self.publish(cluster, job.place, true, Some(job.slot));
+        if job.dest == self.top {
+            self.publish(cluster, job.place, true, Some(job.slot));
+        } else {
+            self.merge_copied(cluster, job.place, Ok(()), out);
+        }
         self.give_bounce_back(job.bounce, out);
         self.part_done(job.piece.req, Ok(()), out);
     }
 
     fn job_failed(&mut self, cluster: u32, errno: Errno, out: &mut Vec<Action>) {
         let Some(job) = self.let_go(cluster) else { return };
-        self.space.give(job.place);
-        self.dirty.give_slot_back(job.slot);
+        if job.dest == self.top {
+            self.space.give(job.place);
+            self.dirty.give_slot_back(job.slot);
+        } else {
+            self.merge_copied(cluster, job.place, Err(errno), out);
+        }
         self.give_bounce_back(job.bounce, out);
         self.part_done(job.piece.req, Err(errno), out);
     }

@@ -20,6 +20,7 @@ mod dirty;
 mod io;
 mod job;
 mod map;
+mod merge;
 mod request;
 mod space;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use dirty::Dirty;
 use io::Io;
 use job::Job;
 use map::{Ent, Map};
+use merge::Merge;
 use request::{IntMap, Req, Seg, Slab};
 use space::Space;
 
@@ -51,6 +53,11 @@ enum Op {
     },
     /// The top's file grows.
     Grow,
+    /// The merge's target is looked at, or grows.
+    MergePage {
+        page: u32,
+    },
+    MergeGrow,
     Sync,
     BatWrite,
 }
@@ -83,15 +90,17 @@ pub struct Engine<S: Shared> {
     hold: bool,
     closing: bool,
     closed: bool,
+    merge: Option<Merge>,
     stats: Status,
 }
 
-/// ENOSPC, EIO, EROFS, EINVAL, EFBIG.
+/// ENOSPC, EIO, EROFS, EINVAL, EFBIG, ECANCELED.
 const NO_SPACE: Errno = 28;
 const IO: Errno = 5;
 const READ_ONLY: Errno = 30;
 const INVALID: Errno = 22;
 const TOO_BIG: Errno = 27;
+const CANCELED: Errno = 125;
 
 impl<S: Shared> Engine<S> {
     /// An engine over an opened chain. `carried` is what a dead worker's shared table held that the disk does not.
@@ -120,6 +129,7 @@ impl<S: Shared> Engine<S> {
             hold: true,
             closing: false,
             closed: false,
+            merge: config.merge.as_ref().map(|m| Merge::new(m, &config.levels, clusters)),
             stats: Status::default(),
             config,
         }
@@ -145,6 +155,7 @@ impl<S: Shared> Engine<S> {
                 self.process(seg, out);
             }
             self.look_after_space(out);
+            self.look_after_merge(out);
             self.look_after_cycle(out);
             if !self.slot_wait.is_empty() && self.dirty.has_free_slot() {
                 self.ready.extend(std::mem::take(&mut self.slot_wait));
@@ -164,6 +175,8 @@ impl<S: Shared> Engine<S> {
             alloc_end: self.space.end(),
             free: self.space.free_below_end(),
             dirty: self.dirty.len() as u32,
+            merge_seen: self.merge_progress().0,
+            merge_copied: self.merge_progress().1,
             requests: (self.reqs.len() + self.cycle.flushes()) as u32,
             ..self.stats
         }
@@ -233,6 +246,8 @@ impl<S: Shared> Engine<S> {
             Some(Op::Io(io)) => self.io_done(io, result, out),
             Some(Op::Job { cluster }) => self.job_step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),
+            Some(Op::MergeGrow) => self.merge_grown(result, out),
+            Some(Op::MergePage { page }) => self.merge_page(page, Err(result.err().unwrap_or(IO)), out),
             Some(Op::Sync) => self.sync_done(result, out),
             Some(Op::BatWrite) => self.bat_written(result, out),
             Some(Op::Bat { page, level }) => self.page_part(page, level, Err(result.err().unwrap_or(IO)), out),
@@ -249,7 +264,7 @@ impl<S: Shared> Engine<S> {
     fn park(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let held = match self.ops.get(op.0) {
             _ if !self.holds() => None,
-            Some(Op::Io(io)) if io.is_write() => Some((io.clusters(), false)),
+            Some(Op::Io(io)) if io.is_write() && io.level() == self.top => Some((io.clusters(), false)),
             Some(&Op::Job { cluster }) if self.jobs.get(&cluster).is_some_and(Job::may_wait) => {
                 Some((cluster..cluster + 1, true))
             }
@@ -262,7 +277,7 @@ impl<S: Shared> Engine<S> {
             if job {
                 self.refuse_zeroings(cluster, out);
             } else {
-                self.drained(cluster);
+                self.drained(cluster, out);
             }
         }
         true
@@ -293,6 +308,7 @@ impl<S: Shared> Engine<S> {
 
     fn close(&mut self, out: &mut Vec<Action>) {
         self.closing = true;
+        self.close_merge(out);
         self.let_waiting_fail(out);
     }
 
@@ -332,7 +348,7 @@ impl<S: Shared> Engine<S> {
         if let Some(range) = self.space.grow(wanted) {
             let op = self.start(Op::Grow);
             let (file_off, len) = (self.file_off(range.start), self.file_off(range.end - range.start));
-            out.push(Action::Fallocate { op, file_off, len });
+            out.push(Action::Fallocate { op, level: self.top, file_off, len });
         }
     }
 

@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use super::api::*;
 use super::*;
 
+mod merging;
+
 const CLUSTER: u64 = 32 * 1024;
 
 struct Table(Mutex<(Vec<u64>, SyncState)>);
@@ -38,6 +40,7 @@ struct Rig {
     replies: HashMap<ReqId, Result<(), Errno>>,
     log: Vec<&'static str>,
     closed: Option<Result<(), Errno>>,
+    merged: Option<Result<(), Errno>>,
     next: u32,
     fail_sync: bool,
     no_space: bool,
@@ -57,7 +60,6 @@ fn image(clusters: u32, data: &[(u32, u8)]) -> (LevelConfig, Vec<u8>) {
 fn rig(levels: Vec<(LevelConfig, Vec<u8>)>, clusters: u64) -> Rig {
     let (configs, files): (Vec<_>, Vec<_>) = levels.into_iter().unzip();
     let end = (files.last().unwrap().len() as u64 / CLUSTER) as u32;
-    let table = Table(Mutex::new((vec![Table::FREE; 16], SyncState::Idle)));
     let config = Config {
         cluster_shift: 15,
         device_bytes: clusters * CLUSTER,
@@ -70,7 +72,13 @@ fn rig(levels: Vec<(LevelConfig, Vec<u8>)>, clusters: u64) -> Rig {
         map_pages: 4,
         bat_age: 5,
         failed: false,
+        merge: None,
     };
+    over(config, files)
+}
+
+fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
+    let table = Table(Mutex::new((vec![Table::FREE; 16], SyncState::Idle)));
     Rig {
         engine: Engine::new(config, vec![], table),
         files,
@@ -80,6 +88,7 @@ fn rig(levels: Vec<(LevelConfig, Vec<u8>)>, clusters: u64) -> Rig {
         replies: HashMap::new(),
         log: Vec::new(),
         closed: None,
+        merged: None,
         next: 0,
         fail_sync: false,
         no_space: false,
@@ -104,6 +113,7 @@ impl Rig {
                     };
                     self.bounces[bounce.0 as usize][at..at + len].copy_from_slice(&bytes);
                 }
+                Action::Merged { result } => self.merged = Some(result),
                 Action::Closed { result } => self.closed = Some(result),
                 other => self.queue.push_back(other),
             }
@@ -111,7 +121,12 @@ impl Rig {
     }
 
     fn one(&mut self) -> bool {
-        let Some(action) = self.queue.pop_front() else { return false };
+        self.any(0)
+    }
+
+    /// Carries out the operation that stands at `at` in the queue.
+    fn any(&mut self, at: usize) -> bool {
+        let Some(action) = self.queue.remove(at) else { return false };
         let top = self.files.len() - 1;
         let ok = |op| Event::Done { op, result: Ok(()) };
         match action {
@@ -120,10 +135,10 @@ impl Rig {
                 self.slice(to, len).copy_from_slice(&bytes);
                 self.event(ok(op));
             }
-            Action::Write { op, file_off, len, from } => {
+            Action::Write { op, level, file_off, len, from } => {
                 self.log.push("write");
                 let bytes = self.slice(from, len).to_vec();
-                self.files[top][file_off as usize..(file_off + len) as usize].copy_from_slice(&bytes);
+                self.files[level as usize][file_off as usize..(file_off + len) as usize].copy_from_slice(&bytes);
                 self.event(ok(op));
             }
             Action::ReadBat { op, level, page, len } => {
@@ -138,14 +153,15 @@ impl Rig {
                 self.event(ok(op));
             }
             Action::Fallocate { op, .. } if self.no_space => self.event(Event::Done { op, result: Err(28) }),
-            Action::Fallocate { op, file_off, len } => {
-                assert!(file_off as usize >= self.files[top].len(), "grows at the end");
-                self.files[top].resize((file_off + len) as usize, 0);
+            Action::Fallocate { op, level, file_off, len } => {
+                let file = &mut self.files[level as usize];
+                assert!(file_off as usize >= file.len(), "grows at the end");
+                file.resize((file_off + len) as usize, 0);
                 self.event(ok(op));
             }
-            Action::ZeroRange { op, file_off, len } => {
+            Action::ZeroRange { op, level, file_off, len } => {
                 self.log.push("zero");
-                self.files[top][file_off as usize..(file_off + len) as usize].fill(0);
+                self.files[level as usize][file_off as usize..(file_off + len) as usize].fill(0);
                 self.event(ok(op));
             }
             Action::Sync { op } => {

@@ -135,6 +135,10 @@ pub enum FromWorker {
     Flushed {
         error: Option<(i32, String)>,
     },
+    /// The top and the level below it agree now (and go on doing so), or the merge has ended before its time.
+    Merged {
+        error: Option<(i32, String)>,
+    },
     /// An error: the in-use mark stays.
     Closed {
         error: Option<(i32, String)>,

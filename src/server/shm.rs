@@ -137,6 +137,8 @@ impl Shm {
             s.flushes,
             s.copied_up,
             s.allocated,
+            s.merge_seen,
+            s.merge_copied,
         ];
         for (i, v) in counters.into_iter().enumerate() {
             w[AT_COUNTERS + i].store(v, Relaxed);
@@ -159,6 +161,8 @@ impl Shm {
             flushes: c(7),
             copied_up: c(8),
             allocated: c(9),
+            merge_seen: c(10),
+            merge_copied: c(11),
         }
     }
 

@@ -365,6 +365,7 @@ impl Supervisor {
                 }
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
+                FromWorker::Merged { .. } => {}
                 FromWorker::Flushed { error } => {
                     self.flush_sent = false;
                     let reply = match error {

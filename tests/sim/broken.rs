@@ -220,8 +220,8 @@ impl Broken {
                 out.push(Action::ZeroFill { req, off, len });
                 self.made_up.push(op);
             }
-            Action::ZeroRange { op, file_off, len } if self.how == Break::ShortZero && len > 512 => {
-                out.push(Action::ZeroRange { op, file_off, len: len - 512 });
+            Action::ZeroRange { op, level, file_off, len } if self.how == Break::ShortZero && len > 512 => {
+                out.push(Action::ZeroRange { op, level, file_off, len: len - 512 });
             }
             Action::Read { op, len, to: Buf::Bounce { id, off }, .. } if self.how == Break::ForgetCopyUp => {
                 out.push(Action::Overlay { bounce: id, at: off, from: None, len: len as u32 });

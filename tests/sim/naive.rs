@@ -191,13 +191,13 @@ impl Naive {
             }
             (RequestKind::Write, Some(_)) => {
                 let from = Buf::Request { req: r.id, off };
-                self.todo.push_front(Todo::Op(Action::Write { op, file_off, len, from }));
+                self.todo.push_front(Todo::Op(Action::Write { op, level: self.top() as u8, file_off, len, from }));
             }
             (RequestKind::Zero, Some(_)) if !raw && len == size && self.source(top, cluster, 0).is_none() => {
                 self.todo.push_front(Todo::Publish { cluster, place: 0 });
             }
             (RequestKind::Zero, Some(_)) => {
-                self.todo.push_front(Todo::Op(Action::ZeroRange { op, file_off, len }));
+                self.todo.push_front(Todo::Op(Action::ZeroRange { op, level: self.top() as u8, file_off, len }));
             }
             (RequestKind::Zero, None) if self.source(top, cluster, 0).is_none() => {}
             _ => self.allocate(r, cluster, at, len, off),
@@ -210,17 +210,23 @@ impl Naive {
         let place = self.free.pop().unwrap_or(self.end);
         let base = u64::from(place) * size;
         if place == self.end {
-            plan.push(Todo::Op(Action::Fallocate { op, file_off: base, len: size }));
+            plan.push(Todo::Op(Action::Fallocate { op, level: self.top() as u8, file_off: base, len: size }));
         } else {
-            plan.push(Todo::Op(Action::ZeroRange { op, file_off: base, len: size }));
+            plan.push(Todo::Op(Action::ZeroRange { op, level: self.top() as u8, file_off: base, len: size }));
         }
         self.new_place = Some(place);
         if len < size && self.source(self.top(), cluster, 0).is_some() {
             plan.push(Todo::CopyUp { cluster, place, at: 0 });
         }
         plan.push(Todo::Op(match r.kind {
-            RequestKind::Zero => Action::ZeroRange { op, file_off: base + at, len },
-            _ => Action::Write { op, file_off: base + at, len, from: Buf::Request { req: r.id, off } },
+            RequestKind::Zero => Action::ZeroRange { op, level: self.top() as u8, file_off: base + at, len },
+            _ => Action::Write {
+                op,
+                level: self.top() as u8,
+                file_off: base + at,
+                len,
+                from: Buf::Request { req: r.id, off },
+            },
         }));
         plan.push(Todo::Publish { cluster, place });
         for t in plan.into_iter().rev() {
@@ -239,7 +245,7 @@ impl Naive {
         }
         self.todo.push_front(Todo::CopyUp { cluster, place, at: at + len });
         let to = u64::from(place) * size + at;
-        self.todo.push_front(Todo::Op(Action::Write { op, file_off: to, len, from: bounce }));
+        self.todo.push_front(Todo::Op(Action::Write { op, level: self.top() as u8, file_off: to, len, from: bounce }));
         self.todo.push_front(Todo::Op(Action::Read { op, level: level as u8, file_off, len: n, to: bounce }));
     }
 

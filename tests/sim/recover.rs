@@ -385,6 +385,7 @@ impl World {
             map_pages: s.map_pages,
             bat_age: s.bat_age,
             failed,
+            merge: None,
         };
         self.limit = config.alloc.limit;
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));

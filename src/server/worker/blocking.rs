@@ -30,11 +30,17 @@ pub fn sync_thread(core: &Core) -> ! {
 
 /// The thread that allocates and zeroes.
 pub fn aux_thread(core: &Core) -> ! {
-    let mut zero_ways = Ways::default();
+    // The files of a chain can be on different file systems.
+    let mut ways: Vec<Ways> = core.levels.iter().map(|_| Ways::default()).collect();
     loop {
         let (op, result) = match core.aux.pop() {
-            AuxJob::Fallocate { op, file_off, len } => (op, grow(core.top(), file_off, len)),
-            AuxJob::ZeroRange { op, file_off, len } => (op, zero_ways.zero(core, file_off, len)),
+            AuxJob::Fallocate { op, level, file_off, len } => {
+                (op, grow(&core.levels[usize::from(level)], file_off, len))
+            }
+            AuxJob::ZeroRange { op, level, file_off, len } => {
+                let level = usize::from(level);
+                (op, ways[level].zero(core, &core.levels[level], file_off, len))
+            }
         };
         core.tell(AUX_THREAD, Pending::Done { op, result: result.map_err(|e| e as i32) });
     }
@@ -54,14 +60,14 @@ fn unsupported(e: Errno) -> bool {
 }
 
 /// Makes the file at least `file_off + len` bytes long; what is new is allocated where the file system can do that.
-fn grow(top: &LevelFile, file_off: u64, len: u64) -> Outcome {
-    match again(|| fallocate(&top.file, FallocateFlags::empty(), file_off as i64, len as i64)) {
+fn grow(level: &LevelFile, file_off: u64, len: u64) -> Outcome {
+    match again(|| fallocate(&level.file, FallocateFlags::empty(), file_off as i64, len as i64)) {
         Err(e) if unsupported(e) => {}
         other => return other,
     }
     let end = file_off + len;
-    let now = top.file.metadata().map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?.len();
-    if now >= end { Ok(()) } else { again(|| ftruncate(&top.file, end as i64)) }
+    let now = level.file.metadata().map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?.len();
+    if now >= end { Ok(()) } else { again(|| ftruncate(&level.file, end as i64)) }
 }
 
 /// What the file system has refused so far.
@@ -72,20 +78,20 @@ struct Ways {
 }
 
 impl Ways {
-    fn zero(&mut self, core: &Core, file_off: u64, len: u64) -> Outcome {
+    fn zero(&mut self, core: &Core, level: &LevelFile, file_off: u64, len: u64) -> Outcome {
         let end = file_off + len;
         let (first, last) = (file_off.next_multiple_of(BLOCK), end - end % BLOCK);
         if first >= last {
-            return write_zeroes(core, file_off, len);
+            return write_zeroes(core, level, file_off, len);
         }
         // Within a block the file system would go through the page cache, past our direct I/O.
-        write_zeroes(core, file_off, first - file_off)?;
-        write_zeroes(core, last, end - last)?;
-        self.zero_blocks(core, first, last - first)
+        write_zeroes(core, level, file_off, first - file_off)?;
+        write_zeroes(core, level, last, end - last)?;
+        self.zero_blocks(core, level, first, last - first)
     }
 
-    fn zero_blocks(&mut self, core: &Core, file_off: u64, len: u64) -> Outcome {
-        let file = &core.top().file;
+    fn zero_blocks(&mut self, core: &Core, level: &LevelFile, file_off: u64, len: u64) -> Outcome {
+        let file = &level.file;
         let (at, n) = (file_off as i64, len as i64);
         if !self.no_zero_range {
             let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -102,15 +108,15 @@ impl Ways {
                 other => return other,
             }
         }
-        write_zeroes(core, file_off, len)
+        write_zeroes(core, level, file_off, len)
     }
 }
 
-fn write_zeroes(core: &Core, mut file_off: u64, mut len: u64) -> Outcome {
+fn write_zeroes(core: &Core, level: &LevelFile, mut file_off: u64, mut len: u64) -> Outcome {
     let zeroes = core.memory.zeroes();
     while len > 0 {
         let part = zeroes.part(0, len.min(zeroes.len as u64) as usize);
-        match core.memory.arena.pwrite(core.top().file.as_fd(), part, file_off) {
+        match core.memory.arena.pwrite(level.file.as_fd(), part, file_off) {
             Ok(0) => return Err(Errno::EIO),
             Ok(n) => {
                 file_off += n as u64;

@@ -32,14 +32,16 @@ pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Notice {
     Flushed(Result<(), Errno>),
+    /// See `Action::Merged`.
+    Merged(Result<(), Errno>),
     Closed(Result<(), Errno>),
 }
 
 /// Work for the thread that allocates and zeroes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AuxJob {
-    Fallocate { op: OpId, file_off: u64, len: u64 },
-    ZeroRange { op: OpId, file_off: u64, len: u64 },
+    Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
+    ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
 }
 
 /// What the engine is to be told.
@@ -251,9 +253,14 @@ impl Core {
                 Action::Read { .. } | Action::Write { .. } | Action::ReadBat { .. } | Action::WriteBat { .. } => {
                     hands.start(self, action);
                 }
-                Action::Fallocate { op, file_off, len } => self.aux.push(AuxJob::Fallocate { op, file_off, len }),
-                Action::ZeroRange { op, file_off, len } => self.aux.push(AuxJob::ZeroRange { op, file_off, len }),
+                Action::Fallocate { op, level, file_off, len } => {
+                    self.aux.push(AuxJob::Fallocate { op, level, file_off, len });
+                }
+                Action::ZeroRange { op, level, file_off, len } => {
+                    self.aux.push(AuxJob::ZeroRange { op, level, file_off, len });
+                }
                 Action::Sync { op } => self.syncs.push(op),
+                Action::Merged { result } => self.notices.push(Notice::Merged(result)),
                 Action::Closed { result } => self.notices.push(Notice::Closed(result)),
             }
         }

@@ -166,13 +166,12 @@ impl Files {
 
 impl Hands for Files {
     fn start(&mut self, core: &Core, action: Action) {
-        let top = (core.levels.len() - 1) as u8;
         let flight = match action {
             Action::Read { op, level, file_off, len, to } => {
                 Flight { goal: Goal::Data(op), level, write: false, span: core.span(to, len), file_off }
             }
-            Action::Write { op, file_off, len, from } => {
-                Flight { goal: Goal::Data(op), level: top, write: true, span: core.span(from, len), file_off }
+            Action::Write { op, level, file_off, len, from } => {
+                Flight { goal: Goal::Data(op), level, write: true, span: core.span(from, len), file_off }
             }
             other => match (other, self.pages.pop()) {
                 (Action::ReadBat { op, level, page, len }, Some(span)) => Flight {
@@ -186,7 +185,7 @@ impl Hands for Files {
                     core.memory.arena.put(span, &data[..]);
                     Flight {
                         goal: Goal::WriteBat(op, span),
-                        level: top,
+                        level: (core.levels.len() - 1) as u8,
                         write: true,
                         span,
                         file_off: u64::from(page) * BAT_PAGE as u64,

@@ -99,6 +99,7 @@ impl Link {
             for notice in notices.drain(..) {
                 match notice {
                     Notice::Flushed(result) => self.flushed(core, result),
+                    Notice::Merged(result) => self.merged(core, result),
                     Notice::Closed(result) => {
                         core.shm.publish(&core.status());
                         return result;
@@ -181,6 +182,14 @@ impl Link {
         if std::mem::take(&mut self.flush_again) {
             self.flush(core);
         }
+    }
+
+    fn merged(&mut self, core: &Core, result: Result<(), Errno>) {
+        let error = result.err().map(|e| {
+            let text = std::io::Error::from_raw_os_error(e);
+            (Kind::Write.code(), format!("cannot merge {}: {text}", core.top().name.display()))
+        });
+        let _ = self.say(&FromWorker::Merged { error });
     }
 
     /// Starts a supervisor and gives it everything that the last one had.

@@ -121,6 +121,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         map_pages: MAP_PAGES,
         bat_age: BAT_AGE,
         failed: failed || chain.sync_failed,
+        merge: None,
     };
     let ready = WorkerReady {
         device_bytes: chain.device_bytes,

@@ -1,0 +1,198 @@
+//! Merging the top while it is in use: whatever happens at the same time, the target ends with what the chain has.
+
+use super::super::merge::State;
+use super::*;
+
+/// xorshift: a run follows from its seed.
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+const CLUSTERS: u64 = 2050;
+
+/// What a chain of files reads as at a sector.
+fn sector(levels: &[LevelConfig], files: &[Vec<u8>], cluster: u64, within: u64) -> Vec<u8> {
+    for (config, file) in levels.iter().zip(files).rev() {
+        let at = match config {
+            LevelConfig::Raw { bytes } => {
+                let at = cluster * CLUSTER + within;
+                if at < *bytes { Some(at) } else { None }
+            }
+            LevelConfig::Ploop { v1, .. } => {
+                let slot = 64 + 4 * cluster as usize;
+                let entry = u64::from(u32::from_le_bytes(file[slot..slot + 4].try_into().unwrap()));
+                let unit = if *v1 { 512 } else { CLUSTER };
+                (entry != 0).then_some(entry * unit + within)
+            }
+        };
+        if let Some(at) = at {
+            return file[at as usize..at as usize + 512].to_vec();
+        }
+    }
+    vec![0; 512]
+}
+
+/// Clusters that the tests use: neighbours, and some on other pages.
+fn some_cluster(rng: &mut Rng) -> u64 {
+    [0, 1, 2, 3, 4, 5, 1007, 1008, 1009, 2031, 2032, 2049][rng.below(12) as usize]
+}
+
+fn start(seed: u64, rng: &mut Rng, raw: bool) -> Rig {
+    let mut levels = vec![];
+    if raw {
+        let bytes = CLUSTERS * CLUSTER;
+        levels.push((LevelConfig::Raw { bytes }, vec![0; bytes as usize]));
+    } else {
+        levels.push(image(CLUSTERS as u32, &[(0, 1), (3, 2), (1008, 3)]));
+        levels.push(image(CLUSTERS as u32, &[(1, 4), (3, 5), (2032, 6)]));
+    }
+    let data: Vec<(u32, u8)> = (0..rng.below(8)).map(|i| (some_cluster(rng) as u32, i as u8 + 100)).collect();
+    let mut once = std::collections::BTreeMap::new();
+    once.extend(data);
+    levels.push(image(CLUSTERS as u32, &once.into_iter().collect::<Vec<_>>()));
+    let mut config = rig(levels.clone(), CLUSTERS).engine.config;
+    let target = levels.len() - 2;
+    let end = (levels[target].1.len() as u64 / CLUSTER) as u32;
+    let alloc = AllocConfig { end, free: vec![], ahead: 1 + rng.below(3) as u32, limit: u32::MAX };
+    config.merge = Some(MergeConfig { level: target as u8, alloc });
+    config.bounces = 1 + rng.below(3) as u16;
+    config.map_pages = 1 + rng.below(4) as usize;
+    let bounces = usize::from(config.bounces);
+    let mut r = over(config, levels.into_iter().map(|(_, file)| file).collect());
+    r.bounces = vec![vec![0xEE; 8192]; bounces];
+    r.next = seed as u32 % 7;
+    r
+}
+
+/// Random requests, many at the same time and overlapping, their operations carried out in any order.
+fn drive(r: &mut Rig, rng: &mut Rng, requests: u64) {
+    for n in 0..requests {
+        let cluster = some_cluster(rng);
+        let sectors = CLUSTER / 512;
+        let (first, count) = match rng.below(4) {
+            0 => (0, sectors),
+            _ => {
+                let first = rng.below(sectors);
+                (first, 1 + rng.below(sectors - first))
+            }
+        };
+        let kind = [RequestKind::Write, RequestKind::Write, RequestKind::Read, RequestKind::Zero, RequestKind::Flush]
+            [rng.below(5) as usize];
+        let len = if kind == RequestKind::Flush { 0 } else { count * 512 };
+        r.submit(kind, cluster * CLUSTER + first * 512, len, n as u8);
+        for _ in 0..rng.below(8) {
+            if !r.queue.is_empty() {
+                let at = rng.below(r.queue.len() as u64) as usize;
+                r.any(at);
+            }
+        }
+    }
+}
+
+fn settle(r: &mut Rig, rng: &mut Rng) {
+    while !r.queue.is_empty() {
+        let at = rng.below(r.queue.len() as u64) as usize;
+        r.any(at);
+    }
+}
+
+#[test]
+fn the_target_ends_with_what_the_chain_has() {
+    let mut agreed_early = 0;
+    for seed in 1..=300u64 {
+        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut r = start(seed, &mut rng, seed % 5 == 0);
+        drive(&mut r, &mut rng, 60);
+        agreed_early += u32::from(r.merged == Some(Ok(())));
+        settle(&mut r, &mut rng);
+        assert_eq!(r.merged, Some(Ok(())), "seed {seed}");
+        assert_eq!(r.engine.merge_state(), Some(State::Agreed));
+        drive(&mut r, &mut rng, 60);
+        r.event(Event::Close);
+        settle(&mut r, &mut rng);
+        assert_eq!(r.closed, Some(Ok(())), "seed {seed}");
+        assert!(r.replies.values().all(Result::is_ok));
+        // The caller's part.
+        let pages: Vec<_> = r.engine.merged_pages().collect();
+        let target = r.files.len() - 2;
+        let mut merged = r.files[..=target].to_vec();
+        for (page, data) in pages {
+            let skip = if page == 0 { 64 } else { 0 };
+            let at = page as usize * BAT_PAGE;
+            merged[target][at + skip..at + BAT_PAGE].copy_from_slice(&data[skip..]);
+        }
+        let levels = &r.engine.config.levels;
+        for cluster in [0, 1, 2, 3, 4, 5, 6, 1007, 1008, 1009, 2031, 2032, 2049] {
+            for within in (0..CLUSTER).step_by(512) {
+                let before = sector(levels, &r.files, cluster, within);
+                let after = sector(&levels[..=target], &merged, cluster, within);
+                assert!(
+                    before == after,
+                    "seed {seed}: cluster {cluster}, byte {within}: {} and {}",
+                    before[0],
+                    after[0]
+                );
+            }
+        }
+    }
+    assert!(agreed_early > 20, "the merge mostly runs under load: {agreed_early} of 300 ended in it");
+}
+
+#[test]
+fn closing_ends_a_merge_and_spoils_nothing() {
+    for seed in 1..=100u64 {
+        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut r = start(seed, &mut rng, false);
+        let before = r.files[1][..2 * BAT_PAGE].to_vec();
+        drive(&mut r, &mut rng, 5);
+        let agreed = r.merged.is_some();
+        r.event(Event::Close);
+        settle(&mut r, &mut rng);
+        assert_eq!(r.closed, Some(Ok(())), "seed {seed}");
+        assert_eq!(r.merged, Some(if agreed { Ok(()) } else { Err(CANCELED) }), "seed {seed}");
+        assert_eq!(r.files[1][..2 * BAT_PAGE], before, "the target's table");
+        assert!(agreed || r.engine.merged_pages().next().is_none());
+    }
+}
+
+#[test]
+fn no_space_for_the_target_ends_the_merge_alone() {
+    let mut rng = Rng(77);
+    let mut r = start(1, &mut rng, false);
+    r.no_space = true;
+    for c in 10..14 {
+        r.submit(RequestKind::Read, c * CLUSTER, 512, 0);
+    }
+    settle(&mut r, &mut rng);
+    r.no_space = false;
+    let top = r.files.len() - 1;
+    let has_new = r.files[top].len() as u64 > CLUSTER;
+    if has_new {
+        assert_eq!(r.merged, Some(Err(NO_SPACE)));
+    }
+    drive(&mut r, &mut rng, 40);
+    settle(&mut r, &mut rng);
+    assert!(r.replies.values().all(Result::is_ok));
+    r.event(Event::Close);
+    r.run();
+    assert_eq!(r.closed, Some(Ok(())));
+}
+
+#[test]
+fn a_target_with_too_few_entries_is_refused() {
+    let mut r = rig(vec![image(5, &[]), image(10, &[(3, 1)])], 10);
+    let mut config = r.engine.config.clone();
+    config.merge =
+        Some(MergeConfig { level: 0, alloc: AllocConfig { end: 1, ahead: 1, limit: 9, ..Default::default() } });
+    r = over(config, r.files);
+    r.event(Event::Tick);
+    assert_eq!(r.merged, Some(Err(TOO_BIG)));
+    r.write(3 * CLUSTER, 512, 9);
+}
