@@ -1,16 +1,13 @@
 //! Storing a descriptor: the commit point of operations.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::store;
 
 use super::model::Descriptor;
 
@@ -28,14 +25,7 @@ impl Descriptor {
     fn store(&self, path: &Path, replace: bool) -> Result<()> {
         let mut this = self.clone();
         this.normalise_top()?;
-        if let Some(shot) = this.shots.iter().find(|s| s.reverse_merge.is_some()) {
-            bail!(
-                Param,
-                "snapshot {} is marked TemporaryZero, half merged by another program: that program must finish it \
-                 before this disk is changed",
-                shot.guid
-            );
-        }
+        this.check_storable()?;
         let xml = this.to_xml()?;
         let mut tmp: OsString = path.into();
         tmp.push(".tmp");
@@ -47,7 +37,7 @@ impl Descriptor {
             .and_then(|()| if replace { rename(&tmp, path) } else { rename_new(&tmp, path) });
         if let Err(e) = written {
             // Ours: made exclusively above. The next store would replace it anyway.
-            let _ = std::fs::remove_file(&tmp);
+            let _ = store::unlink(&tmp);
             return Err(e);
         }
         sync_parent(path)
@@ -57,43 +47,32 @@ impl Descriptor {
 /// Makes the temporary file exclusively; what an interrupted store left under that name goes.
 fn make(tmp: &Path) -> Result<File> {
     let fail = || format!("cannot create {}", tmp.display());
-    match std::fs::remove_file(tmp) {
+    match store::unlink(tmp) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             return Err(Error::with(Kind::Unlink, format!("cannot remove {}", tmp.display()), e));
         }
         _ => {}
     }
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o666)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(tmp)
-        .ctx(Kind::Creat, fail)
+    store::create_new(tmp, 0o666).ctx(Kind::Creat, fail)
 }
 
-fn fill(mut file: File, bytes: &[u8], like: Option<&std::fs::Metadata>) -> std::io::Result<()> {
+fn fill(file: File, bytes: &[u8], like: Option<&std::fs::Metadata>) -> std::io::Result<()> {
     if let Some(old) = like {
         // Without the right to give files away the new owner is who stores it, as with any editor.
         let _ = fchown(&file, Some(old.uid()), Some(old.gid()));
         file.set_permissions(std::fs::Permissions::from_mode(old.mode() & 0o7777))?;
     }
-    file.write_all(bytes)?;
-    file.sync_all()
+    store::write_all(&file, bytes, 0)?;
+    store::sync_all(&file)
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
-    std::fs::rename(from, to).ctx(Kind::Rename, || format!("cannot rename {} to {}", from.display(), to.display()))
+    store::rename(from, to).ctx(Kind::Rename, || format!("cannot rename {} to {}", from.display(), to.display()))
 }
 
 /// Renames without replacing: the target existing is an error of kind `Param`. For new images, too.
 pub fn rename_new(from: &Path, to: &Path) -> Result<()> {
-    let done = match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
-        // File systems without the flag: a link never replaces either.
-        Err(Errno::EINVAL | Errno::ENOSYS) => std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from)),
-        other => other.map_err(std::io::Error::from),
-    };
-    match done {
+    match store::rename_new(from, to) {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
             bail!(Param, "{} exists already: it is not replaced", to.display())
         }
@@ -107,5 +86,5 @@ pub fn sync_parent(path: &Path) -> Result<()> {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
-    File::open(dir).and_then(|d| d.sync_all()).ctx(Kind::Fsync, || format!("cannot sync folder {}", dir.display()))
+    store::sync_dir(dir).ctx(Kind::Fsync, || format!("cannot sync folder {}", dir.display()))
 }

@@ -55,6 +55,15 @@ impl LockedDescriptor {
         Ok(LockedDescriptor { path, descriptor, _lock: lock })
     }
 
+    /// Replaces the descriptor by `next`, on disk first: after an error the old one stands in memory, whatever became
+    /// of the file.
+    pub fn commit_as(&mut self, mut next: Descriptor) -> Result<()> {
+        next.normalise_top()?;
+        next.commit(&self.path)?;
+        self.descriptor = next;
+        Ok(())
+    }
+
     /// Stores the descriptor as it stands in memory.
     pub fn commit(&self) -> Result<()> {
         self.descriptor.commit(&self.path)

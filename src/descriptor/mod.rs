@@ -6,6 +6,7 @@ mod commit;
 mod lock;
 mod model;
 mod parse;
+mod tree;
 mod write;
 mod xml;
 

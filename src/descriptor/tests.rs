@@ -223,7 +223,7 @@ fn reverse_merge_is_recognised() {
     assert_eq!(d.chain(&b).unwrap().len(), 2);
     let dir = tempfile::tempdir().unwrap();
     let e = d.commit(&dir.path().join("d.xml")).unwrap_err();
-    assert_eq!(e.kind(), Kind::Param);
+    assert_eq!(e.kind(), Kind::DiskDescr);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let swapped = parse(&BRANCHED.replace("<Temporary/>", "<TemporaryZeroSwap/>")).unwrap();
     assert_eq!(swapped.shots[2].reverse_merge, Some(ReverseMerge::Swapped));

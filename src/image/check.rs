@@ -11,6 +11,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, CLOSED_V21, Header, Version};
 use crate::sys::aligned::{read_full, write_all};
+use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
 use super::complete;
@@ -244,7 +245,7 @@ impl Check<'_> {
             return Ok(());
         }
         let file = self.writable()?;
-        let sync = |file: &File| file.sync_all().ctx(Kind::Fsync, || "cannot sync");
+        let sync = |file: &File| store::sync_all(file).ctx(Kind::Fsync, || "cannot sync");
         for slot in &findings.drop {
             write_all(&file, &[0; 4], bat::HEADER_BYTES + 4 * slot)
                 .ctx(Kind::Write, || format!("cannot write the BAT entry of cluster {slot}"))?;
@@ -254,7 +255,7 @@ impl Check<'_> {
             self.notes.push(format!("{} BAT entries were set to 0", findings.drop.len()));
         }
         if let Some(end) = cut {
-            file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut to {end} bytes"))?;
+            store::set_len(&file, end).ctx(Kind::Ftruncate, || format!("cannot cut to {end} bytes"))?;
             sync(&file)?;
             self.notes.push(format!("cut to {end} bytes"));
         }
@@ -281,7 +282,7 @@ impl Check<'_> {
         }
         let file = self.writable()?;
         complete::complete(&file, cluster, len).ctx(Kind::Write, || "cannot fill holes")?;
-        file.sync_all().ctx(Kind::Fsync, || "cannot sync")?;
+        store::sync_all(&file).ctx(Kind::Fsync, || "cannot sync")?;
         self.notes.push(format!("it was sparse ({gap}): filled with zeroes"));
         Ok(())
     }

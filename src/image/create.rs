@@ -1,20 +1,20 @@
 //! Making images, empty or with content.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::bail;
-use crate::descriptor::ImageMode;
+use crate::descriptor::{self, ImageMode};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::{self, Header, Version};
 use crate::format::{bat, limits};
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
 use super::complete::complete;
@@ -47,6 +47,17 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 /// Bytes written at once, or a cluster if that is more.
 const WINDOW: u64 = 4 << 20;
 
+/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up to
+/// a cluster. A file of that name is an error (38) and stays; after any error nothing of ours is left.
+pub fn create_delta(path: &Path, version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
+    let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
+    let built = create(path, &params, &mut |_, _| Ok(()))?;
+    descriptor::sync_parent(path).inspect_err(|_| {
+        let _ = store::unlink(path);
+    })?;
+    Ok(built)
+}
+
 /// An image without content.
 pub fn create(path: &Path, params: &Params, progress: Progress<'_>) -> Result<Built> {
     build(path, params, &[], progress)
@@ -60,17 +71,10 @@ pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progr
     let sectors = limits::round_size(params.version, params.cluster, params.sectors)?;
     let content = Content::new(pieces, sectors * SECTOR)?;
     let plan = plan(params, sectors)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(|e| {
-            let kind = if e.kind() == io::ErrorKind::AlreadyExists { Kind::Param } else { Kind::Creat };
-            Error::with(kind, format!("cannot create image {}", path.display()), e)
-        })?;
+    let file = store::create_new(path, 0o600).map_err(|e| {
+        let kind = if e.kind() == io::ErrorKind::AlreadyExists { Kind::Param } else { Kind::Creat };
+        Error::with(kind, format!("cannot create image {}", path.display()), e)
+    })?;
     let mut work = Work { file: &file, path, params, plan, content, progress, done: 0, total: 0 };
     let made = match params.mode {
         ImageMode::Expanded => work.expanded(),
@@ -78,12 +82,12 @@ pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progr
         ImageMode::Raw => work.raw(),
     };
     let made = made.and_then(|bytes| {
-        file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {}", path.display()))?;
+        store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync image {}", path.display()))?;
         Ok(Built { sectors, header: work.plan.header, bytes })
     });
     if made.is_err() {
         // Ours: it was made exclusively above.
-        let _ = std::fs::remove_file(path);
+        let _ = store::unlink(path);
     }
     made
 }

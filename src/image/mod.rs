@@ -6,6 +6,7 @@ pub mod check;
 pub mod complete;
 pub mod content;
 pub mod create;
+pub mod lock;
 pub mod open;
 pub mod same;
 pub mod scan;

@@ -4,13 +4,20 @@
 
 pub mod check;
 pub mod create;
+mod deltas;
 pub mod doctor;
 pub mod find;
 pub mod info;
 pub mod levels;
 pub mod list;
+pub mod merge;
 pub mod mount;
+mod recover;
+pub mod replace;
 mod scratch;
+pub mod snapshot;
 pub mod snapshot_list;
+pub mod switch;
+mod temporary;
 pub mod tour;
 pub mod umount;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
-use super::find;
+use super::{find, recover, temporary};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -64,7 +64,19 @@ pub struct Mounted {
 /// Mounts a disk by its descriptor.
 pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams) -> Result<Mounted> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    let guid = wanted(&disk, params.guid.as_deref())?;
+    let running = find::of_base(&disk.first_image()?.file, component)?.is_some();
+    if !running {
+        recover::before_mount(&mut disk, &guid, params.read_only)?;
+    }
+    if !running && component.is_empty() && !params.read_only && guid == disk.top {
+        // Merges that were interrupted go to their end, snapshots that only a backup needed go; the disk is as good
+        // with them.
+        if let Err(e) = temporary::merge_unused(&mut disk) {
+            report::warn(format_args!("a temporary snapshot stays: {e}"));
+        }
+    }
     mount_locked(&disk, component, params)
 }
 
@@ -359,7 +371,7 @@ pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static st
 }
 
 /// The numbers beside the image hold no more.
-fn drop_cache(disk: &LockedDescriptor) {
+pub(super) fn drop_cache(disk: &LockedDescriptor) {
     let image = disk.first_image().ok().and_then(|i| i.file.parent().map(Path::to_owned));
     for folder in image.iter().chain([&disk.dir]) {
         if let Err(e) = stat::drop_cache(folder) {

@@ -100,5 +100,5 @@ pub fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
 
 /// Writes all.
 pub fn write_all(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
-    file.write_all_at(buf, offset)
+    super::store::write_all(file, buf, offset)
 }

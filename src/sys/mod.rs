@@ -16,4 +16,5 @@ pub mod scm;
 pub mod signals;
 pub mod statx;
 pub mod stdio;
+pub mod store;
 pub mod words;

@@ -9,15 +9,11 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::thread::sleep;
-use std::time::Duration;
-
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::bail;
 use crate::chain::LevelFile;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::image::lock;
 use crate::server::proto::LevelName;
 use crate::sys::aligned::AlignedBuf;
 use crate::sys::calm;
@@ -79,32 +75,25 @@ fn takes_sectors(file: &File) -> bool {
     }
 }
 
-/// Bytes that tell other programs what is done with an image, as qemu does it: a shared lock on 100 + n says "I use
-/// permission n", on 200 + n "nobody else may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock on
-/// 200 to 204 for "in use", too.
-const USES_READ: i64 = 100;
-const USES_WRITE: i64 = 101;
-const USES_RESIZE: i64 = 103;
-const NO_OTHER_WRITE: i64 = 201;
-const NO_OTHER_RESIZE: i64 = 203;
-
 /// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool) -> Result<()> {
     for (i, level) in levels.iter().enumerate() {
         if writable && i + 1 == levels.len() {
             lock_top(level, takeover)?;
-            let bytes = [USES_WRITE, USES_RESIZE, NO_OTHER_WRITE, NO_OTHER_RESIZE];
-            tell_others(level, &bytes, &bytes)?;
+            lock::tell_writing(&level.file).map_err(|_| in_use(level))?;
         } else {
-            tell_others(level, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])?;
+            lock::tell_reading(&level.file).map_err(|_| in_use(level))?;
         }
     }
     Ok(())
 }
 
 fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
-    let taken = retry(takeover, || calm::flock_exclusive(&top.file, takeover));
+    let taken = match takeover {
+        true => calm::flock_exclusive(&top.file, true),
+        false => lock::retry(|| calm::flock_exclusive(&top.file, false)),
+    };
     match taken {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(in_use(top)),
@@ -126,54 +115,12 @@ fn in_use(level: &LevelFile) -> Error {
     )
 }
 
-/// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time
-/// at least one notices. Where the file system has no such locks they are left out: they guard against other programs,
-/// the barrier is the other lock.
-fn tell_others(level: &LevelFile, bytes: &[i64], against: &[i64]) -> Result<()> {
-    let lock = |kind: i32, byte: i64| libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: byte,
-        l_len: 1,
-        l_pid: 0,
-    };
-    for byte in bytes {
-        match fcntl(&level.file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, *byte))) {
-            Ok(_) => {}
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(level)),
-            Err(_) => return Ok(()),
-        }
-    }
-    let free = || {
-        for byte in against {
-            let mut found = lock(libc::F_WRLCK, *byte);
-            fcntl(&level.file, FcntlArg::F_OFD_GETLK(&mut found))?;
-            if found.l_type != libc::F_UNLCK as i16 {
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-        }
-        Ok(())
-    };
-    // Whoever opens for writing may be waiting for us to go, too: a takeover is not excused.
-    retry(false, free).map_err(|_| in_use(level))
-}
-
-/// Tries for a second: a server that has just ended may still have I/O under way.
-fn retry(takeover: bool, mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    for _ in 0..20 {
-        match lock() {
-            Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !takeover => sleep(Duration::from_millis(50)),
-            other => return other,
-        }
-    }
-    lock()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::path::PathBuf;
+    use std::thread::sleep;
+    use std::time::Duration;
 
     fn level(dir: &tempfile::TempDir, writable: bool) -> Result<LevelFile> {
         let path = dir.path().join("image");

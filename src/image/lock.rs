@@ -1,0 +1,155 @@
+//! Locks that prove who uses an image file: those that a server holds, and those that other programs (qemu, the newer
+//! line) look at.
+//!
+//! Who writes to an image holds an exclusive flock on it. Who only reads a delta of a running chain shares bytes with
+//! other readers, so that an operation that is to change a lower delta can know that nobody reads it.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::calm;
+
+use super::open::{Access, open_level, reopen};
+
+/// Bytes that tell other programs what is done with an image, as qemu does it: a shared lock on 100 + n says "I use
+/// permission n", on 200 + n "nobody else may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock on
+/// 200 to 204 for "in use", too.
+const USES_READ: i64 = 100;
+const USES_WRITE: i64 = 101;
+const USES_RESIZE: i64 = 103;
+const NO_OTHER_WRITE: i64 = 201;
+const NO_OTHER_RESIZE: i64 = 203;
+const WRITING: [i64; 4] = [USES_WRITE, USES_RESIZE, NO_OTHER_WRITE, NO_OTHER_RESIZE];
+
+/// Who else may use the file meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Others {
+    /// Its content is only read: others may read it, too.
+    Readers,
+    /// Its content changes, or the file goes.
+    Nobody,
+}
+
+/// An image file that nobody else writes to while this lives.
+#[derive(Debug)]
+pub struct Held {
+    pub file: File,
+    pub path: PathBuf,
+}
+
+/// Opens an image and makes sure that nobody else writes to it, or reads it if `others` says so, for as long as the
+/// answer lives. `Busy` if somebody does. `dir`: folder of the descriptor that names it, see [`open_level`].
+pub fn hold(path: &Path, dir: Option<&Path>, access: Access, others: Others) -> Result<Held> {
+    let fd = open_level(path, dir)?;
+    let (file, _) = reopen(&fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    let held = Held { file, path: path.to_owned() };
+    held.lock(others)?;
+    Ok(held)
+}
+
+impl Held {
+    fn lock(&self, others: Others) -> Result<()> {
+        match retry(|| calm::flock_exclusive(&self.file, false)) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                bail!(Busy, "image {} is in use by a program that writes to it", self.path.display())
+            }
+            // A file system without such locks.
+            Err(_) => {}
+            Ok(()) => {}
+        }
+        let told = match others {
+            Others::Readers => tell_reading(&self.file),
+            Others::Nobody => share(&self.file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(&self.file)),
+        };
+        told.map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => {
+                Error::new(Kind::Busy, format!("image {} is in use by another device or program", self.path.display()))
+            }
+            _ => Error::with(Kind::Flock, format!("cannot lock image {}", self.path.display()), e),
+        })
+    }
+}
+
+/// Tells others that the file is read, for as long as its description is open. `WouldBlock` if somebody writes to it.
+pub fn tell_reading(file: &File) -> io::Result<()> {
+    share(file, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])
+}
+
+/// Tells others that the file is written to. `WouldBlock` if somebody else uses it in a way that forbids that.
+pub fn tell_writing(file: &File) -> io::Result<()> {
+    share(file, &WRITING, &WRITING)
+}
+
+/// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time
+/// at least one notices. `WouldBlock`: somebody has. Where the file system has no such locks they are left out: they
+/// guard against other programs.
+fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
+    let lock = |kind: i32, byte: i64| libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    for byte in bytes {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, *byte))) {
+            Ok(_) => {}
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(io::ErrorKind::WouldBlock.into()),
+            Err(_) => return Ok(()),
+        }
+    }
+    retry(|| {
+        for byte in against {
+            let mut found = lock(libc::F_WRLCK, *byte);
+            fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+            if found.l_type != libc::F_UNLCK as i16 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Tries for a second: a server that has just ended may still have I/O under way.
+pub fn retry(mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    for _ in 0..20 {
+        match lock() {
+            Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => sleep(Duration::from_millis(50)),
+            other => return other,
+        }
+    }
+    lock()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_share_and_a_writer_is_alone() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, "x").unwrap();
+        let write = Access { write: true, direct: false };
+        let get = |access, others| hold(&path, None, access, others).map_err(|e| e.kind());
+        let alone = get(write, Others::Nobody).unwrap();
+        assert_eq!(get(Access::default(), Others::Readers).unwrap_err(), Kind::Busy);
+        drop(alone);
+        // A server's reader.
+        let reader = File::open(&path).unwrap();
+        tell_reading(&reader).unwrap();
+        drop(get(Access::default(), Others::Readers).unwrap());
+        assert_eq!(get(write, Others::Nobody).unwrap_err(), Kind::Busy);
+        drop(reader);
+        get(write, Others::Nobody).unwrap();
+    }
+}

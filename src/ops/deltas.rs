@@ -1,0 +1,187 @@
+//! What the operations on a disk's deltas share: who uses them, what a new one is like, how old ones go.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::find;
+use crate::bail;
+use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
+use crate::device::{self, Device};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::guid::Guid;
+use crate::format::header::Version;
+use crate::image::check::{CheckOptions, check_file, read_header};
+use crate::image::create::create_delta;
+use crate::image::lock::{self, Held, Others};
+use crate::image::open::{self, Access};
+use crate::report;
+use crate::sys::store;
+use crate::units::{ClusterSize, SECTOR};
+
+/// What a delta on top of an image has to be like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shape {
+    pub version: Version,
+    pub cluster: ClusterSize,
+    pub sectors: u64,
+}
+
+impl Shape {
+    /// Of a delta that is to stand on this image. Files that are no images of this disk's kind are errors.
+    pub fn above(disk: &Descriptor, image: &Image) -> Result<Shape> {
+        let shown = image.file.display();
+        if disk.is_raw(image) {
+            let fd = open::open_level(&image.file, Some(&disk.dir))?;
+            let (file, _) = open::reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+            let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.len();
+            return Ok(Shape { version: Version::V2, cluster: disk.blocksize, sectors: len / SECTOR });
+        }
+        let header = read_header(&image.file, Some(&disk.dir))?;
+        if header.cluster != disk.blocksize {
+            bail!(
+                Param,
+                "image {shown} has clusters of {} sectors, its descriptor says {}",
+                header.cluster.sectors(),
+                disk.blocksize.sectors()
+            );
+        }
+        Ok(Shape { version: header.version, cluster: header.cluster, sectors: header.sectors })
+    }
+
+    /// Makes an empty delta like this, durable; answers the size that it gives the disk, in sectors.
+    pub fn make(&self, path: &Path) -> Result<u64> {
+        report::say(
+            0,
+            format_args!(
+                "Creating delta {} bs={} size={} sectors v{}",
+                path.display(),
+                self.cluster.sectors(),
+                self.sectors,
+                self.version.number()
+            ),
+        );
+        Ok(create_delta(path, self.version, self.cluster, self.sectors)?.sectors)
+    }
+}
+
+/// A name for a new delta: beside the first image, or in `folder`, which must exist (`Creat`).
+pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
+    let first = &disk.first_image()?.file;
+    let Some(stem) = first.file_name() else { bail!(DiskDescr, "image {} has no name", first.display()) };
+    let folder = match folder {
+        None => first.parent().unwrap_or(Path::new("/")).to_owned(),
+        Some(dir) => {
+            let dir = dir.canonicalize().ctx(Kind::Creat, || format!("folder {}", dir.display()))?;
+            if !dir.is_dir() {
+                bail!(Creat, "{} is not a folder: new deltas go into one", dir.display());
+            }
+            dir
+        }
+    };
+    let mut name = stem.to_owned();
+    name.push(format!(".{}", Guid::generate()));
+    Ok(folder.join(name))
+}
+
+/// The device that runs this disk under this component and may write to its top; none: nothing of ours does.
+pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
+    find::check_component(component)?;
+    let found = find::of_base(&disk.first_image()?.file, component)?;
+    Ok(found.filter(|d| !d.record.read_only && d.state != device::State::Dead))
+}
+
+/// Devices with this file among their levels.
+pub fn users(path: &Path) -> Result<Vec<Device>> {
+    let Ok(meta) = fs::metadata(path) else { return Ok(Vec::new()) };
+    let id = (meta.dev(), meta.ino());
+    let mut found = match device::list() {
+        // Who is not root may not be allowed to ask, and the locks still tell.
+        Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
+        other => other.unwrap_or_default(),
+    };
+    found.retain(|d| d.state != device::State::Dead && d.record.ids.contains(&id));
+    Ok(found)
+}
+
+/// Locks an image of the disk; if somebody uses it the error (17) names the device.
+pub fn hold(disk: &Descriptor, path: &Path, access: Access, others: Others) -> Result<Held> {
+    lock::hold(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
+}
+
+/// Adds the devices that use the image to an error that says it is busy.
+pub fn named(e: Error, path: &Path) -> Error {
+    if e.kind() != Kind::Busy {
+        return e;
+    }
+    let nodes: Vec<String> = users(path).unwrap_or_default().iter().map(describe).collect();
+    match nodes.is_empty() {
+        true => e,
+        false => Error::new(
+            Kind::Busy,
+            format!("image {} is in use by {}; unmount that first", path.display(), nodes.join(", ")),
+        ),
+    }
+}
+
+fn describe(device: &Device) -> String {
+    match device.component() {
+        "" => device.node().display().to_string(),
+        component => format!("{} (component {component})", device.node().display()),
+    }
+}
+
+/// The options with which images of a disk that nobody uses are brought in order: what a crash left goes.
+pub const TIDY: CheckOptions = CheckOptions {
+    force: false,
+    hard_force: false,
+    drop_inuse: true,
+    check: true,
+    repair_sparse: true,
+    read_only: false,
+    raw: false,
+    raw_blocksize: None,
+};
+
+/// Checks an image that the caller holds locked, and clears its mark.
+pub fn tidy(disk: &Descriptor, path: &Path) -> Result<()> {
+    for note in check_file(path, Some(&disk.dir), &TIDY)?.notes {
+        report::say(0, format_args!("{}: {note}", path.display()));
+    }
+    Ok(())
+}
+
+/// After a commit that failed: the new image goes if the descriptor on disk does not name it. If it does, or cannot be
+/// read, the file stays.
+pub fn undo_new(disk: &LockedDescriptor, path: &Path) {
+    let names_it = |d: Descriptor| d.images.iter().any(|i| i.file == path);
+    match Descriptor::read(&disk.path).map(names_it) {
+        Ok(false) => {
+            let _ = store::unlink(path);
+        }
+        _ => report::warn(format_args!("{} stays: it may be part of the disk", path.display())),
+    }
+}
+
+/// Removes files that the stored descriptor no longer names. What cannot be removed is told and no error: the operation
+/// is done.
+pub fn remove(files: &[PathBuf]) {
+    let mut folders: Vec<&Path> = Vec::new();
+    for path in files {
+        report::say(0, format_args!("Removing {}", path.display()));
+        match store::unlink(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
+            }
+            _ => {}
+        }
+        if let Some(dir) = path.parent().filter(|d| !folders.contains(d)) {
+            folders.push(dir);
+        }
+    }
+    for dir in folders {
+        if let Err(e) = descriptor::sync_parent(&dir.join("x")) {
+            report::warn(e);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What an interrupted operation provably left in a disk is put right before the next one, with one line each that says
+//! so. What is only suspicious is left to `check`.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::deltas;
+use crate::bail;
+use crate::descriptor::{Descriptor, Image, ImageMode, LockedDescriptor};
+use crate::error::{Kind, Result};
+use crate::format::guid::Guid;
+use crate::format::header;
+use crate::image::check::read_header;
+use crate::image::lock::Others;
+use crate::image::open::Access;
+use crate::report;
+use crate::sys::store;
+
+/// Before an operation changes the disk: descriptors that were not stored to their end are finished or removed, the tree
+/// is validated, marks that a crash left on lower deltas are cleared. The caller holds the disk's lock, so nobody else is
+/// in the middle of anything.
+pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
+    disk.check_storable()?;
+    stored_half(disk)?;
+    disk.check_tree()?;
+    let all: Vec<Guid> = disk.shots.iter().map(|s| s.guid).filter(|g| *g != disk.top).collect();
+    clear_marks(disk, &all)
+}
+
+/// Before a chain is mounted: the same as far as it concerns the chain, and errors of what it does not need are left to
+/// whoever needs it. A read-only mount writes to no image.
+pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -> Result<()> {
+    if disk.check_storable().is_err() {
+        return Ok(());
+    }
+    stored_half(disk)?;
+    if read_only {
+        return Ok(());
+    }
+    let mut below: Vec<Guid> = disk.chain(guid)?.iter().map(|i| i.guid).collect();
+    below.pop();
+    clear_marks(disk, &below)
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name: OsString = path.into();
+    name.push(suffix);
+    name.into()
+}
+
+/// Descriptors under temporary names: the lock tells that nobody is storing them.
+fn stored_half(disk: &mut LockedDescriptor) -> Result<()> {
+    let tmp = with_suffix(&disk.path, ".tmp");
+    let twice = with_suffix(&tmp, ".tmp");
+    if fs::symlink_metadata(&tmp).is_ok_and(|m| m.is_file()) {
+        let new = fs::read(&tmp).ok().and_then(|bytes| Descriptor::parse(&bytes, &disk.dir).ok());
+        match new {
+            Some(new) if replaces_missing(disk, &new) => {
+                report::say(
+                    0,
+                    format_args!(
+                        "{} names a file that a finished merge has removed; {} is the descriptor of that merge: stored",
+                        disk.path.display(),
+                        tmp.display()
+                    ),
+                );
+                disk.commit_as(new)?;
+            }
+            // Half of a conversion to a raw image: not ours to decide here.
+            Some(new) if new.mode == ImageMode::Raw && disk.mode != ImageMode::Raw && !base_signed(disk) => {}
+            _ => forget(&tmp),
+        }
+    }
+    if fs::symlink_metadata(&twice).is_ok_and(|m| m.is_file()) {
+        forget(&twice);
+    }
+    Ok(())
+}
+
+fn forget(path: &Path) {
+    match store::unlink(path) {
+        Ok(()) => report::say(0, format_args!("Removed {}, left by an interrupted operation", path.display())),
+        Err(e) => report::say(1, format_args!("{} stays: {e}", path.display())),
+    }
+}
+
+/// Programs before us removed the old files of a merge into a new one before they stored the descriptor that no longer
+/// names them. Then the old one cannot be used, and the new one is whole: same disk, same top, all of its files there
+/// and closed, nothing in it that the old one does not know but the new file.
+fn replaces_missing(old: &Descriptor, new: &Descriptor) -> bool {
+    let there = |i: &Image| fs::symlink_metadata(&i.file).is_ok_and(|m| m.is_file());
+    let missing: Vec<&Image> = old.images.iter().filter(|i| !there(i)).collect();
+    let fresh: Vec<&Image> = new.images.iter().filter(|n| !old.images.iter().any(|o| o.file == n.file)).collect();
+    let known = |g: &Guid| old.shot(g).is_some();
+    !missing.is_empty()
+        && fresh.len() == 1
+        && missing.iter().all(|m| !new.images.iter().any(|n| n.file == m.file))
+        && new.images.len() < old.images.len()
+        && (new.blocksize, new.mode, new.top) == (old.blocksize, old.mode, old.top)
+        && new.check_tree().is_ok()
+        && new.shots.iter().all(|s| known(&s.guid))
+        && new.images.iter().all(there)
+        && fresh.iter().all(|f| read_header(&f.file, Some(&old.dir)).is_ok_and(|h| h.in_use == 0))
+}
+
+fn base_signed(disk: &Descriptor) -> bool {
+    use std::io::Read;
+    let mut head = [0; header::SIZE];
+    let read = disk.first_image().ok().and_then(|i| fs::File::open(&i.file).ok()).map(|mut f| f.read_exact(&mut head));
+    matches!(read, Some(Ok(()))) && header::has_signature(&head)
+}
+
+/// Clears in-use marks of deltas that are not the top: an interrupted merge, grow or change of tops left them. Locks prove
+/// that nobody uses the image; else, and where the image is not sound, it stays as it is for the operation that needs
+/// it to complain about.
+fn clear_marks(disk: &LockedDescriptor, guids: &[Guid]) -> Result<()> {
+    for guid in guids {
+        let Some(image) = disk.image(guid).filter(|i| !disk.is_raw(i)) else { continue };
+        let Ok(header) = read_header(&image.file, Some(&disk.dir)) else { continue };
+        if !header.is_marked() || header.is_converting() {
+            continue;
+        }
+        let access = Access { write: true, direct: false };
+        let held = match deltas::hold(disk, &image.file, access, Others::Nobody) {
+            Err(e) if e.kind() == Kind::Busy => continue,
+            other => other?,
+        };
+        deltas::tidy(disk, &image.file)?;
+        drop(held);
+        report::say(
+            0,
+            format_args!("{} was marked in use by an interrupted operation: checked and cleared", image.file.display()),
+        );
+    }
+    Ok(())
+}
+
+/// All images from the base to `guid` are there. `Open`, naming the first one that is not.
+pub fn check_files(disk: &Descriptor, guid: &Guid) -> Result<()> {
+    for image in disk.chain(guid)? {
+        if let Err(e) = fs::symlink_metadata(&image.file) {
+            bail!(
+                Open,
+                "image {} of snapshot {} cannot be found: {e}; the disk needs it, bring it back",
+                image.file.display(),
+                image.guid
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! Snapshots: taking and deleting them. The descriptor's durable rename decides; what it names is durable before, what it
+//! no longer names is removed after.
+
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use super::mount::{self, MountParams};
+use super::{deltas, merge, recover, temporary, umount};
+use crate::bail;
+use crate::descriptor::LockedDescriptor;
+use crate::device::{self, Device};
+use crate::error::{IoContext, Kind, Result};
+use crate::format::guid::{self, Guid};
+use crate::image::lock::Others;
+use crate::image::open::Access;
+use crate::report;
+
+/// A snapshot to be taken.
+#[derive(Clone, Debug)]
+pub struct SnapshotParams {
+    /// Of the snapshot; must be new.
+    pub guid: Guid,
+    /// Folder for the new delta; none: beside the first image.
+    pub snap_dir: Option<PathBuf>,
+    /// It goes away by itself when nobody uses it.
+    pub temporary: bool,
+}
+
+/// A temporary snapshot to be taken and mounted read-only.
+#[derive(Clone, Debug)]
+pub struct TemporaryParams {
+    pub guid: Guid,
+    /// Where to mount its file system; none: only the device is made.
+    pub target: Option<PathBuf>,
+    /// The snapshot lives while the answered file is open; else until it is unmounted.
+    pub hold: bool,
+}
+
+/// A temporary snapshot, mounted.
+#[derive(Debug)]
+pub struct TemporarySnapshot {
+    /// Its device, `/dev/ploopN`.
+    pub device: String,
+    /// The open device, if the snapshot is to live as long as that.
+    pub holder: Option<File>,
+}
+
+/// Prefix of the components of temporary snapshots that live until they are unmounted.
+pub const HELD: char = '~';
+
+/// Takes a snapshot: the top becomes snapshot `guid`, an empty delta the new top. Of a running disk, if it runs under
+/// this component.
+pub fn create(descriptor: &Path, component: &str, params: &SnapshotParams) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    create_locked(&mut disk, component, params)
+}
+
+fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &SnapshotParams) -> Result<()> {
+    recover::before_change(disk)?;
+    // Everything that can be refused is, before anything changes.
+    disk.descriptor.clone().add_snapshot(deltas::new_name(disk, None)?, params.guid, params.temporary)?;
+    recover::check_files(disk, &guid::TOP)?;
+    let device = deltas::running(disk, component)?;
+    temporary::merge_unused(disk)?;
+    let path = deltas::new_name(disk, params.snap_dir.as_deref())?;
+    match device {
+        Some(device) => online(disk, &device, params, path)?,
+        None => offline(disk, params, path)?,
+    }
+    report::say(0, format_args!("snapshot {} is created", params.guid));
+    Ok(())
+}
+
+fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) -> Result<()> {
+    let Some(top) = disk.image(&guid::TOP).cloned() else {
+        bail!(DiskDescr, "descriptor: the top has no image");
+    };
+    let held = deltas::hold(disk, &top.file, Access::default(), Others::Readers)?;
+    if !disk.is_raw(&top) {
+        // From now on it is a lower delta: closed, and without anything half done.
+        deltas::tidy(disk, &top.file)?;
+    }
+    let shape = deltas::Shape::above(disk, &top)?;
+    let mut next = disk.descriptor.clone();
+    next.add_snapshot(path.clone(), params.guid, params.temporary)?;
+    next.size_sectors = shape.make(&path)?;
+    disk.commit_as(next).inspect_err(|_| deltas::undo_new(disk, &path))?;
+    drop(held);
+    Ok(())
+}
+
+fn online(_disk: &mut LockedDescriptor, device: &Device, _params: &SnapshotParams, _path: PathBuf) -> Result<()> {
+    bail!(
+        Param,
+        "the disk runs as {}: this version takes snapshots only of disks that do not run; unmount it first",
+        device.node().display()
+    )
+}
+
+/// Deletes a snapshot. Nothing stands on it: its file goes. One delta does: that is merged into it and keeps its own
+/// GUID. Several do: the snapshot stays for them and is marked temporary, to go with the last but one.
+pub fn delete(descriptor: &Path, guid: &Guid) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    delete_locked(&mut disk, guid)
+}
+
+/// Deletes the top: its parent becomes the top.
+pub fn delete_top(descriptor: &Path) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    let top = disk.top;
+    delete_locked(&mut disk, &top)
+}
+
+fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
+    recover::before_change(disk)?;
+    let guid = disk.known(guid)?.guid;
+    match disk.children(&guid).as_slice() {
+        [] => delete_leaf(disk, &guid)?,
+        [child] => merge::range(disk, child, &guid, None)?,
+        children => {
+            let mut next = disk.descriptor.clone();
+            next.mark_temporary(&[guid], true);
+            disk.commit_as(next)?;
+            report::say(
+                1,
+                format_args!(
+                    "snapshot {guid} has {} children: marked temporary, it goes when only one is left",
+                    children.len()
+                ),
+            );
+        }
+    }
+    report::say(0, format_args!("snapshot {guid} is deleted"));
+    if let Err(e) = temporary::merge_unused(disk) {
+        report::warn(format_args!("a temporary snapshot stays: {e}"));
+    }
+    Ok(())
+}
+
+/// Removes a snapshot on which nothing stands.
+pub(super) fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
+    let mut next = disk.descriptor.clone();
+    let file = next.delete_leaf(guid)?;
+    let held = match deltas::hold(disk, &file, Access::default(), Others::Nobody) {
+        Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
+            return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
+        }
+        // Gone already: what is left to do is to forget it.
+        Err(e) if e.errno() == Some(libc::ENOENT) => None,
+        other => Some(other?),
+    };
+    if *guid == disk.top
+        && let Some(top) = next.image(&guid::TOP)
+    {
+        next.size_sectors = deltas::Shape::above(&next, top)?.sectors;
+    }
+    disk.commit_as(next)?;
+    drop(held);
+    deltas::remove(&[file]);
+    Ok(())
+}
+
+/// Takes a temporary snapshot and mounts it read-only under a component.
+pub fn create_temporary(descriptor: &Path, component: &str, params: &TemporaryParams) -> Result<TemporarySnapshot> {
+    let _operation = report::cancel::begin();
+    if component.is_empty() {
+        bail!(Param, "a temporary snapshot needs a component name, by which its device is known");
+    }
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    let snapshot = SnapshotParams { guid: params.guid, snap_dir: None, temporary: true };
+    // The disk itself runs, if it does, without a component.
+    create_locked(&mut disk, "", &snapshot)?;
+    let taken = mount_temporary(&mut disk, component, params);
+    if taken.is_err() {
+        // Nobody uses it, so it goes again.
+        if let Err(e) = temporary::merge_unused(&mut disk) {
+            report::warn(format_args!("the temporary snapshot {} stays for now: {e}", params.guid));
+        }
+    }
+    taken
+}
+
+fn mount_temporary(
+    disk: &mut LockedDescriptor,
+    component: &str,
+    params: &TemporaryParams,
+) -> Result<TemporarySnapshot> {
+    let component = match params.hold {
+        true => component.to_owned(),
+        false => format!("{HELD}{component}"),
+    };
+    let how = MountParams {
+        read_only: true,
+        target: params.target.clone(),
+        guid: Some(params.guid.to_string()),
+        ..MountParams::default()
+    };
+    let mounted = mount::mount_locked(disk, &component, &how)?;
+    let node = mounted.device.node().to_owned();
+    let holder = match params.hold {
+        false => None,
+        true => match hold_device(&mounted.device) {
+            Ok(file) => Some(file),
+            Err(e) => {
+                if let Err(undo) = umount::umount_device(mounted.device.name(), None) {
+                    report::warn(format_args!("{} stays: {undo}", node.display()));
+                }
+                return Err(e);
+            }
+        },
+    };
+    Ok(TemporarySnapshot { device: node.display().to_string(), holder })
+}
+
+fn hold_device(device: &Device) -> Result<File> {
+    let node = device.node();
+    let file =
+        OpenOptions::new().read(true).open(node).ctx(Kind::Device, || format!("cannot open {}", node.display()))?;
+    match device::by_node(&node.to_string_lossy())? {
+        Some(found) if found.record.token == device.record.token => Ok(file),
+        _ => bail!(Device, "{} is not the device of the temporary snapshot any more", node.display()),
+    }
+}

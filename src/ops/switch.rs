@@ -1,0 +1,80 @@
+//! Switching a disk that does not run to one of its snapshots.
+
+use std::path::Path;
+
+use super::{deltas, mount, recover};
+use crate::bail;
+use crate::descriptor::LockedDescriptor;
+use crate::error::{Kind, Result};
+use crate::format::guid::{self, Guid};
+use crate::image::lock::Others;
+use crate::image::open::Access;
+use crate::report;
+
+/// What to switch to, and what becomes of the old top.
+#[derive(Clone, Debug)]
+pub struct SwitchParams {
+    pub guid: Guid,
+    /// The GUID that a kept top gets; none: a random one.
+    pub guid_old: Option<Guid>,
+    /// The old top stays as a snapshot; else it is removed.
+    pub keep_top: bool,
+    /// The snapshot itself becomes the top; else an empty delta on it.
+    pub no_new_top: bool,
+}
+
+/// Switches. `Param` while the disk runs.
+pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    if let Some(device) = deltas::running(&disk, component)? {
+        bail!(
+            Param,
+            "the disk runs as {}: unmount it before it is switched to another snapshot",
+            device.node().display()
+        );
+    }
+    recover::before_change(&mut disk)?;
+    let keep = params.keep_top.then(|| params.guid_old.unwrap_or_else(Guid::generate));
+    let path = match params.no_new_top {
+        true => None,
+        false => Some(deltas::new_name(&disk, None)?),
+    };
+    let mut next = disk.descriptor.clone();
+    let gone = next.switch(&params.guid, path.clone(), keep)?;
+    recover::check_files(&disk, &params.guid)?;
+
+    // The old top: nobody may be writing to it, and if it goes nobody may be reading it.
+    let (Some(old), Some(to)) = (disk.image(&guid::TOP).cloned(), disk.image(&params.guid).cloned()) else {
+        bail!(DiskDescr, "descriptor: a snapshot has no image");
+    };
+    let others = if gone.is_some() { Others::Nobody } else { Others::Readers };
+    let held = match deltas::hold(&disk, &old.file, Access::default(), others) {
+        Err(e) if gone.is_some() && e.errno() == Some(libc::ENOENT) => None,
+        other => Some(other.map_err(|e| match e.kind() {
+            Kind::Busy => e.as_kind(Kind::Param),
+            _ => e,
+        })?),
+    };
+    if keep.is_some() && !disk.is_raw(&old) {
+        deltas::tidy(&disk, &old.file)?;
+    }
+    let shape = deltas::Shape::above(&disk, &to)?;
+    next.size_sectors = match &path {
+        Some(path) => shape.make(path)?,
+        None => shape.sectors,
+    };
+    disk.commit_as(next).inspect_err(|_| {
+        if let Some(path) = &path {
+            deltas::undo_new(&disk, path);
+        }
+    })?;
+    drop(held);
+    mount::drop_cache(&disk);
+    deltas::remove(gone.as_slice());
+    report::say(0, format_args!("the disk is on snapshot {} now", params.guid));
+    if let Some(keep) = keep {
+        report::say(0, format_args!("the old top is kept as snapshot {keep}"));
+    }
+    Ok(())
+}

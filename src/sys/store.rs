@@ -1,0 +1,112 @@
+//! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of them
+//! and stop before it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, renameat2};
+
+/// Announces a step to a test that watches.
+macro_rules! step {
+    ($($step:tt)+) => {};
+}
+
+/// Makes a file exclusively, open for reading and writing; no link is followed.
+pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
+    step!(Create(path));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(mode).custom_flags(libc::O_NOFOLLOW);
+    options.open(path)
+}
+
+/// Writes all.
+pub fn write_all(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    step!(Write(file, buf, offset));
+    file.write_all_at(buf, offset)
+}
+
+pub fn sync_all(file: &File) -> io::Result<()> {
+    step!(Sync(file));
+    file.sync_all()
+}
+
+pub fn sync_data(file: &File) -> io::Result<()> {
+    step!(Sync(file));
+    file.sync_data()
+}
+
+pub fn set_len(file: &File, len: u64) -> io::Result<()> {
+    step!(SetLen(file, len));
+    file.set_len(len)
+}
+
+/// Takes space for a part of the file, which gets longer if it must; what is new reads as zero.
+pub fn fallocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    step!(Extend(file, offset + len));
+    let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+    let (offset, len) = (i64::try_from(offset).map_err(too_large)?, i64::try_from(len).map_err(too_large)?);
+    Ok(nix::fcntl::fallocate(file, FallocateFlags::empty(), offset, len)?)
+}
+
+/// Shares the content of a part of `from` with `to` (FICLONERANGE). Offsets and length are multiples of the file
+/// system's block. Errors of [`cannot_clone`] mean that the file systems do not do that.
+pub fn clone_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len: u64) -> io::Result<()> {
+    step!(Copy(from, from_offset, to, to_offset, len));
+    #[repr(C)]
+    struct Range {
+        from: i64,
+        from_offset: u64,
+        len: u64,
+        to_offset: u64,
+    }
+    /// `_IOW(0x94, 13, struct file_clone_range)`, whose size is 32 bytes.
+    const FICLONERANGE: libc::c_ulong = 0x4020_940D;
+    let range = Range { from: i64::from(from.as_raw_fd()), from_offset, len, to_offset };
+    loop {
+        // SAFETY: `range` is a struct file_clone_range and lives through the call; both descriptors are open.
+        if unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE as _, &range) } == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
+
+/// Whether this error of [`clone_range`] says "not with these files".
+pub fn cannot_clone(e: &io::Error) -> bool {
+    const NOT_HERE: [i32; 6] = [libc::EOPNOTSUPP, libc::ENOTTY, libc::EXDEV, libc::EINVAL, libc::ENOSYS, libc::EPERM];
+    e.raw_os_error().is_some_and(|n| NOT_HERE.contains(&n))
+}
+
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    step!(Rename(from, to));
+    std::fs::rename(from, to)
+}
+
+/// Renames without replacing: a target that exists is `AlreadyExists`.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    step!(Rename(from, to));
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        // File systems without the flag: a link never replaces either.
+        Err(Errno::EINVAL | Errno::ENOSYS) => std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from)),
+        other => other.map_err(io::Error::from),
+    }
+}
+
+pub fn unlink(path: &Path) -> io::Result<()> {
+    step!(Unlink(path));
+    std::fs::remove_file(path)
+}
+
+/// Makes what was made, renamed and removed in a folder durable.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    step!(SyncDir(dir));
+    File::open(dir)?.sync_all()
+}
