@@ -5,7 +5,6 @@
 mod close;
 mod open;
 mod table;
-mod target;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -18,7 +17,6 @@ use crate::units::ClusterSize;
 
 pub use close::close;
 pub use open::open;
-pub use target::{finish_target, open_target};
 
 #[cfg(test)]
 mod tests;

@@ -10,8 +10,6 @@ use crate::error::Kind;
 use crate::format::bat;
 use crate::format::header::{self, Header};
 
-mod target;
-
 const BS: u32 = 64;
 const CLUSTER: u64 = 32768;
 

@@ -30,6 +30,8 @@ pub struct SnapshotParams {
 #[derive(Clone, Debug)]
 pub struct TemporaryParams {
     pub guid: Guid,
+    /// Folder for the new delta; none: beside the first image.
+    pub snap_dir: Option<PathBuf>,
     /// Where to mount its file system; none: only the device is made.
     pub target: Option<PathBuf>,
     /// The snapshot lives while the answered file is open; else until it is unmounted.
@@ -170,7 +172,7 @@ pub fn create_temporary(descriptor: &Path, component: &str, params: &TemporaryPa
         bail!(Param, "a temporary snapshot needs a component name, by which its device is known");
     }
     let mut disk = LockedDescriptor::open(descriptor)?;
-    let snapshot = SnapshotParams { guid: params.guid, snap_dir: None, temporary: true };
+    let snapshot = SnapshotParams { guid: params.guid, snap_dir: params.snap_dir.clone(), temporary: true };
     // The disk itself runs, if it does, without a component.
     create_locked(&mut disk, "", &snapshot)?;
     let taken = mount_temporary(&mut disk, component, params);

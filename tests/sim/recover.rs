@@ -1,6 +1,6 @@
 //! Death and what follows: kills, power cuts, takeovers and openings that may be interrupted themselves, clean closes.
 
-use crate::engine::api::*;
+use ploop::engine::api::*;
 
 use crate::broken::Break;
 use crate::disk::Stamp;
@@ -318,9 +318,7 @@ impl World {
             return true;
         }
         self.now += 1;
-        if self.broken != Break::UnsyncedMark {
-            self.chain.files[top].synced(self.now);
-        }
+        self.chain.files[top].synced(self.now);
         self.owners = None;
         false
     }
@@ -395,8 +393,6 @@ impl World {
         self.idle_ticks = 0;
         self.hold = true;
         self.ages.clear();
-        self.unwritten.clear();
-        self.unwritten_at_sync.clear();
         self.engine = Some((self.maker)(config, carried, self.table.clone()));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::engine::api::{Shared, SyncState};
+use ploop::engine::api::{Shared, SyncState};
 
 enum Undo {
     Slot(usize, u64),

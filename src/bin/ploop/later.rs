@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 23] = [
+const CLASSIC: [&str; 16] = [
     "balloon",
     "clear",
     "convert",
@@ -12,19 +12,12 @@ const CLASSIC: [&str; 23] = [
     "delete",
     "getdev",
     "grow",
-    "merge",
-    "replace",
     "resize",
     "restore-descriptor",
     "rm",
-    "snapshot",
-    "snapshot-delete",
-    "snapshot-merge",
-    "snapshot-switch",
     "start",
     "stat",
     "stop",
-    "tsnapshot",
     "encrypt",
     "degrade",
     "fscheck",

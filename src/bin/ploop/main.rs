@@ -11,7 +11,10 @@ mod info;
 mod init;
 mod later;
 mod list;
+mod merge;
 mod mount;
+mod replace;
+mod snapshot;
 mod snapshot_list;
 mod tour;
 mod umount;
@@ -83,7 +86,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 10] = [
+const COMMANDS: [&Command; 17] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -91,7 +94,14 @@ const COMMANDS: [&Command; 10] = [
     &info::COMMAND,
     &check::COMMAND,
     &check::FSCK,
+    &snapshot::SNAPSHOT,
+    &snapshot::TSNAPSHOT,
+    &snapshot::SWITCH,
+    &snapshot::DELETE,
     &snapshot_list::COMMAND,
+    &merge::SNAPSHOTS,
+    &merge::IMAGES,
+    &replace::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
 ];
@@ -109,7 +119,14 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop info [-s] [-d] DISK          how full it is, its size, its device
   ploop info --image FILE            what is in an image file
   ploop check { DISK | FILE }        look for damage
+  ploop snapshot [-u UUID] DISK      keep what is in it now, under a name
+  ploop tsnapshot ... DISK           the same for as long as it is mounted, for backups
   ploop snapshot-list DISK           its snapshots
+  ploop snapshot-switch -u UUID DISK go back to one
+  ploop snapshot-delete -u UUID DISK forget one
+  ploop snapshot-merge [...] DISK    put one into what it stands on
+  ploop merge TOP [...] BASE         the same with image files
+  ploop replace ... -i FILE DISK     put a copy in the place of an image
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
 

@@ -1,0 +1,94 @@
+//! `ploop replace`: another file takes an image's place.
+
+use std::path::{Path, PathBuf};
+
+use ploop::ops::replace::{self, Which};
+use ploop::ops::{find, levels};
+use ploop::units::Level;
+
+use crate::getopt::Parsed;
+use crate::{Command, Fail, mistake, misuse, values};
+
+pub const COMMAND: Command = Command {
+    name: "replace",
+    short: "d:m:u:l:o:i:k",
+    long: &[("keep-name", false, 'k')],
+    usage: "\
+Usage: ploop replace {-u UUID | -l LEVEL | -o FILE} [-k] -i NEW DiskDescriptor.xml
+       ploop replace {-d DEVICE | -m DIR} {-l LEVEL | -o FILE} -i NEW
+
+Puts NEW, an identical copy, in the place of an image of a disk, or of a running device without telling a descriptor. Of
+a disk that is in use any image but the top can be replaced.
+
+  -u UUID          the image of this snapshot
+  -l LEVEL         the image at this level of the running device; 0 is the base
+  -o FILE          this image
+  -k, --keep-name  NEW gets the name of the image that it replaces
+  -i NEW           the copy
+",
+    run,
+};
+
+fn run(parsed: Parsed) -> Result<(), Fail> {
+    let mut selectors = Vec::new();
+    let mut device = None;
+    let mut folder = None;
+    let mut new = None;
+    let mut keep_name = false;
+    for (option, value) in &parsed.options {
+        match option {
+            'd' => device = Some(values::text(value, "device name")?),
+            'm' => folder = Some(PathBuf::from(value)),
+            'u' => selectors.push(Which::Guid(values::guid(value)?)),
+            'l' => selectors.push(Which::Level(level(value)?)),
+            'o' => selectors.push(Which::File(PathBuf::from(value))),
+            'i' => new = Some(PathBuf::from(value)),
+            'k' => keep_name = true,
+            _ => return misuse(),
+        }
+    }
+    let Some(new) = new else { return wrong("the new image is missing (-i)") };
+    match &parsed.operands[..] {
+        [descriptor] if values::is_descriptor(descriptor) => {
+            let [which] = &selectors[..] else { return wrong("name one image, by -u, -l or -o") };
+            Ok(replace::replace(Path::new(descriptor), "", which, &new, keep_name)?)
+        }
+        [] => {
+            // Names of snapshots mean nothing to a device.
+            selectors.retain(|s| !matches!(s, Which::Guid(_)));
+            let [which] = &selectors[..] else { return wrong("name one image, by -l or -o") };
+            let device = match (device, folder) {
+                (Some(device), None) => device,
+                (None, Some(folder)) => mounted_on(&folder)?,
+                _ => return wrong("name a device (-d), a mount point (-m) or a DiskDescriptor.xml"),
+            };
+            on_device(&device, which, &new)
+        }
+        _ => misuse(),
+    }
+}
+
+fn wrong<T>(what: &str) -> Result<T, Fail> {
+    Err(Fail::Usage(Some(format!("ploop replace: {what}"))))
+}
+
+fn level(value: &std::ffi::OsStr) -> Result<Level, Fail> {
+    let number = values::number(value, "level")?;
+    Level::try_from(number).map_err(|_| mistake(format!("level {number}: must be 0 to {}", Level::MAX)))
+}
+
+fn mounted_on(folder: &Path) -> Result<String, Fail> {
+    match find::by_mount_point(folder)? {
+        Some((device, _)) => Ok(device.node().to_string_lossy().into_owned()),
+        None => Err(mistake(format!("no ploop device is mounted on {}", folder.display()))),
+    }
+}
+
+fn on_device(device: &str, which: &Which, new: &Path) -> Result<(), Fail> {
+    let _ = new;
+    if let Which::File(current) = which {
+        levels::level_of(device, current)?;
+    }
+    levels::device(device)?;
+    Err(mistake(format!("ploop replace -d: this version replaces images of disks; {device} stays as it is")))
+}
