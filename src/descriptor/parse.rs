@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -29,9 +29,11 @@ impl Descriptor {
             .custom_flags(libc::O_NONBLOCK)
             .open(&real)
             .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", real.display()))?;
-        read_limited(file, &real, &mut bytes)?;
+        let owner = read_limited(file, &real, &mut bytes)?;
         let dir = real.parent().unwrap_or(Path::new("/"));
-        Descriptor::parse(&bytes, dir).map_err(|e| e.context(format_args!("descriptor {}", real.display())))
+        let check = |d: Descriptor| check_outside(&d, owner).map(|()| d);
+        let parsed = Descriptor::parse(&bytes, dir).and_then(check);
+        parsed.map_err(|e| e.context(format_args!("descriptor {}", real.display())))
     }
 
     /// Parses a descriptor whose file lies in the folder `dir` (resolved).
@@ -81,7 +83,26 @@ impl Descriptor {
     }
 }
 
-fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
+/// Images outside the folder are opened on the word of the folder's owner (see `image::open`): in a folder that others
+/// may write to, such as /tmp, a descriptor of one of them is not that.
+fn check_outside(disk: &Descriptor, owner: u32) -> Result<()> {
+    let inside = |file: &Path| file.starts_with(&disk.dir) && !file.components().any(|c| c == Component::ParentDir);
+    let Some(outside) = disk.images.iter().find(|i| !inside(&i.file)) else { return Ok(()) };
+    let dir = disk.dir.display();
+    let folder = std::fs::metadata(&disk.dir).ctx(Kind::DiskDescr, || format!("cannot look at folder {dir}"))?.uid();
+    if owner != 0 && owner != folder {
+        bail!(
+            DiskDescr,
+            "it belongs to user {owner}, its folder {dir} to user {folder}, and it names image {} outside: must belong \
+             to the folder's owner; move it into a folder of its owner's",
+            outside.file.display()
+        );
+    }
+    Ok(())
+}
+
+/// Answers the file's owner.
+fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<u32> {
     let name = path.display();
     let meta = file.metadata().ctx(Kind::DiskDescr, || format!("cannot look at descriptor {name}"))?;
     if !meta.is_file() {
@@ -90,9 +111,9 @@ fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
     let got = file.take(MAX_BYTES + 1).read_to_end(bytes);
     let got = got.ctx(Kind::DiskDescr, || format!("cannot read descriptor {name}"))?;
     if got as u64 > MAX_BYTES {
-        bail!(DiskDescr, "descriptor {name} is larger than {MAX_BYTES} bytes");
+        bail!(DiskDescr, "descriptor {name} has {} bytes: at most {MAX_BYTES} are read", meta.len());
     }
-    Ok(())
+    Ok(meta.uid())
 }
 
 fn required<'a>(parent: &'a Element, name: &str, place: &str) -> Result<&'a Element> {

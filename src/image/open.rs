@@ -18,8 +18,8 @@ pub use crate::sys::reopen::{Access, reopen};
 /// An O_PATH descriptor of an image: a regular file.
 ///
 /// `dir` is the folder of the descriptor that names it. Below that folder no link is followed on the way; a file
-/// elsewhere must belong to root or to the folder's owner and be no link itself. Without `dir` the user named the file,
-/// and links are his business.
+/// elsewhere must belong to the folder's owner and be no link itself, so that nobody has a file of another, or of
+/// root, opened by writing a descriptor. Without `dir` the user named the file, and links are his business.
 pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
     let fail = |e: Errno| {
         let why = match e {
@@ -108,11 +108,11 @@ fn open_below(folder: &OwnedFd, inside: &Path) -> nix::Result<OwnedFd> {
 fn check_owner(fd: &OwnedFd, folder: &OwnedFd, path: &Path, dir: &Path) -> Result<()> {
     let file = fstat(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
     let owner = fstat(folder).ctx(Kind::Fstat, || format!("cannot look at {}", dir.display()))?.st_uid;
-    if file.st_uid != 0 && file.st_uid != owner {
+    if file.st_uid != owner {
         bail!(
             Open,
-            "image {} lies outside its descriptor's folder {} and belongs to user {}: must belong to root or to the \
-             folder's owner ({owner})",
+            "image {} lies outside its descriptor's folder {} and belongs to user {}: must belong to the folder's \
+             owner, user {owner}; give one of them to the other's owner, or move the image into the folder",
             path.display(),
             dir.display(),
             file.st_uid

@@ -397,6 +397,11 @@ fn images_of_strangers() {
         assert!(e.to_string().contains("12345"), "{e}");
         std::os::unix::fs::chown(&folder, Some(12345), None).unwrap();
         ok(&outside).unwrap();
+        // Not even root's files, or a stranger's descriptor could have them opened.
+        std::os::unix::fs::chown(&outside, Some(0), None).unwrap();
+        assert_eq!(ok(&outside).unwrap_err().kind(), Kind::Open);
+        ok(&folder.join("a")).unwrap();
+        std::os::unix::fs::chown(&outside, Some(12345), None).unwrap();
         assert_eq!(std::fs::metadata(&outside).unwrap().uid(), 12345);
     }
     assert_eq!(lexical(Path::new("/a//b/./../c/")), Path::new("/a/c"));

@@ -76,12 +76,29 @@ pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
             if !dir.is_dir() {
                 bail!(Creat, "{} is not a folder: new deltas go into one", dir.display());
             }
+            check_usable(disk, &dir)?;
             dir
         }
     };
     let mut name = stem.to_owned();
     name.push(format!(".{}", Guid::generate()));
     Ok(folder.join(name))
+}
+
+/// A delta of ours outside the disk's folder can be opened only if that folder is ours, see [`open::open_level`].
+fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
+    let shown = disk.dir.display();
+    let owner = fs::metadata(&disk.dir).ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.uid();
+    let me = nix::unistd::geteuid().as_raw();
+    if owner != me && !folder.starts_with(&disk.dir) {
+        bail!(
+            Param,
+            "folder {} lies outside the disk's folder {shown}, which belongs to user {owner}: the new delta would belong \
+             to user {me} and not be opened; leave the folder out, or give the disk to user {me}",
+            folder.display()
+        );
+    }
+    Ok(())
 }
 
 /// The device that runs this disk under this component and may write to its top; none: nothing of ours does.
