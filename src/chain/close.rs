@@ -8,8 +8,11 @@ use crate::format::header::{self, Header};
 use crate::image::complete;
 use crate::report;
 
-use super::open::write_header;
+use super::open::{HEAD, write_header};
+use super::table::scan_level;
 use super::{Chain, LevelFile};
+use crate::sys::aligned::{AlignedBuf, read_exact};
+use crate::units::ClusterSize;
 
 /// Closes a writable chain after the engine has flushed everything: completes the top, cuts it to `alloc_end` clusters,
 /// syncs, and then takes the in-use mark away. An error leaves the mark.
@@ -42,6 +45,33 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     let empty = if alloc_end == header.first_data() { header::FLAG_EMPTY } else { 0 };
     let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
     write_header(top, &closed)
+}
+
+/// Finishes a former top that is a lower delta by now, under the eyes of its readers: cuts what nothing names, completes,
+/// syncs, unmarks. Its content does not change. One that is unmarked is finished already.
+pub fn finish(level: &LevelFile, cluster: ClusterSize) -> Result<()> {
+    let name = level.name.display();
+    let len = level.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    if level.raw {
+        tidied(complete::complete_raw(&level.file, cluster, len), level)?;
+        return level.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"));
+    }
+    let mut head = AlignedBuf::new(HEAD);
+    read_exact(&level.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
+    let header = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h)).map_err(|e| e.context(&name))?;
+    if !header.is_marked() {
+        return Ok(());
+    }
+    let found = scan_level(level, &header, len)?;
+    let end = u64::from(found.end) * header.cluster.bytes();
+    if end < len {
+        level.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+    }
+    tidied(complete::complete(&level.file, header.cluster, end.min(len)), level)?;
+    level.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    let empty = if found.mapped == 0 { header::FLAG_EMPTY } else { 0 };
+    let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
+    write_header(level, &closed)
 }
 
 fn tidied(result: io::Result<()>, top: &LevelFile) -> Result<()> {

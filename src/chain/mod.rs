@@ -15,7 +15,7 @@ use crate::engine::api::{AllocConfig, Carried, LevelConfig};
 use crate::format::header::Version;
 use crate::units::ClusterSize;
 
-pub use close::close;
+pub use close::{close, finish};
 pub use open::open;
 
 #[cfg(test)]
@@ -56,6 +56,8 @@ pub struct OpenOptions {
     pub carried: Option<Vec<(usize, u32, u32)>>,
     /// At a takeover: a sync has failed before, so that the BAT that is read need not be the durable one.
     pub failed: bool,
+    /// The levels below the top were scanned by an earlier worker of the same device, and nobody has written them since.
+    pub known_below: bool,
     /// Bytes to allocate ahead at once; at least one cluster is.
     pub ahead: u64,
 }
@@ -68,6 +70,7 @@ impl Default for OpenOptions {
             marked: Marked::Refuse,
             carried: None,
             failed: false,
+            known_below: false,
             ahead: 64 << 20,
         }
     }

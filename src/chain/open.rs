@@ -72,6 +72,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
                     }
                     // Scanned by the first worker, and frozen since: users wait.
                     (Some(_), false) => None,
+                    (None, false) if options.known_below => None,
                     (None, _) => Some(scan_level(level, header, *len)?),
                 };
                 configs.push(LevelConfig::Ploop {

@@ -8,10 +8,12 @@ mod attach;
 mod clean;
 mod find;
 mod lock;
+mod switch;
 
 pub use attach::{AttachSpec, Level, attach};
 pub use clean::{abort, clean, detach, hold_for_space};
 pub use find::{by_base, by_node, list, mount_source};
+pub use switch::{CommitFile, NewLevel, SwitchSpec, reload, switch};
 
 use std::path::Path;
 

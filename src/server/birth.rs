@@ -117,7 +117,7 @@ fn prepare(
     };
     let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
     record.connection = mounts::anonymous_number(&dir.join(runtime::DISK)).unwrap_or(0);
-    let start = WorkerStart { attach, takeover: false, fuse, device_name: record.name.clone() };
+    let start = WorkerStart::new(attach, fuse, record.name.clone());
     let fds = Descriptors {
         fuse: dev,
         shm: shm::create()?,
@@ -125,6 +125,7 @@ fn prepare(
         binary: binary.into(),
         listener,
         levels,
+        extra: Vec::new(),
     };
     Supervisor::new(dir.into(), record, start, fds)
 }
@@ -336,7 +337,12 @@ pub fn adopt() -> i32 {
 fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()> {
     daemon::leave_callers_world()?;
     daemon::lock_memory();
-    let Some(fds) = Descriptors::from_all(fds) else { bail!(Protocol, "too few descriptors came from the worker") };
+    let mut start = start;
+    let levels = start.attach.levels.len();
+    let Some(mut fds) = Descriptors::from_all(fds, levels) else {
+        bail!(Protocol, "too few descriptors came from the worker")
+    };
+    let retired = start.retired.take().map(|swap| (swap, std::mem::take(&mut fds.extra)));
     let peer = getsockopt(&sock, sockopt::PeerCredentials).ctx(Kind::Sys, || "cannot see who the worker is")?;
     let worker = Worker::adopt(peer.pid(), sock)?;
     let me = runtime::process(std::process::id() as i32).unwrap_or_default();
@@ -353,8 +359,14 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     supervisor.nodes = Nodes::adopt(&runtime::dev_dir(), &name);
     supervisor.record.supervisor = me;
     supervisor.record.worker = worker.id;
+    // The old supervisor may have died before it could write them down.
+    supervisor.record.levels = supervisor.start.attach.levels.clone();
+    supervisor.record.ids = supervisor.start.attach.ids.clone();
     supervisor.worker = Some(worker);
     supervisor.assume_ready();
+    if let Some((swap, fds)) = retired {
+        supervisor.go_on_with(swap, fds);
+    }
     match supervisor.record.state.as_str() {
         // Died while attaching: whoever asked for the device was told so.
         "starting" => supervisor.undo(),

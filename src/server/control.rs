@@ -2,7 +2,7 @@
 //! waits for no client.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -51,6 +51,11 @@ pub fn listen_at(dir: &Path, file: &str) -> Result<OwnedFd> {
 /// Asks a supervisor and waits for its answer no longer than `limit`. Returns the connection too, which stays open as
 /// long as the supervisor lives.
 pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, OwnedFd)> {
+    ask_with(dir, command, &[], limit)
+}
+
+/// The same with descriptors beside the command. Further answers come on the connection.
+pub fn ask_with(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Duration) -> Result<(Answer, OwnedFd)> {
     let sock = new_socket()?;
     let (_dir, address) = address(dir, super::runtime::CONTROL)?;
     // A supervisor that does not accept must not hang us once its queue is full.
@@ -62,7 +67,7 @@ pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, Ow
         crate::bail!(Protocol, "a process of user {} answers in {}: root wanted", peer.uid(), dir.display());
     }
     frame::prepare(&sock);
-    frame::send_within(&sock, command, &[], limit.min(Duration::from_secs(10)))?;
+    frame::send_within(&sock, command, fds, limit.min(Duration::from_secs(10)))?;
     match frame::recv_within::<Answer>(&sock, limit)? {
         Some((answer, _)) => Ok((answer, sock)),
         None => Err(Error::new(Kind::Device, format!("the supervisor in {} ended without an answer", dir.display()))),
@@ -86,7 +91,7 @@ pub struct Client {
 /// What a look at a client showed.
 pub enum Heard {
     Nothing,
-    Command(Command),
+    Command(Command, Vec<OwnedFd>),
     /// Gone, or talking nonsense.
     Over,
 }
@@ -106,7 +111,7 @@ impl Client {
 
     pub fn hear(&self) -> Heard {
         match frame::recv_within::<Command>(&self.sock, Duration::ZERO) {
-            Ok(Some((command, _))) => Heard::Command(command),
+            Ok(Some((command, fds))) => Heard::Command(command, fds),
             Err(e) if e.errno() == Some(libc::ETIMEDOUT) => Heard::Nothing,
             _ => Heard::Over,
         }
@@ -154,7 +159,7 @@ mod tests {
         let client = Client::accept(&listener).unwrap();
         loop {
             match client.hear() {
-                Heard::Command(Command::Stop) => break,
+                Heard::Command(Command::Stop, _) => break,
                 Heard::Nothing => std::thread::yield_now(),
                 _ => panic!("unexpected"),
             }

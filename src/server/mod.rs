@@ -16,6 +16,7 @@ pub mod runtime;
 pub mod shm;
 pub mod spawn;
 pub mod supervisor;
+pub mod swap;
 pub mod uevents;
 pub mod worker;
 pub mod workers;

@@ -110,6 +110,68 @@ pub struct WorkerStart {
     pub takeover: bool,
     pub fuse: FuseSession,
     pub device_name: String,
+    /// The worker is to take over in a change of the chain. The descriptors of the commit follow those of the levels.
+    #[serde(default)]
+    pub succeed: Option<Succession>,
+    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors follow
+    /// those of the levels.
+    #[serde(default)]
+    pub retired: Option<Swap>,
+    /// This level was the top before: it is to be completed and unmarked while the device runs.
+    #[serde(default)]
+    pub finish: Option<usize>,
+    /// [`Swap::token`] of the change that led to this chain.
+    #[serde(default)]
+    pub token: u64,
+}
+
+impl WorkerStart {
+    /// For the first worker of a device.
+    pub fn new(attach: AttachRequest, fuse: FuseSession, device_name: String) -> WorkerStart {
+        WorkerStart { attach, takeover: false, fuse, device_name, succeed: None, retired: None, finish: None, token: 0 }
+    }
+}
+
+/// How a worker takes over in a change of the chain.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Succession {
+    /// The top is another file than before, which nobody has written yet.
+    pub new_top: bool,
+    pub commit: Option<CommitNames>,
+    #[serde(default)]
+    pub linger: u64,
+}
+
+/// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
+/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Swap {
+    /// The chain afterwards, base first.
+    pub levels: Vec<SwapLevel>,
+    /// Device and inode numbers of the chain that must be running.
+    pub expected: Vec<(u64, u64)>,
+    /// What makes the change permanent.
+    pub commit: Option<CommitNames>,
+    /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
+    pub token: u64,
+    /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
+    #[serde(default)]
+    pub linger: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SwapLevel {
+    pub name: LevelName,
+    pub id: (u64, u64),
+    /// The level of the running chain that it is; none: a new one.
+    pub from: Option<usize>,
+}
+
+/// File names in the folder of a descriptor: the new content is renamed over the old.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CommitNames {
+    pub tmp: PathBuf,
+    pub name: PathBuf,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -122,11 +184,26 @@ pub enum ToWorker {
     Flush,
     /// Whether writes that find no space wait for it.
     HoldForSpace(bool),
+    /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
+    /// killed. With the descriptors of the change.
+    Retire(Swap),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     Ready(WorkerReady),
+    /// The answer to `Retire`. An error: the worker can serve no more, and the chain stays as it was.
+    Retired {
+        error: Option<(i32, String)>,
+    },
+    /// The change of the chain is made; `Ready` follows. A warning: it may not survive a power cut.
+    Switched {
+        warning: Option<String>,
+    },
+    /// The former top is complete and unmarked, or why it is not.
+    Finished {
+        error: Option<(i32, String)>,
+    },
     /// The chain cannot be opened.
     Failed {
         code: i32,
@@ -169,12 +246,20 @@ pub enum Command {
     HoldForSpace(bool),
     /// Give up a device that cannot be served any more: I/O fails from now on.
     Abort,
+    /// Serve another chain. Answers: `Switched` as soon as I/O goes on, then `Done` once the former top is complete, or
+    /// `Error` instead of either.
+    Switch(Swap),
+    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it.
+    Reload {
+        token: u64,
+    },
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant)]
 pub enum Answer {
     Info { record: DeviceRecord, no_space: bool, failed: bool },
+    Switched { warning: Option<String> },
     Done,
     Error { code: i32, message: String },
 }

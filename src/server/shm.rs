@@ -29,6 +29,7 @@ const AT_SYNC: usize = 2;
 const AT_FAILED: usize = 3;
 const AT_PANICKED: usize = 4;
 const AT_NO_SPACE: usize = 5;
+const AT_SWITCHED: usize = 6;
 const AT_COUNTERS: usize = 8;
 const AT_MARKS: usize = 32;
 const AT_STRIKES: usize = 128;
@@ -117,6 +118,16 @@ impl Shm {
     /// This worker found a fault in itself and is about to die of it.
     pub fn set_panicked(&self) {
         self.words[AT_PANICKED].store(1, Release);
+    }
+
+    /// A worker serves the chain that the change `token` led to, from now on: there is no way back.
+    pub fn set_switched(&self, token: u64) {
+        self.words[AT_SWITCHED].store(token, Release);
+    }
+
+    /// The last change of the chain after which a worker has served; 0: none.
+    pub fn switched(&self) -> u64 {
+        self.words[AT_SWITCHED].load(Acquire)
     }
 
     /// Shows the world where the engine stands.

@@ -5,6 +5,7 @@
 //! [`Supervisor::turn`], so that a worker's death is noticed and clients are answered at any time.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ use crate::server::loopdev::Binding;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, Command, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
+use crate::server::swap::{Change, What};
 use crate::server::workers::{Deaths, Descriptors, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
 
@@ -54,7 +56,7 @@ pub struct Supervisor {
     /// None once the device was given up: closing the last descriptor ends the connection.
     pub(super) fds: Option<Descriptors>,
     pub(super) worker: Option<Worker>,
-    deaths: Deaths,
+    pub(super) deaths: Deaths,
     /// When to start the next worker.
     restart: Option<Instant>,
     /// No worker can serve the device: why.
@@ -66,6 +68,12 @@ pub struct Supervisor {
     /// Clients that wait for the end of the device.
     pub(super) stopping: Vec<OwnedFd>,
     pub(super) aborting: Vec<OwnedFd>,
+    /// Changes of the chain that were asked for.
+    pub(super) changes: VecDeque<Change>,
+    /// A change is under way: a worker's death is for it to deal with.
+    pub(super) changing: bool,
+    /// Clients that wait until the former top is finished.
+    pub(super) finishing: Vec<OwnedFd>,
     /// Clients that wait for a flush.
     flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
@@ -112,6 +120,9 @@ impl Supervisor {
             clients: Vec::new(),
             stopping: Vec::new(),
             aborting: Vec::new(),
+            changes: VecDeque::new(),
+            changing: false,
+            finishing: Vec::new(),
             flushing: Vec::new(),
             flush_sent: false,
             nodes,
@@ -133,6 +144,12 @@ impl Supervisor {
             self.turn(Instant::now() + TICK, None);
             if !self.aborting.is_empty() {
                 return self.abort();
+            }
+            if let Some(change) = self.changes.pop_front() {
+                if self.change(change) {
+                    return;
+                }
+                continue;
             }
             if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {
                 return;
@@ -366,6 +383,12 @@ impl Supervisor {
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
                 FromWorker::Merged { .. } => {}
+                FromWorker::Retired { error } => worker.retired = Some(error),
+                FromWorker::Switched { warning } => worker.switched = Some(warning),
+                FromWorker::Finished { error } => {
+                    worker.finished = Some(error.clone());
+                    self.finished(error);
+                }
                 FromWorker::Flushed { error } => {
                     self.flush_sent = false;
                     let reply = match error {
@@ -383,7 +406,7 @@ impl Supervisor {
         let Some(worker) = &mut self.worker else { return };
         let killed = worker.reap();
         worker.dead = true;
-        if self.ending || worker.closed.is_some() {
+        if self.ending || self.changing || worker.closed.is_some() {
             return;
         }
         let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
@@ -400,13 +423,13 @@ impl Supervisor {
         }
     }
 
-    fn fail(&mut self, why: String) {
+    pub(super) fn fail(&mut self, why: String) {
         log(&self.record.name, &format!("{why}; its I/O waits until it is given up by umount --abort"));
         self.failed = Some(why.clone());
         self.record.state = "failed".into();
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
-        self.flushing.drain(..).for_each(|c| control::answer(&c, &reply));
+        self.flushing.drain(..).chain(self.finishing.drain(..)).for_each(|c| control::answer(&c, &reply));
     }
 
     /// Starts a worker; a failure counts as its death.
@@ -441,15 +464,15 @@ impl Supervisor {
             match self.clients[*i].hear() {
                 Heard::Nothing => {}
                 Heard::Over => drop(self.clients.swap_remove(*i)),
-                Heard::Command(command) => {
+                Heard::Command(command, fds) => {
                     let client = self.clients.swap_remove(*i).sock;
-                    self.obey(command, client);
+                    self.obey(command, fds, client);
                 }
             }
         }
     }
 
-    fn obey(&mut self, command: Command, client: OwnedFd) {
+    fn obey(&mut self, command: Command, fds: Vec<OwnedFd>, client: OwnedFd) {
         match command {
             Command::Info => {
                 let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
@@ -462,6 +485,12 @@ impl Supervisor {
             Command::HoldForSpace(hold) if self.failed.is_none() => {
                 self.tell_worker(&ToWorker::HoldForSpace(hold));
                 control::answer(&client, &Answer::Done);
+            }
+            Command::Switch(swap) if self.can_change() => {
+                self.changes.push_back(Change { what: What::Chain(swap), fds, client: Some(client) });
+            }
+            Command::Reload { token } if self.can_change() => {
+                self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
             }
             Command::Flush if self.failed.is_none() => {
                 self.flushing.push(client);

@@ -22,21 +22,25 @@ pub struct Descriptors {
     pub listener: OwnedFd,
     /// O_PATH, base first.
     pub levels: Vec<OwnedFd>,
+    /// Those of a change of the chain.
+    pub extra: Vec<OwnedFd>,
 }
 
 impl Descriptors {
     /// In the order of the protocol.
     pub fn all(&self) -> Vec<BorrowedFd<'_>> {
         let fixed = [&self.fuse, &self.shm, &self.witness, &self.binary, &self.listener];
-        fixed.into_iter().chain(&self.levels).map(AsFd::as_fd).collect()
+        fixed.into_iter().chain(&self.levels).chain(&self.extra).map(AsFd::as_fd).collect()
     }
 
-    /// From what came in that order; `None`: too few.
-    pub fn from_all(fds: Vec<OwnedFd>) -> Option<Descriptors> {
+    /// From what came in that order, for a chain of `levels`; `None`: too few.
+    pub fn from_all(fds: Vec<OwnedFd>, levels: usize) -> Option<Descriptors> {
         let mut fds = fds.into_iter();
         let mut next = || fds.next();
         let (fuse, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
-        Some(Descriptors { fuse, shm, witness, binary, listener, levels: fds.collect() })
+        let mut rest: Vec<OwnedFd> = fds.collect();
+        let extra = if rest.len() < levels { return None } else { rest.split_off(levels) };
+        Some(Descriptors { fuse, shm, witness, binary, listener, levels: rest, extra })
     }
 
     /// The server's program, whatever became of its file's name.
@@ -59,6 +63,12 @@ pub struct Worker {
     pub refused: Option<(i32, String)>,
     /// It has closed the image: how that went.
     pub closed: Option<Option<(i32, String)>>,
+    /// It serves nothing any more and has let go of the images, or why it has not.
+    pub retired: Option<Option<(i32, String)>>,
+    /// It has made the change of the chain that it was started for; a warning.
+    pub switched: Option<Option<String>>,
+    /// The former top is complete, or why not.
+    pub finished: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -70,16 +80,7 @@ impl Worker {
         let pid = child.id() as i32;
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
-        let worker = Worker {
-            id,
-            pidfd,
-            sock: Some(ours),
-            child: Some(child),
-            dead: false,
-            ready: None,
-            refused: None,
-            closed: None,
-        };
+        let worker = Worker::new(id, pidfd, ours, Some(child));
         worker.send(&ToWorker::Start(start.clone()), &fds.all())?;
         Ok(worker)
     }
@@ -90,7 +91,23 @@ impl Worker {
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
         let id =
             runtime::process(pid).ok_or_else(gone).ctx(Kind::Sys, || format!("the worker, process {pid}, died"))?;
-        Ok(Worker { id, pidfd, sock: Some(sock), child: None, dead: false, ready: None, refused: None, closed: None })
+        Ok(Worker::new(id, pidfd, sock, None))
+    }
+
+    fn new(id: ProcessId, pidfd: OwnedFd, sock: OwnedFd, child: Option<Child>) -> Worker {
+        Worker {
+            id,
+            pidfd,
+            sock: Some(sock),
+            child,
+            dead: false,
+            ready: None,
+            refused: None,
+            closed: None,
+            retired: None,
+            switched: None,
+            finished: None,
+        }
     }
 
     /// Sends a message; a worker that is dead or dying is no error here.
@@ -192,10 +209,12 @@ mod tests {
     #[test]
     fn descriptors_keep_their_order() {
         let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        assert!(Descriptors::from_all((0..4).map(|_| open()).collect()).is_none());
-        let fds: Vec<OwnedFd> = (0..7).map(|_| open()).collect();
+        assert!(Descriptors::from_all((0..4).map(|_| open()).collect(), 0).is_none());
+        assert!(Descriptors::from_all((0..6).map(|_| open()).collect(), 2).is_none());
+        let fds: Vec<OwnedFd> = (0..8).map(|_| open()).collect();
         let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let fds = Descriptors::from_all(fds).unwrap();
+        let fds = Descriptors::from_all(fds, 2).unwrap();
+        assert_eq!((fds.levels.len(), fds.extra.len()), (2, 1));
         assert_eq!(fds.all().iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), numbers);
     }
 }

@@ -57,6 +57,27 @@ pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
     }
 }
 
+/// Ends this process as soon as the thread that started it has ended; false: not any more.
+pub fn die_with_parent(die: bool) -> io::Result<()> {
+    let signal = if die { libc::SIGKILL } else { 0 };
+    // SAFETY: this prctl takes numbers only.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor refers
+/// to /dev/null from here on, so that its number is nobody else's as long as `file` lives.
+pub fn hollow(file: &std::fs::File) -> io::Result<()> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    // SAFETY: both descriptors are open and owned by the two files, which stay their owners.
+    match unsafe { libc::dup3(null.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// Closes all descriptors from `first` on. For the first lines of a program, before anything was opened.
 pub fn close_from(first: RawFd) {
     // SAFETY: by contract no object of this program owns one of these descriptors.

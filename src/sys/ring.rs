@@ -76,6 +76,11 @@ impl Ring {
         self.push(opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events).build().user_data(tag))
     }
 
+    /// Ends the poll with this tag; it completes with ECANCELED unless it has completed already.
+    pub fn cancel_poll(&mut self, poll: u64, tag: u64) -> io::Result<()> {
+        self.push(opcode::PollRemove::new(poll).build().user_data(tag))
+    }
+
     /// Hands everything to the kernel and waits until `want` completions are there.
     pub fn submit(&mut self, want: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(want) {
@@ -124,5 +129,15 @@ mod tests {
         let mut got = [0; 12];
         arena.get(Span { at: 4096 * 20, len: 12 }, &mut got);
         assert_eq!(&got, b"\0\0\0\0\0\0\x0012345");
+        let (quiet, _w) = nix::unistd::pipe().unwrap();
+        ring.poll_in(quiet.as_fd(), true, 3).unwrap();
+        ring.cancel_poll(3, 4).unwrap();
+        done.clear();
+        while done.len() < 2 {
+            ring.submit(1).unwrap();
+            ring.completions(&mut done);
+        }
+        assert!(done.contains(&Completion { tag: 3, result: -libc::ECANCELED }));
+        assert!(done.contains(&Completion { tag: 4, result: 0 }));
     }
 }

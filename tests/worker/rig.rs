@@ -129,12 +129,8 @@ impl Rig {
     pub fn start(&mut self, takeover: bool) -> FromWorker {
         let (mine, theirs) = frame::pair().unwrap();
         let child = start_with_socket(theirs);
-        let start = WorkerStart {
-            attach: self.attach.clone(),
-            takeover,
-            fuse: self.session,
-            device_name: format!("rig-{}", std::process::id()),
-        };
+        let name = format!("rig-{}", std::process::id());
+        let start = WorkerStart { takeover, ..WorkerStart::new(self.attach.clone(), self.session, name) };
         let fds: Vec<BorrowedFd> = self.fds.iter().map(|f| f.as_fd()).collect();
         frame::send(&mine, &ToWorker::Start(start), &fds).unwrap();
         let (answer, _) =

@@ -35,6 +35,10 @@ pub enum Notice {
     /// See `Action::Merged`.
     Merged(Result<(), Errno>),
     Closed(Result<(), Errno>),
+    /// An I/O thread reads no more requests; those that it had read are known to the engine.
+    Quiet,
+    /// The former top is complete, or not: [`Core::finished`].
+    Finished,
 }
 
 /// Work for the thread that allocates and zeroes.
@@ -112,6 +116,10 @@ pub struct Core {
     pub writable: bool,
     /// The block device is gone: no more requests for data.
     pub closing: AtomicBool,
+    /// Another worker is to read the requests from now on.
+    pub retiring: AtomicBool,
+    /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
+    pub finished: Mutex<Option<Option<(i32, String)>>>,
     /// Somebody stopped reading /dev/fuse for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,
@@ -150,6 +158,8 @@ impl Core {
             block_bytes: p.block_bytes,
             writable: p.writable,
             closing: AtomicBool::new(false),
+            retiring: AtomicBool::new(false),
+            finished: Mutex::new(None),
             starving: AtomicBool::new(false),
             shm: p.shm,
             strikes: p.strikes,

@@ -16,7 +16,7 @@ use crate::server::shm::RequestKey;
 use crate::sys::ring::Completion;
 use crate::units::SECTOR;
 
-use super::core::{Answer, Core, Pending, THREADS};
+use super::core::{Answer, Core, Notice, Pending, THREADS};
 use super::files::{Files, Landed};
 use super::memory::{BufId, SMALL};
 
@@ -25,6 +25,7 @@ const BATCH: usize = 32;
 
 const TAG_FUSE: u64 = u64::MAX;
 const TAG_INBOX: u64 = u64::MAX - 1;
+const TAG_CANCEL: u64 = u64::MAX - 2;
 
 /// FALLOCATE modes that mean "reads as zero": punch a hole, zero the range; both keep the size.
 const PUNCH: u32 = 0x03;
@@ -52,13 +53,17 @@ pub struct IoThread<'a> {
     armed: bool,
     /// Requests may be there.
     look: bool,
+    /// Its end was asked for, since another worker takes over.
+    cancelled: bool,
+    /// The main thread knows that no more requests are read.
+    quiet: bool,
 }
 
 impl<'a> IoThread<'a> {
     /// For the calling thread, which must go on to [`run`](Self::run).
     pub fn new(core: &'a Core, number: usize) -> io::Result<IoThread<'a>> {
         let files = Files::new(core, number)?;
-        Ok(IoThread { core, number, files, pending: Vec::with_capacity(512), armed: false, look: true })
+        Ok(IoThread { core, number, files, pending: Vec::with_capacity(512), armed: false, look: true, cancelled: false, quiet: false })
     }
 
     /// Serves until the process ends. An error is one of the ring itself, with which nothing can go on.
@@ -67,7 +72,9 @@ impl<'a> IoThread<'a> {
         let mut actions: Vec<Action> = Vec::with_capacity(1024);
         self.files.ring.poll_in(self.core.inboxes[self.number].as_fd(), false, TAG_INBOX)?;
         loop {
-            if self.look {
+            if self.core.retiring.load(Ordering::Acquire) {
+                self.withdraw()?;
+            } else if self.look {
                 self.look()?;
             }
             if !self.pending.is_empty() {
@@ -88,6 +95,7 @@ impl<'a> IoThread<'a> {
                         self.armed = false;
                         self.look = true;
                     }
+                    TAG_CANCEL => {}
                     TAG_INBOX => {
                         let inbox = &self.core.inboxes[self.number];
                         inbox.take(&mut actions);
@@ -126,6 +134,20 @@ impl<'a> IoThread<'a> {
                 self.look = self.files.stash.next().is_some();
             }
             Drained::Over => self.look = false,
+        }
+        Ok(())
+    }
+
+    /// Reads no more requests, and leaves no poll behind: the kernel would wake it up instead of the successor.
+    fn withdraw(&mut self) -> io::Result<()> {
+        self.look = false;
+        if self.armed && !self.cancelled {
+            self.files.ring.cancel_poll(TAG_FUSE, TAG_CANCEL)?;
+            self.cancelled = true;
+        }
+        if !self.armed && !self.quiet {
+            self.quiet = true;
+            self.core.notices.push(Notice::Quiet);
         }
         Ok(())
     }

@@ -89,6 +89,11 @@ pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool) -> Result<()> 
     Ok(())
 }
 
+/// Locks a level that this process also reads, for writing.
+pub fn lock_alone(level: &LevelFile) -> Result<()> {
+    lock_top(level, false)
+}
+
 fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
     let taken = match takeover {
         true => calm::flock_exclusive(&top.file, true),

@@ -1,9 +1,10 @@
 //! The main thread: takes the supervisor's orders, tells the engine the time, replaces a supervisor that died.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Command, Stdio, exit};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind};
-use crate::error::{IoContext, Kind, Result};
-use crate::server::frame;
-use crate::server::proto::{FromWorker, ToWorker, WorkerStart};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::proto::{FromWorker, Swap, ToWorker, WorkerStart};
+use crate::server::{frame, runtime};
+use crate::sys::calm;
+use crate::sys::reopen::{Access, reopen};
 
-use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending};
+use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
+use super::locked;
 use super::setup::Kept;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -26,6 +30,33 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// A supervisor that lived so long was a good one.
 const GOOD_LIFE: Duration = Duration::from_secs(10);
+/// A retiring worker answers what it has read within this, else it is killed and the chain stays.
+const DRAIN: Duration = Duration::from_secs(30);
+/// Looks at a draining engine.
+const DRAIN_TICK: Duration = Duration::from_millis(1);
+/// Looks at the lock of the successor.
+const ARBITER_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why serving ended.
+#[derive(Debug)]
+pub enum End {
+    /// The engine has closed.
+    Closed(Result<(), Errno>),
+    /// The engine has closed in favour of a worker with another chain, whose descriptors these are; or it could not.
+    Retired(Swap, Vec<OwnedFd>, Result<()>),
+}
+
+/// A retirement under way.
+#[derive(Debug)]
+struct Retiring {
+    swap: Swap,
+    fds: Vec<OwnedFd>,
+    /// I/O threads that read no more requests.
+    quiet: usize,
+    /// The engine was told to close.
+    closing: bool,
+    end: Instant,
+}
 
 /// The connection to the supervisor, whichever process that is.
 #[derive(Debug)]
@@ -37,6 +68,7 @@ pub struct Link {
     next_try: Instant,
     flushing: bool,
     flush_again: bool,
+    retiring: Option<Retiring>,
 }
 
 impl Link {
@@ -56,6 +88,7 @@ impl Link {
             next_try: now,
             flushing: false,
             flush_again: false,
+            retiring: None,
         };
         Ok(Some((link, kept)))
     }
@@ -68,20 +101,44 @@ impl Link {
         }
     }
 
+    /// The supervisor has closed the connection.
+    pub fn is_over(&self) -> bool {
+        let Some(socket) = &self.socket else { return true };
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        let _ = poll(&mut fds, PollTimeout::ZERO);
+        fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
+    }
+
+    /// Waits until the former top is finished, and says so.
+    pub fn await_finisher(&self, core: &Core, kept: &Kept) {
+        if kept.start.finish.is_none() {
+            return;
+        }
+        while locked(&core.finished).is_none() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.finished(core);
+    }
+
     /// Closes a device that nobody has used, for a supervisor that is gone.
     pub fn close_unused(&mut self, core: &Core, kept: &Kept) -> Result<(), Errno> {
         self.socket = None;
         core.closing.store(true, Ordering::Release);
         core.tell(MAIN_THREAD, Pending::Close);
-        self.serve(core, kept)
+        match self.serve(core, kept) {
+            End::Closed(result) => result,
+            // Without a supervisor nobody asks for it.
+            End::Retired(..) => Err(libc::EIO),
+        }
     }
 
-    /// Serves until the engine has closed; returns how that ended.
-    pub fn serve(&mut self, core: &Core, kept: &Kept) -> Result<(), Errno> {
+    /// Serves until the engine has closed.
+    pub fn serve(&mut self, core: &Core, kept: &Kept) -> End {
         let mut notices = Vec::new();
         let mut tick = Instant::now() + TICK;
         loop {
-            self.wait(core, tick);
+            let draining = self.retiring.as_ref().is_some_and(|r| r.quiet == THREADS && !r.closing);
+            self.wait(core, if draining { tick.min(Instant::now() + DRAIN_TICK) } else { tick });
             let now = Instant::now();
             if now >= tick {
                 tick = now + TICK;
@@ -100,13 +157,110 @@ impl Link {
                 match notice {
                     Notice::Flushed(result) => self.flushed(core, result),
                     Notice::Merged(result) => self.merged(core, result),
+                    Notice::Finished => self.finished(core),
+                    Notice::Quiet => {
+                        if let Some(retiring) = &mut self.retiring {
+                            retiring.quiet += 1;
+                        }
+                    }
                     Notice::Closed(result) => {
                         core.shm.publish(&core.status());
-                        return result;
+                        return match self.retiring.take() {
+                            None => End::Closed(result),
+                            Some(r) => {
+                                let name = core.top().name.display();
+                                let io = std::io::Error::from_raw_os_error;
+                                let result = result.map_err(io).ctx(Kind::Fsync, || format!("cannot flush {name}"));
+                                End::Retired(r.swap, r.fds, result)
+                            }
+                        };
                     }
                 }
             }
+            if let Some(end) = self.drain(core) {
+                return end;
+            }
             self.listen(core, kept);
+        }
+    }
+
+    /// Closes the engine as soon as all requests are answered: those that wait for space would fail by it.
+    fn drain(&mut self, core: &Core) -> Option<End> {
+        let retiring = self.retiring.as_mut().filter(|r| r.quiet == THREADS && !r.closing)?;
+        if core.status().requests == 0 && !self.flushing {
+            pause(retiring.swap.linger);
+            retiring.closing = true;
+            core.tell(MAIN_THREAD, Pending::Close);
+            return None;
+        }
+        if Instant::now() < retiring.end {
+            return None;
+        }
+        let late = format!(
+            "requests to {} are still under way after {} s; is there space on its file system?",
+            core.top().name.display(),
+            DRAIN.as_secs()
+        );
+        let r = self.retiring.take()?;
+        Some(End::Retired(r.swap, r.fds, Err(Error::new(Kind::Sys, late))))
+    }
+
+    fn retire(&mut self, core: &Core, swap: Swap, fds: Vec<OwnedFd>) {
+        if self.retiring.is_some() || core.closing.load(Ordering::Acquire) {
+            core.log.say("the supervisor sent Retire to a worker that ends already".into());
+            return;
+        }
+        self.retiring = Some(Retiring { swap, fds, quiet: 0, closing: false, end: Instant::now() + DRAIN });
+        core.retiring.store(true, Ordering::Release);
+        core.inboxes.iter().for_each(|i| i.ring());
+    }
+
+    fn finished(&self, core: &Core) {
+        if let Some(error) = locked(&core.finished).clone() {
+            // Not heard by anybody: a new supervisor learns that nothing is left to be finished.
+            let _ = self.say(&FromWorker::Finished { error });
+        }
+    }
+
+    /// Waits, serving nothing, to be killed. If the supervisor dies first, one of the workers must start another one: the
+    /// successor, once it has the lock on the top of its chain, else this one.
+    pub fn rest(&mut self, core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd])>) -> ! {
+        loop {
+            if let Some(socket) = &self.socket {
+                match frame::recv::<ToWorker>(socket) {
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(_) => self.socket = None,
+                }
+                continue;
+            }
+            let lock = match retired {
+                Some((swap, fds)) => match arbiter(kept, swap, fds) {
+                    Ok(Some(lock)) => Some(lock),
+                    Ok(None) => {
+                        if succeeded(&kept.start.device_name) {
+                            exit(0);
+                        }
+                        std::thread::sleep(ARBITER_PAUSE);
+                        continue;
+                    }
+                    Err(e) => {
+                        core.log.say(format!("the lock of the successor: {e}"));
+                        None
+                    }
+                },
+                None => None,
+            };
+            match start_supervisor(core, kept, retired) {
+                // It starts a worker for the chain that is on disk.
+                Ok(_) if retired.is_none() => exit(1),
+                Ok(socket) => self.socket = Some(socket),
+                Err(e) => {
+                    core.log.say(format!("cannot start a new supervisor: {e}"));
+                    drop(lock);
+                    std::thread::sleep(self.pause);
+                    self.pause = (self.pause * 2).min(LAST_PAUSE);
+                }
+            }
         }
     }
 
@@ -115,7 +269,8 @@ impl Link {
         let mut fds = vec![PollFd::new(core.notices.as_fd(), PollFlags::POLLIN)];
         match &self.socket {
             Some(socket) => fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN)),
-            None => end = end.min(self.next_try),
+            None if self.retiring.is_none() => end = end.min(self.next_try),
+            None => {}
         }
         let left = end.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
         // An interrupted wait is only a short one.
@@ -125,7 +280,8 @@ impl Link {
     fn listen(&mut self, core: &Core, kept: &Kept) {
         let closing = core.closing.load(Ordering::Acquire);
         let Some(socket) = &self.socket else {
-            if !closing && Instant::now() >= self.next_try {
+            // A retiring worker asks first whether there is a successor.
+            if !closing && self.retiring.is_none() && Instant::now() >= self.next_try {
                 self.adopt(core, kept);
             }
             return;
@@ -136,7 +292,10 @@ impl Link {
                     core.tell(MAIN_THREAD, Pending::Close);
                 }
             }
+            // Whoever retires flushes all; the successor is asked again.
+            Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
+            Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, swap, fds),
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Start(_), _))) => core.log.say("the supervisor sent Start twice".into()),
             Ok(None) => {
@@ -195,7 +354,7 @@ impl Link {
     /// Starts a supervisor and gives it everything that the last one had.
     fn adopt(&mut self, core: &Core, kept: &Kept) {
         self.since = Instant::now();
-        match start_supervisor(kept) {
+        match start_supervisor(core, kept, None) {
             Ok(socket) => self.socket = Some(socket),
             Err(e) => {
                 core.log.say(format!("cannot start a new supervisor: {e}"));
@@ -206,8 +365,40 @@ impl Link {
     }
 }
 
+/// The lock that decides who starts a supervisor; none: the successor has it.
+fn arbiter(kept: &Kept, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<File>> {
+    let Some(top) = swap.levels.last() else { bail!(Protocol, "a change to a chain without images") };
+    let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
+    let fd = match top.from {
+        Some(level) => kept.levels().get(level),
+        None => new.checked_sub(1).and_then(|last| fds.get(last)),
+    };
+    let Some(fd) = fd else { bail!(Protocol, "the top of the new chain was not sent") };
+    let (file, _) = reopen(fd, Access::default()).ctx(Kind::Open, || format!("{}", top.name.path.display()))?;
+    match calm::flock_exclusive(&file, false) {
+        Ok(()) => Ok(Some(file)),
+        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e).ctx(Kind::Lock, || format!("{}", top.name.path.display())),
+    }
+}
+
+/// Another worker serves the device, and a supervisor lives that knows of it.
+fn succeeded(device: &str) -> bool {
+    let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
+    record.is_some_and(|r| {
+        r.worker.pid != std::process::id() as i32 && runtime::alive(r.worker) && runtime::alive(r.supervisor)
+    })
+}
+
+/// Draws a step out, for tests.
+pub fn pause(milliseconds: u64) {
+    if milliseconds > 0 {
+        std::thread::sleep(Duration::from_millis(milliseconds));
+    }
+}
+
 /// The starter ends as soon as the supervisor runs, so that this is no child of ours that somebody has to wait for.
-fn start_supervisor(kept: &Kept) -> Result<OwnedFd> {
+fn start_supervisor(core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd])>) -> Result<OwnedFd> {
     let (mine, theirs) = frame::pair()?;
     let binary = kept.binary().as_raw_fd();
     Command::new(format!("/proc/self/fd/{binary}"))
@@ -219,7 +410,15 @@ fn start_supervisor(kept: &Kept) -> Result<OwnedFd> {
         .stderr(Stdio::null())
         .status()
         .ctx(Kind::Sys, || "cannot start the server's program")?;
-    let start = WorkerStart { takeover: true, ..kept.start.clone() };
-    frame::send_within(&mine, &ToWorker::Start(start), &kept.fds(), SAY_LIMIT)?;
+    let start = WorkerStart {
+        takeover: true,
+        succeed: None,
+        retired: retired.map(|(swap, _)| swap.clone()),
+        finish: kept.start.finish.filter(|_| locked(&core.finished).is_none()),
+        ..kept.start.clone()
+    };
+    let mut fds = kept.fds();
+    fds.extend(retired.iter().flat_map(|(_, fds)| fds.iter().map(AsFd::as_fd)));
+    frame::send_within(&mine, &ToWorker::Start(start), &fds, SAY_LIMIT)?;
     Ok(mine)
 }

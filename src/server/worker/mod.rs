@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod blocking;
+pub mod commit;
 mod core;
 mod files;
+mod finish;
 mod io;
 mod levels;
 mod link;
@@ -27,12 +29,13 @@ use crate::chain::{self, Chain};
 use crate::engine::api::Errno;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::fuse;
-use crate::server::proto::FromWorker;
+use crate::server::proto::{FromWorker, WorkerReady};
 use crate::server::shm::Shm;
 use crate::sys::{calm, process};
 
 use self::core::{Core, THREADS};
-use link::Link;
+use link::{End, Link};
+use setup::Kept;
 
 /// The supervisor's socket.
 const SOCKET: i32 = 3;
@@ -56,42 +59,89 @@ pub fn worker_main() -> ! {
     let _ = calm::spare_from_oom();
     die_of_panics(None);
     let Ok(socket) = process::take_standard(SOCKET) else { exit(2) };
-    let Ok(Some((mut link, kept))) = Link::start(socket) else { exit(2) };
-    let started = setup::set_up(&kept).and_then(|worker| {
-        let setup::Worker { core, chain, ready, sink } = worker;
-        // The threads use it until the process ends.
-        let core: &'static Core = Box::leak(Box::new(core));
-        die_of_panics(Some(core.shm.clone()));
-        match thread("log", move || sink.run()).and_then(|()| start_threads(core, kept.start.takeover)) {
-            Ok(()) => Ok((core, chain, ready)),
-            Err(e) => {
-                // Nobody has used the device yet: the mark goes again.
-                if core.writable && !kept.start.takeover {
-                    let _ = chain::close(core.top(), &chain, core.status().alloc_end);
-                }
-                Err(e)
-            }
-        }
-    });
-    match started {
+    let Ok(Some((link, kept))) = Link::start(socket) else { exit(2) };
+    // The threads use both until the process ends.
+    let kept: &'static Kept = Box::leak(Box::new(kept));
+    let mut link = link;
+    let succeeds = kept.start.succeed.is_some();
+    if succeeds && (process::die_with_parent(true).is_err() || link.is_over()) {
+        // Whoever retired for us finds another supervisor.
+        exit(0);
+    }
+    match start(&link, kept) {
         Ok((core, chain, ready)) => {
             let heard = link.say(&FromWorker::Ready(ready));
-            if heard.is_err() && !kept.start.takeover {
+            if heard.is_err() && !kept.start.takeover && !succeeds {
                 // Nobody has used the device yet: the mark goes again.
-                let closed = link.close_unused(core, &kept);
+                let closed = link.close_unused(core, kept);
                 exit(i32::from(finish(core, &chain, closed).is_err()));
             }
-            let closed = link.serve(core, &kept);
-            let error = finish(core, &chain, closed).err().map(|e| (e.code(), e.to_string()));
-            let code = i32::from(error.is_some());
-            let _ = link.say(&FromWorker::Closed { error });
-            exit(code)
+            let finisher = kept.start.finish.map(|level| {
+                thread("finish", move || finish::finish_thread(core, kept, chain.cluster, level))
+            });
+            if let Some(Err(e)) = finisher {
+                *locked(&core.finished) = Some(Some((e.code(), e.to_string())));
+                core.notices.push(core::Notice::Finished);
+            }
+            match link.serve(core, kept) {
+                End::Closed(closed) => {
+                    link.await_finisher(core, kept);
+                    let error = finish(core, &chain, closed).err().map(|e| (e.code(), e.to_string()));
+                    let code = i32::from(error.is_some());
+                    let _ = link.say(&FromWorker::Closed { error });
+                    exit(code)
+                }
+                End::Retired(swap, fds, result) => {
+                    let result = result.and_then(|()| let_go(core));
+                    link::pause(swap.linger);
+                    let retired = result.is_ok().then_some((&swap, &fds[..]));
+                    let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
+                    // Without a supervisor: the next one is told otherwise.
+                    let _ = link.say(&FromWorker::Retired { error });
+                    link.rest(core, kept, retired)
+                }
+            }
         }
         Err(e) => {
             let _ = link.say(&FromWorker::Failed { code: e.code(), message: e.to_string() });
             exit(1)
         }
     }
+}
+
+/// Opens everything and starts all threads.
+fn start(link: &Link, kept: &'static Kept) -> Result<(&'static Core, Chain, WorkerReady)> {
+    let setup::Worker { core, chain, ready, sink, warning } = setup::set_up(kept)?;
+    let core: &'static Core = Box::leak(Box::new(core));
+    die_of_panics(Some(core.shm.clone()));
+    let succeed = kept.start.succeed.as_ref();
+    if let Some(succeed) = succeed {
+        // From here on there is no way back, and no need for a supervisor.
+        core.shm.set_switched(kept.start.token);
+        let _ = link.say(&FromWorker::Switched { warning });
+        link::pause(succeed.linger);
+        process::die_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
+    }
+    // Requests that a worker before has read and not answered have to be sent again.
+    let resend = kept.start.takeover || succeed.is_some();
+    match thread("log", move || sink.run()).and_then(|()| start_threads(core, resend)) {
+        Ok(()) => Ok((core, chain, ready)),
+        Err(e) => {
+            // Nobody has used the device yet: the mark goes again.
+            if core.writable && !resend {
+                let _ = chain::close(core.top(), &chain, core.status().alloc_end);
+            }
+            Err(e)
+        }
+    }
+}
+
+/// The images are for another worker from here on: locks fall, nothing is written any more.
+fn let_go(core: &Core) -> Result<()> {
+    for level in &core.levels {
+        process::hollow(&level.file).ctx(Kind::Sys, || format!("cannot let go of {}", level.name.display()))?;
+    }
+    Ok(())
 }
 
 /// A half-dead worker is worse than a dead one. The message goes to the standard error; the successor is told.
@@ -111,10 +161,10 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// Starts all threads. When this returns they serve.
-fn start_threads(core: &'static Core, takeover: bool) -> Result<()> {
+fn start_threads(core: &'static Core, resend: bool) -> Result<()> {
     thread("sync", || blocking::sync_thread(core))?;
     thread("aux", || blocking::aux_thread(core))?;
-    if takeover {
+    if resend {
         // Before the first read: requests read by ourselves would come back to us, too.
         fuse::resend(core.fuse.as_fd())
             .ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;

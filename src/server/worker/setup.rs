@@ -21,7 +21,7 @@ use crate::units::ClusterSize;
 
 use super::core::{Core, Parts, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
-use super::{levels, log};
+use super::{commit, levels, link, log};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -35,6 +35,8 @@ const MAX_BLOCK: u64 = 1 << 20;
 pub struct Kept {
     pub start: WorkerStart,
     fds: Vec<OwnedFd>,
+    /// Of the commit: the folder, the new file.
+    commit: Vec<OwnedFd>,
 }
 
 const FUSE: usize = 0;
@@ -44,12 +46,15 @@ const BINARY: usize = 3;
 const FIRST_LEVEL: usize = 5;
 
 impl Kept {
-    pub fn new(start: WorkerStart, fds: Vec<OwnedFd>) -> Result<Kept> {
-        let wanted = FIRST_LEVEL + start.attach.levels.len();
-        if fds.len() != wanted || wanted == FIRST_LEVEL {
+    pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Kept> {
+        let first = FIRST_LEVEL + start.attach.levels.len();
+        let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
+        let wanted = first + if commit { 2 } else { 0 };
+        if fds.len() != wanted || first == FIRST_LEVEL {
             bail!(Protocol, "{} descriptors came for {} images: {wanted} wanted", fds.len(), start.attach.levels.len());
         }
-        Ok(Kept { start, fds })
+        let commit = fds.split_off(first);
+        Ok(Kept { start, fds, commit })
     }
 
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
@@ -61,7 +66,8 @@ impl Kept {
         self.fds[BINARY].as_fd()
     }
 
-    fn levels(&self) -> &[OwnedFd] {
+    /// O_PATH, base first.
+    pub fn levels(&self) -> &[OwnedFd] {
         &self.fds[FIRST_LEVEL..]
     }
 }
@@ -72,14 +78,19 @@ pub struct Worker {
     pub chain: Chain,
     pub ready: WorkerReady,
     pub sink: log::Sink,
+    /// A change of the chain was made, but may not survive a power cut: why.
+    pub warning: Option<String>,
 }
 
 /// Opens everything. A successor waits here until the last operation of the dead worker is over.
 pub fn set_up(kept: &Kept) -> Result<Worker> {
     let attach = &kept.start.attach;
-    let takeover = kept.start.takeover;
+    let succeed = kept.start.succeed.as_ref();
+    let new_top = succeed.is_some_and(|s| s.new_top);
     let writable = !attach.read_only;
     let shm = Shm::map(kept.fds[SHM].as_fd())?;
+    // A retiring worker leaves the table empty: what is there comes from a successor that has served the new top.
+    let takeover = kept.start.takeover && (!new_top || !shm.carried().is_empty());
     let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join(runtime::LOG), attach.trace);
 
     let files = levels::open(kept.levels(), &attach.levels, writable)?;
@@ -103,12 +114,26 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         marked: attach.marked,
         carried: takeover.then(|| shm.carried()),
         failed,
+        known_below: succeed.is_some(),
         ..OpenOptions::default()
     };
     // Before the chain is opened: that marks the image.
     let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
     let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
+    let linger = succeed.map_or(0, |s| s.linger);
+    link::pause(linger);
     let chain = chain::open(&files, &options)?;
+    link::pause(linger);
+    let mut warning = None;
+    if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
+        warning = commit::commit(names, &kept.commit).inspect_err(|_| {
+            if let (true, Some(top)) = (new_top && !takeover, files.last()) {
+                // It stays what it was: an empty image that nobody knows.
+                let _ = chain::close(top, &chain, chain.alloc.end);
+            }
+        })?;
+        link::pause(linger);
+    }
     let config = Config {
         cluster_shift: chain.cluster.shift(),
         device_bytes: chain.device_bytes,
@@ -154,7 +179,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     if let Err(e) = calm::lock_memory() {
         core.log.say(format!("memory is not locked: {e}"));
     }
-    Ok(Worker { core, chain, ready, sink })
+    Ok(Worker { core, chain, ready, sink, warning })
 }
 
 /// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.

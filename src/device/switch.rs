@@ -1,0 +1,172 @@
+//! Changing the chain that a running device serves, and the program that serves it.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::bail;
+use crate::device::{Device, State, find};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::report;
+use crate::server::helper::remote_error;
+use crate::server::proto::{Answer, Command, CommitNames, LevelName, Swap, SwapLevel};
+use crate::server::{control, frame, runtime, spawn};
+
+/// A change waits for what the device writes, and completing a former top writes what was left out of it.
+const CHANGE: Duration = Duration::from_secs(60 * 60);
+/// A worker without a supervisor starts one in less.
+const SUPERVISOR: Duration = Duration::from_secs(15);
+
+/// A level of the chain that a device is to serve.
+#[derive(Debug)]
+pub enum NewLevel {
+    /// A level of the running chain, by its number.
+    Kept(usize),
+    /// Another file: O_PATH.
+    File { path: PathBuf, raw: bool, fd: OwnedFd },
+}
+
+/// What makes a change permanent: the new descriptor, written and synced, and the old one over which it is renamed.
+#[derive(Debug)]
+pub struct CommitFile {
+    folder: OwnedFd,
+    new: OwnedFd,
+    names: CommitNames,
+}
+
+impl CommitFile {
+    /// `new` lies in the folder of `descriptor`.
+    pub fn open(new: &Path, descriptor: &Path) -> Result<CommitFile> {
+        let (Some(folder), Some(tmp), Some(name)) = (descriptor.parent(), new.file_name(), descriptor.file_name()) else {
+            bail!(Param, "{} is no path of a descriptor", descriptor.display());
+        };
+        let open = |path: &Path, flags: i32| {
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | flags).open(path);
+            file.ctx(Kind::Open, || format!("cannot open {}", path.display())).map(OwnedFd::from)
+        };
+        Ok(CommitFile {
+            folder: open(folder, libc::O_DIRECTORY)?,
+            new: open(new, libc::O_NOFOLLOW)?,
+            names: CommitNames { tmp: PathBuf::from(tmp), name: PathBuf::from(name) },
+        })
+    }
+
+    /// The change has been made: the descriptor is the new file. An error: this cannot be told.
+    pub fn is_committed(&self) -> Result<bool> {
+        crate::server::worker::commit::is_committed(&self.names, &self.folder, &self.new)
+    }
+}
+
+/// A chain for a running device.
+#[derive(Debug)]
+pub struct SwitchSpec {
+    /// Base first.
+    pub levels: Vec<NewLevel>,
+    pub commit: Option<CommitFile>,
+    /// Milliseconds by which each step is drawn out; 0 but in tests, which kill processes meanwhile.
+    pub linger: u64,
+}
+
+/// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all that was
+/// answered is durable in the old chain first. `serving` is called as soon as I/O goes on, with a warning if the change
+/// may not survive a power cut; this returns when the former top, if it became a lower level, is complete and unmarked
+/// and does not change any more.
+///
+/// `serving` not called: the device serves the chain it had, except after an error of kind [`Kind::Protocol`], after
+/// which that cannot be told.
+pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
+    let record = &device.record;
+    let mut levels = Vec::with_capacity(spec.levels.len());
+    let mut fds: Vec<BorrowedFd> = Vec::new();
+    for level in &spec.levels {
+        levels.push(match level {
+            NewLevel::Kept(i) => match (record.levels.get(*i), record.ids.get(*i)) {
+                (Some(name), Some(id)) => SwapLevel { name: name.clone(), id: *id, from: Some(*i) },
+                _ => bail!(Param, "{} has no level {i}: its chain has {}", device.name(), record.levels.len()),
+            },
+            NewLevel::File { path, raw, fd } => {
+                let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
+                let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
+                fds.push(fd.as_fd());
+                let name = LevelName { path: path.clone(), raw: *raw };
+                SwapLevel { name, id: (meta.dev(), meta.ino()), from: None }
+            }
+        });
+    }
+    if let Some(commit) = &spec.commit {
+        fds.extend([commit.folder.as_fd(), commit.new.as_fd()]);
+    }
+    let swap = Swap {
+        levels,
+        expected: record.ids.clone(),
+        commit: spec.commit.as_ref().map(|c| c.names.clone()),
+        token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+        linger: spec.linger,
+    };
+    ask(device.name(), &Command::Switch(swap), &fds, serving)
+}
+
+/// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile.
+pub fn reload(name: &str) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    let path = spawn::find_server()?;
+    let program = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path);
+    let program = program.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
+    let before = find::by_name(&name)?.map(|d| d.record.supervisor);
+    let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
+    ask(&name, &command, &[program.as_fd()], &mut |_| {})?;
+    // The worker starts the new supervisor when the old one is gone.
+    let end = Instant::now() + SUPERVISOR;
+    loop {
+        let now = find::by_name(&name)?.map(|d| d.record.supervisor);
+        if now != before && now.is_some_and(runtime::alive) {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            bail!(Device, "{name}: the new worker has not found a supervisor within {} s", SUPERVISOR.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Asks for a change. A supervisor that dies meanwhile is replaced: the next one is asked the same, and makes the change
+/// only once.
+fn ask(name: &str, command: &Command, fds: &[BorrowedFd], serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
+    let mut end = Instant::now() + SUPERVISOR;
+    let mut told = false;
+    loop {
+        let Some(device) = find::by_name(name)? else {
+            bail!(DevNotMounted, "there is no device {name}");
+        };
+        if device.state == State::Dead {
+            bail!(Device, "{name} has lost its server; unmount what is mounted from it and detach it");
+        }
+        let mut answer = control::ask_with(&runtime::device_dir(name), command, fds, CHANGE);
+        loop {
+            match answer {
+                Ok((Answer::Switched { warning }, connection)) => {
+                    if !std::mem::replace(&mut told, true) {
+                        serving(warning.as_deref());
+                    }
+                    answer = frame::recv_within::<Answer>(&connection, CHANGE).and_then(|got| match got {
+                        Some((answer, _)) => Ok((answer, connection)),
+                        None => Err(Error::new(Kind::Device, "the supervisor died")),
+                    });
+                }
+                Ok((Answer::Error { code, message }, _)) => return Err(remote_error(code, message)),
+                Ok(_) => return Ok(()),
+                // Between two supervisors.
+                Err(e) if e.kind() == Kind::Device && Instant::now() < end => {
+                    report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
+                    std::thread::sleep(Duration::from_millis(50));
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
+            end = Instant::now() + SUPERVISOR;
+        }
+    }
+}

@@ -1,0 +1,466 @@
+//! The running device changes its chain, or its program: one worker retires, another one takes over.
+//!
+//! The order, and who can die when:
+//! 1. The old worker reads no more requests, answers those it has, flushes, lets go of the images. The top stays marked
+//!    in use. Requests wait in the kernel meanwhile. If it dies, the chain is as it was.
+//! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in the
+//!    shared memory, serves. Until that note it dies with its supervisor. If it dies, the descriptor on disk tells
+//!    whether the next one goes on or the old chain comes back.
+//! 3. The old worker is killed. Until then it can start another supervisor: it does if it gets the lock on the new top,
+//!    which a successor that lives holds.
+//! 4. The new worker completes and unmarks the former top while it serves.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::helper::remote_error;
+use crate::server::proto::{Answer, Marked, Succession, Swap, SwapLevel, ToWorker, WorkerStart};
+use crate::server::supervisor::{Supervisor, log};
+use crate::server::worker::commit;
+use crate::server::workers::{Descriptors, Worker};
+use crate::server::{control, runtime};
+use crate::units::MAX_CHAIN;
+
+/// A worker that does not retire in this time is killed, and the chain stays. Longer than what it gives itself.
+const RETIRE: Duration = Duration::from_secs(60);
+/// A worker opening the new chain.
+const OPEN: Duration = Duration::from_secs(300);
+/// A worker that was killed is replaced so often before a change is given up.
+const TRIES: usize = 3;
+
+/// What a client asks for.
+#[derive(Debug)]
+pub enum What {
+    Chain(Swap),
+    /// The program in the first descriptor; a number for the attempt.
+    Program(u64),
+}
+
+/// A change that was asked for.
+#[derive(Debug)]
+pub struct Change {
+    pub what: What,
+    pub fds: Vec<OwnedFd>,
+    pub client: Option<OwnedFd>,
+}
+
+/// What the worker that takes over gets.
+struct Plan {
+    start: WorkerStart,
+    fds: Descriptors,
+}
+
+/// How the new worker began.
+enum Begun {
+    Serves(Option<String>),
+    /// It died or refused; there is no way back.
+    Forward,
+    /// It died or refused, and nothing has changed.
+    Nothing(Error, Died),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Died {
+    Killed,
+    Refused,
+}
+
+impl Supervisor {
+    pub(super) fn can_change(&self) -> bool {
+        self.record.state == "running" && self.failed.is_none()
+    }
+
+    /// Makes a change and answers whoever asked. True: this supervisor has done its work, the worker finds another one.
+    pub(super) fn change(&mut self, change: Change) -> bool {
+        let Change { what, fds, client } = change;
+        let (swap, program) = match what {
+            What::Chain(swap) => (swap, None),
+            What::Program(token) => match self.same_chain(token, fds) {
+                Ok((swap, program)) => {
+                    let result = self.try_change(&swap, Vec::new(), Some(program));
+                    let answer = result.as_ref().map_or_else(control::refusal, |_| Answer::Done);
+                    client.iter().for_each(|c| control::answer(c, &answer));
+                    return result.is_ok();
+                }
+                Err(e) => {
+                    client.iter().for_each(|c| control::answer(c, &control::refusal(&e)));
+                    return false;
+                }
+            },
+        };
+        let warning = match swap.token != 0 && swap.token == self.start.token {
+            // Asked for again by somebody who got no answer.
+            true => Ok(None),
+            false => self.try_change(&swap, fds, program),
+        };
+        let Some(client) = client else { return false };
+        match warning {
+            Err(e) => control::answer(&client, &control::refusal(&e)),
+            Ok(warning) => {
+                control::answer(&client, &Answer::Switched { warning });
+                match self.start.finish {
+                    Some(_) => self.finishing.push(client),
+                    None => control::answer(&client, &Answer::Done),
+                }
+            }
+        }
+        false
+    }
+
+    /// The former top is complete, or not.
+    pub(super) fn finished(&mut self, error: Option<(i32, String)>) {
+        self.start.finish = None;
+        let answer = match error {
+            None => Answer::Done,
+            Some((code, message)) => {
+                log(&self.record.name, &format!("the former top stays marked in use: {message}"));
+                Answer::Error { code, message }
+            }
+        };
+        self.finishing.drain(..).for_each(|c| control::answer(&c, &answer));
+    }
+
+    /// The change to the chain that is there, and the program that comes with it.
+    fn same_chain(&self, token: u64, fds: Vec<OwnedFd>) -> Result<(Swap, OwnedFd)> {
+        let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
+        let attach = &self.start.attach;
+        let levels = attach.levels.iter().zip(&attach.ids).enumerate();
+        let levels =
+            levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+        Ok((Swap { levels, expected: attach.ids.clone(), commit: None, token, linger: 0 }, program))
+    }
+
+    /// After an error the device serves the chain it had, unless it has failed. A warning is passed on.
+    fn try_change(&mut self, swap: &Swap, fds: Vec<OwnedFd>, program: Option<OwnedFd>) -> Result<Option<String>> {
+        // Of two former tops one would be forgotten.
+        self.wait_while(|s| s.start.finish.is_some(), None)?;
+        let status = self.shm.as_ref().map(|s| s.status()).unwrap_or_default();
+        if status.failed {
+            bail!(Fsync, "{}: a sync of its image has failed; save what is on it and unmount it", self.record.name);
+        }
+        if status.no_space {
+            bail!(Write, "{}: writes wait for space on the file system of its image; make room first", self.record.name);
+        }
+        let plan = self.plan(swap, &fds, program)?;
+        for _ in 0..TRIES {
+            self.wait_while(|s| !s.worker.as_ref().is_some_and(|w| w.ready.is_some()), None)?;
+            self.changing = true;
+            match self.retire_worker(swap, &fds) {
+                Ok(Some(resting)) => return self.install(swap, plan, resting),
+                // It died, and with it what it had begun.
+                Ok(None) => self.back(),
+                Err(e) => {
+                    self.back();
+                    return Err(e);
+                }
+            }
+        }
+        bail!(Device, "{}: its worker died {TRIES} times in a change of the chain; nothing was changed", self.record.name)
+    }
+
+    /// Turns the loop while `busy`, at most until `end`.
+    fn wait_while(&mut self, busy: impl Fn(&Supervisor) -> bool, end: Option<Instant>) -> Result<()> {
+        while busy(self) {
+            self.check_alive()?;
+            let now = Instant::now();
+            if end.is_some_and(|end| end <= now) {
+                bail!(Device, "{}: its worker does not answer", self.record.name);
+            }
+            self.turn(now + Duration::from_secs(1), None);
+        }
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        match &self.failed {
+            Some(why) => bail!(Device, "{}: {why}", self.record.name),
+            None if !self.aborting.is_empty() => bail!(Abort, "{} was given up", self.record.name),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks a change against the running chain.
+    fn plan(&self, swap: &Swap, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
+        let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
+        let attach = &self.start.attach;
+        let name = &self.record.name;
+        if swap.expected != attach.ids {
+            bail!(Param, "{name} serves another chain than the one to be changed; look at it with ploop list -a");
+        }
+        let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
+        let commit = if swap.commit.is_some() { 2 } else { 0 };
+        if swap.levels.is_empty() || swap.levels.len() > MAX_CHAIN || sent.len() != new + commit || swap.token == 0 {
+            bail!(
+                Protocol,
+                "a chain of {} images, {new} of them new, with {} descriptors, change {:#x}",
+                swap.levels.len(),
+                sent.len(),
+                swap.token
+            );
+        }
+        let clone = |fd: &OwnedFd| fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor");
+        let mut rest = sent.iter();
+        let mut levels = Vec::with_capacity(swap.levels.len());
+        for level in &swap.levels {
+            let shown = level.name.path.display();
+            match level.from {
+                Some(i) => match (fds.levels.get(i), attach.ids.get(i)) {
+                    (Some(fd), Some(id)) if *id == level.id => levels.push(clone(fd)?),
+                    _ => bail!(Param, "{shown} is not level {i} of {name}"),
+                },
+                None => {
+                    let Some(fd) = rest.next() else { bail!(Protocol, "{shown} was not sent") };
+                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
+                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
+                    if !meta.is_file() || (meta.dev(), meta.ino()) != level.id {
+                        bail!(Open, "{shown} is not the regular file that was asked for");
+                    }
+                    levels.push(clone(fd)?);
+                }
+            }
+        }
+        let extra = rest.map(clone).collect::<Result<Vec<_>>>()?;
+        let old_top = attach.levels.len() - 1;
+        let top = swap.levels.len() - 1;
+        let new_top = swap.levels[top].from != Some(old_top);
+        if new_top && attach.read_only {
+            bail!(Param, "{name} is read-only: it gets no new top");
+        }
+        let witness = match new_top {
+            true => {
+                let path = format!("/proc/self/fd/{}", levels[top].as_raw_fd());
+                let shown = swap.levels[top].name.path.display();
+                File::open(path).ctx(Kind::Open, || format!("cannot open {shown}"))?.into()
+            }
+            false => clone(&fds.witness)?,
+        };
+        let mut start = self.start.clone();
+        start.attach.levels = swap.levels.iter().map(|l| l.name.clone()).collect();
+        start.attach.ids = swap.levels.iter().map(|l| l.id).collect();
+        if start.attach.marked == Marked::Refuse {
+            // The former top is marked until it is finished.
+            start.attach.marked = Marked::Recover;
+        }
+        start.takeover = true;
+        start.succeed = Some(Succession { new_top, commit: swap.commit.clone(), linger: swap.linger });
+        start.finish = swap.levels[..top].iter().position(|l| l.from == Some(old_top));
+        start.token = swap.token;
+        let fds = Descriptors {
+            fuse: clone(&fds.fuse)?,
+            shm: clone(&fds.shm)?,
+            witness,
+            binary: program.map_or_else(|| clone(&fds.binary), Ok)?,
+            listener: clone(&fds.listener)?,
+            levels,
+            extra,
+        };
+        Ok(Plan { start, fds })
+    }
+
+    /// The worker, retired; none: it died.
+    fn retire_worker(&mut self, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<Worker>> {
+        let sent: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
+        if let Some(worker) = &mut self.worker {
+            worker.retired = None;
+            if worker.send(&ToWorker::Retire(swap.clone()), &sent).is_err() {
+                worker.kill();
+            }
+        }
+        let answered = |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.dead || w.retired.is_some());
+        self.wait_while(|s| !answered(s), Some(Instant::now() + RETIRE))?;
+        match self.worker.take() {
+            Some(worker) if !worker.dead => match worker.retired.clone().flatten() {
+                None => Ok(Some(worker)),
+                Some((code, message)) => {
+                    self.worker = Some(worker);
+                    Err(remote_error(code, message))
+                }
+            },
+            _ => Ok(None),
+        }
+    }
+
+    /// Another worker for the chain as it was.
+    fn back(&mut self) {
+        self.bury_worker();
+        self.changing = false;
+        if self.aborting.is_empty() && self.failed.is_none() {
+            self.start_worker(true);
+        }
+    }
+
+    /// Kills the worker, if there is one, and waits for its end.
+    fn bury_worker(&mut self) {
+        self.changing = true;
+        while let Some(worker) = self.worker.as_ref().filter(|w| !w.dead && self.aborting.is_empty()) {
+            worker.kill();
+            self.turn(Instant::now() + Duration::from_millis(100), None);
+        }
+        // When the device is given up its worker is wanted there.
+        if self.worker.as_ref().is_some_and(|w| w.dead) {
+            self.worker = None;
+        }
+    }
+
+    /// Starts the worker of the new chain. After an error the old one is served again, unless there is no way back.
+    fn install(&mut self, swap: &Swap, plan: Plan, mut resting: Worker) -> Result<Option<String>> {
+        let mut tries = 0;
+        let result = loop {
+            let begun = match self.begin(swap, &plan) {
+                Err(e) if self.check_alive().is_err() => break Err(e),
+                // Too slow. What it has done by its end counts.
+                Err(e) => {
+                    self.bury_worker();
+                    match self.is_switched(swap) || is_committed(&plan) {
+                        true => Begun::Forward,
+                        false => break Err(e),
+                    }
+                }
+                Ok(begun) => begun,
+            };
+            match begun {
+                Begun::Serves(warning) => break Ok(warning),
+                Begun::Forward => {
+                    self.bury_worker();
+                    if self.is_switched(swap) {
+                        self.adopt_plan(plan);
+                        self.start_worker(true);
+                        break_with(&mut resting);
+                        return Ok(None);
+                    }
+                    // Committed, not served: the same again, as for a device that cannot be served.
+                    match self.deaths.add(Instant::now(), false, false) {
+                        Some(at) => {
+                            let _ = self.wait_while(|_| Instant::now() < at, None);
+                        }
+                        None => {
+                            self.adopt_plan(plan);
+                            self.fail("no worker can serve the new chain".into());
+                            break_with(&mut resting);
+                            bail!(Device, "{}: no worker can serve the new chain", self.record.name);
+                        }
+                    }
+                }
+                Begun::Nothing(e, died) => {
+                    self.bury_worker();
+                    tries += 1;
+                    if died == Died::Refused || tries >= TRIES {
+                        break Err(e);
+                    }
+                }
+            }
+        };
+        match &result {
+            Ok(_) => self.adopt_plan(plan),
+            Err(_) => self.back(),
+        }
+        break_with(&mut resting);
+        result
+    }
+
+    fn begin(&mut self, swap: &Swap, plan: &Plan) -> Result<Begun> {
+        if self.is_switched(swap) {
+            return Ok(Begun::Forward);
+        }
+        self.check_alive()?;
+        let worker = match Worker::start(&plan.fds, &plan.start) {
+            Ok(worker) => worker,
+            Err(e) if is_committed(plan) => {
+                log(&self.record.name, &e.to_string());
+                return Ok(Begun::Forward);
+            }
+            Err(e) => return Ok(Begun::Nothing(e, Died::Killed)),
+        };
+        self.worker = Some(worker);
+        let over = |s: &Supervisor| {
+            s.worker.as_ref().is_none_or(|w| w.dead || w.refused.is_some() || w.ready.is_some())
+        };
+        self.wait_while(|s| !over(s), Some(Instant::now() + OPEN))?;
+        let Some(worker) = &self.worker else { bail!(Device, "{}: its worker is gone", self.record.name) };
+        if worker.ready.is_some() && !worker.dead {
+            return Ok(Begun::Serves(worker.switched.clone().flatten()));
+        }
+        let refused = worker.refused.clone();
+        if self.is_switched(swap) || is_committed(plan) {
+            if let Some((_, message)) = refused {
+                log(&self.record.name, &message);
+            }
+            return Ok(Begun::Forward);
+        }
+        Ok(match refused {
+            Some((code, message)) => Begun::Nothing(remote_error(code, message), Died::Refused),
+            None => Begun::Nothing(Error::new(Kind::Device, "the worker of the new chain died"), Died::Killed),
+        })
+    }
+
+    /// A worker has begun to serve the new chain.
+    fn is_switched(&self, swap: &Swap) -> bool {
+        let noted = self.shm.as_ref().is_some_and(|s| s.switched() == swap.token);
+        noted || self.worker.as_ref().is_some_and(|w| w.switched.is_some())
+    }
+
+    /// The new chain is the chain from here on.
+    fn adopt_plan(&mut self, plan: Plan) {
+        let Plan { mut start, mut fds } = plan;
+        start.succeed = None;
+        fds.extra.clear();
+        // Said before this was known.
+        let finished = self.worker.as_ref().is_some_and(|w| w.finished.is_some());
+        if finished {
+            start.finish = None;
+        }
+        self.record.levels = start.attach.levels.clone();
+        self.record.ids = start.attach.ids.clone();
+        if let Some(worker) = &self.worker {
+            self.record.worker = worker.id;
+        }
+        self.start = start;
+        self.fds = Some(fds);
+        self.changing = false;
+        self.save();
+    }
+
+    /// For a supervisor that a retired worker has started: the change goes on where the old one left it.
+    pub(super) fn go_on_with(&mut self, swap: Swap, fds: Vec<OwnedFd>) {
+        let Some(mut resting) = self.worker.take() else { return };
+        self.changing = true;
+        let result = match self.plan(&swap, &fds, None) {
+            Ok(plan) => self.install(&swap, plan, resting).map(drop),
+            Err(e) => {
+                self.back();
+                break_with(&mut resting);
+                Err(e)
+            }
+        };
+        if let Err(e) = result {
+            log(&self.record.name, &format!("a change of its chain was not made: {e}"));
+        }
+    }
+}
+
+/// Nobody needs the retired worker any more. It holds no image.
+fn break_with(resting: &mut Worker) {
+    resting.kill();
+    // One that we did not start is reaped elsewhere.
+    let end = Instant::now() + Duration::from_secs(5);
+    while runtime::alive(resting.id) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if !runtime::alive(resting.id) {
+        resting.reap();
+    }
+}
+
+/// The descriptor on disk is the new one.
+fn is_committed(plan: &Plan) -> bool {
+    let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
+    match (names, &plan.fds.extra[..]) {
+        (Some(names), [folder, new]) => commit::is_committed(names, folder, new).unwrap_or(true),
+        _ => false,
+    }
+}

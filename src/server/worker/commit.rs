@@ -1,0 +1,103 @@
+//! The commit of a change of the chain: a new descriptor is renamed over the old one, durably.
+//!
+//! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of whoever asked matter, and
+//! so that a successor can tell whether it has happened.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::fcntl::{AtFlags, renameat};
+use nix::sys::stat::{fstat, fstatat};
+
+use crate::bail;
+use crate::error::{IoContext, Kind, Result};
+use crate::server::proto::CommitNames;
+
+/// Device and inode number.
+type Id = (u64, u64);
+
+/// The file `name` in the folder is the new one: the change has been made.
+pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Result<bool> {
+    check(&names.tmp)?;
+    check(&names.name)?;
+    Ok(entry(folder, &names.name)? == Some(identity(new)?))
+}
+
+/// Makes the change unless it was made; `fds` are the folder and the new file. The warning: it is made, but the folder
+/// could not be synced. An error: it is not made.
+pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
+    let [folder, new] = fds else { bail!(Protocol, "{} descriptors came for a commit: 2 wanted", fds.len()) };
+    let (tmp, name) = (names.tmp.display(), names.name.display());
+    if !is_committed(names, folder, new)? {
+        if entry(folder, &names.tmp)? != Some(identity(new)?) {
+            bail!(Rename, "{tmp} is not the file that was prepared; was it changed by somebody else?");
+        }
+        renameat(folder, names.tmp.as_path(), folder, names.name.as_path())
+            .ctx(Kind::Rename, || format!("cannot rename {tmp} to {name}"))?;
+    }
+    // An O_PATH descriptor cannot be synced.
+    let synced = File::open(format!("/proc/self/fd/{}", folder.as_raw_fd())).and_then(|dir| dir.sync_all());
+    Ok(synced.err().map(|e| format!("{name} was replaced, but its folder cannot be synced: {e}")))
+}
+
+/// A name in the folder itself.
+fn check(name: &Path) -> Result<()> {
+    match name.file_name() {
+        Some(file) if file == name.as_os_str() => Ok(()),
+        _ => bail!(Protocol, "{} is no name of a file in a folder", name.display()),
+    }
+}
+
+fn identity(fd: &OwnedFd) -> Result<Id> {
+    let stat = fstat(fd).ctx(Kind::Fstat, || "cannot look at the new descriptor")?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+fn entry(folder: &OwnedFd, name: &Path) -> Result<Option<Id>> {
+    match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some((stat.st_dev, stat.st_ino))),
+        Err(nix::Error::ENOENT) => Ok(None),
+        Err(e) => Err(e).ctx(Kind::Fstat, || format!("cannot look at {}", name.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    fn path_fd(path: &Path) -> OwnedFd {
+        File::options().read(true).custom_flags(libc::O_PATH).open(path).unwrap().into()
+    }
+
+    #[test]
+    fn once_and_only_what_was_prepared() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, tmp) = (dir.path().join("d"), dir.path().join("d.tmp"));
+        fs::write(&old, "old").unwrap();
+        fs::write(&tmp, "new").unwrap();
+        let names = CommitNames { tmp: "d.tmp".into(), name: "d".into() };
+        let fds = [path_fd(dir.path()), path_fd(&tmp)];
+        assert!(!is_committed(&names, &fds[0], &fds[1]).unwrap());
+        assert_eq!(commit(&names, &fds).unwrap(), None);
+        assert!(is_committed(&names, &fds[0], &fds[1]).unwrap());
+        // Again: nothing more happens, whatever lies there by now.
+        fs::write(&tmp, "other").unwrap();
+        assert_eq!(commit(&names, &fds).unwrap(), None);
+        assert_eq!(fs::read(&old).unwrap(), b"new");
+        assert_eq!(fs::read(&tmp).unwrap(), b"other");
+        // Another file under the name is left alone.
+        let prepared = path_fd(&tmp);
+        fs::remove_file(&tmp).unwrap();
+        fs::write(&tmp, "another").unwrap();
+        let fds = [path_fd(dir.path()), prepared];
+        assert_eq!(commit(&names, &fds).unwrap_err().kind(), Kind::Rename);
+        for bad in ["../d", "a/b", "", ".."] {
+            let names = CommitNames { tmp: bad.into(), name: "d".into() };
+            assert_eq!(commit(&names, &fds).unwrap_err().kind(), Kind::Protocol, "{bad}");
+        }
+    }
+}
