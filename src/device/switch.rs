@@ -40,7 +40,8 @@ pub struct CommitFile {
 impl CommitFile {
     /// `new` lies in the folder of `descriptor`.
     pub fn open(new: &Path, descriptor: &Path) -> Result<CommitFile> {
-        let (Some(folder), Some(tmp), Some(name)) = (descriptor.parent(), new.file_name(), descriptor.file_name()) else {
+        let (Some(folder), Some(tmp), Some(name)) = (descriptor.parent(), new.file_name(), descriptor.file_name())
+        else {
             bail!(Param, "{} is no path of a descriptor", descriptor.display());
         };
         let open = |path: &Path, flags: i32| {

@@ -13,6 +13,7 @@ pub mod list;
 pub mod merge;
 pub mod mount;
 mod recover;
+pub mod reload;
 pub mod replace;
 mod scratch;
 pub mod snapshot;

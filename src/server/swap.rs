@@ -130,8 +130,7 @@ impl Supervisor {
         let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
         let attach = &self.start.attach;
         let levels = attach.levels.iter().zip(&attach.ids).enumerate();
-        let levels =
-            levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+        let levels = levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
         Ok((Swap { levels, expected: attach.ids.clone(), commit: None, token, linger: 0 }, program))
     }
 
@@ -144,11 +143,15 @@ impl Supervisor {
             bail!(Fsync, "{}: a sync of its image has failed; save what is on it and unmount it", self.record.name);
         }
         if status.no_space {
-            bail!(Write, "{}: writes wait for space on the file system of its image; make room first", self.record.name);
+            bail!(
+                Write,
+                "{}: writes wait for space on the file system of its image; make room first",
+                self.record.name
+            );
         }
         let plan = self.plan(swap, &fds, program)?;
         for _ in 0..TRIES {
-            self.wait_while(|s| !s.worker.as_ref().is_some_and(|w| w.ready.is_some()), None)?;
+            self.wait_while(|s| s.worker.as_ref().is_none_or(|w| w.ready.is_none()), None)?;
             self.changing = true;
             match self.retire_worker(swap, &fds) {
                 Ok(Some(resting)) => return self.install(swap, plan, resting),
@@ -160,7 +163,11 @@ impl Supervisor {
                 }
             }
         }
-        bail!(Device, "{}: its worker died {TRIES} times in a change of the chain; nothing was changed", self.record.name)
+        bail!(
+            Device,
+            "{}: its worker died {TRIES} times in a change of the chain; nothing was changed",
+            self.record.name
+        )
     }
 
     /// Turns the loop while `busy`, at most until `end`.
@@ -377,9 +384,8 @@ impl Supervisor {
             Err(e) => return Ok(Begun::Nothing(e, Died::Killed)),
         };
         self.worker = Some(worker);
-        let over = |s: &Supervisor| {
-            s.worker.as_ref().is_none_or(|w| w.dead || w.refused.is_some() || w.ready.is_some())
-        };
+        let over =
+            |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.dead || w.refused.is_some() || w.ready.is_some());
         self.wait_while(|s| !over(s), Some(Instant::now() + OPEN))?;
         let Some(worker) = &self.worker else { bail!(Device, "{}: its worker is gone", self.record.name) };
         if worker.ready.is_some() && !worker.dead {

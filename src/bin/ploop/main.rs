@@ -13,6 +13,7 @@ mod later;
 mod list;
 mod merge;
 mod mount;
+mod reload;
 mod replace;
 mod snapshot;
 mod snapshot_list;
@@ -86,7 +87,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 17] = [
+const COMMANDS: [&Command; 18] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -104,6 +105,7 @@ const COMMANDS: [&Command; 17] = [
     &replace::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
+    &reload::COMMAND,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -129,6 +131,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop replace ... -i FILE DISK     put a copy in the place of an image
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
+  ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
 
 DISK is a DiskDescriptor.xml; mount also takes a bare image FILE.
 ploop COMMAND --help tells more; so does the manual page ploop(8).

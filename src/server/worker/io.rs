@@ -63,7 +63,16 @@ impl<'a> IoThread<'a> {
     /// For the calling thread, which must go on to [`run`](Self::run).
     pub fn new(core: &'a Core, number: usize) -> io::Result<IoThread<'a>> {
         let files = Files::new(core, number)?;
-        Ok(IoThread { core, number, files, pending: Vec::with_capacity(512), armed: false, look: true, cancelled: false, quiet: false })
+        Ok(IoThread {
+            core,
+            number,
+            files,
+            pending: Vec::with_capacity(512),
+            armed: false,
+            look: true,
+            cancelled: false,
+            quiet: false,
+        })
     }
 
     /// Serves until the process ends. An error is one of the ring itself, with which nothing can go on.

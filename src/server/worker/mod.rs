@@ -76,9 +76,10 @@ pub fn worker_main() -> ! {
                 let closed = link.close_unused(core, kept);
                 exit(i32::from(finish(core, &chain, closed).is_err()));
             }
-            let finisher = kept.start.finish.map(|level| {
-                thread("finish", move || finish::finish_thread(core, kept, chain.cluster, level))
-            });
+            let finisher = kept
+                .start
+                .finish
+                .map(|level| thread("finish", move || finish::finish_thread(core, kept, chain.cluster, level)));
             if let Some(Err(e)) = finisher {
                 *locked(&core.finished) = Some(Some((e.code(), e.to_string())));
                 core.notices.push(core::Notice::Finished);

@@ -1,0 +1,392 @@
+//! A running device changes its chain or its program, whoever dies meanwhile.
+
+mod device_common;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use device_common::*;
+use ploop::device::{self, AttachSpec, CommitFile, Device, Level, NewLevel, State, SwitchSpec};
+use ploop::error::Kind;
+use ploop::format::header::Version;
+use ploop::image::check::read_header;
+use ploop::image::create::create_delta;
+use ploop::server::proto::{Command, CommitNames, LevelName, Marked, ProcessId, Swap, SwapLevel};
+use ploop::server::{control, runtime};
+use ploop::units::ClusterSize;
+
+const LANES: u64 = 3;
+const SLOTS: u64 = 16;
+const BLOCK: u64 = 64 << 10;
+
+/// Rewrites blocks and reads them back until told to stop; answers the number of the last write to each slot.
+fn writer(
+    node: &Path,
+    lane: u64,
+    stop: &Arc<AtomicBool>,
+) -> std::thread::JoinHandle<std::io::Result<Vec<Option<u64>>>> {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(node).unwrap();
+    let stop = stop.clone();
+    std::thread::spawn(move || {
+        let mut last = vec![None; SLOTS as usize];
+        let mut n = 0;
+        let mut buf = ploop::sys::aligned::AlignedBuf::new(BLOCK as usize);
+        while !stop.load(Ordering::Relaxed) {
+            let slot = n * 7 % SLOTS;
+            let at = (lane * SLOTS + slot) * BLOCK;
+            let data = pattern(lane << 32 | n, BLOCK as usize);
+            buf.copy_from_slice(&data);
+            file.write_all_at(&buf, at)?;
+            if n % 11 == 0 {
+                file.sync_data()?;
+            }
+            buf.fill(0);
+            file.read_exact_at(&mut buf, at)?;
+            assert_eq!(&buf[..], &data[..], "lane {lane} write {n}");
+            last[slot as usize] = Some(n);
+            n += 1;
+        }
+        file.sync_all()?;
+        Ok(last)
+    })
+}
+
+/// The writers' last words are on the device.
+fn check_lanes(node: &Path, lanes: &[Vec<Option<u64>>]) {
+    for (lane, last) in lanes.iter().enumerate() {
+        for (slot, n) in last.iter().enumerate() {
+            let lane = lane as u64;
+            if let Some(n) = n {
+                let got = read_at(node, (lane * SLOTS + slot as u64) * BLOCK, BLOCK as usize);
+                assert_eq!(got, pattern(lane << 32 | n, BLOCK as usize), "lane {lane} slot {slot} write {n}");
+            }
+        }
+    }
+}
+
+struct Load {
+    stop: Arc<AtomicBool>,
+    lanes: Vec<std::thread::JoinHandle<std::io::Result<Vec<Option<u64>>>>>,
+}
+
+impl Load {
+    fn start(node: &Path) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let lanes = (0..LANES).map(|lane| writer(node, lane, &stop)).collect();
+        Load { stop, lanes }
+    }
+
+    fn end(self) -> Vec<Vec<Option<u64>>> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.lanes.into_iter().map(|l| l.join().unwrap().unwrap()).collect()
+    }
+}
+
+fn path_fd(path: &Path) -> OwnedFd {
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap().into()
+}
+
+fn new_delta(t: &Bench, like: &Path, name: &str) -> PathBuf {
+    let header = read_header(like, None).unwrap();
+    let path = t.dir.path().join(name);
+    create_delta(&path, header.version, header.cluster, header.sectors).unwrap();
+    path
+}
+
+fn with_new_top(device: &Device, path: &Path) -> Vec<NewLevel> {
+    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    levels.push(NewLevel::File { path: path.into(), raw: false, fd: path_fd(path) });
+    levels
+}
+
+fn now(device: &Device) -> Device {
+    device::by_node(device.name()).unwrap().unwrap()
+}
+
+/// Who must be alive is.
+fn settled(name: &str) -> ploop::server::proto::DeviceRecord {
+    within(30, "supervisor and worker", || {
+        let r = record(name);
+        let fine = runtime::alive(r.supervisor) && runtime::alive(r.worker) && r.state == "running";
+        (fine && control::ask(&runtime::device_dir(name), &Command::Info, Duration::from_secs(5)).is_ok()).then_some(r)
+    })
+}
+
+fn attach_chain(t: &Bench, files: &[PathBuf], marked: Marked) -> Device {
+    let first = t.spec(&files[0]);
+    let levels = files.iter().map(|f| Level { path: f.clone(), raw: false, fd: path_fd(f) }).collect();
+    device::attach(AttachSpec { levels, marked, ..first }).unwrap()
+}
+
+#[test]
+fn a_chain_grows_under_load() {
+    let Some(t) = Bench::new("a_chain_grows_under_load") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let load = Load::start(device.node());
+    let mut files = vec![image];
+    let mut pauses = Vec::new();
+    for i in 0..8 {
+        pause(60 + 31 * i);
+        let path = new_delta(&t, &files[0], &format!("d{i}"));
+        let running = now(&device);
+        let start = Instant::now();
+        let mut served = None;
+        let spec = SwitchSpec { levels: with_new_top(&running, &path), commit: None, linger: 0 };
+        device::switch(&running, &spec, &mut |warning| {
+            assert_eq!(warning, None);
+            served = Some(start.elapsed());
+        })
+        .unwrap();
+        pauses.push(served.unwrap());
+        // The former top is closed and does not change any more.
+        let old = &files.last().unwrap().clone();
+        assert_eq!(read_header(old, None).unwrap().in_use, 0);
+        let frozen = fs::read(old).unwrap();
+        let mtime = fs::metadata(old).unwrap().mtime_nsec();
+        files.push(path);
+        pause(50);
+        assert!(fs::read(old).unwrap() == frozen && fs::metadata(old).unwrap().mtime_nsec() == mtime);
+        t.sound_delta(old);
+        assert_eq!(record(device.name()).levels.len(), files.len());
+    }
+    let lanes = load.end();
+    check_lanes(device.node(), &lanes);
+    println!("{} changes of the chain, asked for until served: {pauses:?}", pauses.len());
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    let again = attach_chain(&t, &files, Marked::Refuse);
+    check_lanes(again.node(), &lanes);
+    // The way back: the same chain without a level below, which holds nothing that is not above it, cannot be told from
+    // here; but a chain that is not running is refused.
+    let mut stale = now(&again);
+    stale.record.ids[0].1 += 1;
+    let path = new_delta(&t, &files[0], "never");
+    let spec = SwitchSpec { levels: with_new_top(&stale, &path), commit: None, linger: 0 };
+    let e = device::switch(&stale, &spec, &mut |_| panic!("served")).unwrap_err();
+    assert_eq!(e.kind(), Kind::Param, "{e}");
+    device::detach(again.name()).unwrap();
+    t.assert_gone(&again);
+}
+
+#[test]
+fn reload_under_load() {
+    let Some(t) = Bench::new("reload_under_load") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let load = Load::start(device.node());
+    for _ in 0..4 {
+        let before = settled(device.name());
+        device::reload(device.name()).unwrap();
+        let after = settled(device.name());
+        assert!(after.worker != before.worker && after.supervisor != before.supervisor);
+        assert!(!runtime::alive(before.worker) && !runtime::alive(before.supervisor));
+        assert_eq!(after.levels, before.levels);
+    }
+    let lanes = load.end();
+    check_lanes(device.node(), &lanes);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&now_or(&device));
+    t.sound(&image);
+}
+
+fn now_or(device: &Device) -> Device {
+    device::by_node(device.name()).unwrap().unwrap_or_else(|| device.clone())
+}
+
+#[test]
+fn what_cannot_be_served_changes_nothing() {
+    let Some(t) = Bench::new("what_cannot_be_served_changes_nothing") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let load = Load::start(device.node());
+    let try_file = |path: &Path| {
+        let spec = SwitchSpec { levels: with_new_top(&now(&device), path), commit: None, linger: 0 };
+        let e = device::switch(&now(&device), &spec, &mut |_| panic!("served")).unwrap_err();
+        assert_eq!(settled(device.name()).levels, device.record.levels);
+        e
+    };
+    // Another cluster size, another version, no image at all, an image that somebody else has open.
+    let cluster = ClusterSize::from_sectors(64).unwrap();
+    let path = t.dir.path().join("small");
+    create_delta(&path, Version::V2, cluster, 131072).unwrap();
+    println!("{}", try_file(&path));
+    let path = t.dir.path().join("nonsense");
+    fs::write(&path, [7; 8192]).unwrap();
+    println!("{}", try_file(&path));
+    let path = new_delta(&t, &image, "locked");
+    let lock = File::open(&path).unwrap();
+    ploop::sys::calm::flock_exclusive(&lock, false).unwrap();
+    let e = try_file(&path);
+    assert_eq!(e.kind(), Kind::InUse, "{e}");
+    drop(lock);
+    // A descriptor that cannot be renamed, because it is not there any more.
+    let (dd, tmp) = (t.dir.path().join("dd"), t.dir.path().join("dd.tmp"));
+    fs::write(&dd, "old").unwrap();
+    fs::write(&tmp, "new").unwrap();
+    let commit = CommitFile::open(&tmp, &dd).unwrap();
+    fs::remove_file(&tmp).unwrap();
+    let running = now(&device);
+    let spec = SwitchSpec { levels: with_new_top(&running, &path), commit: Some(commit), linger: 0 };
+    let e = device::switch(&running, &spec, &mut |_| panic!("served")).unwrap_err();
+    assert_eq!(e.kind(), Kind::Rename, "{e}");
+    assert_eq!(fs::read(&dd).unwrap(), b"old");
+    assert_eq!(read_header(&path, None).unwrap().in_use, 0);
+    let lanes = load.end();
+    check_lanes(device.node(), &lanes);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&now_or(&device));
+    t.sound(&image);
+}
+
+/// The worker that a supervisor started last.
+fn successor(supervisor: ProcessId, but: ProcessId) -> Option<ProcessId> {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", supervisor.pid)).ok()?;
+    children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .filter(|pid| *pid != but.pid)
+        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0worker\0")))
+        .find_map(runtime::process)
+}
+
+fn slay(id: ProcessId) {
+    if runtime::alive(id) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Victim {
+    Worker,
+    Successor,
+    Supervisor,
+    SupervisorAndSuccessor,
+    Caller,
+}
+
+/// Every step is drawn out, and somebody is killed at each of them.
+#[test]
+fn killed_at_each_step() {
+    let Some(t) = Bench::new("killed_at_each_step") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let load = Load::start(device.node());
+    let mut files = vec![image.clone()];
+    let dd = t.dir.path().join("dd");
+    fs::write(&dd, "0").unwrap();
+    let step = match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 10,
+        Ok("ci") => 80,
+        _ => 40,
+    };
+    let (mut made, mut refused, mut kills, mut late) = (0, 0, 0, 0);
+    use Victim::*;
+    for victim in [Worker, Successor, Supervisor, SupervisorAndSuccessor, Caller] {
+        for offset in (5..480).step_by(step) {
+            let before = settled(device.name());
+            let running = now(&device);
+            let path = new_delta(&t, &files[0], &format!("d-{victim:?}-{offset}"));
+            let tmp = t.dir.path().join("dd.tmp");
+            fs::write(&tmp, path.to_str().unwrap()).unwrap();
+            let commit = CommitFile::open(&tmp, &dd).unwrap();
+            let result = std::thread::scope(|s| {
+                let asked = s.spawn(|| match victim {
+                    Caller => abandoned(&running, &path, &tmp, &dd, offset as u64),
+                    _ => {
+                        let levels = with_new_top(&running, &path);
+                        let commit = Some(CommitFile::open(&tmp, &dd).unwrap());
+                        device::switch(&running, &SwitchSpec { levels, commit, linger: 60 }, &mut |_| {})
+                    }
+                });
+                pause(offset as u64);
+                let next = successor(before.supervisor, before.worker);
+                match (victim, next) {
+                    (Worker, _) => slay(before.worker),
+                    (Supervisor, _) => slay(before.supervisor),
+                    (Successor, Some(next)) => slay(next),
+                    (SupervisorAndSuccessor, Some(next)) => {
+                        slay(before.supervisor);
+                        slay(next);
+                    }
+                    (Caller, _) => {}
+                    _ => late += 1,
+                }
+                kills += 1;
+                asked.join().unwrap()
+            });
+            let after = settled(device.name());
+            let committed = within(30, "an end", || {
+                let r = settled(device.name());
+                let committed = commit.is_committed().unwrap();
+                // Without its caller the change is made all the same.
+                let ended = committed || victim != Caller;
+                (ended && committed == r.levels.iter().any(|l| l.path == path)).then_some(committed)
+            });
+            println!("{victim:?} killed after {offset} ms: {result:?}, committed: {committed}");
+            match victim {
+                Caller => {}
+                _ => assert_eq!(result.is_ok(), committed, "{result:?}"),
+            }
+            match committed {
+                true => {
+                    made += 1;
+                    assert_eq!(fs::read_to_string(&dd).unwrap(), path.to_str().unwrap());
+                    // Finished by whoever serves now.
+                    let old = &files.last().unwrap().clone();
+                    within(30, "an unmarked former top", || {
+                        (read_header(old, None).unwrap().in_use == 0).then_some(())
+                    });
+                    files.push(path);
+                }
+                false => refused += 1,
+            }
+            assert_eq!(after.diskseq, device.record.diskseq);
+            if files.len() > 60 {
+                break;
+            }
+        }
+    }
+    let lanes = load.end();
+    check_lanes(device.node(), &lanes);
+    println!("{kills} kills ({late} found nobody): {made} changes made, {refused} not");
+    let running = now(&device);
+    assert_eq!(running.state, State::Running);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&running);
+    for file in &files {
+        t.sound_delta(file);
+    }
+    let again = attach_chain(&t, &files, Marked::Refuse);
+    check_lanes(again.node(), &lanes);
+    device::detach(again.name()).unwrap();
+    t.assert_gone(&again);
+}
+
+/// Asks for a change and dies before the answer.
+fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -> ploop::Result<()> {
+    let kept = running.record.levels.iter().zip(&running.record.ids).enumerate();
+    let mut levels: Vec<SwapLevel> =
+        kept.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+    let meta = fs::metadata(path).unwrap();
+    let name = LevelName { path: path.into(), raw: false };
+    levels.push(SwapLevel { name, id: (meta.dev(), meta.ino()), from: None });
+    let names = CommitNames { tmp: tmp.file_name().unwrap().into(), name: dd.file_name().unwrap().into() };
+    let swap = Swap {
+        levels,
+        expected: running.record.ids.clone(),
+        commit: Some(names),
+        token: meta.ino() << 8 | 1,
+        linger: 60,
+    };
+    let fds = [path_fd(path), path_fd(dd.parent().unwrap()), path_fd(tmp)];
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let dir = runtime::device_dir(running.name());
+    let asked = control::ask_with(&dir, &Command::Switch(swap), &fds, Duration::from_millis(limit));
+    asked.map(drop)
+}
