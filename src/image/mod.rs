@@ -6,10 +6,14 @@ pub mod check;
 pub mod complete;
 pub mod content;
 pub mod create;
+pub mod grow;
 pub mod lock;
+pub mod merge;
 pub mod open;
 pub mod same;
 pub mod scan;
+pub mod table;
+pub mod target;
 
 #[cfg(test)]
 mod tests;

@@ -1,13 +1,26 @@
-//! Merging deltas that stand on each other into the lowest of them.
+//! Merging deltas that stand on each other into the lowest of them, or into a new file.
+//!
+//! The order that no crash can spoil: the snapshots that are going to disappear are marked temporary first, so that nobody
+//! switches to one whose content is half another's; then the data goes down, which the sources hide until the descriptor
+//! without them is stored; only then are they removed. A merge that was interrupted is finished by doing it again.
 
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::recover;
+use super::{deltas, recover};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
-use crate::error::Result;
+use crate::descriptor::{self, Descriptor, LockedDescriptor};
+use crate::device::Device;
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
+use crate::image::check::read_header;
+use crate::image::create;
+use crate::image::lock::{self, Held, Others};
+use crate::image::merge::{BATCH, Failed, Level, Merge, MergeOptions, Merged};
+use crate::image::open::Access;
 use crate::report;
+use crate::sys::store;
 
 /// What to merge. Nothing given: the top into its parent.
 #[derive(Clone, Debug, Default)]
@@ -22,11 +35,14 @@ pub struct MergeParams {
     pub new_delta: Option<PathBuf>,
 }
 
-/// Merges snapshots of a disk.
+const READ: Access = Access { write: false, direct: false };
+const WRITE: Access = Access { write: true, direct: false };
+
+/// Merges snapshots of a disk. The lowest one's file stays and gets the GUID of the highest.
 pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) -> Result<()> {
-    let _ = component;
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
+    let device = deltas::running(&disk, component)?;
     recover::before_change(&mut disk)?;
     let top = disk.top;
     let (descendant, ancestor) = match (params.guid, params.guid2, params.all) {
@@ -39,6 +55,11 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         },
         (None, None, false) => (top, parent(&disk, &top)?),
     };
+    if let Some(device) = device
+        && on_device(&disk, &device, &descendant)?
+    {
+        return online(&mut disk, &device, &descendant, &ancestor, params.new_delta.as_deref());
+    }
     range(&mut disk, &descendant, &ancestor, params.new_delta.as_deref())
 }
 
@@ -49,18 +70,310 @@ fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
     }
 }
 
-/// Merges `descendant` and all between into `ancestor`.
-pub(super) fn range(
+/// Whether the image of this snapshot is a level of the device.
+fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
+    let Some(image) = disk.image(guid) else { return Ok(false) };
+    let meta = fs::metadata(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
+    Ok(device.record.ids.contains(&(meta.dev(), meta.ino())))
+}
+
+fn online(
     disk: &mut LockedDescriptor,
+    device: &Device,
     descendant: &Guid,
     ancestor: &Guid,
     _new_delta: Option<&Path>,
 ) -> Result<()> {
     disk.swallowed(descendant, ancestor)?;
-    bail!(Param, "this version cannot merge yet")
+    bail!(
+        Param,
+        "the disk runs as {}: this version merges only what does not run; unmount it first",
+        device.node().display()
+    )
+}
+
+/// Merges `descendant` and all between into `ancestor`, none of which anybody uses (`Busy`).
+pub(super) fn range(
+    disk: &mut LockedDescriptor,
+    descendant: &Guid,
+    ancestor: &Guid,
+    new_delta: Option<&Path>,
+) -> Result<()> {
+    let gone = disk.swallowed(descendant, ancestor)?;
+    recover::check_files(disk, descendant)?;
+    let is_top = *descendant == disk.top;
+    let parts = Parts::hold(disk, descendant, gone.len(), new_delta.is_some())?;
+    let mut next = disk.descriptor.clone();
+    let merged = match new_delta {
+        None => {
+            let files = next.collapse(descendant, ancestor, None)?;
+            let merge = parts.prepare()?;
+            let merged = merge_down(disk, &gone, merge)?;
+            (files, merged, None)
+        }
+        Some(new) => {
+            let new = new_file(new)?;
+            let files = next.collapse(descendant, ancestor, Some(new.clone()))?;
+            let merged = parts.into_new(&new)?;
+            (files, merged, Some(new))
+        }
+    };
+    let (files, merged, new) = merged;
+    if is_top {
+        next.size_sectors = merged.sectors;
+    }
+    disk.commit_as(next).inspect_err(|_| {
+        if let Some(new) = &new {
+            deltas::undo_new(disk, new);
+        }
+    })?;
+    drop(parts);
+    deltas::remove(&files);
+    report::say(0, format_args!("{ancestor} is merged: its place has snapshot {descendant}"));
+    Ok(())
+}
+
+/// The copy, between the marks in the descriptor.
+fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> Result<Merged> {
+    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.shot(g).is_some_and(|s| !s.temporary)).collect();
+    if !unmarked.is_empty() {
+        let mut marked = disk.descriptor.clone();
+        marked.mark_temporary(&unmarked, true);
+        disk.commit_as(marked)?;
+    }
+    match run(merge) {
+        Ok(merged) => Ok(merged),
+        Err(Failed { error, untouched: true }) => {
+            if !unmarked.is_empty() {
+                let mut back = disk.descriptor.clone();
+                back.mark_temporary(&unmarked, false);
+                if let Err(e) = disk.commit_as(back) {
+                    report::warn(format_args!("the snapshots stay marked temporary: {e}"));
+                }
+            }
+            Err(error)
+        }
+        Err(Failed { error, untouched: false }) => {
+            report::warn(
+                "the merge was begun and stays so: the disk is as it was, the snapshots that it swallows are marked \
+                 temporary; the next merge, snapshot or mount finishes it",
+            );
+            Err(error)
+        }
+    }
+}
+
+fn run(merge: Merge<'_>) -> Result<Merged, Failed> {
+    let mut progress = |done: u64, total: u64| {
+        if report::cancel::requested() {
+            bail!(Sys, "the merge was cancelled after {done} of {total} bytes");
+        }
+        Ok(())
+    };
+    let mut options = MergeOptions { progress: &mut progress, stay_marked: false, batch: BATCH, reflink: true };
+    let merged = merge.run(&mut options)?;
+    report::say(
+        1,
+        format_args!("{} bytes copied, {} shared, {} of zeroes left out", merged.copied, merged.shared, merged.skipped),
+    );
+    Ok(merged)
+}
+
+/// The images of a merge, locked, and those below.
+struct Parts {
+    /// Topmost first.
+    sources: Vec<Held>,
+    target: Held,
+    target_raw: bool,
+    /// None: nobody knows what they are.
+    below: Option<Vec<(Held, bool)>>,
+}
+
+impl Parts {
+    /// `swallowed`: how many images below `descendant` belong to the merge. `keep_target`: it is only read.
+    fn hold(disk: &LockedDescriptor, descendant: &Guid, swallowed: usize, keep_target: bool) -> Result<Parts> {
+        let chain = disk.chain(descendant)?;
+        let at = chain.len().saturating_sub(swallowed + 1);
+        let (below, range) = chain.split_at(at);
+        let Some((target, sources)) = range.split_first().filter(|(_, sources)| !sources.is_empty()) else {
+            bail!(Param, "snapshot {descendant}: nothing to merge it into");
+        };
+        let mut parts = Parts {
+            sources: Vec::new(),
+            target: deltas::hold(disk, &target.file, if keep_target { READ } else { WRITE }, Others::Nobody)?,
+            target_raw: disk.is_raw(target),
+            below: None,
+        };
+        for image in sources.iter().rev() {
+            let held = deltas::hold(disk, &image.file, READ, Others::Nobody)?;
+            // Lower ones were looked at when the disk was opened.
+            if read_header(&image.file, Some(&disk.dir))?.is_marked() {
+                deltas::tidy(disk, &image.file)?;
+            }
+            parts.sources.push(held);
+        }
+        let below = below
+            .iter()
+            .map(|image| Ok((deltas::hold(disk, &image.file, READ, Others::Readers)?, disk.is_raw(image))))
+            .collect::<Result<_>>()?;
+        parts.below = Some(below);
+        Ok(parts)
+    }
+
+    /// Sources, target, and what is below.
+    fn levels(&self) -> (Vec<Level<'_>>, Level<'_>, Option<Vec<Level<'_>>>) {
+        let sources = self.sources.iter().map(|h| level(h, false)).collect();
+        let below = self.below.as_ref().map(|all| all.iter().map(|(h, raw)| level(h, *raw)).collect());
+        (sources, level(&self.target, self.target_raw), below)
+    }
+
+    fn prepare(&self) -> Result<Merge<'_>> {
+        let (sources, target, below) = self.levels();
+        Merge::prepare(&sources, target, below.as_deref())
+    }
+
+    /// Writes everything into a file of this name, durable; the target itself is a source like the others.
+    fn into_new(&self, new: &Path) -> Result<Merged> {
+        let tmp = scratch_name(new)?;
+        let made = self.fill_new(&tmp).and_then(|merged| {
+            descriptor::rename_new(&tmp, new)?;
+            descriptor::sync_parent(new).inspect_err(|_| {
+                let _ = store::unlink(new);
+            })?;
+            Ok(merged)
+        });
+        if made.is_err() {
+            // Ours: made exclusively.
+            let _ = store::unlink(&tmp);
+        }
+        made
+    }
+
+    fn fill_new(&self, tmp: &Path) -> Result<Merged> {
+        let (mut sources, target, below) = self.levels();
+        match self.target_raw {
+            true => copy_raw(target, tmp)?,
+            false => {
+                let Some(top) = self.sources.first() else { bail!(Param, "a merge needs at least two images") };
+                let header = read_header(&top.path, None)?;
+                create::create_delta(tmp, header.version, header.cluster, header.sectors)?;
+                sources.push(target);
+            }
+        }
+        let held = lock::hold(tmp, None, WRITE, Others::Nobody)?;
+        let merge = Merge::prepare(&sources, level(&held, self.target_raw), below.as_deref())?;
+        run(merge).map_err(|f| f.error)
+    }
+}
+
+fn level(held: &Held, raw: bool) -> Level<'_> {
+    Level { file: &held.file, name: &held.path, raw }
+}
+
+/// The path of a file to be made, resolved: its folder must exist (`Creat`), itself must not (`Param`).
+fn new_file(path: &Path) -> Result<PathBuf> {
+    let Some(name) = path.file_name() else { bail!(Param, "{} does not name a file", path.display()) };
+    let folder = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let new = folder.canonicalize().ctx(Kind::Creat, || format!("folder {}", folder.display()))?.join(name);
+    if fs::symlink_metadata(&new).is_ok() {
+        bail!(Param, "{} exists already: a merge goes into a file that it makes itself", new.display());
+    }
+    Ok(new)
+}
+
+/// The name under which the new file grows; what an interrupted merge left there goes.
+fn scratch_name(new: &Path) -> Result<PathBuf> {
+    let mut name = new.as_os_str().to_owned();
+    name.push(".ploop-merge");
+    let tmp = PathBuf::from(name);
+    if fs::symlink_metadata(&tmp).is_ok() {
+        let held = lock::hold(&tmp, None, READ, Others::Nobody)?;
+        store::unlink(&tmp).ctx(Kind::Unlink, || format!("cannot remove {}", tmp.display()))?;
+        drop(held);
+    }
+    Ok(tmp)
+}
+
+/// A raw image once more.
+fn copy_raw(from: Level<'_>, to: &Path) -> Result<()> {
+    let shown = to.display();
+    let len = from.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", from.name.display()))?.len();
+    let file = store::create_new(to, 0o600).ctx(Kind::Creat, || format!("cannot create image {shown}"))?;
+    if len == 0 || store::clone_range(from.file, 0, &file, 0, len).is_ok() {
+        return Ok(());
+    }
+    store::set_len(&file, len).ctx(Kind::Ftruncate, || format!("cannot extend image {shown} to {len} bytes"))?;
+    copy_data(from.file, &file, len).map_err(|e| Error::with(Kind::Write, format!("cannot fill image {shown}"), e))
+}
+
+fn copy_data(from: &File, to: &File, len: u64) -> std::io::Result<()> {
+    use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+    const CHUNK: u64 = 4 << 20;
+    let mut buf = AlignedBuf::new(CHUNK as usize);
+    crate::sys::fiemap::each_data(from, 0, len, &mut |start, end| {
+        let mut at = start;
+        while at < end {
+            if report::cancel::requested() {
+                return Err(std::io::Error::other("cancelled"));
+            }
+            let n = (end - at).min(CHUNK) as usize;
+            let piece = buf.get_mut(..n).unwrap_or_default();
+            read_exact(from, piece, at)?;
+            write_all(to, piece, at)?;
+            at += n as u64;
+        }
+        Ok(())
+    })
 }
 
 /// Merges image files, the topmost first, into the last one (raw if `raw`), or into a new file. The sources stay.
-pub fn merge_files(_images: &[PathBuf], _raw: bool, _new_delta: Option<&Path>) -> Result<()> {
-    bail!(Param, "this version cannot merge yet")
+pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let Some((target, sources)) = images.split_last().filter(|(_, sources)| !sources.is_empty()) else {
+        bail!(Param, "a merge needs at least two images, the topmost first");
+    };
+    let mut ids = Vec::new();
+    for image in images {
+        let meta = fs::metadata(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
+        let id = (meta.dev(), meta.ino());
+        if ids.contains(&id) {
+            bail!(Param, "image {} is named twice", image.display());
+        }
+        ids.push(id);
+    }
+    let hold = |path: &Path, access, others| {
+        let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+        lock::hold(&path, None, access, others).map_err(|e| deltas::named(e, &path))
+    };
+    let (access, others) = match new_delta {
+        None => (WRITE, Others::Nobody),
+        Some(_) => (READ, Others::Readers),
+    };
+    let parts = Parts {
+        target: hold(target, access, others)?,
+        target_raw: raw,
+        sources: sources.iter().map(|s| hold(s, READ, Others::Readers)).collect::<Result<_>>()?,
+        below: None,
+    };
+    match new_delta {
+        Some(new) => parts.into_new(&new_file(new)?).map(drop),
+        None => {
+            let merge = parts.prepare()?;
+            if merge.target_marked() {
+                bail!(
+                    Open,
+                    "image {} is marked in use: it is open elsewhere or was not closed cleanly; run `ploop check -d` on \
+                     it once nobody has it open",
+                    target.display()
+                );
+            }
+            run(merge).map(drop).map_err(|f| match f.untouched {
+                true => f.error,
+                false => f.error.context(format_args!("{} is half merged, run the merge again", target.display())),
+            })
+        }
+    }
 }

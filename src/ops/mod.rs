@@ -22,3 +22,8 @@ pub mod switch;
 mod temporary;
 pub mod tour;
 pub mod umount;
+
+#[cfg(test)]
+mod testkit;
+#[cfg(test)]
+mod tree_tests;

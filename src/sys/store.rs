@@ -53,6 +53,14 @@ pub fn fallocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
     Ok(nix::fcntl::fallocate(file, FallocateFlags::empty(), offset, len)?)
 }
 
+/// Makes a part of the file read as zero, with its space taken.
+pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    step!(Zero(file, offset, len));
+    let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+    let (offset, len) = (i64::try_from(offset).map_err(too_large)?, i64::try_from(len).map_err(too_large)?);
+    Ok(nix::fcntl::fallocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)?)
+}
+
 /// Shares the content of a part of `from` with `to` (FICLONERANGE). Offsets and length are multiples of the file
 /// system's block. Errors of [`cannot_clone`] mean that the file systems do not do that.
 pub fn clone_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len: u64) -> io::Result<()> {

@@ -1,0 +1,121 @@
+//! Giving an image a larger disk. A longer table needs clusters in which data stands: those move to the end first.
+
+use crate::bail;
+use crate::error::{IoContext, Kind, Result};
+use crate::format::bat;
+use crate::format::header::{self, Header};
+use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+use crate::sys::store;
+use crate::units::ImageCluster;
+
+use super::target::Target;
+
+/// Bytes moved or zeroed at once.
+const CHUNK: u64 = 4 << 20;
+
+/// Grows the disk of an image that is marked in use to `sectors` (rounded up to a cluster). The content is the same at
+/// every instant: the old header stays valid until the new one is written, what moves is named at its new place before
+/// its old one is cleared. Added clusters read as unallocated. Smaller is `Param`, equal changes nothing.
+pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
+    let old = target.header;
+    let name = target.name.display().to_string();
+    if sectors < old.sectors {
+        bail!(Param, "image {name} has {} sectors: it cannot be made smaller, {sectors}", old.sectors);
+    }
+    if sectors == old.sectors {
+        return Ok(());
+    }
+    if old.in_use != header::IN_USE {
+        bail!(Abort, "image {name} is not marked in use while it is grown");
+    }
+    let new = Header { in_use: old.in_use, flags: old.flags, ..Header::new(old.version, old.cluster, sectors)? };
+    let (old_first, first) = (old.first_data(), new.first_data());
+    // Slots that were no cluster's become one's.
+    let stale: Vec<u64> = target.table.beyond.drain(..).collect();
+    for slot in &stale {
+        write_all(target.file, &[0; 4], bat::HEADER_BYTES + 4 * slot)
+            .ctx(Kind::Write, || format!("cannot write the BAT of {name}"))?;
+    }
+    if !stale.is_empty() {
+        target.sync()?;
+    }
+    if first > old_first {
+        make_room(target, first)?;
+    }
+    target.write_header(&new)?;
+    Ok(())
+}
+
+/// Empties the clusters before `first` of data, and zeroes them for the table.
+fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
+    let name = target.name.display().to_string();
+    let size = target.cluster().bytes();
+    let old_first = target.header.first_data();
+    // Places before the new border are not given out any more.
+    for gap in &mut target.table.free {
+        gap.start = gap.start.max(first).min(gap.end.max(first));
+        gap.end = gap.end.max(gap.start);
+    }
+    target.table.free.retain(|g| g.start < g.end);
+    // Behind the last whole cluster stands nothing; a tail of an interrupted growth would become data.
+    let len = target.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    let whole = len / size * size;
+    if whole != len {
+        store::set_len(target.file, whole)
+            .ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {whole} bytes"))?;
+    }
+    target.table.end = target.table.end.max(first);
+
+    let moving: Vec<(usize, u32, u32)> = (target.table.entries.iter().enumerate())
+        .filter(|(_, (_, place))| *place < first)
+        .map(|(i, (cluster, place))| (i, *cluster, *place))
+        .collect();
+    target.check_room(moving.len() as u64)?;
+    // Clusters that the file does not have yet: what is behind the old end is zeroed, what moves there is written.
+    zero(target, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
+    let mut moved = Vec::with_capacity(moving.len());
+    for &(index, cluster, place) in &moving {
+        let to = target.allocate(1)?.start;
+        copy(target, u64::from(place) * size, u64::from(to) * size)?;
+        moved.push((index, cluster, to));
+    }
+    let places: Vec<(u32, u32)> = moved.iter().map(|(_, cluster, to)| (*cluster, *to)).collect();
+    target.publish(&places)?;
+    for (index, _, to) in moved {
+        if let Some(entry) = target.table.entries.get_mut(index) {
+            entry.1 = to;
+        }
+    }
+    // Only now does nothing name the old places any more.
+    zero(target, u64::from(old_first) * size..whole.min(u64::from(first) * size))?;
+    target.sync()
+}
+
+fn zero(target: &Target<'_>, bytes: std::ops::Range<u64>) -> Result<()> {
+    let mut zeroes = None;
+    let mut at = bytes.start;
+    while at < bytes.end {
+        let len = (bytes.end - at).min(CHUNK);
+        let zeroes = zeroes.get_or_insert_with(|| AlignedBuf::new(CHUNK as usize));
+        write_all(target.file, &zeroes[..len as usize], at)
+            .ctx(Kind::Reloc, || format!("cannot zero image {} at offset {at}", target.name.display()))?;
+        at += len;
+    }
+    Ok(())
+}
+
+fn copy(target: &Target<'_>, from: u64, to: u64) -> Result<()> {
+    let size = target.cluster().bytes();
+    let mut buf = AlignedBuf::new(CHUNK.min(size) as usize);
+    let mut done = 0;
+    while done < size {
+        let len = (size - done).min(CHUNK) as usize;
+        let moved = read_exact(target.file, &mut buf[..len], from + done)
+            .and_then(|()| write_all(target.file, &buf[..len], to + done));
+        moved.ctx(Kind::Reloc, || {
+            format!("cannot move a cluster of image {} from offset {from} to {to}", target.name.display())
+        })?;
+        done += len as u64;
+    }
+    Ok(())
+}

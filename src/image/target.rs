@@ -1,0 +1,243 @@
+//! An image that an operation writes into while nobody else uses it: marked first, its table written after its data, the
+//! mark taken away last.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::error::{IoContext, Kind, Result};
+use crate::format::bat;
+use crate::format::header::{self, Header, Version};
+use crate::report;
+use crate::sys::aligned::{read_exact, write_all};
+use crate::sys::store;
+use crate::units::{ClusterSize, ImageCluster, VirtCluster};
+
+use super::complete;
+use super::scan::{Found, Problem, Visitor, describe, scan};
+use super::table::write_entries;
+
+/// Entries of a table by cluster, ascending.
+pub type Entries = Vec<(VirtCluster, ImageCluster)>;
+
+/// What the table of an image says.
+#[derive(Debug)]
+pub struct Table {
+    pub entries: Entries,
+    /// Slots behind the disk's last cluster that are not 0.
+    pub beyond: Vec<u64>,
+    /// Clusters below `end` that no entry names.
+    pub free: Vec<Range<ImageCluster>>,
+    /// One more than the highest cluster in use.
+    pub end: ImageCluster,
+}
+
+struct Collect<'a> {
+    header: &'a Header,
+    len: u64,
+    entries: Entries,
+    beyond: Vec<u64>,
+}
+
+impl Visitor for Collect<'_> {
+    fn entry(&mut self, cluster: VirtCluster, place: ImageCluster) {
+        self.entries.push((cluster, place));
+    }
+
+    fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
+        if problem == Problem::BeyondDisk {
+            self.beyond.push(found.cluster);
+            return Ok(());
+        }
+        bail!(Format, "{}", describe(self.header, self.len, found, problem))
+    }
+}
+
+/// Reads header and table of a ploop1 image; anything unsound is an error, `Format`.
+pub fn read_table(file: &File, name: &Path) -> Result<(Header, Table)> {
+    let shown = name.display();
+    let mut head = [0; header::SIZE];
+    read_exact(file, &mut head, 0).ctx(Kind::Open, || format!("cannot read the header of image {shown}"))?;
+    let at_image = |e: crate::error::Error| e.context(format_args!("image {shown}"));
+    let header = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h)).map_err(at_image)?;
+    if header.is_converting() {
+        bail!(Busy, "image {shown}: a version conversion was interrupted: it must be finished or undone first");
+    }
+    let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {shown}"))?.len();
+    let mut collect = Collect { header: &header, len, entries: Vec::new(), beyond: Vec::new() };
+    let found = scan(file, &header, len, &mut collect).map_err(at_image)?;
+    let table = Table {
+        entries: collect.entries,
+        beyond: collect.beyond,
+        free: found.places.gaps(header.first_data(), found.end),
+        end: found.end,
+    };
+    Ok((header, table))
+}
+
+/// The image, while it is written into.
+#[derive(Debug)]
+pub struct Target<'a> {
+    pub file: &'a File,
+    pub name: PathBuf,
+    pub header: Header,
+    pub table: Table,
+}
+
+impl<'a> Target<'a> {
+    /// Looks at the image; nothing is written yet.
+    pub fn open(file: &'a File, name: &Path) -> Result<Target<'a>> {
+        let (header, table) = read_table(file, name)?;
+        Ok(Target { file, name: name.to_owned(), header, table })
+    }
+
+    pub fn cluster(&self) -> ClusterSize {
+        self.header.cluster
+    }
+
+    /// Marks the image in use, durably.
+    pub fn mark(&mut self) -> Result<()> {
+        let header = Header {
+            in_use: header::IN_USE,
+            flags: self.header.flags & !header::FLAG_EMPTY,
+            // Void from the first write on, and a stale offset makes others refuse the image.
+            extension: 0,
+            ..self.header
+        };
+        self.write_header(&header)
+    }
+
+    /// Writes the header, durably.
+    pub fn write_header(&mut self, header: &Header) -> Result<()> {
+        write_all(self.file, &header.encode(), 0)
+            .ctx(Kind::Write, || format!("cannot write the header of {}", self.name.display()))?;
+        self.sync()?;
+        self.header = *header;
+        Ok(())
+    }
+
+    pub fn sync(&self) -> Result<()> {
+        store::sync_data(self.file).ctx(Kind::Fsync, || format!("cannot sync image {}", self.name.display()))
+    }
+
+    /// Makes the data durable, then publishes these places (ascending by cluster), durably.
+    pub fn publish(&mut self, places: &[(VirtCluster, ImageCluster)]) -> Result<()> {
+        self.sync()?;
+        if places.is_empty() {
+            return Ok(());
+        }
+        let mut values = Vec::with_capacity(places.len());
+        for &(cluster, place) in places {
+            values.push((cluster, self.value(place)?));
+        }
+        write_entries(self.file, &values)
+            .ctx(Kind::Write, || format!("cannot write the BAT of {}", self.name.display()))?;
+        self.sync()
+    }
+
+    /// What an entry says that names this place.
+    fn value(&self, place: ImageCluster) -> Result<u32> {
+        let (version, cluster) = (self.header.version, self.header.cluster);
+        match bat::encode(version, cluster, place).filter(|_| place < bat::place_limit(version, cluster)) {
+            Some(value) => Ok(value),
+            None => bail!(
+                Param,
+                "image {}: version {} cannot name image cluster {place}",
+                self.name.display(),
+                version.number()
+            ),
+        }
+    }
+
+    /// Places for so many new clusters exist. `Param`.
+    pub fn check_room(&self, clusters: u64) -> Result<()> {
+        let limit = u64::from(bat::place_limit(self.header.version, self.header.cluster));
+        let end = u64::from(self.table.end) + clusters;
+        if end > limit {
+            bail!(
+                Param,
+                "image {} would need {end} clusters: version {} can name {limit}",
+                self.name.display(),
+                self.header.version.number()
+            );
+        }
+        Ok(())
+    }
+
+    /// Gives out so many clusters in a row at most, at least one: unused ones inside the file first.
+    pub fn allocate(&mut self, wanted: u32) -> Result<Range<ImageCluster>> {
+        if let Some(gap) = self.table.free.last_mut() {
+            let end = gap.end.min(gap.start.saturating_add(wanted));
+            let out = gap.start..end;
+            gap.start = end;
+            if gap.start >= gap.end {
+                self.table.free.pop();
+            }
+            return Ok(out);
+        }
+        self.check_room(u64::from(wanted))?;
+        let out = self.table.end..self.table.end + wanted;
+        self.table.end = out.end;
+        Ok(out)
+    }
+
+    /// Cuts what is behind the last cluster in use, completes, syncs, and takes the mark away unless it is to stay.
+    pub fn close(&mut self, stay_marked: bool) -> Result<()> {
+        let name = self.name.display().to_string();
+        let end = u64::from(self.table.end) * self.cluster().bytes();
+        let len = self.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+        if len > end {
+            store::set_len(self.file, end)
+                .ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+        }
+        // Only other programs' checks care.
+        if let Err(e) = complete::complete(self.file, self.cluster(), end) {
+            report::warn(format_args!("image {name} stays sparse: {e}"));
+        }
+        store::sync_all(self.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+        if stay_marked {
+            return Ok(());
+        }
+        let empty = if self.table.end == self.header.first_data() { header::FLAG_EMPTY } else { 0 };
+        let flags = self.header.flags & !header::FLAG_EMPTY | empty;
+        self.write_header(&Header { in_use: 0, flags, extension: 0, ..self.header })
+    }
+
+    /// Closes an image in the middle of an operation: what is not published goes.
+    pub fn close_as_it_is(&mut self) -> Result<()> {
+        (self.header, self.table) = read_table(self.file, &self.name)?;
+        self.close(false)
+    }
+
+    /// Version and cluster size must be those of another image of the chain.
+    pub fn check_like(&self, other: &Header, other_name: &Path) -> Result<()> {
+        check_alike(&self.header, &self.name, other, other_name)
+    }
+}
+
+/// Images of a chain have one cluster size and one version. `Format`.
+pub fn check_alike(a: &Header, a_name: &Path, b: &Header, b_name: &Path) -> Result<()> {
+    let number = Version::number;
+    if a.cluster != b.cluster {
+        bail!(
+            Format,
+            "image {} has clusters of {} sectors, {} of {}: only images with the same can be merged",
+            a_name.display(),
+            a.cluster.sectors(),
+            b_name.display(),
+            b.cluster.sectors()
+        );
+    }
+    if a.version != b.version {
+        bail!(
+            Format,
+            "image {} has format version {}, {} has {}: only images of the same version can be merged",
+            a_name.display(),
+            number(a.version),
+            b_name.display(),
+            number(b.version)
+        );
+    }
+    Ok(())
+}

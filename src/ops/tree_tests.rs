@@ -1,0 +1,281 @@
+//! Snapshots, switches, deletes and merges of disks that do not run, by their content.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::check::check_disk;
+use super::merge::{MergeParams, merge_files, merge_snapshot};
+use super::snapshot::{self, SnapshotParams};
+use super::switch::{SwitchParams, switch};
+use super::testkit::{content, files, g, make_disk, map, put, sizes, small};
+use crate::descriptor::{Descriptor, ImageMode};
+use crate::error::Kind;
+use crate::format::guid::{self, Guid};
+use crate::format::header::{self, Version};
+use crate::image::grow::grow;
+use crate::image::target::Target;
+
+const KINDS: [(Version, ImageMode); 4] = [
+    (Version::V1, ImageMode::Expanded),
+    (Version::V2, ImageMode::Expanded),
+    (Version::V2, ImageMode::Preallocated),
+    (Version::V2, ImageMode::Raw),
+];
+
+fn disk(kind: (Version, ImageMode)) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let dd = make_disk(dir.path(), kind.0, kind.1, small(), 40);
+    (dir, dd)
+}
+
+fn snap(dd: &Path, n: u32) {
+    snapshot::create(dd, "", &SnapshotParams { guid: g(n), snap_dir: None, temporary: false }).unwrap();
+}
+
+fn merge(dd: &Path, guid: Option<Guid>, guid2: Option<Guid>) -> Result<(), Kind> {
+    merge_snapshot(dd, "", &MergeParams { guid, guid2, ..Default::default() }).map_err(|e| e.kind())
+}
+
+fn to(n: u32) -> SwitchParams {
+    SwitchParams { guid: g(n), guid_old: None, keep_top: false, no_new_top: false }
+}
+
+fn mark(path: &Path) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&header::IN_USE.to_le_bytes(), 44).unwrap();
+}
+
+#[test]
+fn snapshots_freeze_what_was_there() {
+    for kind in KINDS {
+        let (_dir, dd) = disk(kind);
+        put(&dd, &guid::TOP, 3, 1);
+        snap(&dd, 1);
+        put(&dd, &guid::TOP, 3, 2);
+        put(&dd, &guid::TOP, 39, 7);
+        snap(&dd, 2);
+        put(&dd, &guid::TOP, 3, 0);
+        assert_eq!(content(&dd, &g(1)), map(&[(3, 1)]));
+        assert_eq!(content(&dd, &g(2)), map(&[(3, 2), (39, 7)]));
+        assert_eq!(content(&dd, &guid::TOP), map(&[(39, 7)]));
+        assert_eq!(sizes(&dd), (40, 40));
+        check_disk(&dd, None).unwrap();
+    }
+}
+
+#[test]
+fn one_snapshot_is_merged_into_its_parent() {
+    for kind in KINDS {
+        let (_dir, dd) = disk(kind);
+        put(&dd, &guid::TOP, 3, 1);
+        put(&dd, &guid::TOP, 4, 1);
+        snap(&dd, 1);
+        put(&dd, &guid::TOP, 3, 2);
+        put(&dd, &guid::TOP, 5, 2);
+        snap(&dd, 2);
+        put(&dd, &guid::TOP, 5, 0);
+        put(&dd, &guid::TOP, 6, 3);
+        let want = content(&dd, &guid::TOP);
+        merge(&dd, Some(g(2)), None).unwrap();
+        assert_eq!(content(&dd, &g(2)), map(&[(3, 2), (4, 1), (5, 2)]));
+        assert_eq!(content(&dd, &guid::TOP), want);
+        merge(&dd, None, None).unwrap();
+        assert_eq!(content(&dd, &guid::TOP), want);
+        assert_eq!(files(&dd), ["root.hdd"]);
+        check_disk(&dd, None).unwrap();
+        assert_eq!(merge(&dd, None, None), Err(Kind::Param));
+    }
+}
+
+#[test]
+fn ranges_and_everything() {
+    for kind in KINDS {
+        for range in [(None, None), (Some(guid::TOP), Some(g(2))), (Some(g(4)), Some(g(1)))] {
+            let (_dir, dd) = disk(kind);
+            for n in 1..6 {
+                for c in 0..8 {
+                    put(&dd, &guid::TOP, c * n % 40, n as u8);
+                }
+                snap(&dd, n);
+            }
+            put(&dd, &guid::TOP, 20, 99);
+            let before: Vec<_> = [g(4), g(5), guid::TOP].iter().map(|g| content(&dd, g)).collect();
+            match range {
+                (None, _) => merge_snapshot(&dd, "", &MergeParams { all: true, ..Default::default() }).unwrap(),
+                (guid, guid2) => merge(&dd, guid, guid2).unwrap(),
+            }
+            let d = Descriptor::read(&dd).unwrap();
+            for (guid, content_before) in [g(4), g(5), guid::TOP].iter().zip(before) {
+                if d.shot(guid).is_some() {
+                    assert_eq!(content(&dd, guid), content_before, "{kind:?} {range:?} {guid}");
+                }
+            }
+            assert_eq!(files(&dd).len(), d.images.len());
+            assert!(d.shots.iter().all(|s| !s.temporary));
+            check_disk(&dd, None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn merging_into_a_new_file() {
+    for kind in KINDS {
+        for swallow_base in [true, false] {
+            let (dir, dd) = disk(kind);
+            put(&dd, &guid::TOP, 3, 1);
+            snap(&dd, 1);
+            put(&dd, &guid::TOP, 3, 2);
+            snap(&dd, 2);
+            put(&dd, &guid::TOP, 3, 0);
+            put(&dd, &guid::TOP, 9, 4);
+            let want = content(&dd, &guid::TOP);
+            let new = dir.path().join("merged.hdd");
+            let params = MergeParams { all: swallow_base, new_delta: Some(new.clone()), ..Default::default() };
+            std::fs::write(&new, "x").unwrap();
+            assert_eq!(merge_snapshot(&dd, "", &params).unwrap_err().kind(), Kind::Param);
+            std::fs::remove_file(&new).unwrap();
+            merge_snapshot(&dd, "", &params).unwrap();
+            assert_eq!(content(&dd, &guid::TOP), want, "{kind:?}");
+            let kept: &[&str] = if swallow_base { &["merged.hdd"] } else { &["merged.hdd", "root.hdd"] };
+            assert_eq!(files(&dd), kept);
+            check_disk(&dd, None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn switching_and_deleting() {
+    for kind in KINDS {
+        let (_dir, dd) = disk(kind);
+        put(&dd, &guid::TOP, 3, 1);
+        snap(&dd, 1);
+        put(&dd, &guid::TOP, 3, 2);
+        snap(&dd, 2);
+        put(&dd, &guid::TOP, 3, 3);
+        switch(&dd, "", &to(1)).unwrap();
+        assert_eq!(content(&dd, &guid::TOP), map(&[(3, 1)]));
+        put(&dd, &guid::TOP, 4, 4);
+        let keep = SwitchParams { guid_old: Some(g(3)), keep_top: true, ..to(2) };
+        switch(&dd, "", &keep).unwrap();
+        assert_eq!(content(&dd, &g(3)), map(&[(3, 1), (4, 4)]));
+        assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2)]));
+        // A middle one with several children stays until one is left.
+        snapshot::delete(&dd, &g(1)).unwrap();
+        assert!(Descriptor::read(&dd).unwrap().shot(&g(1)).unwrap().temporary);
+        snapshot::delete(&dd, &g(3)).unwrap();
+        let d = Descriptor::read(&dd).unwrap();
+        assert!(d.shot(&g(1)).is_none());
+        assert_eq!(content(&dd, &g(2)), map(&[(3, 2)]));
+        switch(&dd, "", &SwitchParams { no_new_top: true, ..to(2) }).unwrap();
+        assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2)]));
+        assert_eq!(files(&dd), ["root.hdd"]);
+        check_disk(&dd, None).unwrap();
+        for (guid, kind) in [(g(9), Kind::NoSnap), (guid::TOP, Kind::Param)] {
+            assert_eq!(snapshot::delete(&dd, &guid).unwrap_err().kind(), kind);
+        }
+        assert_eq!(switch(&dd, "", &to(9)).unwrap_err().kind(), Kind::Param);
+    }
+}
+
+#[test]
+fn marks_of_crashes_are_cleared_and_content_stays() {
+    let (_dir, dd) = disk(KINDS[1]);
+    put(&dd, &guid::TOP, 3, 1);
+    snap(&dd, 1);
+    put(&dd, &guid::TOP, 4, 1);
+    let d = Descriptor::read(&dd).unwrap();
+    for image in &d.images {
+        mark(&image.file);
+    }
+    snap(&dd, 2);
+    assert_eq!(content(&dd, &guid::TOP), map(&[(3, 1), (4, 1)]));
+    for image in &Descriptor::read(&dd).unwrap().images {
+        assert_eq!(crate::image::check::read_header(&image.file, None).unwrap().in_use, 0);
+        mark(&image.file);
+    }
+    merge_snapshot(&dd, "", &MergeParams { all: true, ..Default::default() }).unwrap();
+    assert_eq!(content(&dd, &guid::TOP), map(&[(3, 1), (4, 1)]));
+}
+
+#[test]
+fn the_target_grows_and_makes_room_for_a_longer_table() {
+    for kind in KINDS {
+        let (_dir, dd) = disk(kind);
+        for c in 0..6 {
+            put(&dd, &guid::TOP, c, c as u8 + 1);
+        }
+        snap(&dd, 1);
+        put(&dd, &guid::TOP, 2, 77);
+        // The top grows to a table of two clusters.
+        let top = Descriptor::read(&dd).unwrap().image(&guid::TOP).unwrap().file.clone();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&top).unwrap();
+        let mut target = Target::open(&file, &top).unwrap();
+        target.mark().unwrap();
+        grow(&mut target, 9000 * 64).unwrap();
+        target.close(false).unwrap();
+        drop(file);
+        put(&dd, &guid::TOP, 8999, 5);
+        let want = content(&dd, &guid::TOP);
+        assert_eq!(want.len(), 7);
+        merge(&dd, None, None).unwrap();
+        assert_eq!(content(&dd, &guid::TOP), want);
+        assert_eq!(sizes(&dd), (9000, 9000));
+        check_disk(&dd, None).unwrap();
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_nothing_changes() {
+    let (_dir, dd) = disk(KINDS[1]);
+    snap(&dd, 1);
+    snap(&dd, 2);
+    let d = Descriptor::read(&dd).unwrap();
+    let before = std::fs::read(&dd).unwrap();
+    // Another version and another cluster size below.
+    let other = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let v1 = make_disk(other.path(), Version::V1, ImageMode::Expanded, small(), 40).with_file_name("root.hdd");
+    let base = &d.images[0].file;
+    let keep = base.with_extension("keep");
+    std::fs::rename(base, &keep).unwrap();
+    std::fs::copy(&v1, base).unwrap();
+    assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Format));
+    std::fs::remove_file(base).unwrap();
+    assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Open), "missing");
+    std::fs::rename(&keep, base).unwrap();
+    assert_eq!(std::fs::read(&dd).unwrap(), before);
+    // A branch.
+    switch(&dd, "", &SwitchParams { keep_top: true, ..to(1) }).unwrap();
+    assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Param));
+    assert_eq!(merge(&dd, None, Some(g(1))), Err(Kind::Param));
+    assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::NoSnap));
+    // Somebody writes to it.
+    let file = std::fs::File::open(&d.images[1].file).unwrap();
+    let _lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap();
+    assert_eq!(snapshot::delete(&dd, &g(2)).map_err(|e| e.kind()), Err(Kind::Busy));
+}
+
+#[test]
+fn files_are_merged_by_name() {
+    for kind in KINDS {
+        let (_dir, dd) = disk(kind);
+        put(&dd, &guid::TOP, 3, 1);
+        snap(&dd, 1);
+        put(&dd, &guid::TOP, 3, 2);
+        snap(&dd, 2);
+        put(&dd, &guid::TOP, 4, 3);
+        let d = Descriptor::read(&dd).unwrap();
+        let mut images: Vec<PathBuf> = d.chain(&guid::TOP).unwrap().iter().map(|i| i.file.clone()).collect();
+        images.reverse();
+        let raw = kind.1 == ImageMode::Raw;
+        merge_files(&images, raw, None).unwrap();
+        assert_eq!(content(&dd, &g(1)), map(&[(3, 2), (4, 3)]));
+        assert_eq!(files(&dd).len(), 3);
+        if !raw {
+            mark(&images[2]);
+            assert_eq!(merge_files(&images, raw, None).unwrap_err().kind(), Kind::Open);
+            assert_eq!(merge_files(&images, true, None).unwrap_err().kind(), Kind::Param);
+        }
+        let twice = [images[0].clone(), images[0].clone()];
+        assert_eq!(merge_files(&twice, false, None).unwrap_err().kind(), Kind::Param);
+    }
+}
