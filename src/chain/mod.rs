@@ -5,6 +5,7 @@
 mod close;
 mod open;
 mod table;
+mod target;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use crate::units::ClusterSize;
 
 pub use close::{close, finish};
 pub use open::open;
+pub use target::{finish_target, open_target};
 
 #[cfg(test)]
 mod tests;

@@ -278,7 +278,7 @@ pub(super) fn write_header(top: &LevelFile, header: &Header) -> Result<()> {
 }
 
 /// Cuts what nothing names behind the last cluster in use.
-fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
+pub(super) fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
     if end < len {
         let name = top.name.display();
         top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
@@ -287,7 +287,7 @@ fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
     Ok(())
 }
 
-fn alloc_config(header: &Header, scan: &Scan, ahead: u64) -> AllocConfig {
+pub(super) fn alloc_config(header: &Header, scan: &Scan, ahead: u64) -> AllocConfig {
     AllocConfig {
         end: scan.end,
         free: scan.places.gaps(header.first_data(), scan.end),

@@ -10,6 +10,8 @@ use crate::error::Kind;
 use crate::format::bat;
 use crate::format::header::{self, Header};
 
+mod target;
+
 const BS: u32 = 64;
 const CLUSTER: u64 = 32768;
 

@@ -1,6 +1,7 @@
 //! Flush cycles: sync data, write the changed BAT pages, sync; with no changed page, one sync.
 
 use super::api::{Action, BAT_PAGE, Errno, LevelConfig, ReqId, Shared, SyncState};
+use super::breach::{Breach, breaks};
 use super::map::{Ent, HEADER_ENTRIES, clusters_of, page_of};
 use super::{Engine, IO, Op};
 
@@ -67,6 +68,8 @@ impl<S: Shared> Engine<S> {
             out.push(Action::Reply { req: id, result: Err(IO) });
         } else if !self.config.writable {
             out.push(Action::Reply { req: id, result: Ok(()) });
+        } else if breaks(Breach::JoinRunning) && !matches!(self.cycle.phase, Phase::Idle | Phase::Loading) {
+            self.cycle.joined.push(id);
         } else {
             self.cycle.waiting.push(id);
         }
@@ -132,7 +135,13 @@ impl<S: Shared> Engine<S> {
         self.cycle.phase = Phase::DataSync;
         self.cycle.ticks = 0;
         self.cycle.final_running = self.closing && self.is_quiet();
-        self.dirty.shared.set_sync_state(SyncState::Running);
+        if !breaks(Breach::NoSyncRecord) {
+            self.dirty.shared.set_sync_state(SyncState::Running);
+        }
+        if breaks(Breach::SkipDataSync) && !self.cycle.pages.is_empty() {
+            self.sync_done(Ok(()), out);
+            return;
+        }
         let op = self.start(Op::Sync);
         out.push(Action::Sync { op });
     }
@@ -147,12 +156,12 @@ impl<S: Shared> Engine<S> {
 
     pub(super) fn sync_done(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
         match (result, self.cycle.phase) {
-            (Err(_), _) => self.fail_cycle(out),
-            (Ok(()), Phase::DataSync) if !self.cycle.pages.is_empty() => {
+            (Err(_), _) if !breaks(Breach::SwallowSync) => self.fail_cycle(out),
+            (_, Phase::DataSync) if !self.cycle.pages.is_empty() => {
                 self.cycle.phase = Phase::Pages;
                 self.write_pages(out);
             }
-            (Ok(()), _) => self.finish_cycle(out),
+            _ => self.finish_cycle(out),
         }
     }
 
@@ -179,7 +188,13 @@ impl<S: Shared> Engine<S> {
             let cluster = c as u32;
             let Some(ent) = self.map.get(cluster) else { continue };
             let place = match self.dirty.get(cluster) {
-                Some(change) if ent.is(Ent::DIRTY) => change.writing.unwrap_or(change.durable),
+                Some(change) if ent.is(Ent::DIRTY) => {
+                    if breaks(Breach::LateContent) {
+                        change.current
+                    } else {
+                        change.writing.unwrap_or(change.durable)
+                    }
+                }
                 _ => self.durable_place(ent),
             };
             let at = ((c + HEADER_ENTRIES) as usize * 4) % BAT_PAGE;
@@ -193,12 +208,14 @@ impl<S: Shared> Engine<S> {
         if self.cycle.failed {
             return;
         }
-        if result.is_err() {
+        if result.is_err() && !breaks(Breach::SwallowBatWrite) {
             self.fail_cycle(out);
             return;
         }
         self.write_pages(out);
-        if self.cycle.in_flight == 0 {
+        if self.cycle.in_flight == 0 && breaks(Breach::SkipFinalSync) {
+            self.finish_cycle(out);
+        } else if self.cycle.in_flight == 0 {
             self.cycle.phase = Phase::FinalSync;
             let op = self.start(Op::Sync);
             out.push(Action::Sync { op });
@@ -231,7 +248,7 @@ impl<S: Shared> Engine<S> {
 
     /// What a sync or BAT write did is not known any more: no later success may hide that.
     fn fail_cycle(&mut self, out: &mut Vec<Action>) {
-        self.cycle.failed = true;
+        self.cycle.failed = !breaks(Breach::ForgetFailure);
         self.cycle.phase = Phase::Idle;
         self.cycle.pages.clear();
         self.dirty.shared.set_sync_state(SyncState::Failed);
@@ -255,9 +272,9 @@ impl<S: Shared> Engine<S> {
         if !self.ops.is_empty() {
             return;
         }
-        let result = if self.cycle.failed {
+        let result = if self.cycle.failed && !breaks(Breach::CloseAsClean) {
             Err(IO)
-        } else if !self.config.writable || self.dirty.len() == 0 && self.cycle.final_done {
+        } else if !self.config.writable || self.cycle.failed || self.dirty.len() == 0 && self.cycle.final_done {
             Ok(())
         } else {
             return;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::api::{Carried, Shared};
+use super::breach::{Breach, breaks};
 
 /// The entry of one cluster: what it is to be, and what the disk may say. Places are image clusters, 0: none.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +25,7 @@ impl Change {
     /// What a cycle that starts now may write: a place only with its data. Until then the cluster was in no place (only
     /// such a change is not ready), and an older entry on disk must not outlive that either.
     fn writable(&self) -> u32 {
-        if self.ready { self.current } else { 0 }
+        if self.ready || breaks(Breach::EntryWithoutData) { self.current } else { 0 }
     }
 
     /// A cycle that starts now can make something of this durable.
@@ -33,7 +34,7 @@ impl Change {
     }
 
     fn may_be_on_disk(&self, place: u32) -> bool {
-        place == self.durable || self.writing == Some(place)
+        place == self.durable || self.writing == Some(place) && !breaks(Breach::ReuseWhileWritten)
     }
 }
 
@@ -133,13 +134,15 @@ impl<S: Shared> Dirty<S> {
             }
             let old = std::mem::replace(&mut change.current, place);
             change.ready = ready;
-            self.shared.store(change.slot as usize, pack(cluster, place));
+            if !breaks(Breach::SlotNotStored) {
+                self.shared.store(change.slot as usize, pack(cluster, place));
+            }
             return Ok((old != 0 && old != place && !change.may_be_on_disk(old)).then_some(old));
         }
         let slot = slot.or_else(|| self.free_slots.pop()).ok_or(TableFull)?;
         self.shared.store(slot as usize, pack(cluster, place));
         self.changes.insert(cluster, Change { current: place, durable, writing: None, ready, slot });
-        Ok(None)
+        Ok((durable != 0 && breaks(Breach::ReuseBeforeClear)).then_some(durable))
     }
 
     /// A write to the cluster's place has ended.
@@ -156,6 +159,9 @@ impl<S: Shared> Dirty<S> {
             if change.can_go() {
                 change.writing = Some(change.writable());
                 going.push(*cluster);
+                if breaks(Breach::SlotFreedEarly) {
+                    self.shared.store(change.slot as usize, S::FREE);
+                }
             }
         }
         going
@@ -168,6 +174,7 @@ impl<S: Shared> Dirty<S> {
         let Some(written) = change.writing.take() else { return (false, None) };
         let old = std::mem::replace(&mut change.durable, written);
         let freed = (old != 0 && old != written && old != change.current).then_some(old);
+        let freed = freed.filter(|_| !breaks(Breach::ReuseBeforeClear));
         let over = change.current == change.durable;
         if over {
             self.forget(cluster);

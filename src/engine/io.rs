@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::api::{Action, BAT_PAGE, Buf, Errno, Event, LevelConfig, OpId, ReqId, RequestKind, Shared};
+use super::breach::{Breach, breaks};
 use super::map::{ENTRIES, Ent, Page, clusters_of, page_of};
 use super::request::Seg;
 use super::{Engine, IO, Op};
@@ -172,7 +173,7 @@ impl<S: Shared> Engine<S> {
             // A lower level has it: hide that with a cluster of the top's own.
             self.allocate_zero(piece, cluster, ent, whole, out);
         } else if whole
-            && !ent.is(Ent::LOWER)
+            && self.may_unmap(ent)
             && !self.raw_top
             && !self.is_parked(cluster)
             && !self.is_mirrored(cluster)
@@ -185,9 +186,14 @@ impl<S: Shared> Engine<S> {
         }
     }
 
+    /// Without the top's entry the cluster reads as zero.
+    fn may_unmap(&self, ent: Ent) -> bool {
+        !ent.is(Ent::LOWER) || breaks(Breach::UnmapOverLower)
+    }
+
     /// Drops the top's entry of a cluster that nothing else has. The place stays taken until that is durable.
     fn unmap(&mut self, piece: Seg, cluster: u32, ent: Ent, place: u32) {
-        if ent.in_flight() > 0 {
+        if ent.in_flight() > 0 && !breaks(Breach::ReuseBeforeDrained) {
             self.drain(cluster, piece);
         } else if !self.dirty.has_slot_for(cluster) {
             self.wait_for_slot(piece);
@@ -382,6 +388,9 @@ impl<S: Shared> Engine<S> {
         let top = self.top;
         if let Some(loading) = self.map.loading(page) {
             for (cluster, change) in self.dirty.in_range(range) {
+                if breaks(Breach::DropCarried) {
+                    continue;
+                }
                 let ent = loading.page.ent(cluster);
                 match ent.place() {
                     _ if change.current != 0 => ent.set_place(Some((top, change.current))),

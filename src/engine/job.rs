@@ -5,6 +5,7 @@
 //! level with the new bytes laid over, zeroed, or written whole. Until then reads see the old cluster; writes wait.
 
 use super::api::{Action, BounceId, Buf, Errno, LevelConfig, OpId, RequestKind, Shared};
+use super::breach::{Breach, breaks};
 use super::map::Ent;
 use super::merge::NOBODY;
 use super::request::Seg;
@@ -53,7 +54,7 @@ pub struct Job {
 impl Job {
     /// Waits for space in the host file system; a zeroing must not, and a merge rather ends.
     pub fn may_wait(&self) -> bool {
-        !self.zero
+        !self.zero || breaks(Breach::HoldZeroings)
     }
 }
 
@@ -69,7 +70,7 @@ impl<S: Shared> Engine<S> {
             self.space.waiters.push(piece);
             return None;
         };
-        if place.zero && ent.place().is_none() {
+        if (place.zero || breaks(Breach::TrustOldBytes)) && ent.place().is_none() {
             self.publish(cluster, place.at, false, None);
             return Some(place.at);
         }
@@ -328,7 +329,7 @@ impl<S: Shared> Engine<S> {
             (Kind::CopyUp { .. }, Step::Reading) => self.chunk_read(cluster, out),
             (Kind::CopyUp { .. }, _) => {
                 job.at += chunk;
-                if job.at < all {
+                if job.at < all && !breaks(Breach::HalfBuilt) {
                     self.copy_chunk(cluster, out);
                 } else {
                     self.stats.copied_up += u64::from(job.dest == self.top);

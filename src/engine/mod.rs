@@ -15,6 +15,7 @@
 //! Reads and writes of mapped clusters take one look at the [`map`] and end in one file operation.
 
 pub mod api;
+pub mod breach;
 mod cycle;
 mod dirty;
 mod io;
@@ -30,6 +31,7 @@ use std::collections::VecDeque;
 
 use api::{Action, BounceId, Carried, Config, Errno, Event, LevelConfig, OpId, ReqId, Request, RequestKind};
 use api::{Shared, Status, SyncState};
+use breach::{Breach, breaks};
 use cycle::Cycle;
 use dirty::Dirty;
 use io::Io;
@@ -362,7 +364,7 @@ impl<S: Shared> Engine<S> {
             Err(NO_SPACE) if self.holds() => {
                 // Writes wait for space. A zeroing must not be held: on a loop device it would stop all other I/O.
                 for seg in std::mem::take(&mut self.space.waiters) {
-                    if self.is_write(seg.req) {
+                    if self.is_write(seg.req) || breaks(Breach::HoldZeroings) {
                         self.space.waiters.push(seg);
                     } else {
                         self.part_done(seg.req, Err(NO_SPACE), out);

@@ -1,10 +1,11 @@
 //! What the engine asks for: checked, started, carried out piece by piece, ended well or badly.
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::broken::Break;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::PAGE_SECTORS;
+use crate::recover::changes;
 use crate::world::{Flight, World};
 
 const EIO: Errno = 5;
@@ -141,6 +142,9 @@ impl World {
         {
             self.fail(format!("{act:?} is not a range of sectors"));
         }
+        if changes && !self.shape.raw_top() && !self.is_surely_marked() {
+            self.fail(format!("{act:?} on an image that is not durably marked in use"));
+        }
         let (first, count) = Self::extent(act);
         let first_data = self.first_data_sector();
         match act {
@@ -209,6 +213,10 @@ impl World {
             }
             Action::Sync { .. } if self.table.sync_state() == SyncState::Idle => {
                 self.fail("Sync without a record in the shared table beforehand");
+            }
+            Action::Sync { .. } => {
+                self.unwritten_at_sync.clone_from(&self.unwritten);
+                self.cover.hit_if(!self.unwritten.is_empty(), "sync with a first write in flight");
             }
             _ => {}
         }
@@ -370,6 +378,11 @@ impl World {
     }
 
     fn tell(&mut self, f: &Flight, result: Result<(), Errno>) {
+        if changes(&f.act) {
+            self.ended = f.first..f.first + f.landed.len() as u64;
+            let (ended, spc) = (self.ended.clone(), self.shape.spc);
+            self.unwritten.retain(|p| u64::from(*p + 1) * spc <= ended.start || ended.end <= u64::from(*p) * spc);
+        }
         let sticky = result.is_err() && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
         if sticky {
             self.failed = true;
@@ -385,6 +398,7 @@ impl World {
             }
             _ => self.feed(Event::Done { op: f.op, result }),
         }
+        self.ended = 0..0;
         if sticky && self.engine.is_some() && self.table.sync_state() != SyncState::Failed {
             let what = if matches!(f.act, Action::Sync { .. }) { "sync" } else { "BAT write" };
             self.fail(format!("a {what} failed and the shared table does not say so"));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::table::Table;
 use crate::world::{Machine, Maker};
@@ -68,6 +68,8 @@ pub enum Break {
     NoTick,
     /// After a failed sync a successor takes the BAT that it reads for the durable one.
     TrustBatAfterFailure,
+    /// The in-use mark is not synced before the first write.
+    UnsyncedMark,
 }
 
 pub const ALL: &[Break] = &[
@@ -100,6 +102,7 @@ pub const ALL: &[Break] = &[
     Break::HoldFlush,
     Break::NoTick,
     Break::TrustBatAfterFailure,
+    Break::UnsyncedMark,
 ];
 
 /// First of the ids under which the engine knows requests that have been answered too early.

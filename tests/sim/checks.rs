@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::disk::{POISON, Stamp};
-use crate::image::{HEADER_WORDS, bat_sector};
+use crate::image::{HEADER_WORDS, IN_USE, bat_sector};
 use crate::world::World;
 
 impl World {
@@ -154,6 +154,44 @@ impl World {
         }
     }
 
+    /// After a power cut now the image would be found marked in use.
+    pub fn is_surely_marked(&self) -> bool {
+        let mut stamps = Vec::new();
+        self.possible(0, &mut stamps);
+        stamps.iter().all(|s| self.chain.arena.borrow().bytes(*s)[44..48] == IN_USE.to_le_bytes())
+    }
+
+    /// Sectors of the device that zeroings under way cover.
+    pub fn zeroings(&self) -> Vec<Range<u64>> {
+        let zeroings = self.reqs.iter().flatten().filter(|r| r.sent && r.what.kind == RequestKind::Zero);
+        zeroings.map(|r| r.what.offset / 512..(r.what.offset + r.what.len) / 512).collect()
+    }
+
+    /// A place that the step since `begun` gave to a cluster, and which is being written for the first time: no BAT
+    /// page may hold its entry unless that write ends before the page's data sync begins. (Places published by a job
+    /// that just ended, or by a zeroing, hold what they should already.)
+    pub fn note_first_writes(&mut self, begun: u64, zeroed: &[Range<u64>]) {
+        let (spc, used) = (self.shape.spc, self.table.used());
+        for slot in self.table.changed_slots() {
+            let Some((_, cluster, place)) = used.iter().copied().find(|(s, ..)| *s == slot) else { continue };
+            let (at, device) = (u64::from(place) * spc, self.sectors_of(cluster));
+            let overlaps = |r: &Range<u64>| r.start < at + spc && at < r.end;
+            if place == 0
+                || overlaps(&self.ended)
+                || zeroed.iter().any(|z| z.start <= device.start && device.end <= z.end)
+            {
+                continue;
+            }
+            let first = self.flights.iter().any(|f| {
+                let range = f.first..f.first + f.landed.len() as u64;
+                matches!(f.act, Action::Write { .. }) && f.issued >= begun && overlaps(&range)
+            });
+            if first {
+                self.unwritten.insert(place);
+            }
+        }
+    }
+
     /// A BAT page is about to be written: whatever it newly says must be true and stable already.
     pub fn check_publish(&mut self, page: u32, data: &[u8; BAT_PAGE]) {
         let clusters = self.shape.levels[self.shape.top()].clusters;
@@ -184,6 +222,11 @@ impl World {
                 self.cover.hit_if(later, "flush with changes after its data sync");
             }
             if entry != before {
+                if entry != 0 && self.shape.place(entry).is_some_and(|p| self.unwritten_at_sync.contains(&p)) {
+                    self.fail(format!(
+                        "data before entry: cluster {cluster}'s first write was in flight when the data sync began"
+                    ));
+                }
                 self.check_entry(cluster, entry, "data before entry (WriteBat)");
                 self.cover.hit_if(entry == 0, "cluster freed");
                 let place = self.shape.place(entry).unwrap_or(0);

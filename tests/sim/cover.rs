@@ -68,6 +68,7 @@ pub const WANTED: &[&str] = &[
     "two writes in flight on one sector",
     "flush arrives during a sync",
     "flush with changes after its data sync",
+    "sync with a first write in flight",
     "changed page written without a flush",
     "freed cluster reused",
     "cluster freed",

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use ploop::engine::api::LevelConfig;
+use crate::engine::api::LevelConfig;
 
 use crate::disk::{Arena, META, POISON, SECTOR, SimFile, Stamp};
 use crate::rng::Rng;
@@ -11,7 +11,7 @@ use crate::rng::Rng;
 pub const PAGE_SECTORS: u64 = 8;
 /// Words of the header, in BAT entries.
 pub const HEADER_WORDS: u32 = 16;
-const IN_USE: u32 = 0x746f_6e59;
+pub const IN_USE: u32 = 0x746f_6e59;
 
 /// Shape of one level.
 #[derive(Clone, Copy, Debug)]

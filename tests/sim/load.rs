@@ -1,6 +1,6 @@
 //! Requests: made, sent, answered; and the scheduler that decides what happens next.
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::disk::{POISON, SECTOR};
 use crate::image::stamp;

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::table::Table;
 use crate::world::Machine;

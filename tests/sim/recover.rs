@@ -1,6 +1,6 @@
 //! Death and what follows: kills, power cuts, takeovers and openings that may be interrupted themselves, clean closes.
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::broken::Break;
 use crate::disk::Stamp;
@@ -318,7 +318,9 @@ impl World {
             return true;
         }
         self.now += 1;
-        self.chain.files[top].synced(self.now);
+        if self.broken != Break::UnsyncedMark {
+            self.chain.files[top].synced(self.now);
+        }
         self.owners = None;
         false
     }
@@ -393,6 +395,8 @@ impl World {
         self.idle_ticks = 0;
         self.hold = true;
         self.ages.clear();
+        self.unwritten.clear();
+        self.unwritten_at_sync.clear();
         self.engine = Some((self.maker)(config, carried, self.table.clone()));
     }
 }

@@ -1,6 +1,6 @@
 //! At rest: what is found after a power cut, and after a clean close.
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::recover::{Outage, changes};
 use crate::world::World;

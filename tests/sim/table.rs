@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use ploop::engine::api::{Shared, SyncState};
+use crate::engine::api::{Shared, SyncState};
 
 enum Undo {
     Slot(usize, u64),

@@ -1,8 +1,9 @@
 //! The world around one engine: files, memory that survives, requests, operations in flight, time.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::ops::Range;
 
-use ploop::engine::api::*;
+use crate::engine::api::*;
 
 use crate::broken::Break;
 use crate::cover::Cover;
@@ -182,6 +183,12 @@ pub struct World {
     /// Who may be named by the BAT after a power cut; rebuilt when the BAT moved.
     pub owners: Option<HashMap<u32, Vec<u32>>>,
     pub idle_ticks: u32,
+    /// Places no data write to which has ended yet, though one is in flight; and those that were so when the last sync
+    /// began.
+    pub unwritten: HashSet<u32>,
+    pub unwritten_at_sync: HashSet<u32>,
+    /// Sectors of the file that the operation changed whose end the engine is being told.
+    pub ended: Range<u64>,
     /// Ticks for which a slot of the shared table has held the same.
     pub ages: HashMap<(usize, u32, u32), u32>,
     trace: Option<VecDeque<String>>,
@@ -243,6 +250,9 @@ impl World {
             ghosts: Vec::new(),
             owners: None,
             idle_ticks: 0,
+            unwritten: HashSet::new(),
+            unwritten_at_sync: HashSet::new(),
+            ended: 0..0,
             ages: HashMap::new(),
             trace: traced.then(VecDeque::new),
             shape,
@@ -308,6 +318,7 @@ impl World {
     pub fn feed(&mut self, event: Event<'_>) {
         self.now += 1;
         self.table.begin_step();
+        let (begun, zeroed) = (self.now, self.zeroings());
         let mut actions = Vec::new();
         let Some(engine) = self.engine.as_mut() else { return };
         engine.step(event, &mut actions);
@@ -318,6 +329,9 @@ impl World {
         for action in actions {
             self.now += 1;
             self.act(action);
+        }
+        if self.engine.is_some() {
+            self.note_first_writes(begun, &zeroed);
         }
         self.after_step();
     }

@@ -1,0 +1,99 @@
+//! Rules that a test can have broken, one at a time: the simulation proves something only if it finds each breach.
+//!
+//! Only a build of the tests has the switch. Everywhere else [`breaks`] is `false` at compile time.
+
+/// A clause of the rules that the engine does not keep while the switch is on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Breach {
+    /// A BAT page holds entries whose first data write has not ended.
+    EntryWithoutData,
+    /// A BAT page holds what is true when it is written, not what was true when its data sync began.
+    LateContent,
+    /// A flush joins the cycle that is running when it arrives.
+    JoinRunning,
+    /// A cycle writes its BAT pages without the data sync.
+    SkipDataSync,
+    /// A cycle ends with its BAT pages written, not synced.
+    SkipFinalSync,
+    /// A place is free as soon as its cluster is unmapped, while the durable BAT names it.
+    ReuseBeforeClear,
+    /// A place is free while a BAT page that names it is on its way to the disk.
+    ReuseWhileWritten,
+    /// A cluster is unmapped while operations are in flight on its place.
+    ReuseBeforeDrained,
+    /// A cluster is published when the first chunk of its copy is there.
+    HalfBuilt,
+    /// What a free place held before counts as zeroes.
+    TrustOldBytes,
+    /// A cluster that a lower level has is unmapped by a zeroing.
+    UnmapOverLower,
+    /// Closing reports success after a failed flush, so that the in-use mark is cleared.
+    CloseAsClean,
+    /// A failed sync counts as done.
+    SwallowSync,
+    /// A failed write of a BAT page counts as done.
+    SwallowBatWrite,
+    /// A failed cycle fails its own flushes; the next ones are tried again.
+    ForgetFailure,
+    /// A successor does not lay the dead worker's changes over the BAT that it reads.
+    DropCarried,
+    /// A change leaves the shared table when its cycle begins, not when it is durable.
+    SlotFreedEarly,
+    /// A change is not recorded in the shared table.
+    SlotNotStored,
+    /// Syncs are issued without a record.
+    NoSyncRecord,
+    /// Zeroings wait for space.
+    HoldZeroings,
+}
+
+/// All of them.
+#[cfg(test)]
+#[allow(dead_code)] // for the simulation, which is another crate
+pub const ALL: &[Breach] = &[
+    Breach::EntryWithoutData,
+    Breach::LateContent,
+    Breach::JoinRunning,
+    Breach::SkipDataSync,
+    Breach::SkipFinalSync,
+    Breach::ReuseBeforeClear,
+    Breach::ReuseWhileWritten,
+    Breach::ReuseBeforeDrained,
+    Breach::HalfBuilt,
+    Breach::TrustOldBytes,
+    Breach::UnmapOverLower,
+    Breach::CloseAsClean,
+    Breach::SwallowSync,
+    Breach::SwallowBatWrite,
+    Breach::ForgetFailure,
+    Breach::DropCarried,
+    Breach::SlotFreedEarly,
+    Breach::SlotNotStored,
+    Breach::NoSyncRecord,
+    Breach::HoldZeroings,
+];
+
+#[cfg(test)]
+thread_local! {
+    static ON: std::cell::Cell<Option<Breach>> = const { std::cell::Cell::new(None) };
+}
+
+/// Engines of this thread break this rule from now on.
+#[cfg(test)]
+#[allow(dead_code)] // for the simulation, which is another crate
+pub fn set(breach: Option<Breach>) {
+    ON.set(breach);
+}
+
+/// Is this rule broken on purpose?
+#[cfg(test)]
+pub fn breaks(rule: Breach) -> bool {
+    ON.get() == Some(rule)
+}
+
+/// No rule is broken on purpose.
+#[cfg(not(test))]
+#[inline(always)]
+pub const fn breaks(_: Breach) -> bool {
+    false
+}
