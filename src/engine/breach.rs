@@ -45,6 +45,18 @@ pub enum Breach {
     NoSyncRecord,
     /// Zeroings wait for space.
     HoldZeroings,
+    /// A merge copies a cluster while writes are in flight on it.
+    MergeUndrained,
+    /// Writes to a cluster that a merge has copied go to the top alone.
+    MergeUnmirrored,
+    /// Two writes to the same sectors go to both files of a merge in any order.
+    MergeCrossed,
+    /// A cluster that a merge has copied is unmapped.
+    MergeUnmapped,
+    /// A cluster that comes into the top behind a merge's cursor is not copied.
+    MergeMissed,
+    /// An error of the target is forgotten.
+    MergeSwallow,
 }
 
 /// All of them.
@@ -71,6 +83,12 @@ pub const ALL: &[Breach] = &[
     Breach::SlotNotStored,
     Breach::NoSyncRecord,
     Breach::HoldZeroings,
+    Breach::MergeUndrained,
+    Breach::MergeUnmirrored,
+    Breach::MergeCrossed,
+    Breach::MergeUnmapped,
+    Breach::MergeMissed,
+    Breach::MergeSwallow,
 ];
 
 #[cfg(test)]

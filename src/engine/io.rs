@@ -176,7 +176,7 @@ impl<S: Shared> Engine<S> {
             && self.may_unmap(ent)
             && !self.raw_top
             && !self.is_parked(cluster)
-            && !self.is_mirrored(cluster)
+            && (!self.is_mirrored(cluster) || breaks(Breach::MergeUnmapped))
         {
             self.unmap(piece, cluster, ent, place);
         } else if !self.write_both(piece, cluster, place, 0, run, out) {

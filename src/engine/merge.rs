@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 
 use super::api::{Action, BAT_PAGE, Errno, LevelConfig, MergeConfig, ReqId, Shared};
+use super::breach::{Breach, breaks};
 use super::io::Run;
 use super::map::{ENTRIES, Ent, HEADER_ENTRIES, clusters_of, page_of};
 use super::request::{Seg, Slab};
@@ -107,7 +108,7 @@ impl Merge {
 
     /// Place in the target of a cluster that is kept equal.
     fn mirror_of(&self, cluster: u32) -> Option<u32> {
-        if matches!(self.state, State::Failed(_)) {
+        if matches!(self.state, State::Failed(_)) || breaks(Breach::MergeUnmirrored) {
             return None;
         }
         let page = self.pages.get(page_of(cluster) as usize)?.as_deref()?;
@@ -169,7 +170,7 @@ impl<S: Shared> Engine<S> {
         let Some(merge) = &mut self.merge else { return false };
         let Some(mirror) = merge.mirror_of(cluster) else { return false };
         let overlaps = |p: &Pair| p.off < piece.off + piece.len && piece.off < p.off + p.len;
-        if merge.pairs.iter().any(overlaps) {
+        if merge.pairs.iter().any(overlaps) && !breaks(Breach::MergeCrossed) {
             merge.waiters.push(piece);
             self.hold(piece.req);
             return true;
@@ -203,6 +204,7 @@ impl<S: Shared> Engine<S> {
     pub(super) fn merge_anew(&mut self, cluster: u32) {
         if let Some(merge) = &mut self.merge
             && u64::from(cluster) < merge.cursor
+            && !breaks(Breach::MergeMissed)
             && !matches!(merge.state, State::Failed(_))
         {
             merge.again.push_back(cluster);
@@ -296,7 +298,8 @@ impl<S: Shared> Engine<S> {
         if let Some(merge) = &mut self.merge {
             merge.copying += 1;
         }
-        self.begin_merge_copy(cluster, from, place, ent.in_flight() > 0, out);
+        let busy = ent.in_flight() > 0 && !breaks(Breach::MergeUndrained);
+        self.begin_merge_copy(cluster, from, place, busy, out);
         true
     }
 
@@ -368,14 +371,14 @@ impl<S: Shared> Engine<S> {
         let Some(merge) = &mut self.merge else { return };
         merge.copying -= 1;
         match result {
-            Ok(()) => {
+            Err(errno) if !breaks(Breach::MergeSwallow) => self.abort_merge(errno, out),
+            _ => {
                 merge.copied += 1;
                 if let Some(page) = merge.page(cluster) {
                     page.place[slot_of(cluster)] = place;
                     page.agrees[slot_of(cluster)] = true;
                 }
             }
-            Err(errno) => self.abort_merge(errno, out),
         }
     }
 
@@ -387,7 +390,9 @@ impl<S: Shared> Engine<S> {
         out: &mut Vec<Action>,
     ) -> Result<(), Errno> {
         // A write that failed in one of the two files leaves them different.
-        if let Err(errno) = result {
+        if let Err(errno) = result
+            && !breaks(Breach::MergeSwallow)
+        {
             self.abort_merge(errno, out);
         }
         if level == self.top { result } else { Ok(()) }

@@ -5,6 +5,7 @@ use crate::engine::api::*;
 use crate::broken::Break;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::PAGE_SECTORS;
+use crate::merge::level_of;
 use crate::recover::changes;
 use crate::world::{Flight, World};
 
@@ -30,6 +31,7 @@ impl World {
                 }
             }
             Action::Overlay { bounce, at, from, len } => self.overlay(bounce, at, from, len),
+            Action::Merged { result } => self.merged(result),
             Action::Closed { result } => {
                 if !self.closing || self.closed.is_some() {
                     self.fail("Closed without a Close, or twice");
@@ -146,7 +148,8 @@ impl World {
             self.fail(format!("{act:?} on an image that is not durably marked in use"));
         }
         let (first, count) = Self::extent(act);
-        let first_data = self.first_data_sector();
+        let target = level_of(act, top);
+        let first_data = u64::from(self.shape.levels[target].first_data) * self.shape.spc;
         match act {
             Action::Read { level, to, len, .. } => {
                 let level = *level as usize;
@@ -161,7 +164,7 @@ impl World {
                 self.not_in_flight(*to, *len);
             }
             Action::Write { from, len, .. } => {
-                if first < first_data || first + count > self.chain.files[top].len() {
+                if first < first_data || first + count > self.chain.files[target].len() {
                     self.fail(format!("{act:?} outside the data of its file"));
                 }
                 match *from {
@@ -175,15 +178,15 @@ impl World {
                     }
                 }
                 let values: Vec<Stamp> = (0..count).map(|i| self.source(act, i as usize)).collect();
-                self.check_data_write(first, &values);
+                self.check_write(target, first, &values);
             }
             Action::ZeroRange { .. } => {
-                if first < first_data || first + count > self.chain.files[top].len() {
+                if first < first_data || first + count > self.chain.files[target].len() {
                     self.fail(format!("{act:?} outside the data of its file"));
                 }
-                self.check_data_write(first, &vec![0; count as usize]);
+                self.check_write(target, first, &vec![0; count as usize]);
             }
-            Action::Fallocate { .. } if (first < first_data || self.shape.raw_top()) => {
+            Action::Fallocate { .. } if (first < first_data || self.shape.levels[target].raw.is_some()) => {
                 self.fail(format!("{act:?} is not for new clusters of an image"));
             }
             Action::ReadBat { level, page, len, .. } => {
@@ -222,6 +225,13 @@ impl World {
         }
     }
 
+    fn check_write(&mut self, level: usize, first: u64, values: &[Stamp]) {
+        match level == self.shape.top() {
+            true => self.check_data_write(first, values),
+            false => self.check_target_write(level, first, values),
+        }
+    }
+
     /// What an operation writes to its sector `i`.
     pub fn source(&self, act: &Action, i: usize) -> Stamp {
         match act {
@@ -243,7 +253,8 @@ impl World {
             return;
         }
         let f = &self.flights[at];
-        let (sector, serial, top) = (f.first + i as u64, f.serial, self.shape.top());
+        let (sector, serial) = (f.first + i as u64, f.serial);
+        let level = level_of(&f.act, self.shape.top());
         match &f.act {
             Action::Read { level, to, .. } => {
                 let value = self.chain.files[*level as usize].read(sector);
@@ -266,7 +277,7 @@ impl World {
                 if matches!(act, Action::WriteBat { .. }) {
                     self.owners = None;
                 }
-                self.chain.files[top].land(sector, value, serial);
+                self.chain.files[level].land(sector, value, serial);
             }
             _ => {}
         }
@@ -306,6 +317,7 @@ impl World {
     pub fn complete(&mut self, at: usize) {
         let result = self.verdict(at);
         let top = self.shape.top();
+        let level = level_of(&self.flights[at].act, top);
         let torn = self.broken == Break::TornWrite
             && matches!(self.flights[at].act, Action::Write { .. })
             && self.rng.permille(50);
@@ -337,7 +349,7 @@ impl World {
         match &f.act {
             Action::Fallocate { file_off, len, .. } => {
                 let end = (file_off + len) / SECTOR;
-                let file = &mut self.chain.files[top];
+                let file = &mut self.chain.files[level];
                 match result {
                     Ok(()) => file.extend(end, f.serial),
                     // As much as there was room for.
@@ -365,20 +377,20 @@ impl World {
             f.act,
             Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. } | Action::Fallocate { .. }
         ) {
-            let end = self.chain.files[top].len().max(f.first + f.landed.len() as u64);
+            let end = self.chain.files[level].len().max(f.first + f.landed.len() as u64);
             let all = if matches!(f.act, Action::Fallocate { .. }) {
                 0..end
             } else {
                 f.first..f.first + f.landed.len() as u64
             };
             self.now += 1;
-            self.chain.files[top].finished(all, f.serial, self.now);
+            self.chain.files[level].finished(all, f.serial, self.now);
         }
         self.tell(&f, result);
     }
 
     fn tell(&mut self, f: &Flight, result: Result<(), Errno>) {
-        if changes(&f.act) {
+        if changes(&f.act) && level_of(&f.act, self.shape.top()) == self.shape.top() {
             self.ended = f.first..f.first + f.landed.len() as u64;
             let (ended, spc) = (self.ended.clone(), self.shape.spc);
             self.unwritten.retain(|p| u64::from(*p + 1) * spc <= ended.start || ended.end <= u64::from(*p) * spc);

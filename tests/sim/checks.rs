@@ -7,6 +7,7 @@ use crate::engine::api::*;
 
 use crate::disk::{POISON, Stamp};
 use crate::image::{HEADER_WORDS, IN_USE, bat_sector};
+use crate::merge::level_of;
 use crate::world::World;
 
 impl World {
@@ -18,7 +19,11 @@ impl World {
 
     /// Contents of a file sector of the top that operations in flight may still bring.
     fn in_flight(&self, sector: u64, out: &mut Vec<Stamp>) {
-        for f in &self.flights {
+        self.in_flight_in(self.shape.top(), sector, out);
+    }
+
+    fn in_flight_in(&self, level: usize, sector: u64, out: &mut Vec<Stamp>) {
+        for f in self.flights.iter().filter(|f| level_of(&f.act, self.shape.top()) == level) {
             let inside = sector >= f.first && sector < f.first + f.landed.len() as u64;
             if inside && matches!(f.act, Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. }) {
                 let i = (sector - f.first) as usize;
@@ -31,8 +36,13 @@ impl World {
 
     /// Contents of a file sector of the top that a power cut may leave.
     fn possible(&self, sector: u64, out: &mut Vec<Stamp>) {
-        self.chain.files[self.shape.top()].possible(sector, out);
-        self.in_flight(sector, out);
+        self.possible_in(self.shape.top(), sector, out);
+    }
+
+    /// The same for any level.
+    pub fn possible_in(&self, level: usize, sector: u64, out: &mut Vec<Stamp>) {
+        self.chain.files[level].possible(sector, out);
+        self.in_flight_in(level, sector, out);
     }
 
     /// Entries of a cluster that a power cut may leave.
@@ -78,7 +88,7 @@ impl World {
 
     fn initial(&mut self, sector: u64) {
         if !self.oracle.is_touched(sector) {
-            let value = self.origin.read(&self.shape, sector, false);
+            let value = self.origin.1.read(&self.origin.0, sector, false);
             self.oracle.begin_with(sector, value);
         }
     }
@@ -125,9 +135,13 @@ impl World {
     fn check_entry(&mut self, cluster: u32, entry: u32, what: &str) {
         let (top, spc, horizon) = (self.shape.top(), self.shape.spc, self.oracle.flushed);
         if entry == 0 {
+            let mut values = Vec::new();
             for s in self.sectors_of(cluster) {
-                let below = self.chain.read_below(&self.shape, top, s);
-                self.must_admit(s, below, horizon, format_args!("{what}, entry 0"));
+                values.clear();
+                self.possible_below(s, &mut values);
+                for v in &values {
+                    self.must_admit(s, *v, horizon, format_args!("{what}, entry 0"));
+                }
             }
             return;
         }
@@ -184,7 +198,8 @@ impl World {
             }
             let first = self.flights.iter().any(|f| {
                 let range = f.first..f.first + f.landed.len() as u64;
-                matches!(f.act, Action::Write { .. }) && f.issued >= begun && overlaps(&range)
+                let top = level_of(&f.act, self.shape.top()) == self.shape.top();
+                matches!(f.act, Action::Write { .. }) && top && f.issued >= begun && overlaps(&range)
             });
             if first {
                 self.unwritten.insert(place);

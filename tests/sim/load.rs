@@ -70,7 +70,7 @@ impl World {
 
     fn touch(&mut self, sector: u64) {
         if !self.oracle.is_touched(sector) {
-            let value = self.origin.read(&self.shape, sector, false);
+            let value = self.origin.1.read(&self.origin.0, sector, false);
             self.oracle.begin_with(sector, value);
         }
         self.touched.insert((sector / self.shape.spc) as u32);
@@ -405,6 +405,7 @@ impl World {
             ));
         } else if !self.closing {
             self.check_idle();
+            self.check_merge_ends();
             self.cover.hit("all quiet");
             self.want_close = self.issued >= self.settings.operations;
             self.idle_ticks = 0;

@@ -18,6 +18,7 @@ mod disk;
 mod engine;
 mod image;
 mod load;
+mod merge;
 mod naive;
 mod oracle;
 mod recover;
@@ -34,7 +35,7 @@ use std::time::Duration;
 use broken::{Break, Broken};
 use cover::Cover;
 use engine::Engine;
-use engine::api::{Action, Carried, Config, Event, Status};
+use engine::api::{Action, BAT_PAGE, Carried, Config, Event, Status};
 use engine::breach;
 use table::Table;
 use world::{Machine, Maker, Violation, World};
@@ -46,6 +47,14 @@ impl Machine for Engine<Table> {
 
     fn status(&self) -> Status {
         Engine::status(self)
+    }
+
+    fn merged_pages(&self) -> Vec<(u32, Box<[u8; BAT_PAGE]>)> {
+        Engine::merged_pages(self).collect()
+    }
+
+    fn merges(&self) -> bool {
+        true
     }
 }
 
@@ -156,7 +165,7 @@ fn the_engine_passes() {
     println!("{}", cover.table());
     // Fifty seeds need not meet everything.
     if seeds() >= 200 && std::env::var_os("SIM_SEED").is_none() {
-        let missing = cover.missing(cover::WANTED);
+        let missing = cover.missing(&[cover::WANTED, merge::WANTED].concat());
         assert!(missing.is_empty(), "never happened: {missing:?}");
     }
 }

@@ -4,6 +4,7 @@ use crate::engine::api::*;
 
 use crate::broken::Break;
 use crate::disk::Stamp;
+use crate::merge::level_of;
 use crate::table::Table;
 use crate::world::World;
 
@@ -31,6 +32,7 @@ impl World {
         let copying = self.flights.iter().any(|f| self.copied_cluster(f).is_some());
         let waiting = self.no_space && self.engine.as_ref().is_some_and(|e| e.status().no_space);
         self.cover.hit("kill");
+        self.cover_merge_kill();
         self.cover.hit_if(flush, "kill during flush");
         self.cover.hit_if(sync, "kill with a sync in flight");
         self.cover.hit_if(bat, "kill with a BAT write in flight");
@@ -67,10 +69,11 @@ impl World {
                 }
             }
             let f = self.flights.swap_remove(at);
+            let level = level_of(&f.act, top);
             self.say(|_| format!("late: op {} {:?}", f.op.0, f.landed.iter().filter(|l| **l).count()));
             match &f.act {
                 Action::Fallocate { file_off, len, .. } if fate == 2 => {
-                    self.chain.files[top].extend((file_off + len) / 512, f.serial);
+                    self.chain.files[level].extend((file_off + len) / 512, f.serial);
                 }
                 Action::Sync { .. } => self.late_sync(f.issued),
                 act if changes(act) => {
@@ -87,7 +90,7 @@ impl World {
                 _ => {}
             }
             self.now += 1;
-            let file = &mut self.chain.files[top];
+            let file = &mut self.chain.files[level];
             if changes(&f.act) {
                 let all = match f.act {
                     Action::Fallocate { .. } => 0..file.len(),
@@ -120,6 +123,9 @@ impl World {
     }
 
     fn leave_ghosts(&mut self, at: usize) {
+        if level_of(&self.flights[at].act, self.shape.top()) != self.shape.top() {
+            return;
+        }
         for i in 0..self.flights[at].landed.len() {
             if !self.flights[at].landed[i] {
                 let value: Stamp = self.source(&self.flights[at].act, i);
@@ -171,7 +177,6 @@ impl World {
     pub fn power_cut(&mut self) {
         self.say(|_| "POWER CUT".into());
         self.cover_power_cut();
-        let top = self.shape.top();
         let clusters: Vec<u32> = self.touched.iter().chain(&self.shape.hot).copied().collect();
         for c in &clusters {
             self.check_power(*c, "power cut now");
@@ -184,14 +189,16 @@ impl World {
             let f = self.flights.remove(at);
             let landed = f.landed.iter().filter(|l| **l).count();
             torn |= matches!(f.act, Action::WriteBat { .. }) && landed > 0 && landed < f.landed.len();
-            if let Action::Fallocate { file_off, len, .. } = &f.act
+            if let Action::Fallocate { file_off, len, level, .. } = &f.act
                 && self.rng.coin()
             {
-                self.chain.files[top].extend((file_off + len) / 512, f.serial);
+                self.chain.files[usize::from(*level)].extend((file_off + len) / 512, f.serial);
             }
         }
         self.cover.hit_if(torn, "torn BAT page after a power cut");
-        self.chain.files[top].power_cut(&mut self.rng);
+        self.chain.files.iter_mut().for_each(|f| f.power_cut(&mut self.rng));
+        let merging = self.merging.take().is_some();
+        self.cover.hit_if(merging, "power cut during a merge");
         self.engine = None;
         self.closed = None;
         self.closing = false;
@@ -216,7 +223,7 @@ impl World {
     }
 
     /// The recovery itself may be interrupted. True: begin again.
-    fn interrupted(&mut self, outage: &mut Outage) -> bool {
+    pub fn interrupted(&mut self, outage: &mut Outage) -> bool {
         if self.settings.kill > 0 && self.rng.below(16) == 0 {
             self.cover.hit_if(*outage == Outage::Kill, "takeover interrupted by a kill");
             return true;
@@ -375,6 +382,8 @@ impl World {
         let s = &self.settings;
         self.header = if self.shape.raw_top() { [0; 64] } else { self.chain.header(top) };
         self.bounces = vec![vec![crate::disk::POISON | 0xb00; s.bounce_bytes as usize / 512]; usize::from(s.bounces)];
+        let merge = self.begin_merge();
+        let s = &self.settings;
         let config = Config {
             cluster_shift: self.shape.shift,
             device_bytes: self.shape.sectors * 512,
@@ -387,7 +396,7 @@ impl World {
             map_pages: s.map_pages,
             bat_age: s.bat_age,
             failed,
-            merge: None,
+            merge,
         };
         self.limit = config.alloc.limit;
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
@@ -397,6 +406,8 @@ impl World {
         self.ages.clear();
         self.unwritten.clear();
         self.unwritten_at_sync.clear();
-        self.engine = Some((self.maker)(config, carried, self.table.clone()));
+        let engine = (self.maker)(config, carried, self.table.clone());
+        self.merging.take_if(|_| !engine.merges());
+        self.engine = Some(engine);
     }
 }

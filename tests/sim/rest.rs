@@ -70,6 +70,7 @@ impl World {
             }
             Ok(()) => self.cover.hit("closed well"),
         }
+        let pages = self.engine.as_ref().map(|e| e.merged_pages()).unwrap_or_default();
         let status = self.engine.take().map(|e| e.status()).unwrap_or_default();
         self.flights.clear();
         self.closing = false;
@@ -86,6 +87,9 @@ impl World {
             return;
         }
         self.check_rest(&status);
+        if self.finish_merge(pages) {
+            return;
+        }
         let top = self.shape.top();
         self.serial += 1;
         self.chain.files[top].truncate(u64::from(status.alloc_end) * self.shape.spc, self.serial);

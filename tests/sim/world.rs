@@ -9,6 +9,7 @@ use crate::broken::Break;
 use crate::cover::Cover;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::{Chain, Shape};
+use crate::merge::Merging;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::table::Table;
@@ -20,6 +21,14 @@ pub trait Machine {
     /// One that works on one request at a time cannot keep the rule that only writes wait for space.
     fn holds_only_writes(&self) -> bool {
         true
+    }
+    /// See `Engine::merged_pages`.
+    fn merged_pages(&self) -> Vec<(u32, Box<[u8; BAT_PAGE]>)> {
+        Vec::new()
+    }
+    /// It can merge.
+    fn merges(&self) -> bool {
+        false
     }
 }
 
@@ -54,6 +63,8 @@ pub struct Settings {
     pub power: u32,
     pub close: u32,
     pub no_space: u32,
+    /// In permille of the sessions.
+    pub merge: u32,
     /// Without space overwrites fail too, as on a copy-on-write file system.
     pub cow: bool,
 }
@@ -84,6 +95,7 @@ impl Settings {
             close: rng.pick(&[0, 30, 100]),
             no_space: rng.pick(&[0, 0, 100, 300]),
             cow: rng.coin(),
+            merge: rng.pick(&[0, 0, 500, 900]),
         }
     }
 }
@@ -127,7 +139,9 @@ pub struct World {
     pub settings: Settings,
     pub chain: Chain,
     /// The chain as it was made.
-    pub origin: Chain,
+    pub origin: (Shape, Chain),
+    /// The merge of this session.
+    pub merging: Option<Merging>,
     /// Of each lower level: which cluster lives at a place.
     pub lower_owner: Vec<HashMap<u32, u32>>,
     pub oracle: Oracle,
@@ -213,7 +227,8 @@ impl World {
             rng,
             seed,
             now: 1,
-            origin: chain.clone(),
+            origin: (shape.clone(), chain.clone()),
+            merging: None,
             chain,
             lower_owner,
             oracle,
