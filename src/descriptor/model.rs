@@ -127,32 +127,37 @@ impl Descriptor {
     /// The images from the base to `guid`.
     pub fn chain(&self, guid: &Guid) -> Result<Vec<&Image>> {
         if self.shot(guid).is_none() {
-            bail!(NoSnap, "no snapshot {guid} in the descriptor");
+            bail!(NoSnap, "no snapshot {guid} in the descriptor in {}", self.dir.display());
         }
         let mut chain = Vec::new();
         let mut at = *guid;
         loop {
             let mut shots = self.shots.iter().filter(|s| s.guid == at);
             let Some(shot) = shots.next() else {
-                bail!(DiskDescr, "descriptor: snapshot {at}, a parent in the chain of {guid}, is missing");
+                bail!(
+                    DiskDescr,
+                    "descriptor in {}: snapshot {at}, a parent in the chain of {guid}, is missing",
+                    self.dir.display()
+                );
             };
             let mut images = self.images.iter().filter(|i| i.guid == at);
             let Some(image) = images.next() else {
-                bail!(DiskDescr, "descriptor: snapshot {at} has no image");
+                bail!(DiskDescr, "descriptor in {}: snapshot {at} has no image", self.dir.display());
             };
             if shots.next().is_some() || images.next().is_some() {
-                bail!(DiskDescr, "descriptor: snapshot {at} is there twice");
+                bail!(DiskDescr, "descriptor in {}: snapshot {at} is there twice", self.dir.display());
             }
             if shot.reverse_merge.is_some() {
                 bail!(
                     DiskDescr,
-                    "descriptor: snapshot {at} is marked TemporaryZero, half merged by another program: that program \
-                     must finish it"
+                    "descriptor in {}: snapshot {at} is marked TemporaryZero, half merged by another program: that program \
+                     must finish it",
+                    self.dir.display()
                 );
             }
             chain.push(image);
             if chain.len() > self.shots.len() {
-                bail!(DiskDescr, "descriptor: the chain of {guid} runs in a circle");
+                bail!(DiskDescr, "descriptor in {}: the chain of {guid} runs in a circle", self.dir.display());
             }
             if shot.parent.is_none() {
                 break;
@@ -160,7 +165,12 @@ impl Descriptor {
             at = shot.parent;
         }
         if chain.len() > MAX_CHAIN {
-            bail!(DiskDescr, "descriptor: the chain of {guid} has {} images: at most {MAX_CHAIN}", chain.len());
+            bail!(
+                DiskDescr,
+                "descriptor in {}: the chain of {guid} has {} images: at most {MAX_CHAIN}",
+                self.dir.display(),
+                chain.len()
+            );
         }
         chain.reverse();
         Ok(chain)
@@ -171,25 +181,35 @@ impl Descriptor {
         let mut guids = HashSet::new();
         for shot in &self.shots {
             if !guids.insert(shot.guid) {
-                bail!(DiskDescr, "descriptor: snapshot {} is there twice", shot.guid);
+                bail!(DiskDescr, "descriptor in {}: snapshot {} is there twice", self.dir.display(), shot.guid);
             }
         }
         let mut files = HashSet::new();
         let mut images = HashSet::new();
         for image in &self.images {
             if !guids.contains(&image.guid) {
-                bail!(DiskDescr, "descriptor: image {} ({}) has no snapshot", image.guid, image.file.display());
+                bail!(
+                    DiskDescr,
+                    "descriptor in {}: image {} ({}) has no snapshot",
+                    self.dir.display(),
+                    image.guid,
+                    image.file.display()
+                );
             }
             if !images.insert(image.guid) {
-                bail!(DiskDescr, "descriptor: image {} is there twice", image.guid);
+                bail!(DiskDescr, "descriptor in {}: image {} is there twice", self.dir.display(), image.guid);
             }
             if !files.insert(&image.file) {
-                bail!(DiskDescr, "descriptor: file {} is named twice", image.file.display());
+                bail!(DiskDescr, "descriptor in {}: file {} is named twice", self.dir.display(), image.file.display());
             }
         }
         let bases = self.shots.iter().filter(|s| s.parent.is_none()).count();
         if bases != 1 {
-            bail!(DiskDescr, "descriptor: {bases} snapshots have no parent: must be exactly one");
+            bail!(
+                DiskDescr,
+                "descriptor in {}: {bases} snapshots have no parent: must be exactly one",
+                self.dir.display()
+            );
         }
         for shot in &self.shots {
             self.chain(&shot.guid)?;
@@ -204,7 +224,12 @@ impl Descriptor {
             return Ok(());
         }
         if self.shot(&guid::TOP).is_some() || self.image(&guid::TOP).is_some() {
-            bail!(DiskDescr, "descriptor: TopGUID is {old}, and {} is another snapshot's", guid::TOP);
+            bail!(
+                DiskDescr,
+                "descriptor in {}: TopGUID is {old}, and {} is another snapshot's",
+                self.dir.display(),
+                guid::TOP
+            );
         }
         for image in self.images.iter_mut().filter(|i| i.guid == old) {
             image.guid = guid::TOP;

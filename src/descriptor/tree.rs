@@ -25,7 +25,10 @@ impl Descriptor {
     pub fn known(&self, guid: &Guid) -> Result<&Shot> {
         self.shot(guid).ok_or_else(|| {
             let known: Vec<String> = self.shots.iter().map(|s| s.guid.to_string()).collect();
-            Error::new(Kind::NoSnap, format!("no snapshot {guid} in this disk; there are {}", known.join(", ")))
+            Error::new(
+                Kind::NoSnap,
+                format!("no snapshot {guid} in the disk in {}; there are {}", self.dir.display(), known.join(", ")),
+            )
         })
     }
 
@@ -111,7 +114,11 @@ impl Descriptor {
     pub fn switch(&mut self, to: &Guid, file: Option<PathBuf>, keep: Option<Guid>) -> Result<Option<PathBuf>> {
         self.check_form()?;
         let Some(shot) = self.shot(to) else {
-            bail!(Param, "no snapshot {to} in this disk to switch to");
+            bail!(
+                Param,
+                "no snapshot {to} to switch to in the disk in {}; ploop snapshot-list shows them",
+                self.dir.display()
+            );
         };
         let to = shot.guid;
         if to == guid::TOP {
@@ -190,7 +197,7 @@ impl Descriptor {
         }
         let mut next = self.clone();
         let Some(file) = next.remove(&guid) else {
-            bail!(DiskDescr, "descriptor: snapshot {guid} has no image");
+            bail!(DiskDescr, "descriptor in {}: snapshot {guid} has no image", self.dir.display());
         };
         if guid == guid::TOP {
             next.rename(&parent, guid::TOP);
@@ -269,7 +276,7 @@ impl Descriptor {
         self.check_new_file(&file)?;
         match self.images.iter_mut().find(|i| i.guid == *guid) {
             Some(image) => Ok(std::mem::replace(&mut image.file, file)),
-            None => bail!(DiskDescr, "descriptor: snapshot {guid} has no image"),
+            None => bail!(DiskDescr, "descriptor in {}: snapshot {guid} has no image", self.dir.display()),
         }
     }
 

@@ -87,6 +87,26 @@ fn u64_at(bytes: &[u8; SIZE], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
+/// What an image that is none of ours is, as far as it can be told.
+fn foreign(b: &[u8; SIZE]) -> Error {
+    let shown = b[..16].escape_ascii();
+    Error::new(
+        Kind::Format,
+        if b.starts_with(b"QFI\xfb") {
+            format!(
+                "signature '{shown}' at offset 0 is that of a qcow2 image: must be a ploop1 image; \
+                 `qemu-img convert -O parallels` makes one of it"
+            )
+        } else if b.starts_with(b"LUKS") {
+            format!("signature '{shown}' at offset 0 is that of a LUKS container: encrypted disks are not supported")
+        } else {
+            format!(
+                "signature '{shown}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'"
+            )
+        },
+    )
+}
+
 impl Header {
     /// Header of a new, empty image: not in use, flagged empty. `sectors` is rounded up to a cluster.
     pub fn new(version: Version, cluster: ClusterSize, sectors: u64) -> Result<Header> {
@@ -135,11 +155,7 @@ impl Header {
         } else if b.starts_with(SIGNATURE_V2) {
             Version::V2
         } else {
-            bail!(
-                Format,
-                "signature '{}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'",
-                b[..16].escape_ascii()
-            );
+            return Err(foreign(b));
         };
         let kind = u32_at(b, 16);
         if kind != TYPE {

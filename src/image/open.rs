@@ -54,9 +54,11 @@ pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
         Ok(SFlag::S_IFREG) => Ok(fd),
         Ok(kind) => {
             let what = match kind {
-                SFlag::S_IFLNK => "a symbolic link",
+                SFlag::S_IFLNK => "a symbolic link (links are not followed for images that a descriptor names)",
                 SFlag::S_IFDIR => "a folder",
                 SFlag::S_IFBLK | SFlag::S_IFCHR => "a device",
+                SFlag::S_IFIFO => "a pipe",
+                SFlag::S_IFSOCK => "a socket",
                 _ => "no file",
             };
             bail!(Open, "{} is {what}: an image must be a regular file", path.display())

@@ -51,7 +51,7 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         (Some(guid), None, _) => (guid, parent(&disk, &guid)?),
         (None, None, true) => match disk.chain(&top)?.first() {
             Some(base) => (top, base.guid),
-            None => bail!(DiskDescr, "descriptor: the top has no chain"),
+            None => bail!(DiskDescr, "{}: the top has no chain", disk.path.display()),
         },
         (None, None, false) => (top, parent(&disk, &top)?),
     };

@@ -1,11 +1,13 @@
 //! Mounting: a chain of images becomes a device, its file system appears at a folder. A step that fails undoes the ones
 //! before it.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
 use super::{find, recover, temporary};
@@ -102,6 +104,8 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         .iter()
         .map(|image| level(&image.file, Some(&disk.dir), disk.is_raw(image)))
         .collect::<Result<Vec<Level>>>()?;
+    refuse_twice(&levels).map_err(|e| e.as_kind(Kind::DiskDescr).context(disk.path.display()))?;
+    refuse_used(&levels, params.read_only)?;
     host_checks(&levels)?;
     let device = attach(AttachSpec {
         levels,
@@ -141,6 +145,10 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
             level(&file, None, raw && i == 0)
         })
         .collect::<Result<Vec<Level>>>()?;
+    refuse_twice(&levels)?;
+    if !params.force {
+        refuse_used(&levels, params.read_only)?;
+    }
     let raw_cluster = match raw {
         true => Some(raw_cluster(&levels[0], params.cluster)?),
         false => None,
@@ -193,7 +201,10 @@ fn check_target(target: Option<&Path>) -> Result<()> {
 fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
     let unknown = |text: &str| {
         let known: Vec<String> = disk.shots.iter().map(|s| s.guid.to_string()).collect();
-        Error::new(Kind::NoSnap, format!("no snapshot {text} in this disk; there are {}", known.join(", ")))
+        Error::new(
+            Kind::NoSnap,
+            format!("no snapshot {text} in the disk in {}; there are {}", disk.dir.display(), known.join(", ")),
+        )
     };
     match guid {
         None => Ok(disk.top),
@@ -235,6 +246,50 @@ fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
         _ => e,
     })?;
     Ok(Level { path: path.to_owned(), raw, fd })
+}
+
+/// Device and inode number of an image.
+fn identity(level: &Level) -> Result<(u64, u64)> {
+    let stat = fstat(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// A file is one level of a chain, whatever it is called there.
+fn refuse_twice(levels: &[Level]) -> Result<()> {
+    let mut seen = HashMap::new();
+    for level in levels {
+        if let Some(other) = seen.insert(identity(level)?, &level.path) {
+            bail!(
+                Param,
+                "image {} is there twice, the other time as {}: each level of a chain is a file of its own",
+                level.path.display(),
+                other.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What a device of ours writes to has no other users; what it reads is not written to.
+fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
+    let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
+    for device in device::list()?.iter().filter(|d| d.state != State::Dead) {
+        let record = &device.record;
+        let written = if record.read_only { None } else { record.ids.last() };
+        let top = if read_only { None } else { ids.last() };
+        let clash = written.filter(|w| ids.contains(w)).or(top.filter(|t| record.ids.contains(t)));
+        let Some(level) = clash.and_then(|c| ids.iter().position(|i| i == c)).and_then(|at| levels.get(at)) else {
+            continue;
+        };
+        bail!(
+            Mount,
+            "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",
+            level.path.display(),
+            device.node().display(),
+            device.node().display()
+        );
+    }
+    Ok(())
 }
 
 /// The cluster of a raw base: as given, else the largest from 1 MiB to 32 KiB that divides the file.
