@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 /// Files with public items of the C header, in the header's order.
-const SOURCES: [&str; 6] = ["consts", "types", "descriptor", "devices", "mount", "log"];
+const SOURCES: [&str; 7] = ["consts", "types", "descriptor", "devices", "mount", "snapshots", "log"];
 
 fn main() {
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libploop.so.1");

@@ -9,6 +9,10 @@ mkdir "$SCRATCH/disks"
 rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
 env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c with a small environment"
 
+compile "$SCRATCH/snapshots" "$ROOT/capi-tests/args/snapshots.c"
+mkdir "$SCRATCH/tree"
+"$SCRATCH/snapshots" "$SCRATCH/tree" || fail "snapshots.c"
+
 compile "$SCRATCH/logging" "$ROOT/capi-tests/args/logging.c"
 "$SCRATCH/logging" "$SCRATCH" || fail "logging.c"
 
@@ -27,4 +31,7 @@ if command -v valgrind >/dev/null && [ "${PLOOP_TEST:-}" = full ]; then
     rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
     valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 \
         "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c under valgrind"
+    rm -rf "$SCRATCH/tree" && mkdir "$SCRATCH/tree"
+    valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 \
+        "$SCRATCH/snapshots" "$SCRATCH/tree" || fail "snapshots.c under valgrind"
 fi

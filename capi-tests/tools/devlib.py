@@ -131,7 +131,7 @@ def have(*programs):
             raise Skip(f"{p} is not installed")
 
 
-def debian(*args, rc=0, limit=120, large=False):
+def debian(*args, rc=0, limit=120, large=False, quiet=False):
     """Debian's own ploop, with the padded environment it needs; large: with version 2 allowed (see its large_disk_support)."""
     if not os.path.exists(DEBIAN_PLOOP):
         raise Skip(f"{DEBIAN_PLOOP} (package ploop) is not installed")
@@ -144,7 +144,7 @@ def debian(*args, rc=0, limit=120, large=False):
         script = ("mount --make-rprivate /sys && mount -t tmpfs none /sys/module && mkdir -p /sys/module/ploop/parameters && "
                   "echo 1 > /sys/module/ploop/parameters/large_disk_support && exec \"$@\"")
         cmd = ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script, "sh", *cmd]
-    return run(*cmd, rc=rc, limit=limit, env=env)
+    return run(*cmd, rc=rc, limit=limit, env=env, quiet=quiet)
 
 
 _debian_seen = []

@@ -265,34 +265,6 @@ struct ploop_mount_param {
     char dummy[32];
 };
 
-/* Which image of a chain to replace, by guid, else by cur_file, else by level. */
-struct ploop_replace_param {
-    /* The replacement, an identical copy. */
-    char *file;
-    /* Image to replace, by GUID. */
-    char *guid;
-    /* The same by level in the running device, 0 is the base. */
-    int level;
-    /* The same by file name. */
-    char *cur_file;
-    /* enum ploop_replace_flags. */
-    int flags;
-    /* Reserved, keep 0. */
-    char dummy[32];
-};
-
-/* How to resize a disk. */
-struct ploop_resize_param {
-    /* New size in sectors; 0: inflate the balloon to the maximum. */
-    unsigned long long size;
-    /* Non-zero: allow the offline way when the image is not mounted. */
-    int offline_resize;
-    /* Process in whose mount namespace the image may be mounted; 0: none. */
-    pid_t mntns_pid;
-    /* Reserved, keep 0. */
-    char dummy[32];
-};
-
 /* How to make a snapshot. */
 struct ploop_snapshot_param {
     /* GUID of the new snapshot; NULL: generated. */
@@ -319,18 +291,6 @@ struct ploop_tsnapshot_param {
     char dummy[32];
 };
 
-/* Which snapshot to switch to. */
-struct ploop_snapshot_switch_param {
-    /* Snapshot that becomes the parent of the new top, required. */
-    const char *guid;
-    /* New GUID of the old top, when it is kept. */
-    const char *guid_old;
-    /* PLOOP_SNAP_SKIP_TOPDELTA_DESTROY, PLOOP_SNAP_SKIP_TOPDELTA_CREATE. */
-    int flags;
-    /* Reserved, keep 0. */
-    char dummy[32];
-};
-
 /* Which snapshots to merge. */
 struct ploop_merge_param {
     /* Keep 0. */
@@ -343,6 +303,46 @@ struct ploop_merge_param {
     const char *guid2;
     /* New file to merge into, or NULL. */
     const char *new_delta;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Which snapshot to switch to. */
+struct ploop_snapshot_switch_param {
+    /* Snapshot that becomes the parent of the new top, required. */
+    const char *guid;
+    /* New GUID of the old top, when it is kept. */
+    const char *guid_old;
+    /* PLOOP_SNAP_SKIP_TOPDELTA_DESTROY, PLOOP_SNAP_SKIP_TOPDELTA_CREATE. */
+    int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* Which image of a chain to replace, by guid, else by cur_file, else by level. */
+struct ploop_replace_param {
+    /* The replacement, an identical copy. */
+    char *file;
+    /* Image to replace, by GUID. */
+    char *guid;
+    /* The same by level in the running device, 0 is the base. */
+    int level;
+    /* The same by file name. */
+    char *cur_file;
+    /* enum ploop_replace_flags. */
+    int flags;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
+/* How to resize a disk. */
+struct ploop_resize_param {
+    /* New size in sectors; 0: inflate the balloon to the maximum. */
+    unsigned long long size;
+    /* Non-zero: allow the offline way when the image is not mounted. */
+    int offline_resize;
+    /* Process in whose mount namespace the image may be mounted; 0: none. */
+    pid_t mntns_pid;
     /* Reserved, keep 0. */
     char dummy[32];
 };
@@ -538,6 +538,51 @@ int ploop_umount_image(struct ploop_disk_images_data *di);
 
 /* Unmounts and detaches a device by its path. di may be NULL. */
 int ploop_umount(const char *device, struct ploop_disk_images_data *di);
+
+/*
+ * Takes a snapshot: what the disk holds now is kept as param->guid, and a new top delta takes what is written from now on.
+ * The file system of a running disk is brought to rest first. A GUID that is malformed or there already: SYSEXIT_PARAM.
+ */
+int ploop_create_snapshot(struct ploop_disk_images_data *di, struct ploop_snapshot_param *param);
+
+/*
+ * Takes a snapshot that goes away when nobody uses it, and mounts it read-only as a device of its own with component
+ * param->component_name; param->device tells which. With holder_fd the device is opened and the descriptor stored there:
+ * the snapshot lives while it is open. Without, the component gets a leading ~, and it lives until it is unmounted.
+ */
+int ploop_create_temporary_snapshot(struct ploop_disk_images_data *di, struct ploop_tsnapshot_param *param, int *holder_fd);
+
+/*
+ * Deletes snapshot guid. What stands on it keeps its content: a single one takes its place, for several it stays, marked
+ * temporary, until one is left. The base and the top of a running disk: SYSEXIT_PARAM; unknown: SYSEXIT_NOSNAP.
+ */
+int ploop_delete_snapshot(struct ploop_disk_images_data *di, const char *guid);
+
+/* Deletes the top delta of a disk that does not run; its parent becomes the top. di must have been read before. */
+int ploop_delete_top_delta(struct ploop_disk_images_data *di);
+
+/*
+ * Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
+ * param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
+ * file param->new_delta. The disk may run. Once begun a merge is not undone: it is finished when it is asked for again.
+ */
+int ploop_merge_snapshot(struct ploop_disk_images_data *di, struct ploop_merge_param *param);
+
+/*
+ * Makes snapshot param->guid the parent of a new, empty top; the old top is removed. The disk must not run.
+ * PLOOP_SNAP_SKIP_TOPDELTA_DESTROY: the old top is kept as snapshot param->guid_old (NULL: a random GUID).
+ * PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top.
+ */
+int ploop_switch_snapshot_ex(struct ploop_disk_images_data *di, struct ploop_snapshot_switch_param *param);
+
+/* ploop_switch_snapshot_ex() without a GUID for the old top. */
+int ploop_switch_snapshot(struct ploop_disk_images_data *di, const char *uuid, int flags);
+
+/*
+ * Puts the file param->file in the place of an image of the disk: an identical copy of it. Of a running disk any image but
+ * the top can be replaced. PLOOP_REPLACE_KEEP_NAME: the copy gets the image's name.
+ */
+int ploop_replace_image(struct ploop_disk_images_data *di, struct ploop_replace_param *param);
 
 /*
  * Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the

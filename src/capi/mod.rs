@@ -11,8 +11,11 @@
 //!   ploop_complete_running_operation
 //! - [`mount`]: ploop_create_image, ploop_mount_image, ploop_mount_snapshot, ploop_umount_image, ploop_umount, and ploop_mount, which the classic
 //!   exports without declaring it
+//! - [`snapshots`]: ploop_create_snapshot, ploop_create_temporary_snapshot, ploop_delete_snapshot, ploop_delete_top_delta,
+//!   ploop_merge_snapshot, ploop_switch_snapshot, ploop_switch_snapshot_ex, ploop_replace_image
 //! - [`tools`]: what the classic's own programs use, undeclared: find_image_by_guid, find_snapshot_by_guid,
-//!   make_images_list, guidcmp, is_valid_guid, read_line, check_deltas_same, find_level_by_delta, get_delta_info, mntn2str
+//!   make_images_list, guidcmp, is_valid_guid, read_line, check_deltas_same, find_level_by_delta, get_delta_info,
+//!   merge_image, ploop_check, check_dd, mntn2str
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //!
@@ -30,5 +33,6 @@ mod handle;
 pub mod kernel_consts;
 pub mod log;
 pub mod mount;
+pub mod snapshots;
 pub mod tools;
 pub mod types;

@@ -6,12 +6,18 @@
 use super::boundary;
 use super::convert::{self, Long};
 use super::handle::{self, Disk};
+use super::kernel_consts::{
+    CHECK_DETAILED, CHECK_DROPINUSE, CHECK_FORCE, CHECK_HARDFORCE, CHECK_RAW, CHECK_READONLY, CHECK_REPAIR_SPARSE,
+    CHECK_TALKATIVE,
+};
 use super::types::ploop_disk_images_data;
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::same::same_shape;
 use crate::ops;
+use crate::ops::check::CheckOptions;
+use crate::report;
 use std::cmp::Ordering;
 use std::ffi::{CStr, OsString, c_char, c_int};
 use std::fs::File;
@@ -166,6 +172,91 @@ pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_
         info.raw = range.raw.into();
         info.merge_top = range.writable_top.into();
         Ok(())
+    })
+}
+
+/// Merges images, the upper first, in an array that ends in NULL, into the last one (raw: it is a raw image) or into the
+/// new file new_delta. device NULL: files that nobody uses. Else levels start_level to end_level of a running device.
+/// The files merged stay, no descriptor is told.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn merge_image(
+    device: *const c_char,
+    start_level: c_int,
+    end_level: c_int,
+    raw: c_int,
+    merge_top: c_int,
+    images: *mut *mut c_char,
+    new_delta: *const c_char,
+) -> c_int {
+    // The device itself tells.
+    let _ = merge_top;
+    boundary::call("merge_image", || {
+        // SAFETY: the caller's strings and array of strings, NULL or terminated.
+        let (device, new_delta) =
+            unsafe { (convert::optional_string(device, "device")?, convert::optional_path(new_delta)) };
+        match device {
+            None => {
+                // SAFETY: as above.
+                let files = unsafe { convert::paths(images, "list of images") }?;
+                ops::merge::merge_files(&files, raw != 0, new_delta.as_deref())
+            }
+            Some(device) => {
+                let (Ok(low), Ok(high)) = (usize::try_from(start_level), usize::try_from(end_level)) else {
+                    bail!(Param, "levels {start_level}..{end_level}: levels start with 0");
+                };
+                if low >= high {
+                    bail!(Param, "levels {low}..{high}: the lower one comes first");
+                }
+                let range = ops::levels::merge_range(&device, low, Some(high))?;
+                bail!(
+                    Param,
+                    "levels {low}..{high} of {device} ({} images): this version merges snapshots of disks with a descriptor",
+                    range.files.len()
+                )
+            }
+        }
+    })
+}
+
+/// Checks an image and repairs what the CHECK flags say. blocksize_p: cluster size in sectors; read for raw images, else
+/// stored there if it is not NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_check(img: *mut c_char, flags: c_int, blocksize_p: *mut u32) -> c_int {
+    boundary::call("ploop_check", || {
+        // SAFETY: the caller's string, and NULL or its place for the number.
+        let (path, blocksize) = unsafe { (convert::path(img, "image")?, blocksize_p.as_mut()) };
+        let has = |flag: i64| i64::from(flags) & flag != 0;
+        let options = CheckOptions {
+            force: has(CHECK_FORCE),
+            hard_force: has(CHECK_HARDFORCE),
+            drop_inuse: has(CHECK_DROPINUSE),
+            check: has(CHECK_DETAILED),
+            repair_sparse: has(CHECK_REPAIR_SPARSE),
+            read_only: has(CHECK_READONLY),
+            raw: has(CHECK_RAW),
+            raw_blocksize: blocksize.as_ref().map(|b| u64::from(**b)),
+        };
+        let found = ops::check::check_image(&path, &options)?;
+        if found.skipped && has(CHECK_TALKATIVE) {
+            report::say(0, format_args!("Image {} is clean, check skipped", path.display()));
+        }
+        if let Some(blocksize) = blocksize
+            && !options.raw
+        {
+            *blocksize = found.cluster.sectors();
+        }
+        Ok(())
+    })
+}
+
+/// Checks all deltas of a disk that is not attached, from the base to uuid (NULL: the top), and repairs what a crash left.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn check_dd(di: *mut ploop_disk_images_data, uuid: *const c_char) -> c_int {
+    boundary::call("check_dd", || {
+        // SAFETY: the caller's object, used by this thread alone, and its string.
+        let (disk, uuid) = unsafe { (Disk::borrow(di)?, convert::text(uuid)) };
+        let guid = uuid.map(|u| Guid::parse(&u.to_string_lossy())).transpose()?;
+        ops::check::check_disk(disk.descriptor(), guid.as_ref())
     })
 }
 

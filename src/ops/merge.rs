@@ -47,7 +47,12 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
     let top = disk.top;
     let (descendant, ancestor) = match (params.guid, params.guid2, params.all) {
         (None, Some(_), _) => bail!(Param, "a merge down to a snapshot needs the snapshot where it starts, too"),
-        (Some(guid), Some(guid2), _) => (guid, guid2),
+        (Some(guid), Some(guid2), _) => {
+            for guid in [&guid, &guid2] {
+                known(&disk, guid)?;
+            }
+            (guid, guid2)
+        }
         (Some(guid), None, _) => (guid, parent(&disk, &guid)?),
         (None, None, true) => match disk.chain(&top)?.first() {
             Some(base) => (top, base.guid),
@@ -63,7 +68,13 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
     range(&mut disk, &descendant, &ancestor, params.new_delta.as_deref())
 }
 
+/// To merge an unknown snapshot is `Param` in the classic, to mount or delete one is not.
+fn known(disk: &LockedDescriptor, guid: &Guid) -> Result<()> {
+    disk.known(guid).map(|_| ()).map_err(|e| e.as_kind(Kind::Param))
+}
+
 fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
+    known(disk, guid)?;
     match disk.parent(guid)? {
         Some(parent) => Ok(parent),
         None => bail!(Param, "snapshot {guid} is the base: there is nothing below to merge it into"),
@@ -254,8 +265,8 @@ impl Parts {
         match self.target_raw {
             true => copy_raw(target, tmp)?,
             false => {
-                let Some(top) = self.sources.first() else { bail!(Param, "a merge needs at least two images") };
-                let header = read_header(&top.path, None)?;
+                // As large as the lowest, which may be smaller than those above it: the merge lets it grow.
+                let header = read_header(&self.target.path, None)?;
                 create::create_delta(tmp, header.version, header.cluster, header.sectors)?;
                 sources.push(target);
             }

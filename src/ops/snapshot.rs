@@ -122,6 +122,11 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     match disk.children(&guid).as_slice() {
         [] => delete_leaf(disk, &guid)?,
         [child] => merge::range(disk, child, &guid, None)?,
+        children if disk.shot(&guid).is_some_and(|s| s.temporary) => bail!(
+            Param,
+            "snapshot {guid} is deleted already: it stays for the {} snapshots on it, until only one of them is left",
+            children.len()
+        ),
         children => {
             let mut next = disk.descriptor.clone();
             next.mark_temporary(&[guid], true);

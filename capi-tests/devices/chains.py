@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Snapshots, merges, switches, deletions and replacements of disks that do not run: random sequences against a model that
+knows the tree and every byte of every snapshot; the same sequences with Debian's ploop 1.15; bad input; the longest chain."""
+import os
+import random
+import shutil
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tools"))
+import devlib  # noqa: E402
+import ploopimg  # noqa: E402
+import snaptree  # noqa: E402
+from devlib import FMT, NOSNAP, OPEN, PARAM, Failure, check, log, pick, ploop, run  # noqa: E402
+from snaptree import NONE, TOP, Disk, Tree  # noqa: E402
+
+# Sectors of a cluster, and how many clusters a disk of a sequence has; large ones have few, for the time it takes.
+SHAPES = ((64, (20, 150)), (128, (20, 100)), (256, (10, 60)), (1024, (5, 30)), (2048, (4, 20)), (8192, (3, 8)))
+UNKNOWN = "{dddddddd-0000-4000-8000-00000000dddd}"
+
+
+def classic(*args, rc=0, quiet=False):
+    return devlib.debian(*args, rc=rc, large=True, quiet=quiet)
+
+
+def chain_of(disk, guid=TOP):
+    """GUIDs from the base to this one."""
+    out = []
+    while guid != NONE:
+        out.append(guid)
+        guid = disk.snaps[guid].parent
+    return out[::-1]
+
+
+class Sequence:
+    """Random operations on one disk by one or two programs, each with a folder of its own."""
+
+    def __init__(self, t, seed, tools, deepest, name):
+        self.rng = rng = random.Random(seed)
+        self.t, self.tools, self.deepest = t, tools, deepest
+        self.counts, self.log = {}, []
+        self.bs, (least, most) = rng.choice(SHAPES)
+        self.version = rng.choice((1, 2))
+        self.raw = rng.random() < 0.25
+        self.clusters = rng.randrange(least, most)
+        if self.bs == 64 and rng.random() < 0.3:
+            # So that a grown disk needs a table that is one cluster longer.
+            self.clusters = rng.randrange(8100, 8176)
+        base = {c: rng.randbytes(self.bs * 512) for c in rng.sample(range(self.clusters), min(self.clusters, rng.randrange(30)))}
+        if self.raw:
+            # What is put on a raw base has the default version.
+            self.version = 2
+        self.disks = []
+        for n in range(len(tools)):
+            folder = t.mkdir(f"{name}.{n}")
+            disk = Disk(folder, self.bs, self.version, self.clusters * self.bs, self.raw, base)
+            if tools[n] is classic:
+                # Its failures leave this behind; it disturbs nobody.
+                disk.may_remain.add(disk.dd + ".tmp")
+                disk.flags_matter = False
+            self.disks.append(disk)
+        log(f"seed {seed}: clusters of {self.bs} sectors, {self.clusters} of them, "
+            f"{'raw base' if self.raw else f'version {self.version}'}")
+
+    @property
+    def model(self):
+        return self.disks[0]
+
+    def both(self, want, args, after=lambda disk: None):
+        """The command by each program; `args` is a function of the disk. All must answer `want`."""
+        name = None
+        for disk, tool in zip(self.disks, self.tools):
+            words = args(disk)
+            name = words[0]
+            r = tool(*words, rc=None, quiet=True)
+            self.log.append(f"{tool.__name__} {' '.join(words)} [{r.rc}]")
+            check(r.rc == want, f"{' '.join(words)} by {tool.__name__}: exit {r.rc}, wanted {want}: {r.text}; last commands:\n  " + "\n  ".join(self.log[-6:]))
+            after(disk)
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def model_both(self, f):
+        """Changes every model; the status they tell."""
+        wants = {f(d) for d in self.disks}
+        check(len(wants) == 1, f"the models disagree: {wants}")
+        return wants.pop()
+
+    def some_snapshot(self):
+        return self.rng.choice(list(self.model.snaps) + [TOP, TOP])
+
+    def step(self):
+        rng, m = self.rng, self.model
+        actions = [("write", 8), ("snapshot", 6 if m.depth() < self.deepest else 0), ("switch", 2), ("delete", 2), ("merge", 2),
+                   ("range", 1), ("all", 0.3), ("replace", 1), ("grow", 0.5), ("bad", 0.5)]
+        names, weights = zip(*actions)
+        getattr(self, "do_" + rng.choices(names, weights)[0])()
+
+    def do_write(self):
+        rng, n = self.rng, self.bs * 512
+        size = self.model.snaps[TOP].sectors * 512
+        pieces = []
+        for _ in range(rng.randrange(1, 6)):
+            off = rng.randrange(0, size // 512) * 512
+            kind = rng.random()
+            if kind < 0.4:
+                off, data = off // n * n, rng.randbytes(n)
+            elif kind < 0.55:
+                # Zeroes over what is below must stay zeroes.
+                off, data = off // n * n, bytes(n)
+            else:
+                data = rng.randbytes(512 * rng.choice((1, 1, 8, 64, self.bs)))
+            pieces.append((off, data[:size - off]))
+        seed = rng.random()
+        for d in self.disks:
+            d.write(pieces, random.Random(seed))
+        self.counts["write"] = self.counts.get("write", 0) + 1
+
+    def do_snapshot(self):
+        guid = ploopimg.guid(self.rng)
+        if classic in self.tools and self.is_defect_of_snapshot():
+            return
+        self.both(self.model_both(lambda d: d.snapshot(guid)), lambda d: ["snapshot", "-u", guid, d.dd])
+
+    def do_switch(self):
+        guid = self.some_snapshot()
+        self.both(self.model_both(lambda d: d.switch(guid)), lambda d: ["snapshot-switch", "-u", guid, d.dd])
+
+    def do_delete(self):
+        guid = self.some_snapshot()
+        if self.is_defect_of_delete(guid):
+            return
+        self.both(self.model_both(lambda d: d.delete(guid)), lambda d: ["snapshot-delete", "-u", guid, d.dd])
+
+    # What 1.15 does otherwise: not part of the sequences that it takes part in; `DEFECTS` has each of them.
+
+    def is_defect_of_snapshot(self):
+        """1.15 takes no snapshot (1) while a deleted one has to stay for several others."""
+        return any(s.temporary and len(self.model.children(g)) > 1 for g, s in self.model.snaps.items())
+
+    def is_defect_of_new_file(self, lower):
+        """1.15 takes a raw base for a ploop1 image (4)."""
+        return classic in self.tools and lower in self.model.snaps and self.model.is_raw(lower)
+
+    def is_defect_of_delete(self, guid):
+        """1.15 makes a top with children of the parent; and answers 1 for what is deleted already."""
+        s = self.model.snaps[guid]
+        if classic in self.tools and s.temporary and len(self.model.children(guid)) > 1:
+            return True
+        return classic in self.tools and guid == TOP and s.parent != NONE and len(self.model.children(s.parent)) > 1
+
+    def do_merge(self):
+        guid = self.some_snapshot()
+        # 1.15 crashes when one snapshot is merged into a new file.
+        new = self.rng.random() < 0.3 and classic not in self.tools
+        self.merge(["-u", guid] if guid != TOP or self.rng.random() < 0.3 else [], new, lambda d: d.merge(guid))
+
+    def do_range(self):
+        guid = self.some_snapshot()
+        chain = chain_of(self.model, guid)
+        lower = self.rng.choice(chain[:-1] or chain + [UNKNOWN])
+        new = self.rng.random() < 0.3 and not self.is_defect_of_new_file(lower)
+        self.merge(["-u", guid, "-U", lower], new, lambda d: d.merge(guid, lower))
+
+    def do_all(self):
+        new = self.rng.random() < 0.2 and not self.is_defect_of_new_file(chain_of(self.model)[0])
+        self.merge(["-A"], new, lambda d: d.merge(everything=True))
+
+    def merge(self, words, new, change):
+        name = f"merged.{self.rng.randrange(1 << 30)}"
+        self.both(self.model_both(change),
+                  lambda d: ["snapshot-merge", *words, *(["-n", os.path.join(d.folder, name)] if new else []), d.dd])
+
+    def do_replace(self):
+        guid, keep = self.some_snapshot(), self.rng.random() < 0.5
+        name = f"copy.{self.rng.randrange(1 << 30)}"
+        want = self.model_both(lambda d: d.replace(guid))
+        olds = {}
+        for d in self.disks:
+            olds[d.folder] = Tree(d.dd).files[guid]
+            run("cp", "--sparse=never", olds[d.folder], os.path.join(d.folder, name), quiet=True)
+
+        def after(d):
+            # The old file is the user's now, or the new one that nobody wanted; a kept name has only one.
+            for path in (olds[d.folder], os.path.join(d.folder, name)):
+                if path not in Tree(d.dd).files.values() and os.path.exists(path):
+                    os.unlink(path)
+        which = self.rng.choice((["-u", guid], ["-o"]))
+        self.both(want, lambda d: ["replace", *(which if which[0] == "-u" else ["-o", olds[d.folder]]), *(["-k"] if keep else []),
+                                   "-i", os.path.join(d.folder, name), d.dd], after)
+
+    def do_grow(self):
+        top = self.model.snaps[TOP]
+        sectors = top.sectors + self.bs * self.rng.choice((1, 3, 700 if self.bs == 64 else 2))
+        seed = self.rng.random()
+        for d in self.disks:
+            d.grow_top(sectors, random.Random(seed))
+        self.counts["grow"] = self.counts.get("grow", 0) + 1
+
+    def do_bad(self):
+        guid = self.rng.choice(list(self.model.snaps))
+        for want, words in ((PARAM, ["snapshot", "-u", guid]), (NOSNAP, ["snapshot-delete", "-u", UNKNOWN]),
+                            (PARAM, ["snapshot-switch", "-u", UNKNOWN]), (PARAM, ["snapshot-switch", "-u", TOP]),
+                            (PARAM, ["snapshot-merge", "-u", UNKNOWN])):
+            self.both(want, lambda d: [*words, d.dd])
+
+    def verify(self, contents=True):
+        for d, tool in zip(self.disks, self.tools):
+            try:
+                d.verify(contents)
+            except Exception as e:
+                raise Failure(f"{d.folder}: {e}; last commands:\n  " + "\n  ".join(self.log[-6:])) from e
+
+
+def case_model_itself(t):
+    for seed in range(20):
+        s = Sequence(t, seed, [classic], 12, f"c{seed}")
+        for _ in range(40):
+            s.step()
+            s.verify()
+        log(s.counts)
+
+
+if __name__ == "__main__":
+    devlib.main()
