@@ -22,7 +22,13 @@ impl Descriptor {
         self.store(path, false)
     }
 
-    fn store(&self, path: &Path, replace: bool) -> Result<()> {
+    /// Writes the descriptor durably under the temporary name beside `path`, for somebody else to rename it over `path`.
+    /// Answers that name.
+    pub fn prepare(&self, path: &Path) -> Result<PathBuf> {
+        self.write_tmp(path, true)
+    }
+
+    fn write_tmp(&self, path: &Path, replace: bool) -> Result<PathBuf> {
         let mut this = self.clone();
         this.normalise_top()?;
         this.check_storable()?;
@@ -32,16 +38,23 @@ impl Descriptor {
         let tmp = PathBuf::from(tmp);
         let old = std::fs::symlink_metadata(path).ok().filter(|m| m.is_file());
         let file = make(&tmp)?;
-        let written = fill(file, xml.as_bytes(), old.as_ref().filter(|_| replace))
+        fill(file, xml.as_bytes(), old.as_ref().filter(|_| replace))
             .ctx(Kind::Write, || format!("cannot write {}", tmp.display()))
-            .and_then(|()| if replace { rename(&tmp, path) } else { rename_new(&tmp, path) });
-        if let Err(e) = written {
-            // Ours: made exclusively above. The next store would replace it anyway.
-            let _ = store::unlink(&tmp);
-            return Err(e);
-        }
+            .inspect_err(|_| forget(&tmp))?;
+        Ok(tmp)
+    }
+
+    fn store(&self, path: &Path, replace: bool) -> Result<()> {
+        let tmp = self.write_tmp(path, replace)?;
+        let renamed = if replace { rename(&tmp, path) } else { rename_new(&tmp, path) };
+        renamed.inspect_err(|_| forget(&tmp))?;
         sync_parent(path)
     }
+}
+
+/// Ours: made exclusively. The next store would replace it anyway.
+fn forget(tmp: &Path) {
+    let _ = store::unlink(tmp);
 }
 
 /// Makes the temporary file exclusively; what an interrupted store left under that name goes.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ pub struct LockedDescriptor {
     pub path: PathBuf,
     pub descriptor: Descriptor,
     /// The lock file; it stays on disk.
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl LockedDescriptor {
@@ -52,7 +53,7 @@ impl LockedDescriptor {
         let lock = lock_file(&path, until)?;
         let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
         wait_for_ranges(&descriptor, until)?;
-        Ok(LockedDescriptor { path, descriptor, _lock: lock })
+        Ok(LockedDescriptor { path, descriptor, lock })
     }
 
     /// Replaces the descriptor by `next`, on disk first: after an error the old one stands in memory, whatever became
@@ -62,6 +63,13 @@ impl LockedDescriptor {
         next.commit(&self.path)?;
         self.descriptor = next;
         Ok(())
+    }
+
+    /// A descriptor of the lock for a process that goes on with an operation if this one dies: the disk stays locked until
+    /// that process has closed it, too.
+    pub fn share_lock(&self) -> Result<OwnedFd> {
+        let lock = self.lock.try_clone().ctx(Kind::Lock, || "cannot duplicate the lock")?;
+        Ok(lock.into())
     }
 
     /// Stores the descriptor as it stands in memory.

@@ -35,6 +35,7 @@ pub struct CommitFile {
     folder: OwnedFd,
     new: OwnedFd,
     names: CommitNames,
+    lock: Option<OwnedFd>,
 }
 
 impl CommitFile {
@@ -52,7 +53,13 @@ impl CommitFile {
             folder: open(folder, libc::O_DIRECTORY)?,
             new: open(new, libc::O_NOFOLLOW)?,
             names: CommitNames { tmp: PathBuf::from(tmp), name: PathBuf::from(name) },
+            lock: None,
         })
+    }
+
+    /// The lock on the disk, which the server keeps until the change is made or given up.
+    pub fn under(self, lock: OwnedFd) -> CommitFile {
+        CommitFile { lock: Some(lock), ..self }
     }
 
     /// The change has been made: the descriptor is the new file. An error: this cannot be told.
@@ -99,6 +106,7 @@ pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option
     }
     if let Some(commit) = &spec.commit {
         fds.extend([commit.folder.as_fd(), commit.new.as_fd()]);
+        fds.extend(commit.lock.as_ref().map(AsFd::as_fd));
     }
     let swap = Swap {
         levels,

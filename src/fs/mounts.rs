@@ -28,13 +28,20 @@ pub struct Mount {
 
 /// All mounts, oldest first.
 pub fn read() -> Result<Vec<Mount>> {
-    const TABLE: &str = "/proc/self/mountinfo";
-    let text = fs::read(TABLE).ctx(Kind::Sys, || format!("{TABLE} cannot be read; is /proc mounted?"))?;
+    read_of(Path::new("/proc/self"))
+}
+
+/// All mounts that a process sees, by its folder in /proc; targets are as it sees them.
+pub fn read_of(process: &Path) -> Result<Vec<Mount>> {
+    let table = process.join("mountinfo");
+    let table = table.display();
+    let text =
+        fs::read(process.join("mountinfo")).ctx(Kind::Sys, || format!("{table} cannot be read; is /proc mounted?"))?;
     text.split(|b| *b == b'\n')
         .filter(|l| !l.is_empty())
         .map(|l| {
             parse(l).ok_or_else(|| {
-                Error::new(Kind::Sys, format!("{TABLE}: line not understood: {}", String::from_utf8_lossy(l)))
+                Error::new(Kind::Sys, format!("{table}: line not understood: {}", String::from_utf8_lossy(l)))
             })
         })
         .collect()

@@ -12,6 +12,7 @@ pub mod levels;
 pub mod list;
 pub mod merge;
 pub mod mount;
+pub mod online;
 mod recover;
 pub mod reload;
 pub mod replace;

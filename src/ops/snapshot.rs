@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use super::mount::{self, MountParams};
-use super::{deltas, merge, recover, temporary, umount};
+use super::{deltas, merge, online, recover, temporary, umount};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
@@ -67,7 +67,7 @@ fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &Snapshot
     temporary::merge_unused(disk)?;
     let path = deltas::new_name(disk, params.snap_dir.as_deref())?;
     match device {
-        Some(device) => online(disk, &device, params, path)?,
+        Some(device) => running(disk, &device, params, path)?,
         None => offline(disk, params, path)?,
     }
     report::say(0, format_args!("snapshot {} is created", params.guid));
@@ -92,12 +92,16 @@ fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) 
     Ok(())
 }
 
-fn online(_disk: &mut LockedDescriptor, device: &Device, _params: &SnapshotParams, _path: PathBuf) -> Result<()> {
-    bail!(
-        Param,
-        "the disk runs as {}: this version takes snapshots only of disks that do not run; unmount it first",
-        device.node().display()
-    )
+fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams, path: PathBuf) -> Result<()> {
+    let Some(top) = disk.image(&guid::TOP).cloned() else {
+        bail!(DiskDescr, "descriptor: the top has no image");
+    };
+    online::check_chain(disk, device)?;
+    let shape = deltas::Shape::above(disk, &top)?;
+    let mut next = disk.descriptor.clone();
+    next.add_snapshot(path.clone(), params.guid, params.temporary)?;
+    next.size_sectors = shape.make(&path)?;
+    online::snapshot(disk, device, next, &path)
 }
 
 /// Deletes a snapshot. Nothing stands on it: its file goes. One delta does: that is merged into it and keeps its own

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::loopdev::{self, Binding, Patience};
-use crate::server::{control, daemon, frame, mounts, nodes, partitions, runtime};
+use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::process;
 
 /// What a helper is to do.
@@ -34,6 +34,8 @@ pub enum Job {
     Clean { name: String },
     /// All requests of a FUSE connection fail from now on.
     Abort { connection: u64 },
+    /// Hold file systems frozen; see [`freeze::hold`] for the descriptors that come with it.
+    Freeze,
 }
 
 /// What a helper tells.
@@ -42,6 +44,7 @@ pub enum JobEvent {
     Chosen(Binding),
     Attached(Binding),
     Opened,
+    Frozen,
     Done,
     Error { code: i32, message: String },
 }
@@ -62,11 +65,16 @@ pub struct Helper {
 impl Helper {
     /// Starts `program` as a helper and gives it its job.
     pub fn start(program: &Path, job: &Job) -> Result<Helper> {
+        Helper::start_with(program, job, &[])
+    }
+
+    /// The same with descriptors beside the job.
+    pub fn start_with(program: &Path, job: &Job, fds: &[BorrowedFd]) -> Result<Helper> {
         let (ours, theirs) = frame::pair()?;
         let child = command(program, "helper").stdin(theirs).spawn();
         let child = child.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
         let helper = Helper { child, sock: ours };
-        frame::send(&helper.sock, job, &[])?;
+        frame::send(&helper.sock, job, fds)?;
         Ok(helper)
     }
 
@@ -115,8 +123,8 @@ pub fn remote_error(code: i32, message: String) -> Error {
 /// Mode `helper`: one job from the socket on standard input.
 pub fn main() -> i32 {
     let Ok(sock) = process::take_standard(0) else { return 1 };
-    let Ok(Some((job, _))) = frame::recv_within::<Job>(&sock, PARENT) else { return 1 };
-    let event = match run(job, sock.as_fd()) {
+    let Ok(Some((job, fds))) = frame::recv_within::<Job>(&sock, PARENT) else { return 1 };
+    let event = match run(job, fds, sock.as_fd()) {
         Ok(event) => event,
         Err(e) => JobEvent::Error { code: e.code(), message: e.to_string() },
     };
@@ -126,7 +134,7 @@ pub fn main() -> i32 {
     }
 }
 
-fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
+fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
     // A reclaim of memory must not end in the device that this process is about to bind.
     let _ = process::set_io_flusher();
     match job {
@@ -153,6 +161,7 @@ fn run(job: Job, sock: BorrowedFd) -> Result<JobEvent> {
         }
         Job::Clean { name } => clean(&name).map(|()| JobEvent::Done),
         Job::Abort { connection } => abort(connection).map(|()| JobEvent::Done),
+        Job::Freeze => freeze::hold(fds),
     }
 }
 

@@ -5,6 +5,7 @@ pub mod control;
 pub mod daemon;
 pub mod end;
 pub mod frame;
+pub mod freeze;
 pub mod fuse;
 pub mod helper;
 pub mod loopdev;

@@ -143,7 +143,8 @@ pub struct Succession {
 }
 
 /// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
-/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file.
+/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and the
+/// lock on the disk if there is one: it is held as long as somebody has it open.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Swap {
     /// The chain afterwards, base first.
@@ -249,6 +250,9 @@ pub enum Command {
     /// Serve another chain. Answers: `Switched` as soon as I/O goes on, then `Done` once the former top is complete, or
     /// `Error` instead of either.
     Switch(Swap),
+    /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
+    /// asker and the process that does it go on talking.
+    Freeze,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it.
     Reload {
         token: u64,

@@ -489,6 +489,18 @@ impl Supervisor {
             Command::Switch(swap) if self.can_change() => {
                 self.changes.push_back(Change { what: What::Chain(swap), fds, client: Some(client) });
             }
+            Command::Freeze if self.can_change() => {
+                let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
+                let program = self.fds.as_ref().map_or("/proc/self/exe".into(), Descriptors::program);
+                // It talks to the asker from here on.
+                match Helper::start_with(&program, &Job::Freeze, &fds) {
+                    Ok(helper) => {
+                        self.retired.push(helper);
+                        control::answer(&client, &Answer::Done);
+                    }
+                    Err(e) => control::answer(&client, &control::refusal(&e)),
+                }
+            }
             Command::Reload { token } if self.can_change() => {
                 self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
             }

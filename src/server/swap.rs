@@ -200,8 +200,9 @@ impl Supervisor {
             bail!(Param, "{name} serves another chain than the one to be changed; look at it with ploop list -a");
         }
         let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
-        let commit = if swap.commit.is_some() { 2 } else { 0 };
-        if swap.levels.is_empty() || swap.levels.len() > MAX_CHAIN || sent.len() != new + commit || swap.token == 0 {
+        let commit = if swap.commit.is_some() { 2..=3 } else { 0..=0 };
+        let fits = sent.len().checked_sub(new).is_some_and(|rest| commit.contains(&rest));
+        if swap.levels.is_empty() || swap.levels.len() > MAX_CHAIN || !fits || swap.token == 0 {
             bail!(
                 Protocol,
                 "a chain of {} images, {new} of them new, with {} descriptors, change {:#x}",
@@ -466,7 +467,7 @@ fn break_with(resting: &mut Worker) {
 fn is_committed(plan: &Plan) -> bool {
     let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
     match (names, &plan.fds.extra[..]) {
-        (Some(names), [folder, new]) => commit::is_committed(names, folder, new).unwrap_or(true),
+        (Some(names), [folder, new, ..]) => commit::is_committed(names, folder, new).unwrap_or(true),
         _ => false,
     }
 }

@@ -5,6 +5,7 @@ pub mod arena;
 pub mod calendar;
 pub mod calm;
 pub mod fiemap;
+pub mod freeze;
 pub mod inode_flags;
 pub mod loopdev;
 pub mod partition;

@@ -101,11 +101,8 @@ fn take(parsed: Parsed) -> Result<(), Fail> {
 }
 
 fn on_device(device: &str, file: &OsStr, sync: bool) -> Result<(), Fail> {
-    let _ = (file, sync);
-    ploop::ops::levels::device(device)?;
-    Err(crate::mistake(format!(
-        "ploop snapshot -d: this version takes snapshots of disks with a descriptor; {device} stays as it is"
-    )))
+    let device = ploop::ops::levels::device(device)?;
+    Ok(ploop::ops::online::on_device(&device, file.as_ref(), sync)?)
 }
 
 fn take_temporary(parsed: Parsed) -> Result<(), Fail> {

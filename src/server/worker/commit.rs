@@ -28,7 +28,7 @@ pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Res
 /// Makes the change unless it was made; `fds` are the folder and the new file. The warning: it is made, but the folder
 /// could not be synced. An error: it is not made.
 pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
-    let [folder, new] = fds else { bail!(Protocol, "{} descriptors came for a commit: 2 wanted", fds.len()) };
+    let [folder, new, ..] = fds else { bail!(Protocol, "{} descriptors came for a commit: 2 wanted", fds.len()) };
     let (tmp, name) = (names.tmp.display(), names.name.display());
     if !is_committed(names, folder, new)? {
         if entry(folder, &names.tmp)? != Some(identity(new)?) {

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 
 use nix::errno::Errno;
 use nix::unistd::fdatasync;
@@ -21,7 +22,7 @@ use crate::units::ClusterSize;
 
 use super::core::{Core, Parts, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
-use super::{commit, levels, link, log};
+use super::{commit, levels, link, locked, log};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -35,8 +36,8 @@ const MAX_BLOCK: u64 = 1 << 20;
 pub struct Kept {
     pub start: WorkerStart,
     fds: Vec<OwnedFd>,
-    /// Of the commit: the folder, the new file.
-    commit: Vec<OwnedFd>,
+    /// Of the commit: the folder, the new file, perhaps the lock on the disk.
+    commit: Mutex<Vec<OwnedFd>>,
 }
 
 const FUSE: usize = 0;
@@ -49,11 +50,17 @@ impl Kept {
     pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Kept> {
         let first = FIRST_LEVEL + start.attach.levels.len();
         let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
-        let wanted = first + if commit { 2 } else { 0 };
-        if fds.len() != wanted || first == FIRST_LEVEL {
-            bail!(Protocol, "{} descriptors came for {} images: {wanted} wanted", fds.len(), start.attach.levels.len());
+        let wanted = if commit { first + 2..=first + 3 } else { first..=first };
+        if !wanted.contains(&fds.len()) || first == FIRST_LEVEL {
+            bail!(
+                Protocol,
+                "{} descriptors came for {} images: {} wanted",
+                fds.len(),
+                start.attach.levels.len(),
+                wanted.start()
+            );
         }
-        let commit = fds.split_off(first);
+        let commit = Mutex::new(fds.split_off(first));
         Ok(Kept { start, fds, commit })
     }
 
@@ -126,12 +133,15 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     link::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
-        warning = commit::commit(names, &kept.commit).inspect_err(|_| {
+        let fds = std::mem::take(&mut *locked(&kept.commit));
+        warning = commit::commit(names, &fds).inspect_err(|_| {
             if let (true, Some(top)) = (new_top && !takeover, files.last()) {
                 // It stays what it was: an empty image that nobody knows.
                 let _ = chain::close(top, &chain, chain.alloc.end);
             }
         })?;
+        // The lock on the disk is the supervisor's from here on.
+        drop(fds);
         link::pause(linger);
     }
     let config = Config {

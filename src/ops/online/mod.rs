@@ -1,0 +1,124 @@
+//! What is done to a disk while it runs. Its server changes the chain ([`device::switch`]); here the steps before and after
+//! that are put in order.
+
+mod freeze;
+mod snapshot;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::{fs, io};
+
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::{self, CommitFile, Device, NewLevel, State, SwitchSpec};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::image::open::open_level;
+use crate::report;
+use crate::sys::store;
+
+pub use snapshot::{on_device, snapshot};
+
+/// The device must run the chain that the descriptor has for its top: else another operation, perhaps of another program,
+/// has lost track of one of the two. `Param`.
+pub fn check_chain(disk: &Descriptor, device: &Device) -> Result<()> {
+    check_state(device)?;
+    let chain = disk.chain(&disk.top)?;
+    let mut ids = Vec::with_capacity(chain.len());
+    for image in &chain {
+        ids.push(identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?);
+    }
+    if ids != device.record.ids {
+        bail!(
+            Param,
+            "{} runs a chain of {} images, the descriptor has another one of {}: unmount it and mount it again",
+            device.node().display(),
+            device.record.ids.len(),
+            ids.len()
+        );
+    }
+    Ok(())
+}
+
+/// The chain of a device can be changed now.
+fn check_state(device: &Device) -> Result<()> {
+    let node = device.node().display();
+    match device.state {
+        State::Running => Ok(()),
+        State::NoSpace => {
+            bail!(Write, "{node}: writes wait for space on the file system of its image; make room first")
+        }
+        state => bail!(Device, "{node} does not run as it should (state: {}); see ploop doctor", state.as_str()),
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|m| (m.dev(), m.ino()))
+}
+
+/// The levels of `next`'s chain, taken from the running chain where they are in it.
+fn levels_of(next: &Descriptor, device: &Device) -> Result<Vec<NewLevel>> {
+    let mut levels = Vec::new();
+    for image in next.chain(&next.top)? {
+        let id = identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
+        levels.push(match device.record.ids.iter().position(|i| *i == id) {
+            Some(level) => NewLevel::Kept(level),
+            None => NewLevel::File {
+                path: image.file.clone(),
+                raw: next.is_raw(image),
+                fd: open_level(&image.file, Some(&next.dir))?,
+            },
+        });
+    }
+    Ok(levels)
+}
+
+/// How a change ended that was to be committed.
+enum Ended {
+    /// Device and descriptor are changed; an error of what follows.
+    Changed(Result<()>),
+    /// Nothing is changed.
+    Not(Error),
+    /// The descriptor may be changed or not.
+    Unknown(Error),
+}
+
+/// Makes the device serve the chain of `next`, which becomes the disk's descriptor in the same moment. `serving` is called
+/// when I/O goes on.
+fn change(disk: &mut LockedDescriptor, device: &Device, mut next: Descriptor, serving: &mut dyn FnMut()) -> Ended {
+    let mut prepare = || {
+        next.normalise_top()?;
+        let levels = levels_of(&next, device)?;
+        let tmp = next.prepare(&disk.path)?;
+        let commit = CommitFile::open(&tmp, &disk.path)?.under(disk.share_lock()?);
+        Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, tmp))
+    };
+    let (spec, tmp) = match prepare() {
+        Ok(prepared) => prepared,
+        Err(e) => return Ended::Not(e),
+    };
+    let mut warning = None;
+    let switched = device::switch(device, &spec, &mut |warned| {
+        warning = warned.map(str::to_owned);
+        serving();
+    });
+    if let Some(warning) = warning {
+        report::warn(warning);
+    }
+    let committed = spec.commit.as_ref().map_or(Ok(false), CommitFile::is_committed);
+    match (committed, switched) {
+        (Ok(true), result) => {
+            disk.descriptor = next;
+            Ended::Changed(result)
+        }
+        (Ok(false), Err(e)) => {
+            let _ = store::unlink(&tmp);
+            Ended::Not(e)
+        }
+        (Ok(false), Ok(())) => Ended::Unknown(Error::new(
+            Kind::Device,
+            format!("{}: another program has replaced the descriptor meanwhile", disk.path.display()),
+        )),
+        (Err(unknown), Ok(())) => Ended::Unknown(unknown),
+        (Err(unknown), Err(e)) => Ended::Unknown(e.context(unknown)),
+    }
+}

@@ -1,0 +1,89 @@
+//! Snapshots of running devices.
+
+use std::path::Path;
+
+use super::freeze::Frozen;
+use super::{Ended, change, check_chain, check_state};
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::{self, Device, NewLevel, SwitchSpec};
+use crate::error::{Kind, Result};
+use crate::format::header::Version;
+use crate::image::create::create_delta;
+use crate::image::open::open_level;
+use crate::report;
+use crate::sys::store;
+use crate::units::ClusterSize;
+
+/// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta `path`, complete,
+/// empty and durable. The file systems mounted from the device are frozen meanwhile. When this returns, the former top is
+/// closed and does not change any more.
+///
+/// After an error nothing is changed, and the new delta is removed; unless the error says that it may be part of the
+/// disk.
+pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, path: &Path) -> Result<()> {
+    let begun = check_chain(disk, device).and_then(|()| Frozen::start(device));
+    let mut frozen = begun.inspect_err(|_| undo(path))?;
+    let mut thawed = Ok(());
+    let ended = change(disk, device, next, &mut || thawed = frozen.thaw());
+    drop(frozen);
+    match ended {
+        Ended::Changed(Ok(())) => {
+            if let Err(e) = thawed {
+                report::warn(format_args!("the snapshot is taken, but perhaps not of a file system at rest: {e}"));
+            }
+            Ok(())
+        }
+        Ended::Changed(Err(e)) => Err(e.context("the snapshot is taken, but its image could not be closed")),
+        Ended::Not(e) => {
+            undo(path);
+            Err(e)
+        }
+        Ended::Unknown(e) => Err(e.context(format_args!("{} may be part of the disk or not", path.display()))),
+    }
+}
+
+/// Puts a new image `file`, which is made, on top of a running device; no descriptor is told. `sync`: the file systems
+/// mounted from it are frozen meanwhile. After an error the file is removed.
+pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
+    check_state(device)?;
+    let record = &device.record;
+    if record.read_only {
+        bail!(Param, "{} is read-only: it gets no new top", device.node().display());
+    }
+    let version = if record.fmt_version == 1 { Version::V1 } else { Version::V2 };
+    let cluster = ClusterSize::from_sectors(u64::from(record.cluster_sectors))?;
+    create_delta(file, version, cluster, record.size_sectors)?;
+    put_on(device, file, sync).inspect_err(|e| {
+        // The server may have gone on without us.
+        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top() == file);
+        match runs || e.kind() == Kind::Protocol {
+            true => report::warn(format_args!("{} stays: it may be in use", file.display())),
+            false => undo(file),
+        }
+    })
+}
+
+fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
+    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    let path = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
+    levels.push(NewLevel::File { path, raw: false, fd: open_level(file, None)? });
+    let mut frozen = match sync {
+        true => Some(Frozen::start(device)?),
+        false => None,
+    };
+    let mut thawed = Ok(());
+    device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut |_| {
+        if let Some(frozen) = &mut frozen {
+            thawed = frozen.thaw();
+        }
+    })?;
+    thawed
+}
+
+/// The new delta is nobody's: it was never part of the disk.
+fn undo(path: &Path) {
+    if let Err(e) = store::unlink(path) {
+        report::warn(format_args!("{} is not needed, but cannot be removed: {e}", path.display()));
+    }
+}

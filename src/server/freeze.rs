@@ -1,0 +1,96 @@
+//! Holding file systems frozen, in a process of its own: whoever asked for it holds the other end of a socket, and its end
+//! is the end of the freeze.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::frame;
+use crate::server::helper::{Go, JobEvent};
+use crate::sys::{calm, freeze};
+
+/// No freeze lasts longer, whatever its owner does.
+const LEASE: Duration = Duration::from_secs(60);
+
+/// Freezes the file systems that the files lie on, tells the owner `Frozen`, thaws at his word, his end, or the end of
+/// the lease, and tells him `Done`. `fds`: the owner's socket, then the files.
+pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
+    let mut fds = fds.into_iter();
+    let Some(owner) = fds.next() else { bail!(Protocol, "nobody owns the freeze") };
+    // What ends the owner must not end the one who thaws.
+    let _ = calm::ignore_signals();
+    let _ = calm::spare_from_oom();
+    let files: Vec<File> = fds.map(File::from).collect();
+    let mut frozen = Vec::new();
+    let event = match freeze_all(&files, &mut frozen) {
+        Ok(()) => wait(&owner),
+        Err(e) => Err(e),
+    };
+    let thawed = thaw_all(&frozen);
+    let event = match event.and(thawed) {
+        Ok(()) => JobEvent::Done,
+        Err(e) => JobEvent::Error { code: e.code(), message: e.to_string() },
+    };
+    // Perhaps there is no owner any more.
+    let _ = frame::send(&owner, &event, &[]);
+    Ok(JobEvent::Done)
+}
+
+fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
+    for file in files {
+        // What is written back now need not be while everybody waits.
+        freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
+    }
+    for file in files {
+        match freeze::freeze(file) {
+            Ok(()) => frozen.push(file),
+            Err(e) => match e.raw_os_error() {
+                // Somebody else's freeze.
+                Some(libc::EBUSY) => {}
+                Some(libc::EOPNOTSUPP | libc::ENOTTY) => {
+                    freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
+                }
+                _ => return Err(Error::with(Kind::DevIoc, "cannot freeze the file system of the device", e)),
+            },
+        }
+    }
+    Ok(())
+}
+
+fn wait(owner: &OwnedFd) -> Result<()> {
+    frame::send(owner, &JobEvent::Frozen, &[])?;
+    match frame::recv_within::<Go>(owner, LEASE) {
+        Err(e) if e.errno() == Some(libc::ETIMEDOUT) => {
+            bail!(DevIoc, "the file system was frozen for {} s, longer than anybody may: thawed", LEASE.as_secs())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn thaw_all(files: &[&File]) -> Result<()> {
+    let mut result = Ok(());
+    for file in files {
+        match freeze::thaw(file) {
+            // By somebody else.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            other => {
+                let other = other.ctx(Kind::DevIoc, || "cannot thaw the file system of the device");
+                result = result.and(other);
+            }
+        }
+    }
+    result
+}
+
+/// For an owner whose freezer has died.
+pub fn thaw_directly(files: &[File]) -> Result<()> {
+    thaw_all(&files.iter().collect::<Vec<_>>())
+}
+
+/// Sends the word that ends a freeze.
+pub fn let_go(owner: BorrowedFd) -> Result<()> {
+    frame::send(owner, &Go, &[])
+}

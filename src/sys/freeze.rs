@@ -1,0 +1,30 @@
+//! Freezing file systems: all that was written is on the disk, and writers wait until the thaw. A freeze stays when the
+//! process ends that made it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
+nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
+
+/// Freezes the file system that `file` lies on. EBUSY: it is frozen; EOPNOTSUPP: it cannot be.
+pub fn freeze(file: &File) -> io::Result<()> {
+    let mut unused = 0;
+    // SAFETY: the descriptor is open; the kernel does not use the argument of this call.
+    unsafe { fifreeze(file.as_raw_fd(), &mut unused) }?;
+    Ok(())
+}
+
+/// Thaws it. EINVAL: it is not frozen.
+pub fn thaw(file: &File) -> io::Result<()> {
+    let mut unused = 0;
+    // SAFETY: as in `freeze`.
+    unsafe { fithaw(file.as_raw_fd(), &mut unused) }?;
+    Ok(())
+}
+
+/// Writes back all of the file system that `file` lies on.
+pub fn sync_file_system(file: &File) -> io::Result<()> {
+    Ok(nix::unistd::syncfs(file)?)
+}

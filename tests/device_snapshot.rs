@@ -1,0 +1,265 @@
+//! Snapshots of a running disk, with a mounted file system and fio at work in it.
+
+mod device_common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use device_common::*;
+use ploop::descriptor::Descriptor;
+use ploop::device::{self, Device};
+use ploop::format::guid::{self, Guid};
+use ploop::image::check::read_header;
+
+/// The command, in a world without the caller's environment.
+fn ploop() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_ploop"))
+}
+
+fn count(ci: usize, usual: usize, full: usize) -> usize {
+    match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => full,
+        Ok("ci") => ci,
+        _ => usual,
+    }
+}
+
+/// A disk with a file system, mounted; everything goes with the value.
+struct Disk {
+    t: Bench,
+    dd: PathBuf,
+    target: PathBuf,
+    node: String,
+}
+
+impl Disk {
+    fn new(name: &str, size: &str, more: &[&str]) -> Option<Disk> {
+        let t = Bench::new(name)?;
+        for program in ["fio", "mkfs.ext4", "e2fsck"] {
+            if !output(Command::new("sh").args(["-c", &format!("command -v {program}")])).status.success() {
+                println!("SKIP: {name}: {program} is not installed");
+                return None;
+            }
+        }
+        let image = t.dir.path().join("root.hds");
+        run(ploop().args(["init", "-s", size]).args(more).arg(&image));
+        let dd = t.dir.path().join("DiskDescriptor.xml");
+        let target = t.dir.path().join("mnt");
+        fs::create_dir(&target).unwrap();
+        let node = format!("/dev/ploop-test-{}-{name}", std::process::id());
+        run(ploop().args(["mount", "-d", &node, "-m"]).arg(&target).arg(&dd));
+        Some(Disk { t, dd, target, node })
+    }
+
+    fn device(&self) -> Device {
+        device::by_node(&self.node).unwrap().unwrap()
+    }
+
+    fn descriptor(&self) -> Descriptor {
+        Descriptor::read(&self.dd).unwrap()
+    }
+
+    fn top(&self) -> PathBuf {
+        self.descriptor().image(&guid::TOP).unwrap().file.clone()
+    }
+
+    fn snapshot(&self) -> Guid {
+        let guid = Guid::generate();
+        run(ploop().args(["snapshot", "-u", &guid.to_string()]).arg(&self.dd));
+        guid
+    }
+
+    /// SHA-256 of the content of a snapshot, by a device of its own.
+    fn content(&self, guid: &Guid) -> String {
+        let component = format!("look-{}", Guid::generate());
+        run(ploop().args(["mount", "-r", "-u", &guid.to_string(), "-c", &component]).arg(&self.dd));
+        let found = device::by_base(&self.descriptor().images[0].file, Some(&component)).unwrap();
+        let sum = sha256(found[0].node());
+        run(ploop().args(["umount", "-c", &component]).arg(&self.dd));
+        sum
+    }
+
+    fn umount(&self) {
+        run(ploop().args(["umount"]).arg(&self.dd));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Whatever is still mounted of it, wherever.
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let inside = self.t.dir.path().to_str().unwrap_or("-").to_owned();
+        for line in mounts.lines().rev() {
+            if let Some(point) = line.split(' ').nth(4).filter(|p| p.starts_with(&inside)) {
+                let _ = output(Command::new("umount").arg(point));
+            }
+        }
+    }
+}
+
+fn sha256(path: &Path) -> String {
+    let text = run(Command::new("sha256sum").arg(path));
+    text.split(' ').next().unwrap().to_string()
+}
+
+/// fio with verification, again and again until it is told to stop.
+struct Fio {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<usize>,
+}
+
+impl Fio {
+    fn start(target: &Path) -> Fio {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (told, target) = (stop.clone(), target.to_owned());
+        let thread = std::thread::spawn(move || {
+            let mut rounds = 0;
+            while !told.load(Ordering::Relaxed) {
+                let text = run(Command::new("fio")
+                    .args(["--name=v", "--size=24m", "--rw=randrw", "--bs=4k", "--direct=1", "--ioengine=psync"])
+                    .args(["--numjobs=2", "--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1", "--fsync=64"])
+                    .args(["--time_based", "--runtime=4", "--group_reporting"])
+                    .arg(format!("--directory={}", target.display())));
+                assert!(text.contains("err= 0") && !text.contains("verify: bad"), "{text}");
+                rounds += 1;
+            }
+            rounds
+        });
+        Fio { stop, thread }
+    }
+
+    /// Nothing was wrong in so many rounds.
+    fn end(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// A snapshot as it must stay.
+struct Taken {
+    guid: Guid,
+    file: PathBuf,
+    sum: String,
+    mtime: (i64, i64),
+    content: String,
+}
+
+fn mtime(path: &Path) -> (i64, i64) {
+    let meta = fs::metadata(path).unwrap();
+    (meta.mtime(), meta.mtime_nsec())
+}
+
+/// The file of a snapshot just taken: closed, whole, as other programs want it.
+fn check_frozen(disk: &Disk, guid: &Guid, file: PathBuf) -> Taken {
+    assert_eq!(read_header(&file, None).unwrap().in_use, 0, "{}", file.display());
+    let (sum, mtime) = (sha256(&file), mtime(&file));
+    let copy = disk.t.dir.path().join("copy");
+    fs::copy(&file, &copy).unwrap();
+    // Its environment has to be long: see its bug with short ones.
+    run(Command::new("env")
+        .arg(format!("PADDING={}", "x".repeat(5000)))
+        .args(["/usr/sbin/ploop", "check", "-c", "-f", "-r"])
+        .arg(&copy));
+    fs::remove_file(&copy).unwrap();
+    let content = disk.content(guid);
+    Taken { guid: *guid, file, sum, mtime, content }
+}
+
+#[test]
+fn snapshots_at_random_moments() {
+    let Some(disk) = Disk::new("snapshots_at_random_moments", "384m", &[]) else { return };
+    let n = count(6, 10, 50);
+    let fio = Fio::start(&disk.target);
+    let mut taken: Vec<Taken> = Vec::new();
+    let mut times = Vec::new();
+    for i in 0..n {
+        pause(150 + 97 * (i as u64 * 7 % 11));
+        fs::write(disk.target.join(format!("marker-{i}")), format!("content {i}")).unwrap();
+        File::open(disk.target.join(format!("marker-{i}"))).unwrap().sync_all().unwrap();
+        let old = disk.top();
+        let start = Instant::now();
+        let guid = disk.snapshot();
+        times.push(start.elapsed().as_millis());
+        taken.push(check_frozen(&disk, &guid, old));
+        assert_eq!(disk.descriptor().images.len(), i + 2);
+        assert_eq!(disk.device().record.levels.len(), i + 2);
+    }
+    let rounds = fio.end();
+    // Nothing has touched them since.
+    for t in &taken {
+        assert_eq!((sha256(&t.file), mtime(&t.file)), (t.sum.clone(), t.mtime), "{}", t.file.display());
+    }
+    // What was flushed is in them, what came later is not, and the file systems were at rest.
+    let side = disk.t.dir.path().join("side");
+    fs::create_dir(&side).unwrap();
+    for i in [0, n / 2, n - 1] {
+        let t = &taken[i];
+        run(ploop().args(["mount", "-r", "-u", &t.guid.to_string(), "-c", "side", "-m"]).arg(&side).arg(&disk.dd));
+        let mut text = String::new();
+        File::open(side.join(format!("marker-{i}"))).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("content {i}"));
+        assert!(!side.join(format!("marker-{}", i + 1)).exists());
+        let found = device::by_base(&disk.descriptor().images[0].file, Some("side")).unwrap();
+        let part = device::mount_source(&found[0]).unwrap();
+        run(Command::new("e2fsck").args(["-fn"]).arg(part));
+        run(ploop().args(["umount", "-c", "side"]).arg(&disk.dd));
+        assert_eq!(disk.content(&t.guid), t.content);
+    }
+    disk.umount();
+    for t in &taken {
+        disk.t.sound_delta(&t.file);
+    }
+    println!("{n} snapshots in {rounds} rounds of fio, the command took {times:?} ms");
+}
+
+/// How long a writer on the mounted file system is kept waiting.
+#[test]
+fn a_snapshot_is_a_short_pause() {
+    let Some(disk) = Disk::new("a_snapshot_is_a_short_pause", "384m", &[]) else { return };
+    let n = count(4, 8, 20);
+    let stop = AtomicBool::new(false);
+    let waits = std::thread::scope(|s| {
+        let writer = s.spawn(|| {
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(true).custom_flags(libc::O_DIRECT).open(disk.target.join("pulse"));
+            let file = file.unwrap();
+            let buf = ploop::sys::aligned::AlignedBuf::new(4096);
+            let mut waits = Vec::new();
+            for i in 0u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let start = Instant::now();
+                file.write_all_at(&buf, i * 4096 % (16 << 20)).unwrap();
+                waits.push((start, start.elapsed()));
+            }
+            waits
+        });
+        let mut spans = Vec::new();
+        for _ in 0..n {
+            pause(400);
+            let start = Instant::now();
+            disk.snapshot();
+            spans.push((start, Instant::now()));
+        }
+        pause(200);
+        stop.store(true, Ordering::Relaxed);
+        let waits = writer.join().unwrap();
+        let longest = |from: Instant, to: Instant| {
+            let met = waits.iter().filter(|(start, took)| *start < to && *start + *took > from);
+            met.map(|(_, took)| took.as_millis()).max()
+        };
+        spans
+            .into_iter()
+            .map(|(from, to)| (longest(from, to).unwrap_or(0), (to - from).as_millis()))
+            .collect::<Vec<_>>()
+    });
+    println!("longest wait of a writer, of the time of the whole command, in ms: {waits:?}");
+    disk.umount();
+}
