@@ -1,21 +1,20 @@
 //! Checking an image file, or a disk with all that its descriptor names.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::orphans;
 use crate::bail;
-use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::descriptor::LockedDescriptor;
 use crate::device;
 use crate::error::{IoContext, Kind, Result};
-use crate::format::guid::{self, Guid};
+use crate::format::guid::Guid;
+use crate::image::check::check_file;
 pub use crate::image::check::{CheckOptions, CheckReport};
-use crate::image::check::{check_file, read_header};
 use crate::image::open::open_level;
 use crate::report;
 use crate::sys::reopen::{Access, reopen};
@@ -39,6 +38,15 @@ pub fn check_image(path: &Path, options: &CheckOptions) -> Result<CheckReport> {
 /// Checks all deltas of a disk from the base to `guid` (none: the top), clears marks that a crash left and fills holes;
 /// looks at the tree, at sizes and versions, and reports files that nothing names. `InUse` if the disk runs.
 pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
+    check(descriptor, guid, false)
+}
+
+/// The same; then deltas that the descriptor does not name are removed, if it is sure that nobody else does either.
+pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
+    check(descriptor, guid, true)
+}
+
+fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let disk = LockedDescriptor::open(descriptor)?;
     if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
@@ -89,7 +97,7 @@ pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
             found.sectors
         ));
     }
-    report_leftovers(&disk)
+    orphans::leftovers(&disk, remove_orphans)
 }
 
 fn fits(lower: &Path, l: &CheckReport, upper: &Path, u: &CheckReport) -> Result<()> {
@@ -154,69 +162,5 @@ fn hold(path: &Path, dir: Option<&Path>) -> Result<Option<Flock<File>>> {
         }
         // A file system without such locks.
         Err(_) => Ok(None),
-    }
-}
-
-/// Files that an interrupted operation can have left: told, never touched.
-fn report_leftovers(disk: &LockedDescriptor) -> Result<()> {
-    let first = &disk.first_image()?.file;
-    for path in orphans(disk, first) {
-        let marked = read_header(&path, None).is_ok_and(|h| h.is_marked());
-        report::warn(format_args!(
-            "{} looks like a delta of this disk but is not in its descriptor{}; an interrupted operation can have left it",
-            path.display(),
-            if marked { " (marked in use)" } else { "" }
-        ));
-    }
-    let mut tmp = disk.path.clone().into_os_string();
-    tmp.push(".tmp");
-    let mut side = vec![PathBuf::from(tmp)];
-    for suffix in [".tmp", ".idx", ".mnt"] {
-        let mut name = first.clone().into_os_string();
-        name.push(suffix);
-        side.push(name.into());
-    }
-    for path in side.iter().filter(|p| p.symlink_metadata().is_ok()) {
-        report::warn(format_args!("{} was left by an interrupted operation", path.display()));
-    }
-    Ok(())
-}
-
-/// `<first image>.{GUID}` beside the first image, not named by the descriptor.
-fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
-    let (Some(folder), Some(stem)) = (first.parent(), first.file_name()) else { return Vec::new() };
-    let is_delta = |name: &OsStr| {
-        let rest = name.as_bytes().strip_prefix(stem.as_bytes()).and_then(|r| r.strip_prefix(b"."));
-        let text = rest.and_then(|r| std::str::from_utf8(r).ok());
-        text.is_some_and(|t| t.starts_with('{') && guid::Guid::parse(t).is_ok())
-    };
-    let mut found: Vec<PathBuf> = fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter(|e| is_delta(&e.file_name()))
-        .map(|e| e.path())
-        .filter(|p| !disk.images.iter().any(|i| i.file == *p))
-        .collect();
-    found.sort();
-    found
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::descriptor::ImageMode;
-    use crate::units::ClusterSize;
-
-    #[test]
-    fn orphans_are_deltas_that_nothing_names() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = dir.path().join("root.hdd");
-        let disk = Descriptor::new_base(&first, 2048, ClusterSize::DEFAULT, ImageMode::Expanded).unwrap();
-        let orphan = dir.path().join("root.hdd.{11111111-2222-4333-8444-555555555555}");
-        for path in [&first, &orphan, &dir.path().join("root.hdd.bak"), &dir.path().join("other.{1}")] {
-            fs::write(path, "x").unwrap();
-        }
-        assert_eq!(orphans(&disk, &first), [orphan]);
     }
 }

@@ -13,6 +13,7 @@ pub mod list;
 pub mod merge;
 pub mod mount;
 pub mod online;
+mod orphans;
 mod recover;
 pub mod reload;
 pub mod replace;

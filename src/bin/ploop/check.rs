@@ -19,13 +19,18 @@ const LONG: &[Long] = &[
     ("raw", false, 'R'),
     ("blocksize", true, 'b'),
     ("uuid", true, 'u'),
+    ("remove-orphans", false, ORPHANS),
 ];
+const ORPHANS: char = '\u{11}';
 const USAGE: &str = "\
-Usage: ploop check [-u UUID] DiskDescriptor.xml
+Usage: ploop check [-u UUID] [--remove-orphans] DiskDescriptor.xml
        ploop check [-fFcrsdS] [-R -b CLUSTER] FILE
 
 The first form checks all images of a disk that is not mounted, up to snapshot UUID, clears the mark that a crash
-left and fills holes. The second one checks a single image file:
+left and fills holes. It tells of deltas beside the disk that the descriptor does not name; an interrupted operation
+can have left them. --remove-orphans removes those of them that nobody else uses or names.
+
+The second form checks a single image file:
 
   -f, --force          also if the image is clean
   -F, --hard-force     drop entries that point nowhere (what they named is lost)
@@ -58,20 +63,26 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
 
 fn run_disk(descriptor: &Path, parsed: &Parsed) -> Result<(), Fail> {
     let mut guid = None;
+    let mut remove_orphans = false;
     for (option, value) in &parsed.options {
-        match option {
+        match *option {
+            ORPHANS => remove_orphans = true,
             'u' => guid = Some(values::guid(value)?),
             other => eprintln!("Warning: option -{other} has no meaning for a descriptor, ignored"),
         }
     }
-    Ok(check::check_disk(descriptor, guid.as_ref())?)
+    match remove_orphans {
+        true => check::check_disk_and_remove_orphans(descriptor, guid.as_ref())?,
+        false => check::check_disk(descriptor, guid.as_ref())?,
+    }
+    Ok(())
 }
 
 fn run_file(file: &Path, parsed: &Parsed) -> Result<(), Fail> {
     let mut options = CheckOptions::default();
     let mut silent = false;
     for (option, value) in &parsed.options {
-        match option {
+        match *option {
             'f' => options.force = true,
             'F' => options.hard_force = true,
             'c' => options.check = true,
@@ -81,6 +92,7 @@ fn run_file(file: &Path, parsed: &Parsed) -> Result<(), Fail> {
             'S' => options.repair_sparse = true,
             'R' => options.raw = true,
             'b' => options.raw_blocksize = Some(values::number(value, "cluster size")?),
+            ORPHANS => return Err(crate::mistake("--remove-orphans is for a DiskDescriptor.xml")),
             'u' => return Err(crate::mistake("-u is for a DiskDescriptor.xml; an image file is one snapshot")),
             _ => return misuse(),
         }

@@ -1,0 +1,198 @@
+//! Files that look like deltas of a disk and are not: what an interrupted operation can have left. They are told of, and
+//! removed only if the user asks for that.
+
+use std::ffi::OsStr;
+use std::fs::{self, Metadata};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::deltas;
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::guid::Guid;
+use crate::image::check::read_header;
+use crate::image::lock::{self, Others};
+use crate::image::open::{Access, open_level, reopen};
+use crate::image::scan::{self, Visitor};
+use crate::report;
+use crate::sys::store;
+
+/// Tells of all leftovers beside the first image; orphan deltas are removed if `remove` says so. One that may belong to
+/// somebody stays, and the error, after all others are dealt with, says why.
+pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
+    let first = &disk.first_image()?.file;
+    let mut kept = None;
+    for path in orphans(disk, first) {
+        let what = content(&path);
+        if !remove {
+            report::warn(format_args!(
+                "{} looks like a delta of this disk but is not in its descriptor ({what}); an interrupted operation can have \
+                 left it. If it is not wanted: ploop check --remove-orphans {}",
+                path.display(),
+                disk.path.display()
+            ));
+            continue;
+        }
+        match remove_one(disk, &path) {
+            Ok(()) => report::say(0, format_args!("Removed {} ({what})", path.display())),
+            Err(e) => {
+                report::warn(&e);
+                kept.get_or_insert(e);
+            }
+        }
+    }
+    let beside = |path: &Path, suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let mut side = vec![beside(&disk.path, ".tmp")];
+    side.extend([".tmp", ".idx", ".mnt"].map(|suffix| beside(first, suffix)));
+    for path in side.iter().filter(|p| p.symlink_metadata().is_ok()) {
+        report::warn(format_args!("{} was left by an interrupted operation", path.display()));
+    }
+    kept.map_or(Ok(()), Err)
+}
+
+/// `<first image>.{GUID}` beside the first image, files that the descriptor does not name in any way.
+fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
+    let (Some(folder), Some(stem)) = (first.parent(), first.file_name()) else { return Vec::new() };
+    let is_delta = |name: &OsStr| {
+        let rest = name.as_bytes().strip_prefix(stem.as_bytes()).and_then(|r| r.strip_prefix(b"."));
+        let text = rest.and_then(|r| std::str::from_utf8(r).ok());
+        text.is_some_and(|t| t.starts_with('{') && Guid::parse(t).is_ok())
+    };
+    let own: Vec<_> = disk.images.iter().filter_map(|i| fs::metadata(&i.file).ok()).map(|m| id(&m)).collect();
+    let strange = |path: &PathBuf| {
+        let there = fs::symlink_metadata(path);
+        there.is_ok_and(|m| m.is_file() && !own.contains(&id(&m))) && !disk.images.iter().any(|i| i.file == *path)
+    };
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> =
+        entries.filter(|e| is_delta(&e.file_name())).map(|e| e.path()).filter(strange).collect();
+    found.sort();
+    found
+}
+
+fn id(meta: &Metadata) -> (u64, u64) {
+    (meta.dev(), meta.ino())
+}
+
+/// What there is to lose, for people.
+fn content(path: &Path) -> String {
+    let used = || -> Result<u64> {
+        let header = read_header(path, None)?;
+        let fd = open_level(path, None)?;
+        let (file, _) = reopen(&fd, Access::default()).ctx(Kind::Open, || path.display().to_string())?;
+        let len = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?.len();
+        let mut quiet = Quiet;
+        Ok(scan::scan(&file, &header, len, &mut quiet)?.mapped * header.cluster.bytes())
+    };
+    let marked = if read_header(path, None).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
+    match used() {
+        Ok(0) => format!("empty{marked}"),
+        Ok(bytes) => format!("{bytes} bytes of data{marked}"),
+        Err(_) => "no readable image".into(),
+    }
+}
+
+struct Quiet;
+
+impl Visitor for Quiet {
+    fn problem(&mut self, _: scan::Found, _: scan::Problem) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Removes one that provably nobody uses or names.
+fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
+    let shown = path.display();
+    if path.parent() != Some(&disk.dir) {
+        bail!(Param, "{shown} stays: only files in the descriptor's own folder can be told from another disk's");
+    }
+    if let Some(device) = deltas::users(path)?.first() {
+        bail!(InUse, "{shown} stays: it is part of {}, which the descriptor does not tell", device.node().display());
+    }
+    let held = lock::hold(path, Some(&disk.dir), Access::default(), Others::Nobody)
+        .map_err(|e| e.as_kind(Kind::InUse).context("an orphan stays"))?;
+    let header = read_header(path, Some(&disk.dir)).map_err(|e| e.context("an orphan stays, it is no sound image"))?;
+    if header.cluster != disk.blocksize {
+        bail!(
+            Format,
+            "{shown} stays: it has clusters of {} sectors and this disk {}",
+            header.cluster.sectors(),
+            disk.blocksize.sectors()
+        );
+    }
+    if let Some(other) = other_owner(disk, path) {
+        bail!(InUse, "{shown} stays: {} names it", other.display());
+    }
+    store::unlink(path).map_err(|e| Error::with(Kind::Unlink, format!("cannot remove {shown}"), e))?;
+    store::sync_dir(&disk.dir).ctx(Kind::Fsync, || format!("cannot sync folder {}", disk.dir.display()))?;
+    drop(held);
+    Ok(())
+}
+
+/// Another descriptor in the folder, a copy put aside perhaps, that names the file.
+fn other_owner(disk: &LockedDescriptor, path: &Path) -> Option<PathBuf> {
+    let entries = fs::read_dir(&disk.dir).ok()?;
+    entries.flatten().map(|e| e.path()).find(|other| {
+        let name = other.file_name().unwrap_or_default().as_bytes();
+        let maybe = *other != disk.path && name.windows(4).any(|w| w.eq_ignore_ascii_case(b".xml"));
+        maybe && Descriptor::read(other).is_ok_and(|d| d.images.iter().any(|i| i.file == path))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::ImageMode;
+    use crate::format::header::Version;
+    use crate::image::create::create_delta;
+    use crate::ops::create::{CreateParams, create_image};
+    use crate::units::ClusterSize;
+
+    #[test]
+    fn only_what_is_nobodys_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().canonicalize().unwrap();
+        let cluster = ClusterSize::from_sectors(64).unwrap();
+        let first = folder.join("root.hdd");
+        create_image(&CreateParams {
+            image: first.clone(),
+            sectors: 6400,
+            cluster,
+            version: Version::V2,
+            mode: ImageMode::Expanded,
+            fs: None,
+            without_partition: false,
+        })
+        .unwrap();
+        let dd = folder.join("DiskDescriptor.xml");
+        let named = |n: u8| folder.join(format!("root.hdd.{{11111111-2222-4333-8444-5555555555{n:02}}}"));
+        for n in 0..3 {
+            create_delta(&named(n), Version::V2, cluster, 6400).unwrap();
+        }
+        // Of a descriptor put aside; one of another kind; ones that are no deltas at all.
+        let aside = fs::read_to_string(&dd).unwrap().replace("root.hdd<", &format!("{}<", named(1).display()));
+        fs::write(folder.join("old.xml.bak"), aside).unwrap();
+        create_delta(&named(3), Version::V2, ClusterSize::DEFAULT, 6400).unwrap();
+        fs::write(named(4), "mine").unwrap();
+        std::os::unix::fs::symlink(named(0), named(5)).unwrap();
+        fs::write(folder.join("root.hdd.bak"), "x").unwrap();
+        let lock = lock::hold(&named(2), None, Access { write: true, direct: false }, Others::Nobody).unwrap();
+
+        let disk = LockedDescriptor::open(&dd).unwrap();
+        assert_eq!(orphans(&disk, &first), [named(0), named(1), named(2), named(3), named(4)]);
+        leftovers(&disk, false).unwrap();
+        assert!(named(0).exists());
+        leftovers(&disk, true).unwrap_err();
+        let left: Vec<bool> = (0..6).map(|n| named(n).symlink_metadata().is_ok()).collect();
+        assert_eq!(left, [false, true, true, true, true, true]);
+        drop(lock);
+        leftovers(&disk, true).unwrap_err();
+        assert!(!named(2).exists() && named(1).exists() && first.exists());
+    }
+}
