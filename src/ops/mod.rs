@@ -26,6 +26,8 @@ pub mod tour;
 pub mod umount;
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod testkit;
 #[cfg(test)]
 mod tree_tests;

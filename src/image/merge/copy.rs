@@ -180,7 +180,7 @@ impl<'o, 'p> Copier<'o, 'p> {
             let shares = &mut self.shares[index];
             *shares = *shares && store::clone_range(&source.plain, from, &self.target.plain, end * size, size).is_ok();
         }
-        let copied = |r: &&Run| r.to == Place::New && !(r.hole && !r.shadows) && (r.hole || !self.shares[r.source]);
+        let copied = |r: &&Run| r.needs_room() && (r.hole || !self.shares[r.source]);
         let new: u64 = plan.runs.iter().filter(copied).map(|r| u64::from(r.count)).sum();
         let inside: u64 = free.iter().map(|g| u64::from(g.end - g.start)).sum();
         let behind = new.saturating_sub(inside);

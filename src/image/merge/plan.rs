@@ -109,7 +109,7 @@ impl Plan {
             });
         }
         plan.bytes = plan.runs.iter().map(|r| u64::from(r.count) * cluster.bytes()).sum();
-        let new = plan.runs.iter().filter(|r| r.to == Place::New && !(r.hole && !r.shadows));
+        let new = plan.runs.iter().filter(|r| r.needs_room());
         plan.new = new.map(|r| u64::from(r.count)).sum();
         Ok(plan)
     }
@@ -137,6 +137,11 @@ impl Run {
                 (Place::Own(a), Place::Own(b)) => a.checked_add(n) == Some(b),
                 (a, b) => a == b,
             }
+    }
+
+    /// The target has to get room for it, as far as is known without reading.
+    pub fn needs_room(&self) -> bool {
+        self.to == Place::New && (self.shadows || !self.hole)
     }
 
     /// The part of at most `most` clusters from `skip` on.

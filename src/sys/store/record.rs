@@ -1,0 +1,235 @@
+//! Records the steps of one folder, and makes up the folders that a crash after any of them can leave.
+//!
+//! A kill leaves all steps. After a power cut a write is there if a sync of its file began after it, and so are names with
+//! a sync of the folder; of all else any part can be: writes in pieces of a page, names in their order.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Step;
+
+type Id = usize;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Create(PathBuf, Id),
+    Write(Id, u64, Vec<u8>),
+    SetLen(Id, u64),
+    Extend(Id, u64),
+    /// Of what was recorded before this index.
+    Sync(Id, usize),
+    Rename(PathBuf, PathBuf),
+    Unlink(PathBuf),
+    SyncDir(PathBuf, usize),
+}
+
+/// Names and contents.
+type Files = BTreeMap<Id, Vec<u8>>;
+type Names = BTreeMap<PathBuf, Id>;
+
+#[derive(Default)]
+struct State {
+    first: (Names, Files),
+    names: Names,
+    next: Id,
+    ops: Vec<Op>,
+    begun: usize,
+    /// The step that fails, counted from 0, and its error number.
+    fail: Option<(usize, i32)>,
+}
+
+/// The recorder of a folder, until it is dropped.
+pub struct Recorder {
+    root: PathBuf,
+    state: Mutex<State>,
+}
+
+static ALL: Mutex<Vec<Arc<Recorder>>> = Mutex::new(Vec::new());
+
+fn all() -> MutexGuard<'static, Vec<Arc<Recorder>>> {
+    ALL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Stops the recording when dropped.
+pub struct Guard(pub Arc<Recorder>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        all().retain(|r| !Arc::ptr_eq(r, &self.0));
+    }
+}
+
+/// Starts recording: everything in the folder is taken for durable. With `fail` that step fails with that error number.
+pub fn start(root: &Path, fail: Option<(usize, i32)>) -> Guard {
+    let root = root.canonicalize().unwrap();
+    let mut state = State { fail, ..State::default() };
+    for entry in std::fs::read_dir(&root).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            state.first.1.insert(state.next, std::fs::read(&path).unwrap());
+            state.first.0.insert(path, state.next);
+            state.next += 1;
+        }
+    }
+    state.names = state.first.0.clone();
+    let recorder = Arc::new(Recorder { root, state: Mutex::new(state) });
+    all().push(recorder.clone());
+    Guard(recorder)
+}
+
+fn path_of(file: &File) -> PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
+}
+
+pub(super) fn watched<T>(step: Step<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let path = match step {
+        Step::Create(p) | Step::Rename(p, _) | Step::Unlink(p) | Step::SyncDir(p) => p.to_owned(),
+        Step::Write(f, ..)
+        | Step::Zero(f, ..)
+        | Step::Share(f, ..)
+        | Step::SetLen(f, _)
+        | Step::Extend(f, _)
+        | Step::Sync(f) => path_of(f),
+    };
+    let found = all().iter().find(|r| path.starts_with(&r.root)).cloned();
+    let Some(recorder) = found else { return act() };
+    let covers = recorder.begin()?;
+    let done = act()?;
+    recorder.log(step, path, covers);
+    Ok(done)
+}
+
+impl Recorder {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self) -> io::Result<usize> {
+        let mut state = self.lock();
+        let now = state.begun;
+        state.begun += 1;
+        match state.fail {
+            Some((at, errno)) if at == now => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(state.ops.len()),
+        }
+    }
+
+    fn log(&self, step: Step<'_>, path: PathBuf, covers: usize) {
+        let mut state = self.lock();
+        let id = state.names.get(&path).copied();
+        let op = match (step, id) {
+            (Step::Create(_), _) => {
+                let id = state.next;
+                state.next += 1;
+                state.names.insert(path.clone(), id);
+                Op::Create(path, id)
+            }
+            (Step::Write(_, bytes, offset), Some(id)) => Op::Write(id, offset, bytes.to_vec()),
+            (Step::Zero(_, offset, len), Some(id)) => Op::Write(id, offset, vec![0; len as usize]),
+            (Step::Share(file, offset, len), Some(id)) => {
+                let mut bytes = vec![0; len as usize];
+                file.read_exact_at(&mut bytes, offset).unwrap();
+                Op::Write(id, offset, bytes)
+            }
+            (Step::SetLen(_, len), Some(id)) => Op::SetLen(id, len),
+            (Step::Extend(_, len), Some(id)) => Op::Extend(id, len),
+            (Step::Sync(_), Some(id)) => Op::Sync(id, covers),
+            (Step::Rename(_, to), _) => {
+                if let Some(id) = state.names.remove(&path) {
+                    state.names.insert(to.to_owned(), id);
+                }
+                Op::Rename(path, to.to_owned())
+            }
+            (Step::Unlink(_), _) => {
+                state.names.remove(&path);
+                Op::Unlink(path)
+            }
+            (Step::SyncDir(_), _) => Op::SyncDir(path, covers),
+            // A file that was made by other means, or is removed.
+            (_, None) => return,
+        };
+        state.ops.push(op);
+    }
+
+    /// Steps begun so far.
+    pub fn begun(&self) -> usize {
+        self.lock().begun
+    }
+
+    /// Steps that took effect: a crash is possible before each and after the last.
+    pub fn steps(&self) -> usize {
+        self.lock().ops.len()
+    }
+
+    /// Writes into `into` (empty) what a crash after `at` steps leaves. `choose` says of each thing that need not be
+    /// durable yet whether it is; for names it is asked until it first says no.
+    pub fn crash(&self, at: usize, into: &Path, choose: &mut dyn FnMut(Thing) -> bool) {
+        let state = self.lock();
+        let ops = &state.ops[..at];
+        let (mut names, mut files) = state.first.clone();
+        let synced = |i: usize, id: Id| {
+            ops.iter().any(|op| matches!(op, Op::Sync(other, covers) if *other == id && *covers > i))
+        };
+        let named = |i: usize, path: &Path| {
+            let dir = path.parent().unwrap();
+            ops.iter().any(|op| matches!(op, Op::SyncDir(other, covers) if other == dir && *covers > i))
+        };
+        let mut names_go_on = true;
+        for (i, op) in ops.iter().enumerate() {
+            match op {
+                Op::Create(path, _) | Op::Rename(path, _) | Op::Unlink(path) => {
+                    if let Op::Create(_, id) = op {
+                        files.insert(*id, Vec::new());
+                    }
+                    names_go_on = named(i, path) || (names_go_on && choose(Thing::Name));
+                    if !names_go_on {
+                        continue;
+                    }
+                    match op {
+                        Op::Create(path, id) => drop(names.insert(path.clone(), *id)),
+                        Op::Rename(from, to) => {
+                            let id = names.remove(from);
+                            id.map(|id| names.insert(to.clone(), id));
+                        }
+                        _ => drop(names.remove(path)),
+                    }
+                }
+                Op::Write(id, offset, bytes) => {
+                    let file = files.entry(*id).or_default();
+                    let durable = synced(i, *id);
+                    for (n, page) in bytes.chunks(4096).enumerate() {
+                        if durable || choose(Thing::Data) {
+                            let at = *offset as usize + n * 4096;
+                            file.resize(file.len().max(at + page.len()), 0);
+                            file[at..at + page.len()].copy_from_slice(page);
+                        }
+                    }
+                }
+                Op::SetLen(id, len) if synced(i, *id) || choose(Thing::Data) => {
+                    files.entry(*id).or_default().resize(*len as usize, 0);
+                }
+                Op::Extend(id, len) if synced(i, *id) || choose(Thing::Data) => {
+                    let file = files.entry(*id).or_default();
+                    file.resize(file.len().max(*len as usize), 0);
+                }
+                _ => {}
+            }
+        }
+        for (path, id) in names {
+            let name = path.strip_prefix(&self.root).unwrap();
+            std::fs::write(into.join(name), &files[&id]).unwrap();
+        }
+    }
+}
+
+/// What a crash may or may not leave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Thing {
+    Name,
+    Data,
+}
