@@ -1,5 +1,6 @@
 //! Whether one image file can stand in for another.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -7,6 +8,12 @@ use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::header::{self, Header};
 use crate::image::open::{Access, open_level, reopen};
+use crate::image::target::{Table, read_table};
+use crate::report;
+use crate::sys::aligned::{AlignedBuf, read_exact};
+
+/// Bytes compared at once.
+const CHUNK: u64 = 4 << 20;
 
 /// Compares sizes and headers of two ploop1 images; in-use marks are left out, contents are not looked at. `Format` if
 /// they differ, `Open` if one cannot be opened or has no sound header.
@@ -45,6 +52,47 @@ fn shape(path: &Path) -> Result<(u64, Header)> {
     let got = file.read_at(&mut bytes, 0).ctx(Kind::Read, || format!("cannot read {}", path.display()))?;
     let header = Header::parse(&bytes[..got]).map_err(|e| e.as_kind(Kind::Open).context(path.display()))?;
     Ok((len, Header { in_use: 0, extension: 0, ..header }))
+}
+
+/// Compares what two ploop1 images hold, cluster by cluster of the disk; where it stands in the files does not matter.
+/// `Format` if they differ.
+pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<()> {
+    let (header, ours) = read_table(a, a_name)?;
+    let (_, theirs) = read_table(b, b_name)?;
+    let differ = |cluster: u32| -> Result<()> {
+        bail!(
+            Format,
+            "{} and {} are not copies of each other: they differ in cluster {cluster} of the disk",
+            a_name.display(),
+            b_name.display()
+        )
+    };
+    let clusters = |t: &Table| t.entries.iter().map(|e| e.0).collect::<Vec<_>>();
+    if clusters(&ours) != clusters(&theirs) {
+        let only = |x: &Table, y: &Table| {
+            x.entries.iter().map(|e| e.0).find(|c| y.entries.binary_search_by_key(c, |e| e.0).is_err())
+        };
+        return differ(only(&ours, &theirs).or(only(&theirs, &ours)).unwrap_or(0));
+    }
+    let size = header.cluster.bytes();
+    let chunk = size.min(CHUNK);
+    let (mut one, mut other) = (AlignedBuf::new(chunk as usize), AlignedBuf::new(chunk as usize));
+    let read = |file: &File, name: &Path, buf: &mut [u8], at: u64| {
+        read_exact(file, buf, at).ctx(Kind::Read, || format!("cannot read {} at offset {at}", name.display()))
+    };
+    for ((cluster, mine), (_, yours)) in ours.entries.iter().zip(&theirs.entries) {
+        for at in (0..size).step_by(chunk as usize) {
+            read(a, a_name, &mut one, u64::from(*mine) * size + at)?;
+            read(b, b_name, &mut other, u64::from(*yours) * size + at)?;
+            if one[..] != other[..] {
+                return differ(*cluster);
+            }
+        }
+        if report::cancel::requested() {
+            bail!(Sys, "comparing {} with {} was cancelled", a_name.display(), b_name.display());
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::check::check_disk;
 use super::merge::{MergeParams, merge_snapshot};
+use super::replace::{Which, replace};
 use super::snapshot::{self, SnapshotParams};
 use super::switch::{SwitchParams, switch};
 use super::testkit::{content, files, g, make_disk, put, sizes, small};
@@ -302,6 +303,21 @@ fn crashes_of_merges_into_a_new_file() {
             }
         };
         told("merge into a new file", crashes("merge new", dir.path(), &into_new));
+    }
+}
+
+#[test]
+fn crashes_of_replacing() {
+    for keep_name in [false, true] {
+        let (dir, dd) = chain(Version::V2, ImageMode::Expanded);
+        let old = Descriptor::read(&dd).unwrap().image(&g(2)).unwrap().file.clone();
+        std::fs::copy(old, dd.with_file_name("copy")).unwrap();
+        // The files of a crash's copy have other numbers than those of the disk: whoever has the name is meant.
+        let act = |dd: &Path| match dd.with_file_name("copy") {
+            new if new.exists() => replace(dd, "", &Which::Guid(g(2)), &new, keep_name),
+            _ => Ok(()),
+        };
+        told("replace", crashes("replace", dir.path(), &act));
     }
 }
 

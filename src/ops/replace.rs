@@ -1,10 +1,21 @@
-//! Replacing an image of a disk by an identical one.
+//! Replacing an image of a disk by a copy of it, in another place perhaps.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::{deltas, recover};
 use crate::bail;
-use crate::error::Result;
+use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
+use crate::device::Device;
+use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
+use crate::image::check::{CheckOptions, check_file};
+use crate::image::lock::{Held, Others};
+use crate::image::open::Access;
+use crate::image::same::{same_content, same_shape};
+use crate::report;
+use crate::sys::store;
 use crate::units::Level;
 
 /// Which image.
@@ -18,7 +29,131 @@ pub enum Which {
     Level(Level),
 }
 
-/// Replaces an image by `new`. `keep_name`: the new file gets the old one's name.
-pub fn replace(_descriptor: &Path, _component: &str, _which: &Which, _new: &Path, _keep_name: bool) -> Result<()> {
-    bail!(Param, "this version cannot replace images yet")
+const READ: Access = Access { write: false, direct: false };
+
+/// Replaces an image by `new`, which must be a copy of it: clean, and the same in size, header and content (`Format`).
+/// The old file stays; with `keep_name` the new one takes its name and it goes.
+pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, keep_name: bool) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    recover::before_change(&mut disk)?;
+    let device = deltas::running(&disk, component)?;
+    let image = find(&disk, device.as_ref(), which)?;
+    let new = new.canonicalize().ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    let id = id_of(&new)?;
+    if let Some(own) = disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id)) {
+        bail!(Param, "{} is the image of snapshot {} already", new.display(), own.guid);
+    }
+    if disk.is_raw(&image) {
+        bail!(Format, "image {} is raw: only ploop1 images can be compared and replaced", image.file.display());
+    }
+    if let Some(device) = device
+        && device.record.ids.contains(&id_of(&image.file)?)
+    {
+        bail!(
+            Param,
+            "the disk runs as {}: this version replaces images only of disks that do not run; unmount it first",
+            device.node().display()
+        );
+    }
+    let old_held = deltas::hold(&disk, &image.file, READ, Others::Nobody)?;
+    let new_held = copy_of(&disk, &image, &old_held, &new)?;
+    if keep_name {
+        store::rename(&new, &image.file).ctx(Kind::Rename, || {
+            format!("cannot give {} the name of {}, on the same file system", new.display(), image.file.display())
+        })?;
+        descriptor::sync_parent(&image.file)?;
+    } else {
+        let mut next = disk.descriptor.clone();
+        next.set_file(&image.guid, new.clone())?;
+        disk.commit_as(next)?;
+    }
+    drop((old_held, new_held));
+    report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
+    Ok(())
+}
+
+fn id_of(path: &Path) -> Result<(u64, u64)> {
+    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// The image that is meant. `Param`: there is none such.
+fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Image> {
+    let of_id = |id: (u64, u64)| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
+    let found = match which {
+        Which::Guid(guid) => disk.image(guid),
+        Which::File(file) => match id_of(file).or_else(|_| id_of(&disk.dir.join(file))) {
+            Ok(id) => of_id(id),
+            Err(_) => None,
+        },
+        Which::Level(level) => {
+            let Some(device) = device else {
+                bail!(Param, "level {level}: levels are those of a running device, and this disk does not run");
+            };
+            device.record.ids.get(usize::from(*level)).and_then(|id| of_id(*id))
+        }
+    };
+    match (found, which) {
+        (Some(image), _) => Ok(image.clone()),
+        (None, Which::Guid(guid)) => bail!(Param, "no snapshot {guid} in this disk"),
+        (None, Which::File(file)) => bail!(Param, "{} is no image of this disk", file.display()),
+        (None, Which::Level(level)) => bail!(Param, "the running device has no level {level}"),
+    }
+}
+
+/// Makes sure that `new` can stand in for the image, and that it is durable.
+fn copy_of(disk: &Descriptor, image: &Image, old: &Held, new: &Path) -> Result<Held> {
+    let held = deltas::hold(disk, new, READ, Others::Nobody)?;
+    let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
+    check_file(new, Some(&disk.dir), &options)?;
+    same_shape(&image.file, new)?;
+    same_content(&old.file, &old.path, &held.file, new)?;
+    store::sync_all(&held.file).ctx(Kind::Fsync, || format!("cannot sync image {}", new.display()))?;
+    descriptor::sync_parent(new)?;
+    Ok(held)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::ImageMode;
+    use crate::format::guid;
+    use crate::format::header::Version;
+    use crate::ops::snapshot::{self, SnapshotParams};
+    use crate::ops::testkit::{content, files, g, make_disk, map, put, small};
+
+    #[test]
+    fn only_copies_replace_images() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let dd = make_disk(dir.path(), Version::V2, ImageMode::Expanded, small(), 20);
+        put(&dd, &guid::TOP, 3, 1);
+        snapshot::create(&dd, "", &SnapshotParams { guid: g(1), snap_dir: None, temporary: false }).unwrap();
+        put(&dd, &guid::TOP, 3, 2);
+        let old = dd.with_file_name("root.hdd");
+        let new = dd.with_file_name("copy");
+        fs::copy(&old, &new).unwrap();
+        let kind = |which: Which| replace(&dd, "", &which, &new, false).map_err(|e| e.kind());
+        assert_eq!(kind(Which::Guid(g(9))), Err(Kind::Param));
+        assert_eq!(kind(Which::File("/nowhere".into())), Err(Kind::Param));
+        assert_eq!(kind(Which::Level(0)), Err(Kind::Param));
+        assert_eq!(kind(Which::Guid(guid::TOP)), Err(Kind::Format), "another image");
+        assert_eq!(replace(&dd, "", &Which::Guid(g(1)), &old, false).unwrap_err().kind(), Kind::Param);
+        // One bit differs.
+        let bytes = fs::read(&new).unwrap();
+        let mut other = bytes.clone();
+        *other.last_mut().unwrap() ^= 1;
+        fs::write(&new, other).unwrap();
+        assert_eq!(kind(Which::Guid(g(1))), Err(Kind::Format));
+        fs::write(&new, bytes).unwrap();
+        kind(Which::Guid(g(1))).unwrap();
+        assert_eq!(Descriptor::read(&dd).unwrap().image(&g(1)).unwrap().file, new);
+        assert!(old.exists());
+        // Back, under the name that it has now.
+        replace(&dd, "", &Which::File("copy".into()), &old, true).unwrap();
+        assert!(!old.exists());
+        assert_eq!(files(&dd).len(), 2);
+        assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2)]));
+        assert_eq!(content(&dd, &g(1)), map(&[(3, 1)]));
+    }
 }
