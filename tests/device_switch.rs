@@ -2,16 +2,15 @@
 
 mod device_common;
 
-use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use device_common::load::*;
 use device_common::*;
-use ploop::device::{self, AttachSpec, CommitFile, Device, Level, NewLevel, State, SwitchSpec};
+use ploop::device::{self, CommitFile, Device, State, SwitchSpec};
 use ploop::error::Kind;
 use ploop::format::header::Version;
 use ploop::image::check::read_header;
@@ -19,109 +18,6 @@ use ploop::image::create::create_delta;
 use ploop::server::proto::{Command, CommitNames, LevelName, Marked, ProcessId, Swap, SwapLevel};
 use ploop::server::{control, runtime};
 use ploop::units::ClusterSize;
-
-const LANES: u64 = 3;
-const SLOTS: u64 = 16;
-const BLOCK: u64 = 64 << 10;
-
-/// Rewrites blocks and reads them back until told to stop; answers the number of the last write to each slot.
-fn writer(
-    node: &Path,
-    lane: u64,
-    stop: &Arc<AtomicBool>,
-) -> std::thread::JoinHandle<std::io::Result<Vec<Option<u64>>>> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(node).unwrap();
-    let stop = stop.clone();
-    std::thread::spawn(move || {
-        let mut last = vec![None; SLOTS as usize];
-        let mut n = 0;
-        let mut buf = ploop::sys::aligned::AlignedBuf::new(BLOCK as usize);
-        while !stop.load(Ordering::Relaxed) {
-            let slot = n * 7 % SLOTS;
-            let at = (lane * SLOTS + slot) * BLOCK;
-            let data = pattern(lane << 32 | n, BLOCK as usize);
-            buf.copy_from_slice(&data);
-            file.write_all_at(&buf, at)?;
-            if n % 11 == 0 {
-                file.sync_data()?;
-            }
-            buf.fill(0);
-            file.read_exact_at(&mut buf, at)?;
-            assert_eq!(&buf[..], &data[..], "lane {lane} write {n}");
-            last[slot as usize] = Some(n);
-            n += 1;
-        }
-        file.sync_all()?;
-        Ok(last)
-    })
-}
-
-/// The writers' last words are on the device.
-fn check_lanes(node: &Path, lanes: &[Vec<Option<u64>>]) {
-    for (lane, last) in lanes.iter().enumerate() {
-        for (slot, n) in last.iter().enumerate() {
-            let lane = lane as u64;
-            if let Some(n) = n {
-                let got = read_at(node, (lane * SLOTS + slot as u64) * BLOCK, BLOCK as usize);
-                assert_eq!(got, pattern(lane << 32 | n, BLOCK as usize), "lane {lane} slot {slot} write {n}");
-            }
-        }
-    }
-}
-
-struct Load {
-    stop: Arc<AtomicBool>,
-    lanes: Vec<std::thread::JoinHandle<std::io::Result<Vec<Option<u64>>>>>,
-}
-
-impl Load {
-    fn start(node: &Path) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let lanes = (0..LANES).map(|lane| writer(node, lane, &stop)).collect();
-        Load { stop, lanes }
-    }
-
-    fn end(self) -> Vec<Vec<Option<u64>>> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.lanes.into_iter().map(|l| l.join().unwrap().unwrap()).collect()
-    }
-}
-
-fn path_fd(path: &Path) -> OwnedFd {
-    OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap().into()
-}
-
-fn new_delta(t: &Bench, like: &Path, name: &str) -> PathBuf {
-    let header = read_header(like, None).unwrap();
-    let path = t.dir.path().join(name);
-    create_delta(&path, header.version, header.cluster, header.sectors).unwrap();
-    path
-}
-
-fn with_new_top(device: &Device, path: &Path) -> Vec<NewLevel> {
-    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
-    levels.push(NewLevel::File { path: path.into(), raw: false, fd: path_fd(path) });
-    levels
-}
-
-fn now(device: &Device) -> Device {
-    device::by_node(device.name()).unwrap().unwrap()
-}
-
-/// Who must be alive is.
-fn settled(name: &str) -> ploop::server::proto::DeviceRecord {
-    within(30, "supervisor and worker", || {
-        let r = record(name);
-        let fine = runtime::alive(r.supervisor) && runtime::alive(r.worker) && r.state == "running";
-        (fine && control::ask(&runtime::device_dir(name), &Command::Info, Duration::from_secs(5)).is_ok()).then_some(r)
-    })
-}
-
-fn attach_chain(t: &Bench, files: &[PathBuf], marked: Marked) -> Device {
-    let first = t.spec(&files[0]);
-    let levels = files.iter().map(|f| Level { path: f.clone(), raw: false, fd: path_fd(f) }).collect();
-    device::attach(AttachSpec { levels, marked, ..first }).unwrap()
-}
 
 #[test]
 fn a_chain_grows_under_load() {
@@ -195,10 +91,6 @@ fn reload_under_load() {
     t.sound(&image);
 }
 
-fn now_or(device: &Device) -> Device {
-    device::by_node(device.name()).unwrap().unwrap_or_else(|| device.clone())
-}
-
 #[test]
 fn what_cannot_be_served_changes_nothing() {
     let Some(t) = Bench::new("what_cannot_be_served_changes_nothing") else { return };
@@ -253,12 +145,6 @@ fn successor(supervisor: ProcessId, but: ProcessId) -> Option<ProcessId> {
         .filter(|pid| *pid != but.pid)
         .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0worker\0")))
         .find_map(runtime::process)
-}
-
-fn slay(id: ProcessId) {
-    if runtime::alive(id) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL);
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]

@@ -8,6 +8,7 @@ mod attach;
 mod clean;
 mod find;
 mod lock;
+pub mod merge;
 mod switch;
 
 pub use attach::{AttachSpec, Level, attach};

@@ -12,11 +12,12 @@ use crate::device::{Device, State, find};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
 use crate::server::helper::remote_error;
-use crate::server::proto::{Answer, Command, CommitNames, LevelName, Swap, SwapLevel};
+use crate::server::proto::{Answer, Command, CommitNames, DeviceRecord, LevelName, Swap, SwapLevel};
 use crate::server::{control, frame, runtime, spawn};
 
-/// A change waits for what the device writes, and completing a former top writes what was left out of it.
-const CHANGE: Duration = Duration::from_secs(60 * 60);
+/// A change waits for what the device writes, completing a former top writes what was left out of it, and a merge copies
+/// disks. A supervisor that dies closes the connection.
+const CHANGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// A worker without a supervisor starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
 
@@ -62,6 +63,15 @@ impl CommitFile {
         CommitFile { lock: Some(lock), ..self }
     }
 
+    pub(super) fn names(&self) -> CommitNames {
+        self.names.clone()
+    }
+
+    /// In the order of the protocol.
+    pub(super) fn fds(&self) -> impl Iterator<Item = &OwnedFd> {
+        [&self.folder, &self.new].into_iter().chain(&self.lock)
+    }
+
     /// The change has been made: the descriptor is the new file. An error: this cannot be told.
     pub fn is_committed(&self) -> Result<bool> {
         crate::server::worker::commit::is_committed(&self.names, &self.folder, &self.new)
@@ -91,10 +101,7 @@ pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option
     let mut fds: Vec<BorrowedFd> = Vec::new();
     for level in &spec.levels {
         levels.push(match level {
-            NewLevel::Kept(i) => match (record.levels.get(*i), record.ids.get(*i)) {
-                (Some(name), Some(id)) => SwapLevel { name: name.clone(), id: *id, from: Some(*i) },
-                _ => bail!(Param, "{} has no level {i}: its chain has {}", device.name(), record.levels.len()),
-            },
+            NewLevel::Kept(i) => kept(record, *i)?,
             NewLevel::File { path, raw, fd } => {
                 let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
                 let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
@@ -105,8 +112,7 @@ pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option
         });
     }
     if let Some(commit) = &spec.commit {
-        fds.extend([commit.folder.as_fd(), commit.new.as_fd()]);
-        fds.extend(commit.lock.as_ref().map(AsFd::as_fd));
+        fds.extend(commit.fds().map(AsFd::as_fd));
     }
     let swap = Swap {
         levels,
@@ -116,6 +122,14 @@ pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option
         linger: spec.linger,
     };
     ask(device.name(), &Command::Switch(swap), &fds, serving)
+}
+
+/// A level that stays.
+pub(super) fn kept(record: &DeviceRecord, i: usize) -> Result<SwapLevel> {
+    match (record.levels.get(i), record.ids.get(i)) {
+        (Some(name), Some(id)) => Ok(SwapLevel { name: name.clone(), id: *id, from: Some(i) }),
+        _ => bail!(Param, "{} has no level {i}: its chain has {}", record.name, record.levels.len()),
+    }
 }
 
 /// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile.
@@ -143,7 +157,12 @@ pub fn reload(name: &str) -> Result<()> {
 
 /// Asks for a change. A supervisor that dies meanwhile is replaced: the next one is asked the same, and makes the change
 /// only once.
-fn ask(name: &str, command: &Command, fds: &[BorrowedFd], serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
+pub(super) fn ask(
+    name: &str,
+    command: &Command,
+    fds: &[BorrowedFd],
+    serving: &mut dyn FnMut(Option<&str>),
+) -> Result<()> {
     let mut end = Instant::now() + SUPERVISOR;
     let mut told = false;
     loop {

@@ -38,6 +38,8 @@ use io::Io;
 use job::Job;
 use map::{Ent, Map};
 use merge::Merge;
+#[allow(unused_imports)] // the simulation compiles this as a part of itself
+pub use merge::State;
 use request::{IntMap, Req, Seg, Slab};
 use space::Space;
 

@@ -67,7 +67,7 @@ impl Held {
         }
         let told = match others {
             Others::Readers => tell_reading(&self.file),
-            Others::Nobody => share(&self.file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(&self.file)),
+            Others::Nobody => tell_alone(&self.file),
         };
         told.map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
@@ -86,6 +86,11 @@ pub fn tell_reading(file: &File) -> io::Result<()> {
 /// Tells others that the file is written to. `WouldBlock` if somebody else uses it in a way that forbids that.
 pub fn tell_writing(file: &File) -> io::Result<()> {
     share(file, &WRITING, &WRITING)
+}
+
+/// The same, and nobody may read it either.
+pub fn tell_alone(file: &File) -> io::Result<()> {
+    share(file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(file))
 }
 
 /// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time

@@ -126,6 +126,7 @@ fn prepare(
         listener,
         levels,
         extra: Vec::new(),
+        merge: Vec::new(),
     };
     Supervisor::new(dir.into(), record, start, fds)
 }
@@ -339,7 +340,7 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     daemon::lock_memory();
     let mut start = start;
     let levels = start.attach.levels.len();
-    let Some(mut fds) = Descriptors::from_all(fds, levels) else {
+    let Some(mut fds) = Descriptors::from_all(fds, levels, start.merge_fds) else {
         bail!(Protocol, "too few descriptors came from the worker")
     };
     let retired = start.retired.take().map(|swap| (swap, std::mem::take(&mut fds.extra)));

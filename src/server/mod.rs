@@ -9,6 +9,7 @@ pub mod freeze;
 pub mod fuse;
 pub mod helper;
 pub mod loopdev;
+mod merge;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;

@@ -123,12 +123,30 @@ pub struct WorkerStart {
     /// [`Swap::token`] of the change that led to this chain.
     #[serde(default)]
     pub token: u64,
+    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those of
+    /// its commit, come last.
+    #[serde(default)]
+    pub merge: Option<Swap>,
+    /// How many these are.
+    #[serde(default)]
+    pub merge_fds: usize,
 }
 
 impl WorkerStart {
     /// For the first worker of a device.
     pub fn new(attach: AttachRequest, fuse: FuseSession, device_name: String) -> WorkerStart {
-        WorkerStart { attach, takeover: false, fuse, device_name, succeed: None, retired: None, finish: None, token: 0 }
+        WorkerStart {
+            attach,
+            takeover: false,
+            fuse,
+            device_name,
+            succeed: None,
+            retired: None,
+            finish: None,
+            token: 0,
+            merge: None,
+            merge_fds: 0,
+        }
     }
 }
 
@@ -253,6 +271,11 @@ pub enum Command {
     /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
     /// asker and the process that does it go on talking.
     Freeze,
+    /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
+    /// again with the same token it is waited for. Answers as for `Switch`.
+    Merge(Swap),
+    /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
+    CancelMerge,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it.
     Reload {
         token: u64,
@@ -262,8 +285,20 @@ pub enum Command {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant)]
 pub enum Answer {
-    Info { record: DeviceRecord, no_space: bool, failed: bool },
-    Switched { warning: Option<String> },
+    Info {
+        record: DeviceRecord,
+        no_space: bool,
+        failed: bool,
+        /// Clusters that a merge of the top has looked at, of how many.
+        #[serde(default)]
+        merging: Option<(u64, u64)>,
+    },
+    Switched {
+        warning: Option<String>,
+    },
     Done,
-    Error { code: i32, message: String },
+    Error {
+        code: i32,
+        message: String,
+    },
 }

@@ -20,6 +20,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::control::{self, Client, Heard};
 use crate::server::helper::{Helper, Job, JobEvent};
 use crate::server::loopdev::Binding;
+use crate::server::merge::MergeStep;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, Command, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
@@ -74,6 +75,9 @@ pub struct Supervisor {
     pub(super) changing: bool,
     /// Clients that wait until the former top is finished.
     pub(super) finishing: Vec<OwnedFd>,
+    /// Clients that wait for the end of a merge.
+    pub(super) merging: Vec<OwnedFd>,
+    pub(super) merge_step: Option<MergeStep>,
     /// Clients that wait for a flush.
     flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
@@ -123,6 +127,8 @@ impl Supervisor {
             changes: VecDeque::new(),
             changing: false,
             finishing: Vec::new(),
+            merging: Vec::new(),
+            merge_step: None,
             flushing: Vec::new(),
             flush_sent: false,
             nodes,
@@ -382,7 +388,10 @@ impl Supervisor {
                 }
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
-                FromWorker::Merged { .. } => {}
+                FromWorker::Merged { error } => {
+                    worker.merged = Some(error);
+                    self.merge_told();
+                }
                 FromWorker::Retired { error } => worker.retired = Some(error),
                 FromWorker::Switched { warning } => worker.switched = Some(warning),
                 FromWorker::Finished { error } => {
@@ -429,7 +438,8 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
-        self.flushing.drain(..).chain(self.finishing.drain(..)).for_each(|c| control::answer(&c, &reply));
+        let waiting = self.flushing.drain(..).chain(self.finishing.drain(..)).chain(self.merging.drain(..));
+        waiting.for_each(|c| control::answer(&c, &reply));
     }
 
     /// Starts a worker; a failure counts as its death.
@@ -477,7 +487,10 @@ impl Supervisor {
             Command::Info => {
                 let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
                 let failed = status.failed || self.failed.is_some();
-                let answer = Answer::Info { record: self.record.clone(), no_space: status.no_space, failed };
+                let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
+                let merging = self.start.merge.as_ref().map(|_| (status.merge_seen.min(total), total));
+                let record = self.record.clone();
+                let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
                 control::answer(&client, &answer);
             }
             Command::Abort if self.record.state != "starting" => self.aborting.push(client),
@@ -501,6 +514,10 @@ impl Supervisor {
                     Err(e) => control::answer(&client, &control::refusal(&e)),
                 }
             }
+            Command::Merge(swap) if self.can_change() => {
+                self.changes.push_back(Change { what: What::Merge(swap), fds, client: Some(client) });
+            }
+            Command::CancelMerge => self.cancel_merge(client),
             Command::Reload { token } if self.can_change() => {
                 self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
             }

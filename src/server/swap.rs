@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::remote_error;
-use crate::server::proto::{Answer, Marked, Succession, Swap, SwapLevel, ToWorker, WorkerStart};
+use crate::server::merge::MergeStep;
+use crate::server::proto::{Answer, Marked, Succession, Swap, ToWorker, WorkerStart};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker::commit;
 use crate::server::workers::{Descriptors, Worker};
@@ -39,6 +40,12 @@ pub enum What {
     Chain(Swap),
     /// The program in the first descriptor; a number for the attempt.
     Program(u64),
+    /// The top merged into the level below it, then this chain.
+    Merge(Swap),
+    /// The worker has merged it.
+    Merged,
+    /// A merge has ended before its time, or is to.
+    Unmerge(Error),
 }
 
 /// A change that was asked for.
@@ -50,7 +57,7 @@ pub struct Change {
 }
 
 /// What the worker that takes over gets.
-struct Plan {
+pub(super) struct Plan {
     start: WorkerStart,
     fds: Descriptors,
 }
@@ -80,6 +87,19 @@ impl Supervisor {
         let Change { what, fds, client } = change;
         let (swap, program) = match what {
             What::Chain(swap) => (swap, None),
+            What::Merge(swap) => {
+                self.begin_merge(swap, fds, client);
+                return false;
+            }
+            What::Merged => {
+                self.finish_merge();
+                return false;
+            }
+            What::Unmerge(why) => {
+                self.end_merge(why);
+                client.iter().for_each(|c| control::answer(c, &Answer::Done));
+                return false;
+            }
             What::Program(token) => match self.same_chain(token, fds) {
                 Ok((swap, program)) => {
                     let result = self.try_change(&swap, Vec::new(), Some(program));
@@ -128,14 +148,16 @@ impl Supervisor {
     /// The change to the chain that is there, and the program that comes with it.
     fn same_chain(&self, token: u64, fds: Vec<OwnedFd>) -> Result<(Swap, OwnedFd)> {
         let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
-        let attach = &self.start.attach;
-        let levels = attach.levels.iter().zip(&attach.ids).enumerate();
-        let levels = levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
-        Ok((Swap { levels, expected: attach.ids.clone(), commit: None, token, linger: 0 }, program))
+        Ok((self.same_levels(token), program))
     }
 
     /// After an error the device serves the chain it had, unless it has failed. A warning is passed on.
-    fn try_change(&mut self, swap: &Swap, fds: Vec<OwnedFd>, program: Option<OwnedFd>) -> Result<Option<String>> {
+    pub(super) fn try_change(
+        &mut self,
+        swap: &Swap,
+        fds: Vec<OwnedFd>,
+        program: Option<OwnedFd>,
+    ) -> Result<Option<String>> {
         // Of two former tops one would be forgotten.
         self.wait_while(|s| s.start.finish.is_some(), None)?;
         let status = self.shm.as_ref().map(|s| s.status()).unwrap_or_default();
@@ -192,7 +214,7 @@ impl Supervisor {
     }
 
     /// Checks a change against the running chain.
-    fn plan(&self, swap: &Swap, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
+    pub(super) fn plan(&self, swap: &Swap, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
         let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
         let attach = &self.start.attach;
         let name = &self.record.name;
@@ -247,7 +269,28 @@ impl Supervisor {
             }
             false => clone(&fds.witness)?,
         };
+        let same = swap.levels.iter().enumerate().all(|(i, l)| l.from == Some(i)) && top == old_top;
         let mut start = self.start.clone();
+        let mut merge: &[OwnedFd] = &fds.merge;
+        let ended = match (&self.merge_step, &self.start.merge) {
+            (Some(MergeStep::Begin(next, sent)), _) => {
+                start.merge = Some(next.clone());
+                merge = sent;
+                false
+            }
+            (Some(MergeStep::End), _) => true,
+            (None, Some(m)) if m.token == swap.token => true,
+            (None, Some(_)) if !same => {
+                bail!(Busy, "{name}: its top is being merged; wait for the end of that, or cancel it")
+            }
+            _ => false,
+        };
+        if ended {
+            start.merge = None;
+            merge = &[];
+        }
+        let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
+        start.merge_fds = merge.len();
         start.attach.levels = swap.levels.iter().map(|l| l.name.clone()).collect();
         start.attach.ids = swap.levels.iter().map(|l| l.id).collect();
         if start.attach.marked == Marked::Refuse {
@@ -256,7 +299,11 @@ impl Supervisor {
         }
         start.takeover = true;
         start.succeed = Some(Succession { new_top, commit: swap.commit.clone(), linger: swap.linger });
-        start.finish = swap.levels[..top].iter().position(|l| l.from == Some(old_top));
+        start.finish = match ended && same {
+            // What was to be the target.
+            true => top.checked_sub(1),
+            false => swap.levels[..top].iter().position(|l| l.from == Some(old_top)),
+        };
         start.token = swap.token;
         let fds = Descriptors {
             fuse: clone(&fds.fuse)?,
@@ -266,6 +313,7 @@ impl Supervisor {
             listener: clone(&fds.listener)?,
             levels,
             extra,
+            merge,
         };
         Ok(Plan { start, fds })
     }

@@ -24,23 +24,26 @@ pub struct Descriptors {
     pub levels: Vec<OwnedFd>,
     /// Those of a change of the chain.
     pub extra: Vec<OwnedFd>,
+    /// Those of the change that follows a merge.
+    pub merge: Vec<OwnedFd>,
 }
 
 impl Descriptors {
     /// In the order of the protocol.
     pub fn all(&self) -> Vec<BorrowedFd<'_>> {
         let fixed = [&self.fuse, &self.shm, &self.witness, &self.binary, &self.listener];
-        fixed.into_iter().chain(&self.levels).chain(&self.extra).map(AsFd::as_fd).collect()
+        fixed.into_iter().chain(&self.levels).chain(&self.extra).chain(&self.merge).map(AsFd::as_fd).collect()
     }
 
-    /// From what came in that order, for a chain of `levels`; `None`: too few.
-    pub fn from_all(fds: Vec<OwnedFd>, levels: usize) -> Option<Descriptors> {
+    /// From what came in that order, for a chain of `levels`, `merge` of them for a merge; `None`: too few.
+    pub fn from_all(fds: Vec<OwnedFd>, levels: usize, merge: usize) -> Option<Descriptors> {
         let mut fds = fds.into_iter();
         let mut next = || fds.next();
         let (fuse, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
         let mut rest: Vec<OwnedFd> = fds.collect();
-        let extra = if rest.len() < levels { return None } else { rest.split_off(levels) };
-        Some(Descriptors { fuse, shm, witness, binary, listener, levels: rest, extra })
+        let mut extra = if rest.len() < levels + merge { return None } else { rest.split_off(levels) };
+        let merge = extra.split_off(extra.len() - merge);
+        Some(Descriptors { fuse, shm, witness, binary, listener, levels: rest, extra, merge })
     }
 
     /// The server's program, whatever became of its file's name.
@@ -69,6 +72,8 @@ pub struct Worker {
     pub switched: Option<Option<String>>,
     /// The former top is complete, or why not.
     pub finished: Option<Option<(i32, String)>>,
+    /// The merge has come to its end, or to an error.
+    pub merged: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -107,6 +112,7 @@ impl Worker {
             retired: None,
             switched: None,
             finished: None,
+            merged: None,
         }
     }
 
@@ -209,12 +215,13 @@ mod tests {
     #[test]
     fn descriptors_keep_their_order() {
         let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        assert!(Descriptors::from_all((0..4).map(|_| open()).collect(), 0).is_none());
-        assert!(Descriptors::from_all((0..6).map(|_| open()).collect(), 2).is_none());
-        let fds: Vec<OwnedFd> = (0..8).map(|_| open()).collect();
+        assert!(Descriptors::from_all((0..4).map(|_| open()).collect(), 0, 0).is_none());
+        assert!(Descriptors::from_all((0..6).map(|_| open()).collect(), 2, 0).is_none());
+        assert!(Descriptors::from_all((0..8).map(|_| open()).collect(), 2, 2).is_none());
+        let fds: Vec<OwnedFd> = (0..10).map(|_| open()).collect();
         let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let fds = Descriptors::from_all(fds, 2).unwrap();
-        assert_eq!((fds.levels.len(), fds.extra.len()), (2, 1));
+        let fds = Descriptors::from_all(fds, 2, 2).unwrap();
+        assert_eq!((fds.levels.len(), fds.extra.len(), fds.merge.len()), (2, 1, 2));
         assert_eq!(fds.all().iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), numbers);
     }
 }

@@ -1,6 +1,8 @@
 //! What the device tests share: a scratch folder, images, checks that nothing is left.
 #![allow(dead_code)]
 
+pub mod load;
+
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};

@@ -103,7 +103,7 @@ pub struct Core {
     pub memory: Memory,
     pub common: Common,
     slots: Box<[Slot]>,
-    engine: Mutex<Engine<Shm>>,
+    pub engine: Mutex<Engine<Shm>>,
     pub inboxes: [Inbox<Action>; THREADS],
     pub syncs: Jobs<OpId>,
     pub aux: Jobs<AuxJob>,

@@ -75,10 +75,27 @@ fn takes_sectors(file: &File) -> bool {
     }
 }
 
+/// Opens a level for writing, too: the target of a merge, which must be nobody else's. `wait`: until the last operation of
+/// a dead worker is over.
+pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<LevelFile> {
+    let level = open_one(path, name, true)?;
+    let busy = || {
+        let shown = level.name.display();
+        Error::new(
+            Kind::Busy,
+            format!("image {shown} is to take what is merged, and somebody else uses it; unmount that first"),
+        )
+    };
+    lock_top(&level, wait).map_err(|e| if e.kind() == Kind::InUse { busy() } else { e })?;
+    lock::tell_alone(&level.file).map_err(|_| busy())?;
+    Ok(level)
+}
+
 /// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
-pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool) -> Result<()> {
-    for (i, level) in levels.iter().enumerate() {
+/// `except`: a level that is locked already.
+pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option<usize>) -> Result<()> {
+    for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {
             lock_top(level, takeover)?;
             lock::tell_writing(&level.file).map_err(|_| in_use(level))?;
@@ -141,25 +158,25 @@ mod tests {
     fn a_writer_is_alone() {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let first = [level(&dir, true).unwrap()];
-        lock(&first, true, false).unwrap();
+        lock(&first, true, false, None).unwrap();
         let second = [level(&dir, true).unwrap()];
-        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::InUse);
+        assert_eq!(lock(&second, true, false, None).unwrap_err().kind(), Kind::InUse);
         let reader = [level(&dir, false).unwrap()];
-        assert_eq!(lock(&reader, false, false).unwrap_err().kind(), Kind::InUse);
+        assert_eq!(lock(&reader, false, false, None).unwrap_err().kind(), Kind::InUse);
         drop(first);
-        lock(&reader, false, false).unwrap();
-        lock(&[level(&dir, false).unwrap()], false, false).unwrap();
-        assert_eq!(lock(&second, true, false).unwrap_err().kind(), Kind::InUse);
+        lock(&reader, false, false, None).unwrap();
+        lock(&[level(&dir, false).unwrap()], false, false, None).unwrap();
+        assert_eq!(lock(&second, true, false, None).unwrap_err().kind(), Kind::InUse);
     }
 
     #[test]
     fn a_successor_waits_for_the_lock() {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let first = [level(&dir, true).unwrap()];
-        lock(&first, true, false).unwrap();
+        lock(&first, true, false, None).unwrap();
         let second = [level(&dir, true).unwrap()];
         std::thread::scope(|s| {
-            let waiting = s.spawn(|| lock(&second, true, true));
+            let waiting = s.spawn(|| lock(&second, true, true, None));
             sleep(Duration::from_millis(200));
             assert!(!waiting.is_finished());
             drop(first);

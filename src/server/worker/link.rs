@@ -69,6 +69,8 @@ pub struct Link {
     flushing: bool,
     flush_again: bool,
     retiring: Option<Retiring>,
+    /// What became of the merge: an error, or none.
+    merge_result: Option<Option<(i32, String)>>,
 }
 
 impl Link {
@@ -89,6 +91,7 @@ impl Link {
             flushing: false,
             flush_again: false,
             retiring: None,
+            merge_result: None,
         };
         Ok(Some((link, kept)))
     }
@@ -344,18 +347,41 @@ impl Link {
     }
 
     fn merged(&mut self, core: &Core, result: Result<(), Errno>) {
+        if result == Err(libc::ECANCELED) {
+            // Whoever closes the engine knows.
+            return;
+        }
         let error = result.err().map(|e| {
             let text = std::io::Error::from_raw_os_error(e);
             (Kind::Write.code(), format!("cannot merge {}: {text}", core.top().name.display()))
         });
-        let _ = self.say(&FromWorker::Merged { error });
+        self.merge_result = Some(error);
+        self.tell_merge(core);
+    }
+
+    /// The merge cannot go on.
+    pub fn set_no_merge(&mut self, core: &Core, why: &Error) {
+        self.merge_result = Some(Some((why.code(), why.to_string())));
+        self.tell_merge(core);
+    }
+
+    fn tell_merge(&self, core: &Core) {
+        let Some(error) = &self.merge_result else { return };
+        if let Some((_, message)) = error {
+            core.log.say(message.clone());
+        }
+        let _ = self.say(&FromWorker::Merged { error: error.clone() });
     }
 
     /// Starts a supervisor and gives it everything that the last one had.
     fn adopt(&mut self, core: &Core, kept: &Kept) {
         self.since = Instant::now();
         match start_supervisor(core, kept, None) {
-            Ok(socket) => self.socket = Some(socket),
+            Ok(socket) => {
+                self.socket = Some(socket);
+                // The last one may have died before it could act on it.
+                self.tell_merge(core);
+            }
             Err(e) => {
                 core.log.say(format!("cannot start a new supervisor: {e}"));
                 self.next_try = Instant::now() + self.pause;
@@ -419,6 +445,7 @@ fn start_supervisor(core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd]
     };
     let mut fds = kept.fds();
     fds.extend(retired.iter().flat_map(|(_, fds)| fds.iter().map(AsFd::as_fd)));
+    fds.extend(kept.merge_fds());
     frame::send_within(&mine, &ToWorker::Start(start), &fds, SAY_LIMIT)?;
     Ok(mine)
 }

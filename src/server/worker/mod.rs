@@ -15,6 +15,7 @@ mod levels;
 mod link;
 mod log;
 mod memory;
+mod merge;
 mod queue;
 mod setup;
 
@@ -69,8 +70,11 @@ pub fn worker_main() -> ! {
         exit(0);
     }
     match start(&link, kept) {
-        Ok((core, chain, ready)) => {
+        Ok((core, chain, ready, no_merge)) => {
             let heard = link.say(&FromWorker::Ready(ready));
+            if let Some(e) = no_merge {
+                link.set_no_merge(core, &e);
+            }
             if heard.is_err() && !kept.start.takeover && !succeeds {
                 // Nobody has used the device yet: the mark goes again.
                 let closed = link.close_unused(core, kept);
@@ -87,13 +91,15 @@ pub fn worker_main() -> ! {
             match link.serve(core, kept) {
                 End::Closed(closed) => {
                     link.await_finisher(core, kept);
-                    let error = finish(core, &chain, closed).err().map(|e| (e.code(), e.to_string()));
+                    let closed =
+                        finish(core, &chain, closed).and_then(|()| merge::leave_target(core, kept, chain.cluster));
+                    let error = closed.err().map(|e| (e.code(), e.to_string()));
                     let code = i32::from(error.is_some());
                     let _ = link.say(&FromWorker::Closed { error });
                     exit(code)
                 }
                 End::Retired(swap, fds, result) => {
-                    let result = result.and_then(|()| let_go(core));
+                    let result = result.and_then(|()| merge::complete(core, kept, &swap)).and_then(|()| let_go(core));
                     link::pause(swap.linger);
                     let retired = result.is_ok().then_some((&swap, &fds[..]));
                     let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
@@ -111,8 +117,8 @@ pub fn worker_main() -> ! {
 }
 
 /// Opens everything and starts all threads.
-fn start(link: &Link, kept: &'static Kept) -> Result<(&'static Core, Chain, WorkerReady)> {
-    let setup::Worker { core, chain, ready, sink, warning } = setup::set_up(kept)?;
+fn start(link: &Link, kept: &'static Kept) -> Result<(&'static Core, Chain, WorkerReady, Option<Error>)> {
+    let setup::Worker { core, chain, ready, sink, warning, no_merge } = setup::set_up(kept)?;
     let core: &'static Core = Box::leak(Box::new(core));
     die_of_panics(Some(core.shm.clone()));
     let succeed = kept.start.succeed.as_ref();
@@ -126,7 +132,7 @@ fn start(link: &Link, kept: &'static Kept) -> Result<(&'static Core, Chain, Work
     // Requests that a worker before has read and not answered have to be sent again.
     let resend = kept.start.takeover || succeed.is_some();
     match thread("log", move || sink.run()).and_then(|()| start_threads(core, resend)) {
-        Ok(()) => Ok((core, chain, ready)),
+        Ok(()) => Ok((core, chain, ready, no_merge)),
         Err(e) => {
             // Nobody has used the device yet: the mark goes again.
             if core.writable && !resend {

@@ -38,6 +38,8 @@ pub struct Kept {
     fds: Vec<OwnedFd>,
     /// Of the commit: the folder, the new file, perhaps the lock on the disk.
     commit: Mutex<Vec<OwnedFd>>,
+    /// The same of the commit that follows a merge.
+    merge: Vec<OwnedFd>,
 }
 
 const FUSE: usize = 0;
@@ -50,22 +52,29 @@ impl Kept {
     pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Kept> {
         let first = FIRST_LEVEL + start.attach.levels.len();
         let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
-        let wanted = if commit { first + 2..=first + 3 } else { first..=first };
-        if !wanted.contains(&fds.len()) || first == FIRST_LEVEL {
+        let commit = if commit { 2..=3 } else { 0..=0 };
+        let extra = fds.len().checked_sub(first + start.merge_fds);
+        if extra.is_none_or(|n| !commit.contains(&n)) || first == FIRST_LEVEL {
             bail!(
                 Protocol,
                 "{} descriptors came for {} images: {} wanted",
                 fds.len(),
                 start.attach.levels.len(),
-                wanted.start()
+                first + start.merge_fds + commit.start()
             );
         }
+        let merge = fds.split_off(fds.len() - start.merge_fds);
         let commit = Mutex::new(fds.split_off(first));
-        Ok(Kept { start, fds, commit })
+        Ok(Kept { start, fds, commit, merge })
     }
 
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
         self.fds.iter().map(|fd| fd.as_fd()).collect()
+    }
+
+    /// Those of the commit that follows a merge.
+    pub fn merge_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.merge.iter().map(|fd| fd.as_fd())
     }
 
     /// The server's program.
@@ -87,6 +96,8 @@ pub struct Worker {
     pub sink: log::Sink,
     /// A change of the chain was made, but may not survive a power cut: why.
     pub warning: Option<String>,
+    /// The merge that was to go on cannot: why.
+    pub no_merge: Option<Error>,
 }
 
 /// Opens everything. A successor waits here until the last operation of the dead worker is over.
@@ -100,9 +111,21 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     let takeover = kept.start.takeover && (!new_top || !shm.carried().is_empty());
     let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join(runtime::LOG), attach.trace);
 
-    let files = levels::open(kept.levels(), &attach.levels, writable)?;
+    let mut files = levels::open(kept.levels(), &attach.levels, writable)?;
+    let (mut target, mut no_merge) = (None, None);
+    if kept.start.merge.is_some() && writable {
+        match merge_target(kept, succeed.is_none()) {
+            Ok((level, file)) => {
+                files[level] = file;
+                target = Some(level);
+            }
+            Err(e) if succeed.is_some() => return Err(e),
+            // The device matters more.
+            Err(e) => no_merge = Some(e),
+        }
+    }
     if writable || attach.marked != Marked::Ignore {
-        levels::lock(&files, writable, takeover).map_err(|e| better_reason(e, &files, attach))?;
+        levels::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
     }
     let mut strikes = Strikes::default();
     if takeover {
@@ -118,7 +141,8 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     let options = OpenOptions {
         writable,
         raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
-        marked: attach.marked,
+        // The target of a merge is marked, too.
+        marked: if target.is_some() && attach.marked == Marked::Refuse { Marked::Recover } else { attach.marked },
         carried: takeover.then(|| shm.carried()),
         failed,
         known_below: succeed.is_some(),
@@ -129,7 +153,23 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let linger = succeed.map_or(0, |s| s.linger);
     link::pause(linger);
-    let chain = chain::open(&files, &options)?;
+    let mut chain = chain::open(&files, &options)?;
+    let merge = match target {
+        _ if failed || chain.sync_failed => {
+            let what = || Error::new(Kind::Fsync, "a sync of the top has failed: it is not merged");
+            no_merge = target.map(|_| what());
+            None
+        }
+        Some(_) => match chain::open_target(&files, &mut chain, options.ahead) {
+            Ok(merge) => Some(merge),
+            Err(e) if succeed.is_some() => return Err(e),
+            Err(e) => {
+                no_merge = Some(e);
+                None
+            }
+        },
+        None => None,
+    };
     link::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
@@ -156,7 +196,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         map_pages: MAP_PAGES,
         bat_age: BAT_AGE,
         failed: failed || chain.sync_failed,
-        merge: None,
+        merge,
     };
     let ready = WorkerReady {
         device_bytes: chain.device_bytes,
@@ -189,7 +229,16 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
     if let Err(e) = calm::lock_memory() {
         core.log.say(format!("memory is not locked: {e}"));
     }
-    Ok(Worker { core, chain, ready, sink, warning })
+    Ok(Worker { core, chain, ready, sink, warning, no_merge })
+}
+
+/// The level that the top is merged into, opened for that. `wait` for the last operation of a dead worker.
+fn merge_target(kept: &Kept, wait: bool) -> Result<(usize, LevelFile)> {
+    let names = &kept.start.attach.levels;
+    let Some(level) = names.len().checked_sub(2) else {
+        bail!(Param, "a chain of one image has nothing to merge into");
+    };
+    Ok((level, levels::open_target(&kept.levels()[level], &names[level], wait)?))
 }
 
 /// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.

@@ -1,0 +1,71 @@
+//! Merging the writable top of a running device into the level below it.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
+use std::time::Duration;
+
+use crate::bail;
+use crate::device::Device;
+use crate::device::switch::{CommitFile, ask, kept};
+use crate::error::Result;
+use crate::server::proto::{Answer, Command, Swap};
+use crate::server::{control, runtime};
+
+/// Looks at how far it is.
+const LOOK: Duration = Duration::from_millis(200);
+/// The supervisor answers questions at once.
+const SHORT: Duration = Duration::from_secs(10);
+
+/// What happens meanwhile.
+pub trait Watch {
+    /// So many of all clusters have been looked at.
+    fn progress(&mut self, seen: u64, all: u64);
+    /// Asked now and then: the merge is to be given up.
+    fn cancelled(&mut self) -> bool;
+}
+
+/// Merges the top of a running device into the level below it; then the device serves the chain without the top, and
+/// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
+/// before. Answers a warning: the change may not survive a power cut.
+///
+/// After an error the device serves the chain it had; the snapshot of the level below is spoiled, unless the error came
+/// before anything was written.
+pub fn merge_top(device: &Device, commit: Option<&CommitFile>, watch: &mut dyn Watch) -> Result<Option<String>> {
+    let record = &device.record;
+    let Some(rest) = record.levels.len().checked_sub(1).filter(|n| *n > 0) else {
+        bail!(Param, "{} has a chain of one image: nothing to merge", device.name());
+    };
+    let swap = Swap {
+        levels: (0..rest).map(|i| kept(record, i)).collect::<Result<_>>()?,
+        expected: record.ids.clone(),
+        commit: commit.map(CommitFile::names),
+        token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+        linger: 0,
+    };
+    let command = Command::Merge(swap);
+    let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
+    let name = device.name();
+    let dir = runtime::device_dir(name);
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut warning = None;
+            ask(name, &command, &fds, &mut |text| warning = text.map(str::to_owned)).map(|()| warning)
+        });
+        let mut cancelled = false;
+        while !asking.is_finished() {
+            thread::sleep(LOOK);
+            if let Ok((Answer::Info { merging: Some((seen, all)), .. }, _)) = control::ask(&dir, &Command::Info, SHORT)
+            {
+                watch.progress(seen, all);
+            }
+            if watch.cancelled() && !std::mem::replace(&mut cancelled, true) {
+                cancelled = control::ask(&dir, &Command::CancelMerge, SHORT).is_ok();
+            }
+        }
+        match asking.join() {
+            Ok(result) => result,
+            Err(_) => bail!(Sys, "{name}: the thread that waits for the merge failed"),
+        }
+    })
+}

@@ -1,0 +1,134 @@
+//! Merging the top of a running device into the level below it.
+//!
+//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::merge`): the
+//!    chain stays what it was, and a worker that dies begins again.
+//! 2. When it says that the two agree, the chain is changed to the one without the top ([`swap`](super::swap)): the
+//!    retiring worker makes everything durable in the level below first.
+//!
+//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor, and
+//! whoever asked need not wait.
+#![forbid(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+
+use crate::bail;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::control;
+use crate::server::helper::remote_error;
+use crate::server::proto::{Answer, Swap, SwapLevel};
+use crate::server::supervisor::{Supervisor, log};
+use crate::server::swap::{Change, What};
+
+/// What the next change of the chain does to the merge.
+#[derive(Debug)]
+pub enum MergeStep {
+    Begin(Swap, Vec<OwnedFd>),
+    End,
+}
+
+impl Supervisor {
+    /// A client wants the top merged.
+    pub(super) fn begin_merge(&mut self, swap: Swap, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
+        let token = self.start.merge.as_ref().map(|m| m.token);
+        if token == Some(swap.token) && swap.token != 0 {
+            // Asked for again by somebody who got no answer.
+            self.merging.extend(client);
+            return;
+        }
+        if swap.token != 0 && swap.token == self.start.token {
+            client.iter().for_each(|c| control::answer(c, &Answer::Done));
+            return;
+        }
+        match self.try_begin(swap, fds) {
+            Ok(()) => self.merging.extend(client),
+            Err(e) => client.iter().for_each(|c| control::answer(c, &control::refusal(&e))),
+        }
+    }
+
+    fn try_begin(&mut self, swap: Swap, fds: Vec<OwnedFd>) -> Result<()> {
+        let name = &self.record.name;
+        if self.start.merge.is_some() {
+            bail!(Busy, "{name}: its top is being merged already; wait for the end of that, or cancel it");
+        }
+        let levels = self.start.attach.levels.len();
+        let shorter = swap.levels.len() + 1 == levels;
+        if !shorter || swap.levels.iter().enumerate().any(|(i, l)| l.from != Some(i)) || self.start.attach.read_only {
+            bail!(Param, "{name}: its chain of {levels} images is not one whose top can be merged as asked");
+        }
+        // What will follow is checked before anything is written.
+        self.plan(&swap, &fds, None)?;
+        let begin = self.same_levels(swap.token ^ 2);
+        self.merge_step = Some(MergeStep::Begin(swap, fds));
+        let result = self.try_change(&begin, Vec::new(), None);
+        self.merge_step = None;
+        result?;
+        // It may have been quick.
+        self.merge_told();
+        Ok(())
+    }
+
+    /// The chain that is there, as a change.
+    pub(super) fn same_levels(&self, token: u64) -> Swap {
+        let attach = &self.start.attach;
+        let levels = attach.levels.iter().zip(&attach.ids).enumerate();
+        let levels = levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+        Swap { levels, expected: attach.ids.clone(), commit: None, token, linger: 0 }
+    }
+
+    /// The worker says how its merge stands.
+    pub(super) fn merge_told(&mut self) {
+        let told = self.worker.as_ref().and_then(|w| w.merged.clone());
+        let (Some(_), Some(told), false) = (&self.start.merge, told, self.ending) else { return };
+        let what = match told {
+            None => What::Merged,
+            Some((code, message)) => What::Unmerge(remote_error(code, message)),
+        };
+        self.changes.push_back(Change { what, fds: Vec::new(), client: None });
+    }
+
+    /// Top and target agree: the chain without the top follows.
+    pub(super) fn finish_merge(&mut self) {
+        // Another worker may have begun again meanwhile.
+        let agreed = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
+        let Some(swap) = self.start.merge.clone().filter(|_| agreed) else { return };
+        let fds = self.fds.iter().flat_map(|f| &f.merge).map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
+        let result =
+            fds.ctx(Kind::Sys, || "cannot duplicate a descriptor").and_then(|fds| self.try_change(&swap, fds, None));
+        match result {
+            Ok(warning) => {
+                for client in self.merging.drain(..) {
+                    control::answer(&client, &Answer::Switched { warning: warning.clone() });
+                    control::answer(&client, &Answer::Done);
+                }
+            }
+            // The worker died, and its successor merges.
+            Err(e) if e.kind() == Kind::Abort && self.failed.is_none() && self.aborting.is_empty() => {}
+            Err(e) => self.end_merge(e),
+        }
+    }
+
+    /// The merge is given up: the chain stays, the target is a lower delta like any other.
+    pub(super) fn end_merge(&mut self, why: Error) {
+        if self.start.merge.is_some() && self.failed.is_none() && self.aborting.is_empty() {
+            let token = self.start.merge.as_ref().map_or(1, |m| m.token ^ 4);
+            let same = self.same_levels(token);
+            self.merge_step = Some(MergeStep::End);
+            let result = self.try_change(&same, Vec::new(), None);
+            self.merge_step = None;
+            if let Err(e) = result {
+                log(&self.record.name, &format!("a merge that has ended still has its image open: {e}"));
+            }
+        }
+        log(&self.record.name, &format!("its top is not merged: {why}"));
+        self.merging.drain(..).for_each(|c| control::answer(&c, &control::refusal(&why)));
+    }
+
+    pub(super) fn cancel_merge(&mut self, client: OwnedFd) {
+        if self.start.merge.is_some() {
+            let why = Error::new(Kind::Abort, format!("the merge of {} was cancelled", self.record.name));
+            self.changes.push_back(Change { what: What::Unmerge(why), fds: Vec::new(), client: Some(client) });
+        } else {
+            control::answer(&client, &Answer::Done);
+        }
+    }
+}
