@@ -24,6 +24,7 @@ pub mod switch;
 mod temporary;
 pub mod tour;
 pub mod umount;
+pub mod umount_all;
 
 #[cfg(test)]
 mod crash_tests;

@@ -1,8 +1,12 @@
 //! `ploop umount`: the file system and the device go, the image is closed.
 
 use std::path::Path;
+use std::time::Duration;
 
+use ploop::error::{Error, Kind};
 use ploop::ops::umount;
+use ploop::ops::umount_all::umount_all;
+use ploop::report;
 
 use crate::getopt::Parsed;
 use crate::{Command, Fail, misuse, values};
@@ -10,13 +14,14 @@ use crate::{Command, Fail, misuse, values};
 pub const COMMAND: Command = Command {
     name: "umount",
     short: "d:m:c:",
-    long: &[("abort", true, ABORT)],
+    long: &[("abort", true, ABORT), ("all", false, ALL), ("timeout", true, TIMEOUT)],
     usage: "\
 Usage: ploop umount -d DEVICE
        ploop umount -m DIR
        ploop umount [-c NAME] DiskDescriptor.xml
        ploop umount [-c NAME] BASE_FILE
        ploop umount --abort DEVICE
+       ploop umount --all [--timeout SECONDS]
 
 Unmounts the file system wherever it is mounted, detaches the device, closes the image.
 
@@ -25,25 +30,47 @@ Unmounts the file system wherever it is mounted, detaches the device, closes the
   -c NAME          the mount of this component
   --abort DEVICE   give up a device whose server cannot serve it any more: waiting I/O fails, what was not flushed is
                    lost. The image stays marked in use; mounting it by its descriptor repairs it
+  --all            all disks of this machine, those that others lie on last, with whatever is mounted inside them; says
+                   which are still there at the end, and why
+  --timeout SECONDS
+                   with --all: how long their users are waited for (60)
 ",
     run,
 };
 
 const ABORT: char = '\u{11}';
+const ALL: char = '\u{12}';
+const TIMEOUT: char = '\u{13}';
+/// Seconds for `--all`.
+const PATIENCE: u64 = 60;
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
     let mut device = None;
     let mut folder = None;
     let mut component = String::new();
     let mut abort = None;
+    let mut all = false;
+    let mut patience = None;
     for (option, value) in parsed.options {
         match option {
             'd' => device = Some(values::text(&value, "device name")?),
             'm' => folder = Some(value),
             'c' => component = values::text(&value, "component name")?,
+            ALL => all = true,
+            TIMEOUT => patience = Some(values::number(&value, "time limit")?),
             ABORT => abort = Some(values::text(&value, "device name")?),
             _ => return misuse(),
         }
+    }
+    if all {
+        let others = device.is_some() || folder.is_some() || abort.is_some() || !parsed.operands.is_empty();
+        if others || !component.is_empty() {
+            return misuse();
+        }
+        return everything(Duration::from_secs(patience.unwrap_or(PATIENCE)));
+    }
+    if patience.is_some() {
+        return misuse();
     }
     if let Some(device) = abort {
         return Ok(umount::abort(&device)?);
@@ -60,4 +87,27 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         false => umount::umount_base(Path::new(disk), &component)?,
     }
     Ok(())
+}
+
+/// One line for each disk that did not end well; `Umount` if one is still there, else what the first one died of.
+fn everything(limit: Duration) -> Result<(), Fail> {
+    let outcomes = umount_all(limit)?;
+    let count = outcomes.len();
+    let left = outcomes.iter().filter(|o| !o.gone).count();
+    let mut first = None;
+    for o in outcomes {
+        let Some(error) = o.error else { continue };
+        let what = if o.gone { "is gone, its image stays marked in use" } else { "is still there" };
+        report::warn(format_args!("{} ({}) {what}: {error}", o.name, o.base.display()));
+        first.get_or_insert(error.kind());
+    }
+    if left > 0 {
+        return Err(Error::new(Kind::Umount, format!("{left} of {count} disks are still there")).into());
+    }
+    match first {
+        Some(kind) => {
+            Err(Error::new(kind, "all disks are gone, not all closed cleanly; ploop check tells more").into())
+        }
+        None => Ok(report::say(0, format_args!("{count} disks are detached"))),
+    }
 }
