@@ -218,6 +218,76 @@ fn snapshots_at_random_moments() {
     println!("{n} snapshots in {rounds} rounds of fio, the command took {times:?} ms");
 }
 
+/// Snapshots taken at random moments are merged in random order while the disk is written to, two of them being looked
+/// at meanwhile.
+#[test]
+fn merged_in_random_order() {
+    let Some(disk) = Disk::new("merged_in_random_order", "384m", &[]) else { return };
+    let n = count(5, 8, 50);
+    let fio = Fio::start(&disk.target);
+    let mut taken: Vec<(Guid, String)> = Vec::new();
+    for i in 0..n {
+        pause(100 + 61 * (i as u64 * 5 % 7));
+        let guid = disk.snapshot();
+        let content = disk.content(&guid);
+        taken.push((guid, content));
+    }
+    // Two stay mounted: what they need cannot be merged, the rest can.
+    let mut watched = Vec::new();
+    for (name, at) in [("early", 0), ("middle", n / 2)] {
+        let side = disk.t.dir.path().join(name);
+        fs::create_dir(&side).unwrap();
+        run(ploop().args(["mount", "-r", "-u", &taken[at].0.to_string(), "-c", name, "-m"]).arg(&side).arg(&disk.dd));
+        let found = device::by_base(&disk.descriptor().images[0].file, Some(name)).unwrap();
+        watched.push((name, taken[at].clone(), found[0].node().to_path_buf()));
+    }
+    let refused = output(ploop().args(["snapshot-merge", "-u", &taken[n / 2].0.to_string()]).arg(&disk.dd));
+    assert_eq!(refused.status.code(), Some(17), "{refused:?}");
+    let refused = output(ploop().args(["snapshot-merge", "-u", &taken[1].0.to_string()]).arg(&disk.dd));
+    assert_eq!(refused.status.code(), Some(17), "{refused:?}");
+    let shots = disk.descriptor().shots;
+    assert!(shots.iter().all(|s| !s.temporary), "{shots:?}");
+
+    // Above the upper one: in an order that depends on nothing the engine knows.
+    let mut times = Vec::new();
+    let mut seed = std::process::id() as usize | 1;
+    let mut above: Vec<(Guid, String)> = taken[n / 2 + 1..].to_vec();
+    let merge = |pool: &mut Vec<(Guid, String)>, seed: &mut usize, lowest: usize, times: &mut Vec<u128>| {
+        *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        // Into what is below it: the GUID of what is below disappears.
+        let at = lowest + 1 + (*seed >> 33) % (pool.len() - lowest - 1);
+        let start = Instant::now();
+        run(ploop().args(["snapshot-merge", "-u", &pool[at].0.to_string()]).arg(&disk.dd));
+        times.push(start.elapsed().as_millis());
+        pool.remove(at - 1);
+        assert_eq!(disk.content(&pool[at - 1].0), pool[at - 1].1, "content of a merged snapshot");
+    };
+    while above.len() > 1 {
+        merge(&mut above, &mut seed, 0, &mut times);
+        for (_, (_, content), node) in &watched {
+            assert_eq!(sha256(node), *content);
+        }
+    }
+    for (name, (guid, content), node) in &watched {
+        assert_eq!(sha256(node), *content);
+        run(ploop().args(["umount", "-c", name]).arg(&disk.dd));
+        assert_eq!(disk.content(guid), *content);
+    }
+    let mut all = taken[..=n / 2].to_vec();
+    all.extend(above);
+    while all.len() > 2 {
+        merge(&mut all, &mut seed, 0, &mut times);
+    }
+    // A range, then the top, so that one image is left.
+    run(ploop().args(["snapshot-merge", "-A"]).arg(&disk.dd));
+    assert_eq!(disk.descriptor().images.len(), 1);
+    assert_eq!(disk.device().record.levels.len(), 1);
+    let rounds = fio.end();
+    disk.umount();
+    disk.t.sound(&disk.top());
+    println!("{n} snapshots merged in {rounds} rounds of fio, each took {times:?} ms");
+}
+
 /// How long a writer on the mounted file system is kept waiting.
 #[test]
 fn a_snapshot_is_a_short_pause() {

@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use crate::bail;
 use crate::device::Device;
-use crate::device::switch::{CommitFile, ask, kept};
-use crate::error::Result;
-use crate::server::proto::{Answer, Command, Swap};
+use crate::device::switch::{CommitFile, SwitchSpec, ask, kept};
+use crate::error::{Error, Result};
+use crate::server::helper::remote_error;
+use crate::server::proto::{Answer, Command, MergeOrder, Swap};
 use crate::server::{control, runtime};
 
 /// Looks at how far it is.
 const LOOK: Duration = Duration::from_millis(200);
+/// A short merge is not waited for so long.
+const FIRST_LOOK: Duration = Duration::from_millis(5);
 /// The supervisor answers questions at once.
 const SHORT: Duration = Duration::from_secs(10);
 
@@ -43,18 +46,59 @@ pub fn merge_top(device: &Device, commit: Option<&CommitFile>, watch: &mut dyn W
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
         linger: 0,
     };
-    let command = Command::Merge(swap);
     let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
+    watched(device, &Command::Merge(swap), &fds, watch).map(|(warning, _)| warning)
+}
+
+/// A merge that did not come to its end.
+#[derive(Debug)]
+pub struct Unmerged {
+    pub error: Error,
+    /// The image that was to take everything is as it was; else its own content is spoiled until a merge is finished.
+    pub untouched: bool,
+}
+
+/// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
+/// device serves the chain `then`. I/O goes on. Answers a warning as [`merge_top`] does. A merge that ends before its time
+/// leaves the chain as it was, and is finished by merging again.
+pub fn merge_levels(
+    device: &Device,
+    (low, high): (usize, usize),
+    then: &SwitchSpec,
+    watch: &mut dyn Watch,
+) -> Result<Option<String>, Unmerged> {
+    let failed = |untouched| move |error| Unmerged { error, untouched };
+    let (swap, fds) = then.swap(device).map_err(failed(true))?;
+    let order = MergeOrder { low, high, swap };
+    match watched(device, &Command::MergeLevels(order), &fds, watch).map_err(failed(false))? {
+        (_, Answer::NotMerged { code, message, untouched }) => {
+            Err(Unmerged { error: remote_error(code, message), untouched })
+        }
+        (warning, _) => Ok(warning),
+    }
+}
+
+/// Asks for a merge; meanwhile looks how far it is, and whether it is to go on. Answers a warning, and the last word.
+fn watched(
+    device: &Device,
+    command: &Command,
+    fds: &[BorrowedFd],
+    watch: &mut dyn Watch,
+) -> Result<(Option<String>, Answer)> {
     let name = device.name();
     let dir = runtime::device_dir(name);
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
             let mut warning = None;
-            ask(name, &command, &fds, &mut |text| warning = text.map(str::to_owned)).map(|()| warning)
+            ask(name, command, fds, &mut |text| warning = text.map(str::to_owned)).map(|answer| (warning, answer))
         });
-        let mut cancelled = false;
+        let (mut cancelled, mut pause) = (false, FIRST_LOOK);
         while !asking.is_finished() {
-            thread::sleep(LOOK);
+            thread::sleep(pause);
+            pause = (pause * 2).min(LOOK);
+            if pause < LOOK {
+                continue;
+            }
             if let Ok((Answer::Info { merging: Some((seen, all)), .. }, _)) = control::ask(&dir, &Command::Info, SHORT)
             {
                 watch.progress(seen, all);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::device::{Device, State, find};
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::report;
 use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, Command, CommitNames, DeviceRecord, LevelName, Swap, SwapLevel};
@@ -20,6 +20,9 @@ use crate::server::{control, frame, runtime, spawn};
 const CHANGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// A worker without a supervisor starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
+
+/// So many supervisors may die in one change.
+const DEATHS: u32 = 20;
 
 /// A level of the chain that a device is to serve.
 #[derive(Debug)]
@@ -88,6 +91,38 @@ pub struct SwitchSpec {
     pub linger: u64,
 }
 
+impl SwitchSpec {
+    /// The message, and the descriptors that go with it.
+    pub(super) fn swap(&self, device: &Device) -> Result<(Swap, Vec<BorrowedFd<'_>>)> {
+        let record = &device.record;
+        let mut levels = Vec::with_capacity(self.levels.len());
+        let mut fds: Vec<BorrowedFd> = Vec::new();
+        for level in &self.levels {
+            levels.push(match level {
+                NewLevel::Kept(i) => kept(record, *i)?,
+                NewLevel::File { path, raw, fd } => {
+                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
+                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
+                    fds.push(fd.as_fd());
+                    let name = LevelName { path: path.clone(), raw: *raw };
+                    SwapLevel { name, id: (meta.dev(), meta.ino()), from: None }
+                }
+            });
+        }
+        if let Some(commit) = &self.commit {
+            fds.extend(commit.fds().map(AsFd::as_fd));
+        }
+        let swap = Swap {
+            levels,
+            expected: record.ids.clone(),
+            commit: self.commit.as_ref().map(|c| c.names.clone()),
+            token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+            linger: self.linger,
+        };
+        Ok((swap, fds))
+    }
+}
+
 /// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all that was
 /// answered is durable in the old chain first. `serving` is called as soon as I/O goes on, with a warning if the change
 /// may not survive a power cut; this returns when the former top, if it became a lower level, is complete and unmarked
@@ -96,32 +131,8 @@ pub struct SwitchSpec {
 /// `serving` not called: the device serves the chain it had, except after an error of kind [`Kind::Protocol`], after
 /// which that cannot be told.
 pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
-    let record = &device.record;
-    let mut levels = Vec::with_capacity(spec.levels.len());
-    let mut fds: Vec<BorrowedFd> = Vec::new();
-    for level in &spec.levels {
-        levels.push(match level {
-            NewLevel::Kept(i) => kept(record, *i)?,
-            NewLevel::File { path, raw, fd } => {
-                let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
-                let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
-                fds.push(fd.as_fd());
-                let name = LevelName { path: path.clone(), raw: *raw };
-                SwapLevel { name, id: (meta.dev(), meta.ino()), from: None }
-            }
-        });
-    }
-    if let Some(commit) = &spec.commit {
-        fds.extend(commit.fds().map(AsFd::as_fd));
-    }
-    let swap = Swap {
-        levels,
-        expected: record.ids.clone(),
-        commit: spec.commit.as_ref().map(|c| c.names.clone()),
-        token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
-        linger: spec.linger,
-    };
-    ask(device.name(), &Command::Switch(swap), &fds, serving)
+    let (swap, fds) = spec.swap(device)?;
+    ask(device.name(), &Command::Switch(swap), &fds, serving).map(drop)
 }
 
 /// A level that stays.
@@ -155,16 +166,18 @@ pub fn reload(name: &str) -> Result<()> {
     }
 }
 
-/// Asks for a change. A supervisor that dies meanwhile is replaced: the next one is asked the same, and makes the change
-/// only once.
+/// Asks for a change, and answers the last word. A supervisor that dies meanwhile is replaced: the next one is asked the
+/// same, and makes the change only once.
 pub(super) fn ask(
     name: &str,
     command: &Command,
     fds: &[BorrowedFd],
     serving: &mut dyn FnMut(Option<&str>),
-) -> Result<()> {
+) -> Result<Answer> {
+    let dir = runtime::device_dir(name);
     let mut end = Instant::now() + SUPERVISOR;
     let mut told = false;
+    let mut deaths = 0;
     loop {
         let Some(device) = find::by_name(name)? else {
             bail!(DevNotMounted, "there is no device {name}");
@@ -172,29 +185,36 @@ pub(super) fn ask(
         if device.state == State::Dead {
             bail!(Device, "{name} has lost its server; unmount what is mounted from it and detach it");
         }
-        let mut answer = control::ask_with(&runtime::device_dir(name), command, fds, CHANGE);
-        loop {
-            match answer {
-                Ok((Answer::Switched { warning }, connection)) => {
-                    if !std::mem::replace(&mut told, true) {
-                        serving(warning.as_deref());
+        let asked = control::send_command(&dir, command, fds, SUPERVISOR);
+        if asked.is_ok() {
+            deaths += 1;
+        }
+        let connected = asked.is_ok();
+        let answer = asked.and_then(|connection| {
+            loop {
+                match frame::recv_within::<Answer>(&connection, CHANGE)? {
+                    Some((Answer::Switched { warning }, _)) => {
+                        if !std::mem::replace(&mut told, true) {
+                            serving(warning.as_deref());
+                        }
                     }
-                    answer = frame::recv_within::<Answer>(&connection, CHANGE).and_then(|got| match got {
-                        Some((answer, _)) => Ok((answer, connection)),
-                        None => Err(Error::new(Kind::Device, "the supervisor died")),
-                    });
+                    Some((answer, _)) => return Ok(answer),
+                    None => return Err(control::ended(&dir)),
                 }
-                Ok((Answer::Error { code, message }, _)) => return Err(remote_error(code, message)),
-                Ok(_) => return Ok(()),
-                // Between two supervisors.
-                Err(e) if e.kind() == Kind::Device && Instant::now() < end => {
-                    report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
-                    std::thread::sleep(Duration::from_millis(50));
-                    break;
-                }
-                Err(e) => return Err(e),
             }
+        });
+        if connected {
             end = Instant::now() + SUPERVISOR;
+        }
+        match answer {
+            Ok(Answer::Error { code, message }) => return Err(remote_error(code, message)),
+            Ok(answer) => return Ok(answer),
+            // Between two supervisors.
+            Err(e) if e.kind() == Kind::Device && Instant::now() < end && deaths < DEATHS => {
+                report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) => return Err(e),
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
@@ -48,8 +49,12 @@ pub struct Held {
 /// Opens an image and makes sure that nobody else writes to it, or reads it if `others` says so, for as long as the
 /// answer lives. `Busy` if somebody does. `dir`: folder of the descriptor that names it, see [`open_level`].
 pub fn hold(path: &Path, dir: Option<&Path>, access: Access, others: Others) -> Result<Held> {
-    let fd = open_level(path, dir)?;
-    let (file, _) = reopen(&fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    hold_open(&open_level(path, dir)?, path, access, others)
+}
+
+/// The same for an image that is known by a descriptor, and called `path`.
+pub fn hold_open(fd: &OwnedFd, path: &Path, access: Access, others: Others) -> Result<Held> {
+    let (file, _) = reopen(fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
     let held = Held { file, path: path.to_owned() };
     held.lock(others)?;
     Ok(held)
@@ -93,17 +98,27 @@ pub fn tell_alone(file: &File) -> io::Result<()> {
     share(file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(file))
 }
 
+/// Takes back what [`tell_reading`] has told.
+pub fn tell_nothing(file: &File) -> io::Result<()> {
+    for byte in [USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE] {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_UNLCK, byte))) {
+            // A file system without such locks.
+            Ok(_) | Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOLCK) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+fn byte_lock(kind: i32, byte: i64) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
+}
+
 /// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time
 /// at least one notices. `WouldBlock`: somebody has. Where the file system has no such locks they are left out: they
 /// guard against other programs.
 fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
-    let lock = |kind: i32, byte: i64| libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: byte,
-        l_len: 1,
-        l_pid: 0,
-    };
+    let lock = byte_lock;
     for byte in bytes {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, *byte))) {
             Ok(_) => {}
@@ -154,6 +169,12 @@ mod tests {
         tell_reading(&reader).unwrap();
         drop(get(Access::default(), Others::Readers).unwrap());
         assert_eq!(get(write, Others::Nobody).unwrap_err(), Kind::Busy);
+        // It lets others write for a while.
+        tell_nothing(&reader).unwrap();
+        let writer = get(write, Others::Nobody).unwrap();
+        assert!(tell_reading(&reader).is_err());
+        tell_nothing(&reader).unwrap();
+        drop(writer);
         drop(reader);
         get(write, Others::Nobody).unwrap();
     }

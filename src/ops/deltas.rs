@@ -108,6 +108,16 @@ pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
     Ok(found.filter(|d| !d.record.read_only && d.state != device::State::Dead))
 }
 
+/// The device that runs this disk and may write to its top, whatever its component.
+pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
+    if !nix::unistd::geteuid().is_root() {
+        // Nobody else can use devices, and the locks still tell.
+        return Ok(None);
+    }
+    let found = device::by_base(&disk.first_image()?.file, None)?;
+    Ok(found.into_iter().find(|d| !d.record.read_only && d.state != device::State::Dead))
+}
+
 /// Devices with this file among their levels.
 pub fn users(path: &Path) -> Result<Vec<Device>> {
     let Ok(meta) = fs::metadata(path) else { return Ok(Vec::new()) };

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, recover};
+use super::{deltas, online, recover};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, LockedDescriptor};
 use crate::device::Device;
@@ -42,7 +42,7 @@ const WRITE: Access = Access { write: true, direct: false };
 pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
-    let device = deltas::running(&disk, component)?;
+    deltas::running(&disk, component)?;
     recover::before_change(&mut disk)?;
     let top = disk.top;
     let (descendant, ancestor) = match (params.guid, params.guid2, params.all) {
@@ -60,11 +60,6 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         },
         (None, None, false) => (top, parent(&disk, &top)?),
     };
-    if let Some(device) = device
-        && on_device(&disk, &device, &descendant)?
-    {
-        return online(&mut disk, &device, &descendant, &ancestor, params.new_delta.as_deref());
-    }
     range(&mut disk, &descendant, &ancestor, params.new_delta.as_deref())
 }
 
@@ -88,28 +83,41 @@ fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
     Ok(device.record.ids.contains(&(meta.dev(), meta.ino())))
 }
 
-fn online(
+fn running(
     disk: &mut LockedDescriptor,
     device: &Device,
     descendant: &Guid,
     ancestor: &Guid,
-    _new_delta: Option<&Path>,
+    new_delta: Option<&Path>,
 ) -> Result<()> {
-    disk.swallowed(descendant, ancestor)?;
-    bail!(
-        Param,
-        "the disk runs as {}: this version merges only what does not run; unmount it first",
-        device.node().display()
-    )
+    if let Some(new) = new_delta {
+        disk.swallowed(descendant, ancestor)?;
+        bail!(
+            Param,
+            "the disk runs as {}: it is merged into the image that it has, not into a new one like {}; unmount it first, or \
+             leave the new file out",
+            device.node().display(),
+            new.display()
+        );
+    }
+    online::merge(disk, device, descendant, ancestor)?;
+    report::say(0, format_args!("{ancestor} is merged: its place has snapshot {descendant}"));
+    Ok(())
 }
 
-/// Merges `descendant` and all between into `ancestor`, none of which anybody uses (`Busy`).
+/// Merges `descendant` and all between into `ancestor`, which nobody uses but the device that runs the disk, if there is
+/// one (`Busy`).
 pub(super) fn range(
     disk: &mut LockedDescriptor,
     descendant: &Guid,
     ancestor: &Guid,
     new_delta: Option<&Path>,
 ) -> Result<()> {
+    if let Some(device) = deltas::writer(disk)?
+        && on_device(disk, &device, descendant)?
+    {
+        return running(disk, &device, descendant, ancestor, new_delta);
+    }
     let gone = disk.swallowed(descendant, ancestor)?;
     recover::check_files(disk, descendant)?;
     let is_top = *descendant == disk.top;

@@ -56,6 +56,21 @@ pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, Ow
 
 /// The same with descriptors beside the command. Further answers come on the connection.
 pub fn ask_with(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Duration) -> Result<(Answer, OwnedFd)> {
+    let sock = send_command(dir, command, fds, limit)?;
+    match frame::recv_within::<Answer>(&sock, limit)? {
+        Some((answer, _)) => Ok((answer, sock)),
+        None => Err(ended(dir)),
+    }
+}
+
+/// A supervisor that has closed the connection.
+pub fn ended(dir: &Path) -> Error {
+    Error::new(Kind::Device, format!("the supervisor in {} ended without an answer", dir.display()))
+}
+
+/// Sends a command, waiting no longer than `limit` for a supervisor that takes it. Answers the connection, on which the
+/// answers come.
+pub fn send_command(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Duration) -> Result<OwnedFd> {
     let sock = new_socket()?;
     let (_dir, address) = address(dir, super::runtime::CONTROL)?;
     // A supervisor that does not accept must not hang us once its queue is full.
@@ -68,10 +83,7 @@ pub fn ask_with(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Durati
     }
     frame::prepare(&sock);
     frame::send_within(&sock, command, fds, limit.min(Duration::from_secs(10)))?;
-    match frame::recv_within::<Answer>(&sock, limit)? {
-        Some((answer, _)) => Ok((answer, sock)),
-        None => Err(Error::new(Kind::Device, format!("the supervisor in {} ended without an answer", dir.display()))),
-    }
+    Ok(sock)
 }
 
 /// Somebody, supervisor or worker, holds the listening socket: the device is not dead. Holds in any PID namespace.

@@ -10,6 +10,8 @@ pub mod fuse;
 pub mod helper;
 pub mod loopdev;
 mod merge;
+pub mod merge_job;
+mod merge_levels;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;

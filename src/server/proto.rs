@@ -130,6 +130,9 @@ pub struct WorkerStart {
     /// How many these are.
     #[serde(default)]
     pub merge_fds: usize,
+    /// Another process writes to this level, where nothing is read from it.
+    #[serde(default)]
+    pub yielded: Option<usize>,
 }
 
 impl WorkerStart {
@@ -146,6 +149,7 @@ impl WorkerStart {
             token: 0,
             merge: None,
             merge_fds: 0,
+            yielded: None,
         }
     }
 }
@@ -186,6 +190,16 @@ pub struct SwapLevel {
     pub from: Option<usize>,
 }
 
+/// A merge of frozen levels of a running chain into the lowest of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MergeOrder {
+    /// Takes what those above it have, up to `high`, which is below a writable top.
+    pub low: usize,
+    pub high: usize,
+    /// The change to the chain without the others; its descriptors come with the order.
+    pub swap: Swap,
+}
+
 /// File names in the folder of a descriptor: the new content is renamed over the old.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CommitNames {
@@ -206,6 +220,8 @@ pub enum ToWorker {
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
     /// killed. With the descriptors of the change.
     Retire(Swap),
+    /// Let others write to this level from now on, or to none; answer `Yielded`.
+    Yield(Option<usize>),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -218,6 +234,10 @@ pub enum FromWorker {
     /// The change of the chain is made; `Ready` follows. A warning: it may not survive a power cut.
     Switched {
         warning: Option<String>,
+    },
+    /// The answer to `Yield`. An error: somebody else writes to the level that was to be taken back.
+    Yielded {
+        error: Option<(i32, String)>,
     },
     /// The former top is complete and unmarked, or why it is not.
     Finished {
@@ -274,6 +294,8 @@ pub enum Command {
     /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
     /// again with the same token it is waited for. Answers as for `Switch`.
     Merge(Swap),
+    /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
+    MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it.
@@ -289,7 +311,7 @@ pub enum Answer {
         record: DeviceRecord,
         no_space: bool,
         failed: bool,
-        /// Clusters that a merge of the top has looked at, of how many.
+        /// Clusters that a merge of the top has looked at, of how many; bytes of a merge of frozen levels.
         #[serde(default)]
         merging: Option<(u64, u64)>,
     },
@@ -297,6 +319,12 @@ pub enum Answer {
         warning: Option<String>,
     },
     Done,
+    /// The chain is as it was. Untouched: so is the image that was to take everything.
+    NotMerged {
+        code: i32,
+        message: String,
+        untouched: bool,
+    },
     Error {
         code: i32,
         message: String,

@@ -21,6 +21,7 @@ use crate::server::control::{self, Client, Heard};
 use crate::server::helper::{Helper, Job, JobEvent};
 use crate::server::loopdev::Binding;
 use crate::server::merge::MergeStep;
+use crate::server::merge_levels::LevelsMerge;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, Command, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
@@ -75,6 +76,8 @@ pub struct Supervisor {
     pub(super) changing: bool,
     /// Clients that wait until the former top is finished.
     pub(super) finishing: Vec<OwnedFd>,
+    /// The merge of frozen levels that is under way.
+    pub(super) levels_merge: LevelsMerge,
     /// Clients that wait for the end of a merge.
     pub(super) merging: Vec<OwnedFd>,
     pub(super) merge_step: Option<MergeStep>,
@@ -127,6 +130,7 @@ impl Supervisor {
             changes: VecDeque::new(),
             changing: false,
             finishing: Vec::new(),
+            levels_merge: LevelsMerge::default(),
             merging: Vec::new(),
             merge_step: None,
             flushing: Vec::new(),
@@ -156,6 +160,9 @@ impl Supervisor {
                     return;
                 }
                 continue;
+            }
+            if self.failed.is_none() && self.stopping.is_empty() {
+                self.look_after_orphan();
             }
             if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {
                 return;
@@ -388,6 +395,7 @@ impl Supervisor {
                 }
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
+                FromWorker::Yielded { error } => worker.yielded = Some(error),
                 FromWorker::Merged { error } => {
                     worker.merged = Some(error);
                     self.merge_told();
@@ -489,6 +497,7 @@ impl Supervisor {
                 let failed = status.failed || self.failed.is_some();
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
                 let merging = self.start.merge.as_ref().map(|_| (status.merge_seen.min(total), total));
+                let merging = merging.or(self.levels_merge.progress);
                 let record = self.record.clone();
                 let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
                 control::answer(&client, &answer);
@@ -517,7 +526,13 @@ impl Supervisor {
             Command::Merge(swap) if self.can_change() => {
                 self.changes.push_back(Change { what: What::Merge(swap), fds, client: Some(client) });
             }
-            Command::CancelMerge => self.cancel_merge(client),
+            Command::MergeLevels(order) if self.can_change() => {
+                self.changes.push_back(Change { what: What::MergeLevels(order), fds, client: Some(client) });
+            }
+            Command::CancelMerge => {
+                self.levels_merge.cancel = true;
+                self.cancel_merge(client);
+            }
             Command::Reload { token } if self.can_change() => {
                 self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
             }

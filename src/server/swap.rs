@@ -20,7 +20,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::remote_error;
 use crate::server::merge::MergeStep;
-use crate::server::proto::{Answer, Marked, Succession, Swap, ToWorker, WorkerStart};
+use crate::server::proto::{Answer, Marked, MergeOrder, Succession, Swap, ToWorker, WorkerStart};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker::commit;
 use crate::server::workers::{Descriptors, Worker};
@@ -42,6 +42,8 @@ pub enum What {
     Program(u64),
     /// The top merged into the level below it, then this chain.
     Merge(Swap),
+    /// Frozen levels merged, then the chain without them.
+    MergeLevels(MergeOrder),
     /// The worker has merged it.
     Merged,
     /// A merge has ended before its time, or is to.
@@ -89,6 +91,10 @@ impl Supervisor {
             What::Chain(swap) => (swap, None),
             What::Merge(swap) => {
                 self.begin_merge(swap, fds, client);
+                return false;
+            }
+            What::MergeLevels(order) => {
+                self.merge_levels(&order, fds, client);
                 return false;
             }
             What::Merged => {
@@ -193,7 +199,7 @@ impl Supervisor {
     }
 
     /// Turns the loop while `busy`, at most until `end`.
-    fn wait_while(&mut self, busy: impl Fn(&Supervisor) -> bool, end: Option<Instant>) -> Result<()> {
+    pub(super) fn wait_while(&mut self, busy: impl Fn(&Supervisor) -> bool, end: Option<Instant>) -> Result<()> {
         while busy(self) {
             self.check_alive()?;
             let now = Instant::now();
@@ -205,7 +211,7 @@ impl Supervisor {
         Ok(())
     }
 
-    fn check_alive(&self) -> Result<()> {
+    pub(super) fn check_alive(&self) -> Result<()> {
         match &self.failed {
             Some(why) => bail!(Device, "{}: {why}", self.record.name),
             None if !self.aborting.is_empty() => bail!(Abort, "{} was given up", self.record.name),
@@ -305,6 +311,7 @@ impl Supervisor {
             false => swap.levels[..top].iter().position(|l| l.from == Some(old_top)),
         };
         start.token = swap.token;
+        start.yielded = None;
         let fds = Descriptors {
             fuse: clone(&fds.fuse)?,
             shm: clone(&fds.shm)?,

@@ -74,6 +74,8 @@ pub struct Worker {
     pub finished: Option<Option<(i32, String)>>,
     /// The merge has come to its end, or to an error.
     pub merged: Option<Option<(i32, String)>>,
+    /// It has changed its lock on a level, or could not.
+    pub yielded: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -113,6 +115,7 @@ impl Worker {
             switched: None,
             finished: None,
             merged: None,
+            yielded: None,
         }
     }
 

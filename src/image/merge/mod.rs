@@ -167,6 +167,15 @@ impl<'a> Merge<'a> {
         matches!(&self.target, Under::Ploop(t) if t.header.is_marked())
     }
 
+    /// Whether data of the target has to make room for a longer table: then nobody may be reading it.
+    pub fn moves_data(&self) -> bool {
+        match &self.target {
+            Under::Raw { .. } => false,
+            Under::Ploop(t) => Header::new(t.header.version, t.header.cluster, self.sectors)
+                .map_or(true, |grown| grown.first_data() > t.header.first_data()),
+        }
+    }
+
     /// Does it. The target must be used by nobody, and the sources written to by nobody.
     pub fn run(mut self, options: &mut MergeOptions<'_>) -> Result<Merged, Failed> {
         let mut touched = false;

@@ -2,10 +2,11 @@
 //! that are put in order.
 
 mod freeze;
+mod merge;
 mod snapshot;
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::bail;
@@ -16,6 +17,7 @@ use crate::image::open::open_level;
 use crate::report;
 use crate::sys::store;
 
+pub use merge::{merge, merge_levels};
 pub use snapshot::{on_device, snapshot};
 
 /// The device must run the chain that the descriptor has for its top: else another operation, perhaps of another program,
@@ -82,17 +84,40 @@ enum Ended {
     Unknown(Error),
 }
 
+/// The chain of `next` for the server, and the name under which `next` lies ready.
+fn prepare(disk: &LockedDescriptor, device: &Device, next: &mut Descriptor) -> Result<(SwitchSpec, PathBuf)> {
+    next.normalise_top()?;
+    let levels = levels_of(next, device)?;
+    let tmp = next.prepare(&disk.path)?;
+    let commit = CommitFile::open(&tmp, &disk.path)?.under(disk.share_lock()?);
+    Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, tmp))
+}
+
+/// What became of a change that the server was asked for: the descriptor on disk tells.
+fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Descriptor, result: Result<()>) -> Ended {
+    let committed = spec.commit.as_ref().map_or(Ok(false), CommitFile::is_committed);
+    match (committed, result) {
+        (Ok(true), result) => {
+            disk.descriptor = next;
+            Ended::Changed(result)
+        }
+        (Ok(false), Err(e)) => {
+            let _ = store::unlink(tmp);
+            Ended::Not(e)
+        }
+        (Ok(false), Ok(())) => Ended::Unknown(Error::new(
+            Kind::Device,
+            format!("{}: another program has replaced the descriptor meanwhile", disk.path.display()),
+        )),
+        (Err(unknown), Ok(())) => Ended::Unknown(unknown),
+        (Err(unknown), Err(e)) => Ended::Unknown(e.context(unknown)),
+    }
+}
+
 /// Makes the device serve the chain of `next`, which becomes the disk's descriptor in the same moment. `serving` is called
 /// when I/O goes on.
 fn change(disk: &mut LockedDescriptor, device: &Device, mut next: Descriptor, serving: &mut dyn FnMut()) -> Ended {
-    let mut prepare = || {
-        next.normalise_top()?;
-        let levels = levels_of(&next, device)?;
-        let tmp = next.prepare(&disk.path)?;
-        let commit = CommitFile::open(&tmp, &disk.path)?.under(disk.share_lock()?);
-        Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, tmp))
-    };
-    let (spec, tmp) = match prepare() {
+    let (spec, tmp) = match prepare(disk, device, &mut next) {
         Ok(prepared) => prepared,
         Err(e) => return Ended::Not(e),
     };
@@ -104,21 +129,5 @@ fn change(disk: &mut LockedDescriptor, device: &Device, mut next: Descriptor, se
     if let Some(warning) = warning {
         report::warn(warning);
     }
-    let committed = spec.commit.as_ref().map_or(Ok(false), CommitFile::is_committed);
-    match (committed, switched) {
-        (Ok(true), result) => {
-            disk.descriptor = next;
-            Ended::Changed(result)
-        }
-        (Ok(false), Err(e)) => {
-            let _ = store::unlink(&tmp);
-            Ended::Not(e)
-        }
-        (Ok(false), Ok(())) => Ended::Unknown(Error::new(
-            Kind::Device,
-            format!("{}: another program has replaced the descriptor meanwhile", disk.path.display()),
-        )),
-        (Err(unknown), Ok(())) => Ended::Unknown(unknown),
-        (Err(unknown), Err(e)) => Ended::Unknown(e.context(unknown)),
-    }
+    outcome(disk, spec, &tmp, next, switched)
 }

@@ -118,6 +118,8 @@ pub struct Core {
     pub closing: AtomicBool,
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
+    /// The level that others may write to.
+    pub yielded: Mutex<Option<usize>>,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
     pub finished: Mutex<Option<Option<(i32, String)>>>,
     /// Somebody stopped reading /dev/fuse for want of buffers.
@@ -139,6 +141,7 @@ pub struct Parts {
     pub shm: Shm,
     pub strikes: Strikes,
     pub log: Log,
+    pub yielded: Option<usize>,
 }
 
 impl Core {
@@ -159,6 +162,7 @@ impl Core {
             writable: p.writable,
             closing: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
+            yielded: Mutex::new(p.yielded),
             finished: Mutex::new(None),
             starving: AtomicBool::new(false),
             shm: p.shm,

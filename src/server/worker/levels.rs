@@ -93,7 +93,7 @@ pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<Level
 
 /// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
-/// `except`: a level that is locked already.
+/// `except`: a level that is locked already, or that another process writes to.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option<usize>) -> Result<()> {
     for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {

@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::image::lock;
 use crate::server::proto::{FromWorker, Swap, ToWorker, WorkerStart};
 use crate::server::{frame, runtime};
 use crate::sys::calm;
@@ -299,6 +300,7 @@ impl Link {
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
             Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, swap, fds),
+            Ok(Some((ToWorker::Yield(level), _))) => self.yield_level(core, level),
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Start(_), _))) => core.log.say("the supervisor sent Start twice".into()),
             Ok(None) => {
@@ -357,6 +359,20 @@ impl Link {
         });
         self.merge_result = Some(error);
         self.tell_merge(core);
+    }
+
+    fn yield_level(&self, core: &Core, level: Option<usize>) {
+        let before = std::mem::replace(&mut *locked(&core.yielded), level);
+        let file = |level: Option<usize>| level.and_then(|l| core.levels.get(l));
+        let result = match (file(before), file(level)) {
+            (_, Some(level)) => lock::tell_nothing(&level.file).map_err(|e| (level, e)),
+            (Some(before), None) => lock::tell_reading(&before.file).map_err(|e| (before, e)),
+            (None, None) => Ok(()),
+        };
+        let error = result
+            .err()
+            .map(|(level, e)| (Kind::Flock.code(), format!("cannot change the lock on {}: {e}", level.name.display())));
+        let _ = self.say(&FromWorker::Yielded { error });
     }
 
     /// The merge cannot go on.
@@ -440,6 +456,7 @@ fn start_supervisor(core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd]
         takeover: true,
         succeed: None,
         retired: retired.map(|(swap, _)| swap.clone()),
+        yielded: *locked(&core.yielded),
         finish: kept.start.finish.filter(|_| locked(&core.finished).is_none()),
         ..kept.start.clone()
     };

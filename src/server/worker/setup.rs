@@ -125,7 +125,8 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         }
     }
     if writable || attach.marked != Marked::Ignore {
-        levels::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
+        levels::lock(&files, writable, takeover, target.or(kept.start.yielded))
+            .map_err(|e| better_reason(e, &files, attach))?;
     }
     let mut strikes = Strikes::default();
     if takeover {
@@ -223,6 +224,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         shm,
         strikes,
         log,
+        yielded: kept.start.yielded,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
     // Not permitted: the device works, but not under memory pressure that it causes itself.

@@ -1,0 +1,148 @@
+//! Merging snapshots of a running disk: the server does it, so that it goes on if we die; the descriptor is ours to prepare.
+
+use super::{Ended, check_chain, check_state, outcome, prepare};
+use crate::bail;
+use crate::descriptor::{Descriptor, LockedDescriptor};
+use crate::device::merge::{Unmerged, Watch, merge_levels as merge_levels_of, merge_top};
+use crate::device::{self, Device, NewLevel, SwitchSpec};
+use crate::error::{Error, Kind, Result};
+use crate::format::guid::Guid;
+use crate::ops::deltas;
+use crate::report;
+
+/// Merges `descendant` and all between into `ancestor`, all of which the device runs. I/O goes on. What was begun is
+/// finished by doing it again: the snapshots that disappear are marked temporary before anything is written.
+pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
+    let gone = disk.swallowed(descendant, ancestor)?;
+    check_chain(disk, device)?;
+    if *descendant != disk.top {
+        return step(disk, device, descendant, ancestor, &gone);
+    }
+    // The frozen ones first, so that the top is merged into its own parent.
+    let Some(parent) = disk.parent(descendant)? else {
+        bail!(Param, "snapshot {descendant} is the base: there is nothing below to merge it into");
+    };
+    if parent == *ancestor {
+        return step(disk, device, descendant, ancestor, &gone);
+    }
+    let lower: Vec<Guid> = gone.iter().copied().filter(|g| *g != parent).collect();
+    step(disk, device, &parent, ancestor, &lower)?;
+    let Some(device) = device::by_node(device.name())? else {
+        bail!(Device, "{} is gone", device.node().display());
+    };
+    step(disk, &device, descendant, &parent, &[parent])
+}
+
+/// One merge of the server's. `gone`: the snapshots that disappear.
+fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid, gone: &[Guid]) -> Result<()> {
+    let ids = &device.record.ids;
+    let level = |disk: &Descriptor, guid: &Guid| {
+        let image = disk.image(guid).map(|i| super::identity(&i.file));
+        let found = image.and_then(std::io::Result::ok).and_then(|id| ids.iter().position(|i| *i == id));
+        found.ok_or_else(|| {
+            Error::new(Kind::Param, format!("snapshot {guid} is no level of {}", device.node().display()))
+        })
+    };
+    let (low, high) = (level(disk, ancestor)?, level(disk, descendant)?);
+    let mut next = disk.descriptor.clone();
+    let files = next.collapse(descendant, ancestor, None)?;
+
+    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.shot(g).is_some_and(|s| !s.temporary)).collect();
+    mark(disk, &unmarked, true)?;
+    let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &unmarked))?;
+    let is_top = *descendant == disk.top;
+    let merged = run(device, (low, high), is_top, &spec);
+    let (result, untouched) = match merged {
+        Ok(()) => (Ok(()), false),
+        Err(Unmerged { error, untouched }) => (Err(error), untouched),
+    };
+    match outcome(disk, spec, &tmp, next, result) {
+        Ended::Changed(result) => {
+            deltas::remove(&files);
+            result
+        }
+        Ended::Not(e) => {
+            match untouched {
+                true => unmark(disk, &unmarked),
+                false => report::warn(
+                    "the merge was begun and stays so: the disk is as it was, the snapshots that it swallows are marked \
+                     temporary; the next merge or snapshot finishes it",
+                ),
+            }
+            Err(e)
+        }
+        Ended::Unknown(e) => Err(e),
+    }
+}
+
+/// Has the server do it.
+fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec) -> Result<(), Unmerged> {
+    let merged = match is_top {
+        // Refused before anything was written if somebody reads the target.
+        true => merge_top(device, then.commit.as_ref(), &mut Patience).map_err(|error| {
+            let untouched = matches!(error.kind(), Kind::Busy | Kind::Param | Kind::Format);
+            Unmerged { error, untouched }
+        }),
+        false => merge_levels_of(device, levels, then, &mut Patience),
+    };
+    if let Some(warning) = merged? {
+        report::warn(warning);
+    }
+    Ok(())
+}
+
+/// Waits until it is done or the operation is cancelled.
+struct Patience;
+
+impl Watch for Patience {
+    fn progress(&mut self, _done: u64, _all: u64) {}
+
+    fn cancelled(&mut self) -> bool {
+        report::cancel::requested()
+    }
+}
+
+fn mark(disk: &mut LockedDescriptor, guids: &[Guid], temporary: bool) -> Result<()> {
+    if guids.is_empty() {
+        return Ok(());
+    }
+    let mut next = disk.descriptor.clone();
+    next.mark_temporary(guids, temporary);
+    disk.commit_as(next)
+}
+
+fn unmark(disk: &mut LockedDescriptor, guids: &[Guid]) {
+    if let Err(e) = mark(disk, guids, false) {
+        report::warn(format_args!("the snapshots stay marked temporary: {e}"));
+    }
+}
+
+/// Merges levels `low` to `high` of a running device; no descriptor is told, and the files of those above the lowest are
+/// left to whoever asked.
+pub fn merge_levels(device: &Device, low: usize, high: usize) -> Result<()> {
+    check_state(device)?;
+    let top = device.record.levels.len().saturating_sub(1);
+    if low >= high || high > top {
+        bail!(Param, "levels {low}..{high} of {}: the highest is {top}", device.node().display());
+    }
+    let writable_top = high == top && !device.record.read_only;
+    if writable_top && low + 1 < high {
+        merge_in_one(device, low, high - 1)?;
+        let Some(device) = device::by_node(device.name())? else {
+            bail!(Device, "{} is gone", device.node().display());
+        };
+        return merge_in_one(&device, low, low + 1);
+    }
+    merge_in_one(device, low, high)
+}
+
+fn merge_in_one(device: &Device, low: usize, high: usize) -> Result<()> {
+    let levels = device.record.levels.len();
+    let kept = (0..=low).chain(high + 1..levels).map(NewLevel::Kept).collect();
+    let spec = SwitchSpec { levels: kept, commit: None, linger: 0 };
+    let is_top = high + 1 == levels && !device.record.read_only;
+    run(device, (low, high), is_top, &spec).map_err(|u| match u.untouched {
+        true => u.error,
+        false => u.error.context("the merge was begun and stays so; the device is as it was"),
+    })
+}

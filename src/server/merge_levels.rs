@@ -1,0 +1,215 @@
+//! Merging frozen levels of the running chain into the lowest of them, by a process of its own.
+//!
+//! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The end
+//! is a change of the chain like any other. If the supervisor dies, so does the process at its next word, and whoever
+//! asked asks again; if nobody does, the lock is taken back after a while and the next merge finishes it.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{Shutdown, shutdown};
+
+use crate::bail;
+use crate::error::{Error, Kind, Result};
+use crate::server::control;
+use crate::server::helper::{Helper, Job, JobEvent, remote_error};
+use crate::server::merge_job::MergeJob;
+use crate::server::proto::{Answer, MergeOrder, ToWorker};
+use crate::server::supervisor::{Supervisor, log};
+
+/// A process that merges and is killed is replaced so often.
+const TRIES: usize = 3;
+/// Time for whoever asked to ask again, after the supervisor died in a merge.
+const ORPHAN: Duration = Duration::from_secs(20);
+/// A worker's answer about its locks.
+const YIELD: Duration = Duration::from_secs(60);
+/// A merge that is to end does so at its next safe point.
+const SAFE_POINT: Duration = Duration::from_secs(30);
+
+/// Where a merge of frozen levels stands.
+#[derive(Debug, Default)]
+pub struct LevelsMerge {
+    /// Bytes of all; none: there is none.
+    pub progress: Option<(u64, u64)>,
+    /// Somebody wants it to end.
+    pub cancel: bool,
+    /// When the lock of one that nobody has asked this supervisor for is taken back.
+    orphaned: Option<Instant>,
+}
+
+/// Why a merge did not happen.
+struct Unmerged {
+    error: Error,
+    untouched: bool,
+}
+
+impl From<Error> for Unmerged {
+    fn from(error: Error) -> Unmerged {
+        Unmerged { error, untouched: true }
+    }
+}
+
+impl Supervisor {
+    /// Merges and answers whoever asked.
+    pub(super) fn merge_levels(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
+        self.levels_merge = LevelsMerge::default();
+        let result = match order.swap.token != 0 && order.swap.token == self.start.token {
+            // Asked for again by somebody who got no answer.
+            true => Ok(None),
+            false => {
+                self.levels_merge.progress = Some((0, 0));
+                let result = self.try_merge(order, fds);
+                self.levels_merge.progress = None;
+                result
+            }
+        };
+        let answers = match result {
+            Ok(warning) => vec![Answer::Switched { warning }, Answer::Done],
+            Err(Unmerged { error, untouched }) => {
+                vec![Answer::NotMerged { code: error.code(), message: error.to_string(), untouched }]
+            }
+        };
+        for answer in answers {
+            client.iter().for_each(|c| control::answer(c, &answer));
+        }
+    }
+
+    /// Somebody wants the merge to end before its time.
+    fn check_wanted(&self) -> Result<()> {
+        self.check_alive()?;
+        if self.levels_merge.cancel {
+            bail!(Abort, "the merge of {} was cancelled", self.record.name);
+        }
+        if !self.stopping.is_empty() || self.lost {
+            bail!(Abort, "the merge was ended, since {} is being detached", self.record.name);
+        }
+        Ok(())
+    }
+
+    fn check_order(&self, order: &MergeOrder, fds: &[OwnedFd]) -> Result<()> {
+        let levels = self.start.attach.levels.len();
+        let frozen = if self.start.attach.read_only { levels } else { levels - 1 };
+        if order.low >= order.high || order.high >= frozen {
+            bail!(Param, "levels {} to {} are to be merged, there are {frozen} frozen ones", order.low, order.high);
+        }
+        if self.start.merge.is_some() {
+            bail!(Busy, "{}: its top is being merged; wait for the end of that, or cancel it", self.record.name);
+        }
+        // What cannot be changed in the end is not begun.
+        self.plan(&order.swap, fds, None).map(drop)
+    }
+
+    fn try_merge(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>) -> Result<Option<String>, Unmerged> {
+        self.wait_while(|s| s.start.finish.is_some(), None)?;
+        self.check_order(order, &fds)?;
+        let copied = self.yield_level(Some(order.low)).map_err(Unmerged::from).and_then(|()| self.copy_down(order));
+        let result = copied.and_then(|()| {
+            self.try_change(&order.swap, fds, None).map_err(|error| Unmerged { error, untouched: false })
+        });
+        if result.is_err() {
+            self.take_back();
+        }
+        result
+    }
+
+    fn take_back(&mut self) {
+        if self.start.yielded.is_some()
+            && let Err(e) = self.yield_level(None)
+        {
+            log(&self.record.name, &e.to_string());
+        }
+    }
+
+    fn yield_level(&mut self, level: Option<usize>) -> Result<()> {
+        self.start.yielded = level;
+        self.wait_while(|s| s.worker.as_ref().is_none_or(|w| w.ready.is_none()), None)?;
+        let Some(worker) = &mut self.worker else { return Ok(()) };
+        let id = worker.id;
+        worker.yielded = None;
+        self.tell_worker(&ToWorker::Yield(level));
+        // Another worker knows it from its start.
+        let waits = |s: &Supervisor| s.worker.as_ref().is_some_and(|w| w.id == id && w.yielded.is_none());
+        self.wait_while(waits, Some(Instant::now() + YIELD))?;
+        match self.worker.as_ref().and_then(|w| w.yielded.clone()).flatten() {
+            None => Ok(()),
+            Some((code, message)) => Err(remote_error(code, message)),
+        }
+    }
+
+    /// Has the levels copied.
+    fn copy_down(&mut self, order: &MergeOrder) -> Result<(), Unmerged> {
+        let mut touched = false;
+        let mut deaths = 0;
+        loop {
+            let helper = self.start_merger(order)?;
+            match self.follow_merger(&helper) {
+                Ok(JobEvent::Done) => {
+                    self.retire(helper, false);
+                    return Ok(());
+                }
+                Ok(JobEvent::NotMerged { code, message, untouched }) => {
+                    self.retire(helper, false);
+                    return Err(Unmerged { error: remote_error(code, message), untouched: untouched && !touched });
+                }
+                // It died.
+                Ok(_) => {
+                    self.retire(helper, true);
+                    touched = true;
+                    deaths += 1;
+                    if deaths >= TRIES {
+                        let error = Error::new(Kind::Sys, format!("the process that merges died {TRIES} times"));
+                        return Err(Unmerged { error, untouched: false });
+                    }
+                }
+                Err(error) => return Err(Unmerged { error, untouched: self.end_merger(helper) && !touched }),
+            }
+        }
+    }
+
+    fn start_merger(&self, order: &MergeOrder) -> Result<Helper> {
+        let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
+        let levels = self.start.attach.levels[..=order.high].to_vec();
+        let sent: Vec<_> = fds.levels[..=order.high].iter().map(AsFd::as_fd).collect();
+        Helper::start_with(&fds.program(), &Job::Merge(MergeJob { levels, low: order.low }), &sent)
+    }
+
+    /// Its last word; an error: it is not wanted any more.
+    fn follow_merger(&mut self, helper: &Helper) -> Result<JobEvent> {
+        loop {
+            self.check_wanted()?;
+            match self.helper_event(helper, Instant::now() + Duration::from_millis(500)) {
+                Some(JobEvent::Progress { done, total }) => self.levels_merge.progress = Some((done, total)),
+                Some(event) => return Ok(event),
+                None => {}
+            }
+        }
+    }
+
+    /// Ends it at the next safe point; whether the target is untouched.
+    fn end_merger(&mut self, mut helper: Helper) -> bool {
+        // It notices with its next word.
+        let _ = shutdown(helper.sock.as_raw_fd(), Shutdown::Read);
+        let end = Instant::now() + SAFE_POINT;
+        while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) && self.aborting.is_empty() {
+            self.turn(Instant::now() + Duration::from_millis(20), None);
+        }
+        self.retire(helper, true);
+        false
+    }
+
+    /// A new supervisor finds a merge that nobody asks for any more: its lock is taken back, so that others can use the
+    /// image.
+    pub(super) fn look_after_orphan(&mut self) {
+        if self.start.yielded.is_none() {
+            self.levels_merge.orphaned = None;
+            return;
+        }
+        let now = Instant::now();
+        if *self.levels_merge.orphaned.get_or_insert(now + ORPHAN) <= now {
+            self.levels_merge.orphaned = None;
+            log(&self.record.name, "a merge was interrupted; the next one finishes it");
+            self.take_back();
+        }
+    }
+}
