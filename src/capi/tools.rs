@@ -175,6 +175,17 @@ pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_
     })
 }
 
+/// Puts a new empty delta, the file delta, on top of a running device; syncfs: its file systems are brought to rest first.
+/// No descriptor is told.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn create_snapshot(device: *const c_char, delta: *const c_char, syncfs: c_int) -> c_int {
+    boundary::call("create_snapshot", || {
+        // SAFETY: the caller's strings, NULL or NUL-terminated.
+        let (device, delta) = unsafe { (device_name(device)?, convert::path(delta, "delta")?) };
+        ops::levels::put_on_top(&device, &delta, syncfs != 0)
+    })
+}
+
 /// Merges images, the upper first, in an array that ends in NULL, into the last one (raw: it is a raw image) or into the
 /// new file new_delta. device NULL: files that nobody uses. Else levels start_level to end_level of a running device.
 /// The files merged stay, no descriptor is told.

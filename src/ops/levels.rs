@@ -5,10 +5,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::find;
+use super::{find, online};
 use crate::bail;
+use crate::descriptor::{self, Descriptor};
 use crate::device::{self, Device};
 use crate::error::{IoContext, Kind, Result};
+use crate::report;
 
 /// Levels to merge: `low` takes what those above it have, up to `high`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +33,32 @@ pub fn device(node: &str) -> Result<Device> {
         Ok(Some(device)) => Ok(device),
         Ok(None) => bail!(Sysfs, "{node} is no ploop device; ploop list shows those that are there"),
         Err(e) => Err(e.as_kind(Kind::Sysfs)),
+    }
+}
+
+/// Puts a new image `file`, which is made, on top of a running device. `sync`: its file systems are brought to rest first.
+/// No descriptor is told.
+pub fn put_on_top(node: &str, file: &Path, sync: bool) -> Result<()> {
+    let device = device(node)?;
+    online::on_device(&device, file, sync)?;
+    warn_of_descriptor(&device);
+    Ok(())
+}
+
+/// Says so if a descriptor names the disk that was just changed by device: it tells another story from now on.
+fn warn_of_descriptor(device: &Device) {
+    let beside = device.base().with_file_name(descriptor::FILE_NAME);
+    for path in device.record.descriptor.iter().chain([&beside]) {
+        let top = device.record.levels.last().map(|l| &l.path);
+        if Descriptor::read(path).is_ok_and(|d| d.image(&d.top).map(|i| &i.file) == top) {
+            report::warn(format_args!(
+                "{} does not tell what {} runs now: it names another top. ploop check names the difference; changes by \
+                 descriptor, like ploop snapshot {0}, keep the two together",
+                path.display(),
+                device.node().display()
+            ));
+            return;
+        }
     }
 }
 

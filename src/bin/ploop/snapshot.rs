@@ -1,6 +1,6 @@
 //! `ploop snapshot` and its relatives: taking, temporary ones, deleting, going back to one.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use ploop::format::guid::Guid;
@@ -94,15 +94,10 @@ fn take(parsed: Parsed) -> Result<(), Fail> {
     }
     if let Some(device) = device {
         let [file] = &parsed.operands[..] else { return misuse() };
-        return on_device(&device, file, sync);
+        return Ok(ploop::ops::levels::put_on_top(&device, Path::new(file), sync)?);
     }
     let params = SnapshotParams { guid: guid.unwrap_or_else(Guid::generate), snap_dir: None, temporary: false };
     Ok(snapshot::create(descriptor(&parsed.operands)?, "", &params)?)
-}
-
-fn on_device(device: &str, file: &OsStr, sync: bool) -> Result<(), Fail> {
-    let device = ploop::ops::levels::device(device)?;
-    Ok(ploop::ops::online::on_device(&device, file.as_ref(), sync)?)
 }
 
 fn take_temporary(parsed: Parsed) -> Result<(), Fail> {

@@ -1,5 +1,6 @@
 //! Snapshots of running devices.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::freeze::Frozen;
@@ -56,7 +57,8 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     create_delta(file, version, cluster, record.size_sectors)?;
     put_on(device, file, sync).inspect_err(|e| {
         // The server may have gone on without us.
-        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top() == file);
+        let id = std::fs::metadata(file).ok().map(|m| (m.dev(), m.ino()));
+        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.record.ids.last() == id.as_ref());
         match runs || e.kind() == Kind::Protocol {
             true => report::warn(format_args!("{} stays: it may be in use", file.display())),
             false => undo(file),
