@@ -35,9 +35,9 @@ def chain_of(disk, guid=TOP):
 class Sequence:
     """Random operations on one disk by one or two programs, each with a folder of its own."""
 
-    def __init__(self, t, seed, tools, deepest, name):
+    def __init__(self, parent, seed, tools, deepest):
         self.rng = rng = random.Random(seed)
-        self.t, self.tools, self.deepest = t, tools, deepest
+        self.tools, self.deepest = tools, deepest
         self.counts, self.log = {}, []
         self.bs, (least, most) = rng.choice(SHAPES)
         self.version = rng.choice((1, 2))
@@ -52,7 +52,8 @@ class Sequence:
             self.version = 2
         self.disks = []
         for n in range(len(tools)):
-            folder = t.mkdir(f"{name}.{n}")
+            folder = os.path.join(parent, f"{seed}.{n}")
+            os.mkdir(folder)
             disk = Disk(folder, self.bs, self.version, self.clusters * self.bs, self.raw, base)
             if tools[n] is classic:
                 # Its failures leave this behind; it disturbs nobody.
@@ -202,7 +203,17 @@ class Sequence:
                             (PARAM, ["snapshot-merge", "-u", UNKNOWN])):
             self.both(want, lambda d: [*words, d.dd])
 
+    def compare_lists(self):
+        """snapshot-list of all programs, byte for byte but for the names of files."""
+        guid = self.rng.choice(list(self.model.snaps))
+        for words in (["-o", "uuid,parent_uuid,current"], ["-s", "-H", "-o", "current,uuid"], ["-u", guid, "-o", "parent_uuid,uuid"],
+                      ["-u", UNKNOWN], ["-o", "size"]):
+            said = [tool("snapshot-list", *words, d.dd, rc=None, quiet=True) for d, tool in zip(self.disks, self.tools)]
+            check(len({(r.rc, r.out) for r in said}) == 1, f"snapshot-list {' '.join(words)}: " + "\n".join(r.text for r in said))
+
     def verify(self, contents=True):
+        if len(self.tools) > 1 and self.rng.random() < 0.15:
+            self.compare_lists()
         for d, tool in zip(self.disks, self.tools):
             try:
                 d.verify(contents)
@@ -210,13 +221,106 @@ class Sequence:
                 raise Failure(f"{d.folder}: {e}; last commands:\n  " + "\n  ".join(self.log[-6:])) from e
 
 
-def case_model_itself(t):
-    for seed in range(20):
-        s = Sequence(t, seed, [classic], 12, f"c{seed}")
-        for _ in range(40):
-            s.step()
-            s.verify()
-        log(s.counts)
+def sequences(t, tools, seeds, steps, deepest):
+    """Runs sequences; half of them on tmpfs, where their many syncs cost nothing."""
+    memory = t.mkfs_mount("tmpfs", 1 << 30, "memory") if os.geteuid() == 0 else t.dir
+    total, depth, snaps = {}, 0, 0
+    begin = time.monotonic()
+    for seed in seeds:
+        folder = memory if seed % 2 else t.mkdir("disks")
+        s = Sequence(folder, seed, tools, deepest)
+        try:
+            for _ in range(steps):
+                s.step()
+                s.verify()
+                depth = max(depth, s.model.depth())
+                snaps += len(s.model.snaps)
+        except Exception as e:
+            raise Failure(f"seed {seed}: {e}") from e
+        for k, v in s.counts.items():
+            total[k] = total.get(k, 0) + v
+        for d in s.disks:
+            shutil.rmtree(d.folder)
+    log(f"RESULT: {len(seeds)} disks, {' '.join(f'{k} {v}' for k, v in sorted(total.items()))}; {snaps} snapshots compared, "
+        f"depth up to {depth}, {time.monotonic() - begin:.0f} s")
+
+
+def seeds(default):
+    """CHAINS_SEED=N replays one."""
+    one = os.environ.get("CHAINS_SEED")
+    return [int(one)] if one else list(default)
+
+
+@devlib.limit(1800)
+def case_random(t):
+    """Our command against the model."""
+    sequences(t, [ploop], seeds(range(1000, 1000 + pick(14, 200))), pick(60, 120), 20)
+
+
+@devlib.limit(1800)
+def case_same_as_classic(t):
+    """Ours and Debian's 1.15: the same answers, the same tree, the same bytes."""
+    devlib.debian_is_debians()
+    sequences(t, [ploop, classic], seeds(range(2000, 2000 + pick(8, 100))), pick(50, 100), 12)
+
+
+def timed(*words):
+    begin = time.monotonic()
+    ploop(*words, limit=600)
+    return time.monotonic() - begin
+
+
+@devlib.limit(600)
+def case_longest(t):
+    """127 images: no more, all of it reads right, and merging all takes what one delta with the same bytes takes."""
+    rng = random.Random(127)
+    clusters, n = 4096, 64 * 512
+    folder = t.mkdir("long")
+    d = Disk(folder, 64, 2, clusters * 64)
+    order = rng.sample(range(clusters), 126 * 16)
+    guids = []
+    for level in range(126):
+        guids.append(ploopimg.guid(rng))
+        ploop("snapshot", "-u", guids[-1], d.dd, quiet=True)
+        check(d.snapshot(guids[-1]) == 0, "the model refuses")
+        d.write([(c * n, rng.randbytes(n)) for c in order[16 * level:16 * level + 16]], rng)
+    before = {p: devlib.identity(p) for p in Tree(d.dd).files.values()}
+    r = ploop("snapshot", d.dd, rc=PARAM)
+    check("127" in r.err, f"the limit is not named: {r.err}")
+    for p, was in before.items():
+        devlib.unchanged(p, was)
+    ploop("check", d.dd, quiet=True)
+    t127 = d.verify(contents=False)
+    for g in [TOP, guids[0], guids[63], guids[125]]:
+        d.verify_content(g, t127)
+    # The same bytes in one delta.
+    other = Disk(t.mkdir("short"), 64, 2, clusters * 64)
+    ploop("snapshot", other.dd, quiet=True)
+    one = [g for g in Tree(other.dd).parents if g != TOP][0]
+    other.snapshot(one)
+    other.write([(c * n, data) for c, data in d.snaps[TOP].content.items()], rng)
+    copies = []
+    for disk in (d, other):
+        for k in range(3):
+            copy = disk.folder + f".{k}"
+            shutil.copytree(disk.folder, copy)
+            copies.append(os.path.join(copy, "DiskDescriptor.xml"))
+    run("sync", limit=120)
+    times = [[timed("snapshot-merge", "-A", dd) for dd in copies[3 * i:3 * i + 3]] for i in range(2)]
+    middle = [sorted(ts)[1] for ts in times]
+    ploop("snapshot-merge", "-A", d.dd)
+    check(d.merge(everything=True) == 0, "the model refuses")
+    d.verify()
+    log(f"RESULT: merge of 126 deltas into the base {middle[0] * 1000:.0f} ms, of one with the same {len(order) * n >> 20} MiB "
+        f"{middle[1] * 1000:.0f} ms: {middle[0] / middle[1]:.2f} times")
+    check(middle[0] <= 1.5 * middle[1] + pick(0.5, 0), f"merging 126 deltas takes {times[0]}, one delta {times[1]}")
+
+
+@devlib.limit(300)
+def case_model_is_the_classic(t):
+    """The model itself against 1.15 alone: what it says is not our own opinion."""
+    devlib.debian_is_debians()
+    sequences(t, [classic], seeds(range(3000, 3000 + pick(4, 40))), 60, 12)
 
 
 if __name__ == "__main__":
