@@ -192,15 +192,11 @@ class Disk:
     def write(self, pieces, rng):
         """Writes to the top: pieces is [(byte offset, bytes)]. Clusters that the top lacks come up whole."""
         top = self.snaps[TOP]
-        changed = {}
+        content, touched = dict(top.content), set()
         for off, data in pieces:
-            while data:
-                c, within = divmod(off, self.cluster)
-                n = min(len(data), self.cluster - within)
-                old = changed.get(c) or top.content.get(c) or bytes(self.cluster)
-                changed[c] = old[:within] + data[:n] + old[within + n:]
-                off, data = off + n, data[n:]
-        top.content = {**top.content, **changed}
+            touched |= overlay(content, self.cluster, off, data)
+        top.content = content
+        changed = {c: content[c] for c in sorted(touched)}
         path = Tree(self.dd).files[TOP]
         if self.is_raw(TOP):
             with open(path, "r+b") as f:
@@ -259,6 +255,19 @@ class Disk:
                 where = f"{files[at[0]]} at {at[1]}" if at else "nowhere"
                 raise Failure(f"snapshot {guid}: cluster {c} is wrong (found {where})")
         chain.close()
+
+
+def overlay(content, cluster, off, data):
+    """Lays bytes over {cluster: bytes}; the clusters touched."""
+    touched = set()
+    while data:
+        c, within = divmod(off, cluster)
+        n = min(len(data), cluster - within)
+        old = content.get(c) or bytes(cluster)
+        content[c] = old[:within] + data[:n] + old[within + n:]
+        touched.add(c)
+        off, data = off + n, data[n:]
+    return touched
 
 
 def put_clusters(path, changed, rng):

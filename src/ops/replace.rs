@@ -39,7 +39,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     recover::before_change(&mut disk)?;
     let device = deltas::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;
-    let new = new.canonicalize().ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    let new = new.canonicalize().ctx(Kind::Param, || format!("cannot open image {}", new.display()))?;
     let id = id_of(&new)?;
     if let Some(own) = disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id)) {
         bail!(Param, "{} is the image of snapshot {} already", new.display(), own.guid);
