@@ -366,6 +366,8 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     supervisor.worker = Some(worker);
     supervisor.assume_ready();
     if let Some((swap, fds)) = retired {
+        // Others who would start a supervisor look here.
+        supervisor.save();
         supervisor.go_on_with(swap, fds);
     }
     match supervisor.record.state.as_str() {

@@ -216,7 +216,8 @@ fn start_with_socket(socket: OwnedFd) -> Child {
     // The shell moves its standard input, the only descriptor that can be given without unsafe code.
     Command::new("/bin/sh")
         .args(["-c", "exec 3<&0 </dev/null; exec \"$0\" worker"])
-        .arg(std::env::current_exe().unwrap())
+        // Not by name: in a mount namespace of its own below a plain chroot a program is not told its own.
+        .arg(format!("/proc/{}/exe", std::process::id()))
         .stdin(Stdio::from(socket))
         .stdout(Stdio::null())
         .spawn()

@@ -238,20 +238,24 @@ impl Link {
                 continue;
             }
             let lock = match retired {
-                Some((swap, fds)) => match arbiter(kept, swap, fds) {
-                    Ok(Some(lock)) => Some(lock),
-                    Ok(None) => {
-                        if succeeded(&kept.start.device_name) {
-                            exit(0);
+                Some((swap, fds)) => {
+                    let lock = arbiter(kept, swap, fds);
+                    // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a third.
+                    if succeeded(&kept.start.device_name) {
+                        exit(0);
+                    }
+                    match lock {
+                        Ok(Some(lock)) => Some(lock),
+                        Ok(None) => {
+                            std::thread::sleep(ARBITER_PAUSE);
+                            continue;
                         }
-                        std::thread::sleep(ARBITER_PAUSE);
-                        continue;
+                        Err(e) => {
+                            core.log.say(format!("the lock of the successor: {e}"));
+                            None
+                        }
                     }
-                    Err(e) => {
-                        core.log.say(format!("the lock of the successor: {e}"));
-                        None
-                    }
-                },
+                }
                 None => None,
             };
             match start_supervisor(core, kept, retired) {
@@ -424,12 +428,10 @@ fn arbiter(kept: &Kept, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<File>> {
     }
 }
 
-/// Another worker serves the device, and a supervisor lives that knows of it.
+/// A supervisor lives that has another worker: it writes that down before it changes anything.
 fn succeeded(device: &str) -> bool {
     let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
-    record.is_some_and(|r| {
-        r.worker.pid != std::process::id() as i32 && runtime::alive(r.worker) && runtime::alive(r.supervisor)
-    })
+    record.is_some_and(|r| r.worker.pid != std::process::id() as i32 && runtime::alive(r.supervisor))
 }
 
 /// Draws a step out, for tests.
