@@ -120,11 +120,14 @@ impl Fio {
         let (told, target) = (stop.clone(), target.to_owned());
         let thread = std::thread::spawn(move || {
             let mut rounds = 0;
+            // Where it leaves its state.
+            let aux = target.parent().unwrap_or(Path::new("/tmp")).to_owned();
             while !told.load(Ordering::Relaxed) {
                 let text = run(Command::new("fio")
                     .args(["--name=v", "--size=24m", "--rw=randrw", "--bs=4k", "--direct=1", "--ioengine=psync"])
                     .args(["--numjobs=2", "--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1", "--fsync=64"])
                     .args(["--time_based", "--runtime=4", "--group_reporting"])
+                    .arg(format!("--aux-path={}", aux.display()))
                     .arg(format!("--directory={}", target.display())));
                 assert!(text.contains("err= 0") && !text.contains("verify: bad"), "{text}");
                 rounds += 1;
