@@ -97,7 +97,7 @@ impl Drop for Disk {
         let inside = self.t.dir.path().to_str().unwrap_or("-").to_owned();
         for line in mounts.lines().rev() {
             if let Some(point) = line.split(' ').nth(4).filter(|p| p.starts_with(&inside)) {
-                let _ = output(Command::new("umount").arg(point));
+                let _ = output(Command::new("umount").arg("-l").arg(point));
             }
         }
     }
@@ -289,6 +289,90 @@ fn merged_in_random_order() {
     disk.umount();
     disk.t.sound(&disk.top());
     println!("{n} snapshots merged in {rounds} rounds of fio, each took {times:?} ms");
+}
+
+/// Snapshots beside the running disk, a copy in the place of an image, a snapshot for a backup.
+#[test]
+fn beside_the_running_disk() {
+    let Some(disk) = Disk::new("beside_the_running_disk", "256m", &[]) else { return };
+    let fio = Fio::start(&disk.target);
+    let taken: Vec<(Guid, PathBuf, String)> = (0..3)
+        .map(|_| {
+            pause(400);
+            let file = disk.top();
+            let guid = disk.snapshot();
+            (guid, file, disk.content(&guid))
+        })
+        .collect();
+    // Any number of them, without names.
+    let base = disk.descriptor().images[0].file.clone();
+    for (guid, ..) in [&taken[0], &taken[1], &taken[1]] {
+        run(ploop().args(["mount", "-r", "-u", &guid.to_string()]).arg(&disk.dd));
+    }
+    let mut beside: Vec<Device> = device::by_base(&base, None).unwrap();
+    beside.retain(|d| d.record.read_only);
+    assert_eq!(beside.len(), 3);
+    for device in &beside {
+        let of = taken.iter().find(|t| device.component().starts_with(&t.0.to_string())).unwrap();
+        assert_eq!(sha256(device.node()), of.2);
+        run(ploop().args(["umount", "-d"]).arg(device.node()));
+    }
+
+    // A copy takes the place of an image, and of its name; what is none does not.
+    let copy = disk.t.dir.path().join("copy");
+    let replace = |args: &[&str], of: &Guid| {
+        output(ploop().args(["replace", "-u", &of.to_string(), "-i"]).arg(&copy).args(args).arg(&disk.dd))
+    };
+    fs::copy(&taken[1].1, &copy).unwrap();
+    assert_eq!(replace(&[], &taken[2].0).status.code(), Some(11));
+    assert_eq!(replace(&[], &guid::TOP).status.code(), Some(38));
+    let done = replace(&[], &taken[1].0);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(disk.descriptor().image(&taken[1].0).unwrap().file, copy);
+    assert_eq!(disk.device().record.levels[1].path, copy);
+    fs::remove_file(&taken[1].1).unwrap();
+    assert_eq!(disk.content(&taken[1].0), taken[1].2);
+    // Back, under the name.
+    let second = disk.t.dir.path().join("second");
+    fs::create_dir(&second).unwrap();
+    let again = second.join("again");
+    fs::copy(&copy, &again).unwrap();
+    let inode = fs::metadata(&again).unwrap().ino();
+    run(ploop().args(["replace", "-u", &taken[1].0.to_string(), "-k", "-i"]).arg(&again).arg(&disk.dd));
+    assert_eq!(fs::metadata(&copy).unwrap().ino(), inode);
+    assert!(!again.exists());
+    assert_eq!(disk.device().record.ids[1].1, inode);
+    assert_eq!(disk.content(&taken[2].0), taken[2].2);
+    // By device.
+    fs::copy(&taken[0].1, &again).unwrap();
+    run(ploop().args(["replace", "-d", &disk.node, "-l", "0", "-i"]).arg(&again));
+    assert_eq!(disk.device().record.levels[0].path, again);
+    fs::copy(&taken[0].1, second.join("third")).unwrap();
+    run(ploop().args(["replace", "-d", &disk.node, "-l", "0", "-i"]).arg(second.join("third")));
+    // The descriptor was not told: by its base nothing runs, but locks tell that the top is in use.
+    let refused = output(ploop().arg("snapshot").arg(&disk.dd));
+    assert_eq!(refused.status.code(), Some(17), "{refused:?}");
+    run(ploop().args(["replace", "-d", &disk.node, "-l", "0", "-i"]).arg(&taken[0].1));
+
+    // A temporary snapshot lives while it is mounted.
+    let side = disk.t.dir.path().join("side");
+    fs::create_dir(&side).unwrap();
+    fs::write(disk.target.join("before"), "x").unwrap();
+    let id = Guid::generate().to_string();
+    run(ploop().args(["tsnapshot", "-u", &id, "-c", "backup", "-m"]).arg(&side).arg(&disk.dd));
+    fs::write(disk.target.join("after"), "x").unwrap();
+    assert!(side.join("before").exists() && !side.join("after").exists());
+    assert_eq!(disk.descriptor().shots.iter().filter(|s| s.temporary).count(), 1);
+    run(ploop().args(["umount", "-m"]).arg(&side));
+    // It goes with the next operation.
+    let last = disk.snapshot();
+    assert!(disk.descriptor().shots.iter().all(|s| !s.temporary), "{:?}", disk.descriptor().shots);
+    assert_eq!(disk.descriptor().images.len(), 5);
+    run(ploop().args(["snapshot-delete", "-u", &last.to_string()]).arg(&disk.dd));
+    assert_eq!(disk.descriptor().images.len(), 4);
+    fio.end();
+    assert_eq!(disk.content(&taken[2].0), taken[2].2);
+    disk.umount();
 }
 
 /// How long a writer on the mounted file system is kept waiting.

@@ -98,6 +98,11 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         );
     }
     let base = &disk.first_image()?.file;
+    let beside = component.is_empty() && params.read_only && params.guid.is_some() && guid != disk.top;
+    let component = &match beside {
+        true => beside_running(base, &guid)?,
+        false => component.to_owned(),
+    };
     refuse_running(base, component)?;
 
     let levels = chain
@@ -217,6 +222,24 @@ fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
             Err(_) => Err(unknown(text)),
         },
     }
+}
+
+/// The component of a snapshot that is mounted beside the running disk: any number of them can be, so it is named after
+/// the snapshot. The empty one if nothing runs without a component.
+fn beside_running(base: &Path, guid: &Guid) -> Result<String> {
+    let taken =
+        |component: &str| find::of_base(base, component).map(|found| found.is_some_and(|d| d.state != State::Dead));
+    if !taken("")? {
+        return Ok(String::new());
+    }
+    let mut name = guid.to_string();
+    let mut number = 1;
+    while taken(&name)? {
+        number += 1;
+        name = format!("{guid}-{number}");
+    }
+    report::say(0, format_args!("The disk runs: its snapshot is mounted as component {name}"));
+    Ok(name)
 }
 
 /// A device of the same component stops us; what is left of a dead one is removed first.

@@ -4,14 +4,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, recover};
+use super::{deltas, online, recover};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
 use crate::device::Device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::{CheckOptions, check_file};
-use crate::image::lock::{Held, Others};
+use crate::image::lock::{self, Held, Others};
 use crate::image::open::Access;
 use crate::image::same::{same_content, same_shape};
 use crate::report;
@@ -50,14 +50,12 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     if let Some(device) = device
         && device.record.ids.contains(&id_of(&image.file)?)
     {
-        bail!(
-            Param,
-            "the disk runs as {}: this version replaces images only of disks that do not run; unmount it first",
-            device.node().display()
-        );
+        online::replace(&mut disk, &device, &image, &new, keep_name)?;
+        report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
+        return Ok(());
     }
     let old_held = deltas::hold(&disk, &image.file, READ, Others::Nobody)?;
-    let new_held = copy_of(&disk, &image, &old_held, &new)?;
+    let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Others::Nobody)?;
     if keep_name {
         store::rename(&new, &image.file).ctx(Kind::Rename, || {
             format!("cannot give {} the name of {}, on the same file system", new.display(), image.file.display())
@@ -102,12 +100,13 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
     }
 }
 
-/// Makes sure that `new` can stand in for the image, and that it is durable.
-fn copy_of(disk: &Descriptor, image: &Image, old: &Held, new: &Path) -> Result<Held> {
-    let held = deltas::hold(disk, new, READ, Others::Nobody)?;
+/// Makes sure that `new` can stand in for the image `old`, and that it is durable; `others` may use it meanwhile.
+pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: &Path, others: Others) -> Result<Held> {
+    let dir = disk.map(|d| d.dir.as_path());
+    let held = lock::hold(new, dir, READ, others).map_err(|e| deltas::named(e, new))?;
     let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
-    check_file(new, Some(&disk.dir), &options)?;
-    same_shape(&image.file, new)?;
+    check_file(new, dir, &options)?;
+    same_shape(image, new)?;
     same_content(&old.file, &old.path, &held.file, new)?;
     store::sync_all(&held.file).ctx(Kind::Fsync, || format!("cannot sync image {}", new.display()))?;
     descriptor::sync_parent(new)?;

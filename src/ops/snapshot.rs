@@ -63,8 +63,10 @@ fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &Snapshot
     // Everything that can be refused is, before anything changes.
     disk.descriptor.clone().add_snapshot(deltas::new_name(disk, None)?, params.guid, params.temporary)?;
     recover::check_files(disk, &guid::TOP)?;
-    let device = deltas::running(disk, component)?;
+    deltas::running(disk, component)?;
     temporary::merge_unused(disk)?;
+    // Its chain may be shorter by now.
+    let device = deltas::running(disk, component)?;
     let path = deltas::new_name(disk, params.snap_dir.as_deref())?;
     match device {
         Some(device) => running(disk, &device, params, path)?,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ploop::ops::replace::{self, Which};
-use ploop::ops::{find, levels};
+use ploop::ops::{find, levels, online};
 use ploop::units::Level;
 
 use crate::getopt::Parsed;
@@ -85,10 +85,10 @@ fn mounted_on(folder: &Path) -> Result<String, Fail> {
 }
 
 fn on_device(device: &str, which: &Which, new: &Path) -> Result<(), Fail> {
-    let _ = new;
-    if let Which::File(current) = which {
-        levels::level_of(device, current)?;
-    }
-    levels::device(device)?;
-    Err(mistake(format!("ploop replace -d: this version replaces images of disks; {device} stays as it is")))
+    let level = match which {
+        Which::File(current) => levels::level_of(device, current)?,
+        Which::Level(level) => usize::from(*level),
+        Which::Guid(_) => return misuse(),
+    };
+    Ok(online::replace_level(&levels::device(device)?, level, new)?)
 }

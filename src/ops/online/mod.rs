@@ -3,6 +3,7 @@
 
 mod freeze;
 mod merge;
+mod replace;
 mod snapshot;
 
 use std::os::unix::fs::MetadataExt;
@@ -18,6 +19,7 @@ use crate::report;
 use crate::sys::store;
 
 pub use merge::{merge, merge_levels};
+pub use replace::{replace, replace_level};
 pub use snapshot::{on_device, snapshot};
 
 /// The device must run the chain that the descriptor has for its top: else another operation, perhaps of another program,

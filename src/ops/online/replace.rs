@@ -1,0 +1,133 @@
+//! Replacing an image of a running device by a copy of it.
+
+use std::path::{Path, PathBuf};
+
+use super::{Ended, change, check_chain, check_state, identity};
+use crate::bail;
+use crate::descriptor::{Image, LockedDescriptor};
+use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
+use crate::error::{IoContext, Kind, Result};
+use crate::image::lock::{Others, hold};
+use crate::image::open::{Access, open_level};
+use crate::ops::{deltas, replace as offline};
+use crate::report;
+use crate::sys::store;
+
+const READ: Access = Access { write: false, direct: false };
+
+/// Replaces the image of a running disk by `new`, which is no image of the disk. `keep_name`: the new one takes the name of
+/// the old one, which goes. After an error the disk has the old one, and `new` its name.
+pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new: &Path, keep_name: bool) -> Result<()> {
+    check_chain(disk, device)?;
+    let id = identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
+    let Some(level) = device.record.ids.iter().position(|i| *i == id) else {
+        bail!(Param, "{} is no image of {}", image.file.display(), device.node().display());
+    };
+    check_level(device, level)?;
+    let old_held = deltas::hold(disk, &image.file, READ, Others::Readers)?;
+    let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Others::Readers)?;
+    if !keep_name {
+        let mut next = disk.descriptor.clone();
+        next.set_file(&image.guid, new.to_owned())?;
+        return match change(disk, device, next, &mut || {}) {
+            Ended::Changed(result) => result,
+            Ended::Not(e) | Ended::Unknown(e) => Err(e),
+        };
+    }
+    let beside = Beside::bring(new, &image.file)?;
+    let levels = levels_with(device, level, &image.file, &beside.path)?;
+    let commit = CommitFile::open(&beside.path, &image.file)?.under(disk.share_lock()?);
+    let spec = SwitchSpec { levels, commit: Some(commit), linger: 0 };
+    let switched = device::switch(device, &spec, &mut warn);
+    let committed = spec.commit.as_ref().is_none_or(|c| c.is_committed().unwrap_or(true));
+    drop((old_held, new_held));
+    match committed {
+        true => switched,
+        false => {
+            beside.back();
+            switched
+        }
+    }
+}
+
+/// The same without a descriptor: only the device is told.
+pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
+    check_state(device)?;
+    check_level(device, level)?;
+    let Some(name) = device.record.levels.get(level) else {
+        bail!(Param, "{} has no level {level}", device.node().display());
+    };
+    let new = new.canonicalize().ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    let id = identity(&new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    if device.record.ids.contains(&id) {
+        bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
+    }
+    // What runs there, whatever has its name by now.
+    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| deltas::named(e, &name.path))?;
+    let running = identity(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
+    if !running {
+        bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
+    }
+    let held = offline::copy_of(None, &name.path, &old, &new, Others::Readers)?;
+    let levels = levels_with(device, level, &new, &new)?;
+    let switched = device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut warn);
+    drop((old, held));
+    switched
+}
+
+fn warn(warning: Option<&str>) {
+    if let Some(warning) = warning {
+        report::warn(warning);
+    }
+}
+
+fn check_level(device: &Device, level: usize) -> Result<()> {
+    let node = device.node().display();
+    if level + 1 >= device.record.levels.len() {
+        bail!(Param, "level {level} of {node} is its top: only those below it can be replaced while it runs");
+    }
+    if device.record.levels.get(level).is_some_and(|l| l.raw) {
+        bail!(Format, "level {level} of {node} is raw: only ploop1 images can be compared and replaced");
+    }
+    Ok(())
+}
+
+/// The running chain with the file at `new` in the place of a level, called `name`.
+fn levels_with(device: &Device, level: usize, name: &Path, new: &Path) -> Result<Vec<NewLevel>> {
+    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    if let Some(place) = levels.get_mut(level) {
+        *place = NewLevel::File { path: name.to_owned(), raw: false, fd: open_level(new, None)? };
+    }
+    Ok(levels)
+}
+
+/// The new file in the folder of the old one, from where it can be renamed over it.
+struct Beside {
+    path: PathBuf,
+    /// Where it came from.
+    from: Option<PathBuf>,
+}
+
+impl Beside {
+    fn bring(new: &Path, old: &Path) -> Result<Beside> {
+        if new.parent() == old.parent() {
+            return Ok(Beside { path: new.to_owned(), from: None });
+        }
+        let mut name = old.as_os_str().to_owned();
+        name.push(".ploop-replace");
+        let path = PathBuf::from(name);
+        store::rename_new(new, &path).ctx(Kind::Rename, || {
+            format!("cannot bring {} into the folder of {}, on the same file system", new.display(), old.display())
+        })?;
+        crate::descriptor::sync_parent(&path)?;
+        Ok(Beside { path, from: Some(new.to_owned()) })
+    }
+
+    fn back(&self) {
+        if let Some(from) = &self.from
+            && let Err(e) = store::rename_new(&self.path, from)
+        {
+            report::warn(format_args!("{} is called {} now: {e}", from.display(), self.path.display()));
+        }
+    }
+}
