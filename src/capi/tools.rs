@@ -218,12 +218,7 @@ pub unsafe extern "C" fn merge_image(
                 if low >= high {
                     bail!(Param, "levels {low}..{high}: the lower one comes first");
                 }
-                let range = ops::levels::merge_range(&device, low, Some(high))?;
-                bail!(
-                    Param,
-                    "levels {low}..{high} of {device} ({} images): this version merges snapshots of disks with a descriptor",
-                    range.files.len()
-                )
+                ops::levels::merge(&device, low, Some(high), new_delta.as_deref())
             }
         }
     })

@@ -45,6 +45,23 @@ pub fn put_on_top(node: &str, file: &Path, sync: bool) -> Result<()> {
     Ok(())
 }
 
+/// Merges levels `low` to `high` (none: the top) of a running device into the lowest of them. The files merged stay; no
+/// descriptor is told. A new file for the result is refused: the lowest image stays the one that it is.
+pub fn merge(node: &str, low: usize, high: Option<usize>, new_delta: Option<&Path>) -> Result<()> {
+    let range = merge_range(node, low, high)?;
+    if let Some(new) = new_delta {
+        bail!(
+            Param,
+            "{}: levels of a running device are merged into the lowest of them; to merge into a new file unmount the disk first",
+            new.display()
+        );
+    }
+    let device = device(node)?;
+    online::merge_levels(&device, range.low, range.high)?;
+    warn_of_descriptor(&device);
+    Ok(())
+}
+
 /// Says so if a descriptor names the disk that was just changed by device: it tells another story from now on.
 fn warn_of_descriptor(device: &Device) {
     let beside = device.base().with_file_name(descriptor::FILE_NAME);

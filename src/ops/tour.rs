@@ -12,6 +12,7 @@ use nix::unistd::mkdtemp;
 use crate::bail;
 use crate::descriptor::FILE_NAME;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::format::guid::Guid;
 use crate::fs::helper;
 use crate::fs::mounts;
 use crate::fs::stat::FsInfo;
@@ -88,7 +89,7 @@ impl Tour<'_> {
         self.ploop(&[arg("list"), arg("-a")])?;
 
         self.step("Write files into it.");
-        let sum = self.write_files()?;
+        let sum = self.write_files(1)?;
         self.say(&format!("{FILES} files of {} KiB written and synced", FILE_BYTES >> 10));
         self.ploop(&[arg("info"), disk])?;
 
@@ -97,16 +98,49 @@ impl Tour<'_> {
         self.ploop(&[arg("check"), arg("-f"), image])?;
         self.step("Mount it again, and compare every byte.");
         self.ploop(&[arg("mount"), arg("-m"), mnt_arg, disk])?;
-        let again = self.read_files()?;
-        if again != sum {
-            bail!(Abort, "the files differ from what was written: check sum {again:08x}, it was {sum:08x}");
-        }
-        self.say(&format!("all {FILES} files are as they were written (check sum {sum:08x})"));
+        self.compare(&mnt, sum)?;
+
+        self.snapshots(sum)?;
 
         self.step("Measure, for a first impression.");
         self.measure()?;
         self.step("Unmount it.");
         self.ploop(&[arg("umount"), arg("-m"), mnt_arg])
+    }
+
+    /// A snapshot of the mounted disk, seen beside it, and merged again.
+    fn snapshots(&mut self, sum: u32) -> Result<()> {
+        let (disk, before) = (self.disk(), self.folder.join("before"));
+        let (disk, before_arg) = (disk.as_os_str(), before.as_os_str());
+        let arg = OsStr::new;
+        let guid = Guid::generate();
+        let guid = arg(guid.as_str());
+
+        self.step("Take a snapshot while it is in use, and write all files anew.");
+        self.ploop(&[arg("snapshot"), arg("-u"), guid, disk])?;
+        let new = self.write_files(2)?;
+        self.step("Mount the snapshot beside it, under a name of its own: there the files are as they were.");
+        fs::create_dir(&before).ctx(Kind::Mkdir, || before.display().to_string())?;
+        self.ploop(&[arg("mount"), arg("-r"), arg("-u"), guid, arg("-c"), arg("before"), arg("-m"), before_arg, disk])?;
+        self.compare(&before, sum)?;
+        self.ploop(&[arg("umount"), arg("-m"), before_arg])?;
+        self.step("Merge: the snapshot goes, the disk stays as it is now. It is in use all the time.");
+        self.ploop(&[arg("snapshot-merge"), disk])?;
+        self.ploop(&[arg("snapshot-list"), arg("-o"), arg("current,uuid,fname"), disk])?;
+        self.compare(&self.mount_point(), new)
+    }
+
+    fn compare(&mut self, folder: &Path, sum: u32) -> Result<()> {
+        let again = read_files(folder)?;
+        if again != sum {
+            bail!(
+                Abort,
+                "the files in {} differ from what was written: check sum {again:08x}, it was {sum:08x}",
+                folder.display()
+            );
+        }
+        self.say(&format!("all {FILES} files are as they were written (check sum {sum:08x})"));
+        Ok(())
     }
 
     fn say(&mut self, text: &str) {
@@ -149,33 +183,21 @@ impl Tour<'_> {
         }
     }
 
-    fn file(&self, number: u64) -> PathBuf {
-        self.mount_point().join(format!("file{number:02}"))
-    }
-
-    fn write_files(&mut self) -> Result<u32> {
+    /// The check sum of what is written, which is another one for every `seed`.
+    fn write_files(&mut self, seed: u64) -> Result<u32> {
         let mut sum = crc32fast::Hasher::new();
-        let mut noise = Noise(0x9E37_79B9_7F4A_7C15);
+        let mut noise = Noise(0x9E37_79B9_7F4A_7C15 ^ seed);
         let mut bytes = vec![0; FILE_BYTES];
         for number in 0..FILES {
             noise.fill(&mut bytes);
             sum.update(&bytes);
-            let path = self.file(number);
+            let path = file(&self.mount_point(), number);
             let write = || {
                 let mut file = File::create(&path)?;
                 file.write_all(&bytes)?;
                 file.sync_all()
             };
             write().ctx(Kind::Write, || format!("cannot write {}", path.display()))?;
-        }
-        Ok(sum.finalize())
-    }
-
-    fn read_files(&mut self) -> Result<u32> {
-        let mut sum = crc32fast::Hasher::new();
-        for number in 0..FILES {
-            let path = self.file(number);
-            sum.update(&fs::read(&path).ctx(Kind::Read, || format!("cannot read {}", path.display()))?);
         }
         Ok(sum.finalize())
     }
@@ -216,7 +238,12 @@ impl Tour<'_> {
         let disk = self.disk();
         if disk.exists() {
             // Of a disk that is not mounted this only says so.
-            let _ = helper::outcome(self.program, &[OsStr::new("-v-2"), OsStr::new("umount"), disk.as_os_str()]);
+            for component in [&["-c", "before"][..], &[]] {
+                let mut args = vec![OsStr::new("-v-2"), OsStr::new("umount")];
+                args.extend(component.iter().map(OsStr::new));
+                args.push(disk.as_os_str());
+                let _ = helper::outcome(self.program, &args);
+            }
         }
         let folder = self.folder.clone();
         if let Some(m) = mounts::read()?.iter().find(|m| m.target.starts_with(&folder)) {
@@ -224,6 +251,19 @@ impl Tour<'_> {
         }
         fs::remove_dir_all(&folder).ctx(Kind::Unlink, || format!("{} cannot be removed", folder.display()))
     }
+}
+
+fn file(folder: &Path, number: u64) -> PathBuf {
+    folder.join(format!("file{number:02}"))
+}
+
+fn read_files(folder: &Path) -> Result<u32> {
+    let mut sum = crc32fast::Hasher::new();
+    for number in 0..FILES {
+        let path = file(folder, number);
+        sum.update(&fs::read(&path).ctx(Kind::Read, || format!("cannot read {}", path.display()))?);
+    }
+    Ok(sum.finalize())
 }
 
 /// Bytes that do not compress and are the same every time.

@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use ploop::descriptor::ImageMode;
+use ploop::ops::levels;
 use ploop::ops::merge::{self, MergeParams};
-use ploop::ops::{levels, online};
 
 use crate::getopt::Parsed;
 use crate::{Command, Fail, mistake, misuse, values};
@@ -117,11 +117,5 @@ fn levels_of(value: &OsStr) -> Result<(usize, usize), Fail> {
 
 fn on_device(device: &str, range: Option<(usize, usize)>, new_delta: Option<PathBuf>) -> Result<(), Fail> {
     let (low, high) = range.map_or((0, None), |(low, high)| (low, Some(high)));
-    let range = levels::merge_range(device, low, high)?;
-    if new_delta.is_some() {
-        return Err(mistake(format!(
-            "ploop merge -d: a running device is merged into the image that it has; {device} stays as it is"
-        )));
-    }
-    Ok(online::merge_levels(&levels::device(device)?, range.low, range.high)?)
+    Ok(levels::merge(device, low, high, new_delta.as_deref())?)
 }
