@@ -138,22 +138,23 @@ fn crashes(name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize
     let steps = guard.0.steps();
     let mut coins = Coins(0x9e37_79b9_7f4a_7c15 ^ steps as u64);
     for at in 0..=steps {
-        let mut try_one = |kind: &str, choose: &mut dyn FnMut(Thing) -> bool| {
+        let mut try_one = |kind: &str, choose: &mut dyn FnMut(Thing, usize) -> bool| {
             let dir = folder();
             guard.0.crash(at, dir.path(), choose);
             case.examine(dir.path(), &format!("stopped after step {at} of {steps} ({kind})"));
             made += 1;
         };
-        try_one("kill", &mut |_| true);
-        try_one("power cut, nothing more", &mut |_| false);
+        try_one("kill", &mut |_, _| true);
+        try_one("power cut, nothing more", &mut |_, _| false);
+        try_one("power cut, the last step alone", &mut |_, step| step + 1 == at);
         if full() {
-            try_one("power cut, names only", &mut |t| t == Thing::Name);
-            try_one("power cut, data only", &mut |t| t == Thing::Data);
+            try_one("power cut, names only", &mut |t, _| t == Thing::Name);
+            try_one("power cut, data only", &mut |t, _| t == Thing::Data);
         }
         for n in 0..if full() { 4 } else { 1 } {
             let seed = coins.next();
             let mut coins = Coins(seed | 1);
-            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_| coins.next() % 2 == 0);
+            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_, _| coins.next() % 2 == 0);
         }
     }
     let begun = guard.0.begun();

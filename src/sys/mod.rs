@@ -2,6 +2,7 @@
 
 pub mod aligned;
 pub mod arena;
+pub mod cache;
 pub mod calendar;
 pub mod calm;
 pub mod fiemap;

@@ -13,8 +13,8 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::open::{Access, reopen};
 use crate::image::target::Target;
-use crate::sys::aligned::{ALIGN, AlignedBuf, read_exact, write_all};
-use crate::sys::store;
+use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+use crate::sys::{cache, store};
 use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 
 use super::plan::{Place, Plan, Run};
@@ -75,52 +75,38 @@ impl<'t, 'f> Sink<'t, 'f> {
     }
 }
 
-/// An image as it is read and written: directly where that works.
+/// An image as it is read and written: through the page cache, whose readahead and writing behind several threads keep
+/// busy better than as many direct operations do.
 struct Io {
-    plain: File,
-    direct: Option<File>,
+    file: File,
     name: PathBuf,
 }
 
 impl Io {
     fn open(level: &Level<'_>, write: bool) -> Result<Io> {
-        let open = |direct| {
-            reopen(level.file, Access { write, direct })
-                .ctx(Kind::Open, || format!("cannot open image {}", level.name.display()))
-        };
-        let (plain, _) = open(false)?;
-        let direct = open(true).ok().filter(|(_, direct)| *direct).map(|(file, _)| file);
-        Ok(Io { plain, direct, name: level.name.to_owned() })
-    }
-
-    fn way(&self, offset: u64, len: usize) -> Option<&File> {
-        let aligned = offset.is_multiple_of(ALIGN as u64) && len.is_multiple_of(ALIGN);
-        self.direct.as_ref().filter(|_| aligned)
+        let (file, _) = reopen(level.file, Access { write, direct: false })
+            .ctx(Kind::Open, || format!("cannot open image {}", level.name.display()))?;
+        Ok(Io { file, name: level.name.to_owned() })
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let direct = self.way(offset, buf.len()).map(|f| read_exact(f, buf, offset));
-        let read = match direct {
-            // Larger sectors than ours.
-            Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => read_exact(&self.plain, buf, offset),
-            Some(other) => other,
-            None => read_exact(&self.plain, buf, offset),
-        };
-        read.ctx(Kind::Read, || format!("cannot read image {} at offset {offset}", self.name.display()))
+        read_exact(&self.file, buf, offset)
+            .ctx(Kind::Read, || format!("cannot read image {} at offset {offset}", self.name.display()))?;
+        // It was read for once.
+        cache::drop_clean(&self.file, offset, buf.len() as u64);
+        Ok(())
     }
 
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let direct = self.way(offset, buf.len()).map(|f| write_all(f, buf, offset));
-        let written = match direct {
-            Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => write_all(&self.plain, buf, offset),
-            Some(other) => other,
-            None => write_all(&self.plain, buf, offset),
-        };
-        written.ctx(Kind::Write, || format!("cannot write image {} at offset {offset}", self.name.display()))
+        write_all(&self.file, buf, offset)
+            .ctx(Kind::Write, || format!("cannot write image {} at offset {offset}", self.name.display()))?;
+        // So that the sync at the end finds little to do, and memory does not fill up.
+        cache::start_writeback(&self.file, offset, buf.len() as u64);
+        Ok(())
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        let zeroed = match store::zero_range(&self.plain, offset, len) {
+        let zeroed = match store::zero_range(&self.file, offset, len) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
                 let zeroes = AlignedBuf::new(CHUNK.min(len) as usize);
                 let mut done = 0;
@@ -178,7 +164,7 @@ impl<'o, 'p> Copier<'o, 'p> {
             // Behind the end, where nothing is: the first copy overwrites it, or it is cut at the end.
             let from = u64::from(run.from) * size;
             let shares = &mut self.shares[index];
-            *shares = *shares && store::clone_range(&source.plain, from, &self.target.plain, end * size, size).is_ok();
+            *shares = *shares && store::clone_range(&source.file, from, &self.target.file, end * size, size).is_ok();
         }
         let copied = |r: &&Run| r.needs_room() && (r.hole || !self.shares[r.source]);
         let new: u64 = plan.runs.iter().filter(copied).map(|r| u64::from(r.count)).sum();
@@ -281,7 +267,7 @@ impl<'o, 'p> Copier<'o, 'p> {
                 touched.store(true, Ordering::Relaxed);
             }
             let from = u64::from(part.from) * size;
-            match store::clone_range(&self.sources[part.source].plain, from, &self.target.plain, to, len) {
+            match store::clone_range(&self.sources[part.source].file, from, &self.target.file, to, len) {
                 // What was allocated for it stays unused until the copy, which allocates anew.
                 Err(e) if store::cannot_clone(&e) => {
                     sink.pending.retain(|(c, _)| !(part.cluster..part.cluster + count).contains(c));

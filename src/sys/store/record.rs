@@ -1,7 +1,7 @@
 //! Records the steps of one folder, and makes up the folders that a crash after any of them can leave.
 //!
 //! A kill leaves all steps. After a power cut a write is there if a sync of its file began after it, and so are names with
-//! a sync of the folder; of all else any part can be: writes in pieces of a page, names in their order.
+//! a sync of the folder; of all else any part can be: writes in pieces of a page, names in any order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,7 +23,7 @@ enum Op {
     Extend(Id, u64),
     /// Of what was recorded before this index.
     Sync(Id, usize),
-    Rename(PathBuf, PathBuf),
+    Rename(PathBuf, PathBuf, Id),
     Unlink(PathBuf),
     SyncDir(PathBuf, usize),
 }
@@ -140,10 +140,9 @@ impl Recorder {
             (Step::Extend(_, len), Some(id)) => Op::Extend(id, len),
             (Step::Sync(_), Some(id)) => Op::Sync(id, covers),
             (Step::Rename(_, to), _) => {
-                if let Some(id) = state.names.remove(&path) {
-                    state.names.insert(to.to_owned(), id);
-                }
-                Op::Rename(path, to.to_owned())
+                let Some(id) = state.names.remove(&path) else { return };
+                state.names.insert(to.to_owned(), id);
+                Op::Rename(path, to.to_owned(), id)
             }
             (Step::Unlink(_), _) => {
                 state.names.remove(&path);
@@ -167,8 +166,8 @@ impl Recorder {
     }
 
     /// Writes into `into` (empty) what a crash after `at` steps leaves. `choose` says of each thing that need not be
-    /// durable yet whether it is; for names it is asked until it first says no.
-    pub fn crash(&self, at: usize, into: &Path, choose: &mut dyn FnMut(Thing) -> bool) {
+    /// durable yet, and of which step it is, whether it is.
+    pub fn crash(&self, at: usize, into: &Path, choose: &mut dyn FnMut(Thing, usize) -> bool) {
         let state = self.lock();
         let ops = &state.ops[..at];
         let (mut names, mut files) = state.first.clone();
@@ -179,22 +178,20 @@ impl Recorder {
             let dir = path.parent().unwrap();
             ops.iter().any(|op| matches!(op, Op::SyncDir(other, covers) if other == dir && *covers > i))
         };
-        let mut names_go_on = true;
         for (i, op) in ops.iter().enumerate() {
             match op {
-                Op::Create(path, _) | Op::Rename(path, _) | Op::Unlink(path) => {
+                Op::Create(path, _) | Op::Rename(path, _, _) | Op::Unlink(path) => {
                     if let Op::Create(_, id) = op {
                         files.insert(*id, Vec::new());
                     }
-                    names_go_on = named(i, path) || (names_go_on && choose(Thing::Name));
-                    if !names_go_on {
+                    if !named(i, path) && !choose(Thing::Name, i) {
                         continue;
                     }
                     match op {
                         Op::Create(path, id) => drop(names.insert(path.clone(), *id)),
-                        Op::Rename(from, to) => {
-                            let id = names.remove(from);
-                            id.map(|id| names.insert(to.clone(), id));
+                        Op::Rename(from, to, id) => {
+                            names.remove(from);
+                            names.insert(to.clone(), *id);
                         }
                         _ => drop(names.remove(path)),
                     }
@@ -203,17 +200,17 @@ impl Recorder {
                     let file = files.entry(*id).or_default();
                     let durable = synced(i, *id);
                     for (n, page) in bytes.chunks(4096).enumerate() {
-                        if durable || choose(Thing::Data) {
+                        if durable || choose(Thing::Data, i) {
                             let at = *offset as usize + n * 4096;
                             file.resize(file.len().max(at + page.len()), 0);
                             file[at..at + page.len()].copy_from_slice(page);
                         }
                     }
                 }
-                Op::SetLen(id, len) if synced(i, *id) || choose(Thing::Data) => {
+                Op::SetLen(id, len) if synced(i, *id) || choose(Thing::Data, i) => {
                     files.entry(*id).or_default().resize(*len as usize, 0);
                 }
-                Op::Extend(id, len) if synced(i, *id) || choose(Thing::Data) => {
+                Op::Extend(id, len) if synced(i, *id) || choose(Thing::Data, i) => {
                     let file = files.entry(*id).or_default();
                     file.resize(file.len().max(*len as usize), 0);
                 }
