@@ -133,8 +133,10 @@ impl Files {
             n if -n == libc::EAGAIN || -n == libc::EINTR => 0,
             n => {
                 // The end of the file, in the middle of what was wanted or behind it.
-                let got = BAT_PAGE - left + n.max(0) as usize;
-                let enough = matches!(f.goal, Goal::ReadBat(_, _, len) if n >= 0 && got >= len as usize);
+                let enough = match f.goal {
+                    Goal::ReadBat(_, _, len) => n >= 0 && BAT_PAGE - left + n as usize >= len as usize,
+                    _ => false,
+                };
                 let error = if n < 0 { -n } else { libc::EIO };
                 return Ok(self.end(tag as u32, if enough { Ok(()) } else { Err(error) }));
             }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::bail;
-use crate::engine::api::{Errno, Request, RequestKind};
+use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
 use crate::server::proto::{FromWorker, Swap, ToWorker, WorkerStart};
@@ -146,8 +146,11 @@ impl Link {
             let now = Instant::now();
             if now >= tick {
                 tick = now + TICK;
+                // The tick has all that waits for space tried once more: just then nothing waits.
+                let waits = core.status().no_space;
                 core.tell(MAIN_THREAD, Pending::Tick);
                 let status = core.status();
+                let status = Status { no_space: waits || status.no_space, ..status };
                 core.shm.publish(&status);
                 if !status.no_space {
                     core.common.shrink(&core.memory);
