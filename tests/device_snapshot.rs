@@ -6,16 +6,18 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use device_common::*;
 use ploop::descriptor::Descriptor;
 use ploop::device::{self, Device};
 use ploop::format::guid::{self, Guid};
 use ploop::image::check::read_header;
+use ploop::server::proto::ProcessId;
+use ploop::server::runtime;
 
 /// The command, in a world without the caller's environment.
 fn ploop() -> Command {
@@ -289,6 +291,118 @@ fn merged_in_random_order() {
     disk.umount();
     disk.t.sound(&disk.top());
     println!("{n} snapshots merged in {rounds} rounds of fio, each took {times:?} ms");
+}
+
+/// Processes that the supervisor has started, by what they do.
+fn children(supervisor: ProcessId, mode: &str) -> Vec<ProcessId> {
+    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let ends = format!("\0{mode}\0");
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .filter(|pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(ends.as_bytes())))
+        .filter_map(runtime::process)
+        .collect()
+}
+
+fn slay(id: ProcessId) -> bool {
+    runtime::alive(id)
+        && nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL).is_ok()
+}
+
+/// Somebody dies in the middle of a merge of frozen levels, or of a snapshot: doing it again finishes it, if it was not
+/// finished anyway.
+#[test]
+fn whoever_dies_in_it() {
+    let Some(disk) = Disk::new("whoever_dies_in_it", "256m", &[]) else { return };
+    let fio = Fio::start(&disk.target);
+    let bulk = |name: &str| {
+        run(Command::new("dd")
+            .args(["if=/dev/urandom", "bs=1M", "count=16", "conv=fsync", "status=none"])
+            .arg(format!("of={}", disk.target.join(name).display())));
+    };
+    let rounds = count(8, 16, 60);
+    let (mut killed, mut again, mut thawed) = (0, 0, 0);
+    for round in 0..rounds {
+        // A base, a snapshot to be merged into, one to be merged.
+        bulk("a");
+        let lower = disk.snapshot();
+        bulk("b");
+        let upper = disk.snapshot();
+        let content = disk.content(&upper);
+        let before = disk.device().record;
+        let delay = 5 + (round as u64 * 37) % 240;
+        let snapshots = round % 4 == 3;
+        let new = Guid::generate().to_string();
+        let upper_text = upper.to_string();
+        let args = match snapshots {
+            true => ["snapshot", "-u", new.as_str()],
+            false => ["snapshot-merge", "-u", upper_text.as_str()],
+        };
+        let mut caller = ploop().args(args).arg(&disk.dd).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let who = ["helper", "supervisor", "worker", "caller"][round / 2 % 4];
+        let hit = match who {
+            // The one that merges, or the one that holds the freeze, as soon as it is there.
+            "helper" => {
+                let end = Instant::now() + Duration::from_secs(5);
+                let mut found = None;
+                while found.is_none() && Instant::now() < end {
+                    found = children(before.supervisor, "helper").first().copied();
+                }
+                pause(delay % 16);
+                found.is_some_and(slay)
+            }
+            "supervisor" => {
+                pause(delay);
+                slay(before.supervisor)
+            }
+            "worker" => {
+                pause(delay);
+                slay(before.worker)
+            }
+            _ => {
+                pause(delay);
+                caller.kill().is_ok()
+            }
+        };
+        killed += usize::from(hit);
+        let status = caller.wait().unwrap();
+        // Whatever became of it, nothing stays frozen.
+        let pulse = disk.target.join("pulse");
+        run(Command::new("timeout").args(["90", "sh", "-c", "echo x > \"$0\""]).arg(&pulse));
+        thawed += 1;
+        println!("round {round}: {} {who} killed after {delay} ms ({hit}): {status}", args[0]);
+        let done = || match snapshots {
+            true => disk.descriptor().shots.iter().any(|s| s.guid.to_string() == new),
+            false => disk.descriptor().shot(&lower).is_none(),
+        };
+        assert!(!status.success() || done());
+        // The server may be at it without the caller.
+        let retried = within(90, "an end", || {
+            if done() {
+                return Some(false);
+            }
+            let retry = output(ploop().args(args).arg(&disk.dd));
+            println!("   again: {} {}", retry.status, String::from_utf8_lossy(&retry.stderr));
+            (retry.status.success() || done()).then_some(true)
+        });
+        again += usize::from(retried);
+        assert_eq!(disk.content(&upper), content);
+        let now = within(30, "supervisor and worker", || {
+            let r = record(disk.device().name());
+            (runtime::alive(r.supervisor) && runtime::alive(r.worker)).then_some(r)
+        });
+        assert_eq!(now.diskseq, before.diskseq);
+        // Back to one image, the top's merge included.
+        within(90, "one image", || {
+            let all = output(ploop().args(["snapshot-merge", "-A"]).arg(&disk.dd));
+            (all.status.success() && disk.descriptor().images.len() == 1).then_some(())
+        });
+    }
+    let fio = fio.end();
+    disk.umount();
+    run(Command::new("/usr/sbin/ploop").args(["check", "-f"]).arg(disk.top()));
+    println!("{killed} killed in {rounds} rounds, {fio} of fio; {again} done again, {thawed} times thawed");
 }
 
 /// Snapshots beside the running disk, a copy in the place of an image, a snapshot for a backup.
