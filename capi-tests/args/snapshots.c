@@ -153,6 +153,13 @@ static void bad_arguments(void)
     CHECK(get_delta_info("/dev/no-such-device", NULL), SYSEXIT_PARAM);
     CHECK(get_delta_info("/dev/no-such-device", &info), SYSEXIT_SYSFS);
     CHECK(merge_image(NULL, 0, 0, 0, 0, NULL, NULL), SYSEXIT_PARAM);
+    CHECK(create_snapshot(NULL, "x", 0), SYSEXIT_PARAM);
+    CHECK(create_snapshot("/dev/no-such-device", NULL, 0), SYSEXIT_PARAM);
+    CHECK(create_snapshot("/dev/no-such-device", "x", 1), SYSEXIT_SYSFS);
+    CHECK_TRUE(access("x", F_OK) != 0);
+    CHECK(replace_delta("/dev/no-such-device", 0, "missing"), SYSEXIT_OPEN);
+    CHECK(replace_delta("/dev/no-such-device", 0, "root.hds"), SYSEXIT_DEVICE);
+    CHECK(replace_delta("/dev/no-such-device", -1, "root.hds"), SYSEXIT_PARAM);
     CHECK(ploop_check(NULL, 0, NULL), SYSEXIT_PARAM);
     CHECK(ploop_check("missing", 0, NULL), SYSEXIT_OPEN);
     CHECK(ploop_check("root.hds", 0x20, &bs), 0);

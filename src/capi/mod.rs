@@ -15,7 +15,7 @@
 //!   ploop_merge_snapshot, ploop_switch_snapshot, ploop_switch_snapshot_ex, ploop_replace_image
 //! - [`tools`]: what the classic's own programs use, undeclared: find_image_by_guid, find_snapshot_by_guid,
 //!   make_images_list, guidcmp, is_valid_guid, read_line, check_deltas_same, find_level_by_delta, get_delta_info,
-//!   merge_image, ploop_check, check_dd, mntn2str
+//!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //!

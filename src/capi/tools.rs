@@ -186,6 +186,19 @@ pub unsafe extern "C" fn create_snapshot(device: *const c_char, delta: *const c_
     })
 }
 
+/// Puts the file image, a copy, in the place of a level of a running device, below its top. No descriptor is told.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn replace_delta(device: *const c_char, level: c_int, image: *const c_char) -> c_int {
+    boundary::call("replace_delta", || {
+        // SAFETY: the caller's strings, NULL or NUL-terminated.
+        let (device, image) = unsafe { (device_name(device)?, convert::path(image, "image")?) };
+        let Ok(level) = usize::try_from(level) else {
+            bail!(Param, "level {level}: levels start with 0");
+        };
+        ops::levels::replace(&device, level, &image)
+    })
+}
+
 /// Merges images, the upper first, in an array that ends in NULL, into the last one (raw: it is a raw image) or into the
 /// new file new_delta. device NULL: files that nobody uses. Else levels start_level to end_level of a running device.
 /// The files merged stay, no descriptor is told.

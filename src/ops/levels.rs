@@ -62,6 +62,16 @@ pub fn merge(node: &str, low: usize, high: Option<usize>, new_delta: Option<&Pat
     Ok(())
 }
 
+/// Puts `new`, a copy, in the place of a level of a running device, below its top; no descriptor is told. `Open`: there is no
+/// such file; `Device`: no such device.
+pub fn replace(node: &str, level: usize, new: &Path) -> Result<()> {
+    fs::metadata(new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    let device = device(node).map_err(|e| e.as_kind(Kind::Device))?;
+    online::replace_level(&device, level, new)?;
+    warn_of_descriptor(&device);
+    Ok(())
+}
+
 /// Says so if a descriptor names the disk that was just changed by device: it tells another story from now on.
 fn warn_of_descriptor(device: &Device) {
     let beside = device.base().with_file_name(descriptor::FILE_NAME);
@@ -69,8 +79,7 @@ fn warn_of_descriptor(device: &Device) {
         let top = device.record.levels.last().map(|l| &l.path);
         if Descriptor::read(path).is_ok_and(|d| d.image(&d.top).map(|i| &i.file) == top) {
             report::warn(format_args!(
-                "{} does not tell what {} runs now: it names another top. ploop check names the difference; changes by \
-                 descriptor, like ploop snapshot {0}, keep the two together",
+                "{} does not tell what {} runs now; changes by descriptor, like ploop snapshot {0}, keep the two together",
                 path.display(),
                 device.node().display()
             ));

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ploop::ops::replace::{self, Which};
-use ploop::ops::{find, levels, online};
+use ploop::ops::{find, levels};
 use ploop::units::Level;
 
 use crate::getopt::Parsed;
@@ -90,5 +90,5 @@ fn on_device(device: &str, which: &Which, new: &Path) -> Result<(), Fail> {
         Which::Level(level) => usize::from(*level),
         Which::Guid(_) => return misuse(),
     };
-    Ok(online::replace_level(&levels::device(device)?, level, new)?)
+    Ok(levels::replace(device, level, new)?)
 }
