@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, online, recover};
+use super::{deltas, online, recover, temporary};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, LockedDescriptor};
 use crate::device::Device;
@@ -119,6 +119,10 @@ pub(super) fn range(
         return running(disk, &device, descendant, ancestor, new_delta);
     }
     let gone = disk.swallowed(descendant, ancestor)?;
+    for guid in gone.iter().filter(|g| disk.shot(g).is_some_and(|s| s.temporary)) {
+        // If somebody does use it the locks say so.
+        temporary::end_idle(disk, guid)?;
+    }
     recover::check_files(disk, descendant)?;
     let is_top = *descendant == disk.top;
     let parts = Parts::hold(disk, descendant, gone.len(), new_delta.is_some())?;

@@ -1,12 +1,18 @@
 //! Temporary snapshots go away when nobody uses them: those taken for a backup, those whose children were the reason to
 //! keep them, and those that an interrupted merge had begun to swallow.
 
-use super::{deltas, merge, snapshot};
-use crate::descriptor::LockedDescriptor;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use nix::unistd::geteuid;
+
+use super::{deltas, merge, snapshot, umount};
+use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::Device;
 use crate::error::{Kind, Result};
 use crate::format::guid::Guid;
 use crate::report;
+use crate::server::partitions;
 
 /// Removes all temporary snapshots that nobody uses. What is in use stays, and is no error.
 pub fn merge_unused(disk: &mut LockedDescriptor) -> Result<()> {
@@ -32,10 +38,7 @@ pub fn merge_unused(disk: &mut LockedDescriptor) -> Result<()> {
 
 /// Removes one if that is possible now.
 fn remove(disk: &mut LockedDescriptor, guid: &Guid) -> Result<bool> {
-    let Some(image) = disk.image(guid) else { return Ok(false) };
-    // Its own device keeps it; as a lower delta of another one it can be merged.
-    let own = |d: &Device| d.record.ids.len() == d.record.levels.len() && d.top() == image.file;
-    if deltas::users(&image.file)?.iter().any(own) {
+    if !end_idle(disk, guid)? {
         return Ok(false);
     }
     match disk.children(guid).as_slice() {
@@ -46,4 +49,63 @@ fn remove(disk: &mut LockedDescriptor, guid: &Guid) -> Result<bool> {
         }
         _ => Ok(false),
     }
+}
+
+/// Ends the devices that show this temporary snapshot if nobody uses them. False: somebody does. As a lower delta of other
+/// devices it can be merged.
+pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
+    let Some(image) = disk.image(guid) else { return Ok(false) };
+    let Ok(meta) = fs::metadata(&image.file) else { return Ok(false) };
+    let id = (meta.dev(), meta.ino());
+    for device in deltas::users(&image.file)?.iter().filter(|d| d.record.ids.last() == Some(&id)) {
+        let node = device.node().display();
+        if !idle(device) {
+            return Ok(false);
+        }
+        match umount::umount_device(device.name(), None) {
+            Ok(()) => {
+                report::say(0, format_args!("{node}, the device of temporary snapshot {guid}, was used by nobody"))
+            }
+            Err(e) => {
+                report::say(1, format_args!("{node} stays: {e}"));
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Nobody but perhaps a mount has the device of a temporary snapshot open, and it was not taken to live until it is
+/// unmounted. What cannot be found out counts as use.
+fn idle(device: &Device) -> bool {
+    let record = &device.record;
+    if !record.read_only || device.component().is_empty() || device.component().starts_with(snapshot::HELD) {
+        return false;
+    }
+    if !geteuid().is_root() {
+        return false;
+    }
+    let mut disks = vec![record.rdev];
+    disks.extend(partitions::known(&record.backing).iter().map(|p| p.rdev));
+    let Ok(processes) = fs::read_dir("/proc") else { return false };
+    for process in processes.flatten() {
+        let name = process.file_name();
+        if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        // One that has ended has nothing open.
+        let Ok(open) = fs::read_dir(process.path().join("fd")) else { continue };
+        for file in open.flatten().map(|f| f.path()) {
+            // Only what may be it is looked at: files of dead servers would hold us up.
+            let Ok(link) = fs::read_link(&file) else { continue };
+            let target = link.file_name().unwrap_or_default().as_encoded_bytes();
+            if !target.starts_with(record.name.as_bytes()) && !target.starts_with(record.backing.as_bytes()) {
+                continue;
+            }
+            if fs::metadata(&file).is_ok_and(|m| m.file_type().is_block_device() && disks.contains(&m.rdev())) {
+                return false;
+            }
+        }
+    }
+    true
 }
