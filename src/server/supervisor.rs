@@ -173,7 +173,7 @@ impl Supervisor {
     /// One turn of the loop, until something happened or `until`. True: `extra` can be read.
     pub(super) fn turn(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = Instant::now();
-        let table = self.table_due.filter(|_| self.scan.is_none());
+        let table = self.table_due.filter(|_| self.scan.is_none() && self.record.state == "running");
         let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
         let until = [Some(until), Some(now + tick), self.restart, table].into_iter().flatten().min();
         let (mut sources, mut polls) = (Vec::with_capacity(8), Vec::with_capacity(8));
