@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import devlib  # noqa: E402
 import ploopimg  # noqa: E402
 import snaptree  # noqa: E402
-from devlib import FMT, NOSNAP, OPEN, PARAM, Failure, check, log, pick, ploop, run  # noqa: E402
+from devlib import NOSNAP, PARAM, Failure, check, log, pick, ploop, run  # noqa: E402
 from snaptree import NONE, TOP, Disk, Tree  # noqa: E402
 
 # Sectors of a cluster, and how many clusters a disk of a sequence has; large ones have few, for the time it takes.
@@ -283,23 +283,23 @@ def seeds(default):
     return [int(one)] if one else list(default)
 
 
-@devlib.limit(1800)
+@devlib.limit(5400)
 def case_random(t):
     """Our command against the model."""
-    sequences(t, [ploop], seeds(range(1000, 1000 + pick(14, 200))), pick(60, 120), 20)
+    sequences(t, [ploop], seeds(range(1000, 1000 + pick(8, 100))), pick(50, 120), 20)
 
 
-@devlib.limit(900)
+@devlib.limit(3600)
 def case_random_with_devices(t):
     """The same with devices in between: old snapshots are read through them, the top is written to."""
     sequences(t, [ploop], seeds(range(4000, 4000 + pick(3, 40))), pick(40, 80), 20, t)
 
 
-@devlib.limit(1800)
+@devlib.limit(5400)
 def case_same_as_classic(t):
     """Ours and Debian's 1.15: the same answers, the same tree, the same bytes."""
     devlib.debian_is_debians()
-    sequences(t, [ploop, classic], seeds(range(2000, 2000 + pick(8, 100))), pick(50, 100), 12)
+    sequences(t, [ploop, classic], seeds(range(2000, 2000 + pick(5, 60))), pick(40, 100), 12)
 
 
 def timed(*words):
@@ -357,11 +357,11 @@ def case_longest(t):
     check(middle[0] <= 1.5 * middle[1] + pick(6, 0), f"merging 126 deltas takes {times[0]}, one delta {times[1]}")
 
 
-@devlib.limit(300)
+@devlib.limit(900)
 def case_model_is_the_classic(t):
     """The model itself against 1.15 alone: what it says is not our own opinion."""
     devlib.debian_is_debians()
-    sequences(t, [classic], seeds(range(3000, 3000 + pick(4, 40))), 60, 12)
+    sequences(t, [classic], seeds(range(3000, 3000 + pick(2, 30))), 50, 12)
 
 
 if __name__ == "__main__":

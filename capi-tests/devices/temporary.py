@@ -3,13 +3,11 @@
 C function with a holder."""
 import ctypes
 import os
-import subprocess
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tools"))
 import devlib  # noqa: E402
-import ploopimg  # noqa: E402
-from devlib import MOUNT, PARAM, check, log, ploop, run  # noqa: E402
+from devlib import MOUNT, PARAM, check, ploop, run  # noqa: E402
 from snaptree import TOP, Tree  # noqa: E402
 
 A, B, C = ("{aaaaaaaa-0000-4000-8000-00000000000%d}" % n for n in range(3))
