@@ -154,7 +154,7 @@ fn crashes(name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize
         for n in 0..if full() { 4 } else { 1 } {
             let seed = coins.next();
             let mut coins = Coins(seed | 1);
-            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_, _| coins.next() % 2 == 0);
+            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_, _| coins.next().is_multiple_of(2));
         }
     }
     let begun = guard.0.begun();

@@ -137,7 +137,7 @@ pub(super) fn range(
         Some(new) => {
             let new = new_file(new)?;
             let files = next.collapse(descendant, ancestor, Some(new.clone()))?;
-            let merged = parts.into_new(&new)?;
+            let merged = parts.write_new(&new)?;
             (files, merged, Some(new))
         }
     };
@@ -256,7 +256,7 @@ impl Parts {
     }
 
     /// Writes everything into a file of this name, durable; the target itself is a source like the others.
-    fn into_new(&self, new: &Path) -> Result<Merged> {
+    fn write_new(&self, new: &Path) -> Result<Merged> {
         let tmp = scratch_name(new)?;
         let made = self.fill_new(&tmp).and_then(|merged| {
             descriptor::rename_new(&tmp, new)?;
@@ -382,7 +382,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
         below: None,
     };
     match new_delta {
-        Some(new) => parts.into_new(&new_file(new)?).map(drop),
+        Some(new) => parts.write_new(&new_file(new)?).map(drop),
         None => {
             let merge = parts.prepare()?;
             if merge.target_marked() {
