@@ -122,6 +122,11 @@ impl Case<'_> {
 
 /// Runs the operation on copies of the folder; answers how many points were tried and how many crashes made up.
 fn crashes(name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize, usize) {
+    crashes_without(None, name, from, act)
+}
+
+/// The same without the syncs of files or folders.
+fn crashes_without(syncs: Option<Thing>, name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize, usize) {
     let (whole, dd) = copy(from);
     let before = all_content(&dd);
     act(&dd).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -133,6 +138,9 @@ fn crashes(name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize
 
     let (live, dd) = copy(from);
     let guard = record::start(live.path(), None);
+    if let Some(thing) = syncs {
+        guard.0.ignore_syncs(thing);
+    }
     act(&dd).unwrap();
     let mut made = 0;
     let steps = guard.0.steps();
@@ -234,6 +242,16 @@ fn crashes_of_snapshots() {
     for (version, mode) in kinds(ImageMode::Expanded) {
         let (dir, _dd) = chain(version, mode);
         told("snapshot", crashes("snapshot", dir.path(), &|dd| take(dd, 9)));
+    }
+}
+
+#[test]
+fn missing_syncs_are_found() {
+    let to = SwitchParams { guid: g(2), guid_old: None, keep_top: false, no_new_top: false };
+    let (dir, _dd) = chain(Version::V2, ImageMode::Expanded);
+    for thing in [Thing::Name, Thing::Data] {
+        let tried = || crashes_without(Some(thing), "switch", dir.path(), &|dd| switch(dd, "", &to));
+        assert!(std::panic::catch_unwind(tried).is_err(), "{thing:?}: never synced, and no crash loses anything");
     }
 }
 
