@@ -157,6 +157,9 @@ impl WorkerStart {
 /// How a worker takes over in a change of the chain.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Succession {
+    /// Everything that needs no image is prepared first, and then `Go` is waited for.
+    #[serde(default)]
+    pub wait: bool,
     /// The top is another file than before, which nobody has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
@@ -220,6 +223,8 @@ pub enum ToWorker {
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
     /// killed. With the descriptors of the change.
     Retire(Swap),
+    /// The worker before has retired: take over.
+    Go,
     /// Let others write to this level from now on, or to none; answer `Yielded`.
     Yield(Option<usize>),
 }
@@ -227,6 +232,8 @@ pub enum ToWorker {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     Ready(WorkerReady),
+    /// `Go` is waited for.
+    Prepared,
     /// The answer to `Retire`. An error: the worker can serve no more, and the chain stays as it was.
     Retired {
         error: Option<(i32, String)>,

@@ -74,6 +74,8 @@ pub struct Supervisor {
     pub(super) changes: VecDeque<Change>,
     /// A change is under way: a worker's death is for it to deal with.
     pub(super) changing: bool,
+    /// The worker of the new chain, while the old one retires.
+    pub(super) waiting: Option<Worker>,
     /// Clients that wait until the former top is finished.
     pub(super) finishing: Vec<OwnedFd>,
     /// The merge of frozen levels that is under way.
@@ -129,6 +131,7 @@ impl Supervisor {
             aborting: Vec::new(),
             changes: VecDeque::new(),
             changing: false,
+            waiting: None,
             finishing: Vec::new(),
             levels_merge: LevelsMerge::default(),
             merging: Vec::new(),
@@ -400,6 +403,7 @@ impl Supervisor {
                     worker.merged = Some(error);
                     self.merge_told();
                 }
+                FromWorker::Prepared => worker.prepared = true,
                 FromWorker::Retired { error } => worker.retired = Some(error),
                 FromWorker::Switched { warning } => worker.switched = Some(warning),
                 FromWorker::Finished { error } => {

@@ -66,6 +66,8 @@ pub struct Worker {
     pub refused: Option<(i32, String)>,
     /// It has closed the image: how that went.
     pub closed: Option<Option<(i32, String)>>,
+    /// It waits for `Go`.
+    pub prepared: bool,
     /// It serves nothing any more and has let go of the images, or why it has not.
     pub retired: Option<Option<(i32, String)>>,
     /// It has made the change of the chain that it was started for; a warning.
@@ -111,6 +113,7 @@ impl Worker {
             ready: None,
             refused: None,
             closed: None,
+            prepared: false,
             retired: None,
             switched: None,
             finished: None,

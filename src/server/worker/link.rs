@@ -113,6 +113,12 @@ impl Link {
         fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
     }
 
+    /// Waits for the word to take over; false: the supervisor has changed its mind, or died.
+    pub fn await_go(&self) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        matches!(frame::recv::<ToWorker>(socket), Ok(Some((ToWorker::Go, _))))
+    }
+
     /// Waits until the former top is finished, and says so.
     pub fn await_finisher(&self, core: &Core, kept: &Kept) {
         if kept.start.finish.is_none() {
@@ -309,6 +315,7 @@ impl Link {
             Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, swap, fds),
             Ok(Some((ToWorker::Yield(level), _))) => self.yield_level(core, level),
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
+            Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.say("the supervisor sent Start twice".into()),
             Ok(None) => {
                 core.log.say("the supervisor has ended".into());

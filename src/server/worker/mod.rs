@@ -36,6 +36,7 @@ use crate::sys::{calm, process};
 
 use self::core::{Core, THREADS};
 use link::{End, Link};
+use memory::Memory;
 use setup::Kept;
 
 /// The supervisor's socket.
@@ -69,7 +70,18 @@ pub fn worker_main() -> ! {
         // Whoever retired for us finds another supervisor.
         exit(0);
     }
-    match start(&link, kept) {
+    let memory = match kept.start.succeed.as_ref().is_some_and(|s| s.wait) {
+        false => None,
+        true => {
+            // Without it the reason is told when it is wanted.
+            let memory = setup::get_memory().ok();
+            if link.say(&FromWorker::Prepared).is_err() || !link.await_go() {
+                exit(0);
+            }
+            memory
+        }
+    };
+    match start(&link, kept, memory) {
         Ok((core, chain, ready, no_merge)) => {
             let heard = link.say(&FromWorker::Ready(ready));
             if let Some(e) = no_merge {
@@ -117,8 +129,12 @@ pub fn worker_main() -> ! {
 }
 
 /// Opens everything and starts all threads.
-fn start(link: &Link, kept: &'static Kept) -> Result<(&'static Core, Chain, WorkerReady, Option<Error>)> {
-    let setup::Worker { core, chain, ready, sink, warning, no_merge } = setup::set_up(kept)?;
+fn start(
+    link: &Link,
+    kept: &'static Kept,
+    memory: Option<Memory>,
+) -> Result<(&'static Core, Chain, WorkerReady, Option<Error>)> {
+    let setup::Worker { core, chain, ready, sink, warning, no_merge } = setup::set_up(kept, memory)?;
     let core: &'static Core = Box::leak(Box::new(core));
     die_of_panics(Some(core.shm.clone()));
     let succeed = kept.start.succeed.as_ref();

@@ -100,8 +100,17 @@ pub struct Worker {
     pub no_merge: Option<Error>,
 }
 
-/// Opens everything. A successor waits here until the last operation of the dead worker is over.
-pub fn set_up(kept: &Kept) -> Result<Worker> {
+/// Gets the memory for I/O, which takes longer than all the rest.
+pub fn get_memory() -> Result<Memory> {
+    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    // Said where there is a log.
+    let _ = calm::lock_memory();
+    Ok(memory)
+}
+
+/// Opens everything. A successor waits here until the last operation of the dead worker is over. `memory`: of
+/// [`get_memory`], if it was called before.
+pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
     let attach = &kept.start.attach;
     let succeed = kept.start.succeed.as_ref();
     let new_top = succeed.is_some_and(|s| s.new_top);
@@ -150,7 +159,7 @@ pub fn set_up(kept: &Kept) -> Result<Worker> {
         ..OpenOptions::default()
     };
     // Before the chain is opened: that marks the image.
-    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    let memory = memory.map_or_else(get_memory, Ok)?;
     let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let linger = succeed.map_or(0, |s| s.linger);
     link::pause(linger);
