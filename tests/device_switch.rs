@@ -268,6 +268,7 @@ fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -
         expected: running.record.ids.clone(),
         commit: Some(names),
         token: meta.ino() << 8 | 1,
+        ask: false,
         linger: 60,
     };
     let fds = [path_fd(path), path_fd(dd.parent().unwrap()), path_fd(tmp)];

@@ -44,6 +44,7 @@ pub fn merge_top(device: &Device, commit: Option<&CommitFile>, watch: &mut dyn W
         expected: record.ids.clone(),
         commit: commit.map(CommitFile::names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+        ask: false,
         linger: 0,
     };
     let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
@@ -90,7 +91,8 @@ fn watched(
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
             let mut warning = None;
-            ask(name, command, fds, &mut |text| warning = text.map(str::to_owned)).map(|answer| (warning, answer))
+            ask(name, command, fds, &mut || Ok(()), &mut |text| warning = text.map(str::to_owned))
+                .map(|answer| (warning, answer))
         });
         let (mut cancelled, mut pause) = (false, FIRST_LOOK);
         while !asking.is_finished() {

@@ -11,7 +11,7 @@ use crate::bail;
 use crate::device::{Device, State, find};
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
-use crate::server::helper::remote_error;
+use crate::server::helper::{Go, remote_error};
 use crate::server::proto::{Answer, Command, CommitNames, DeviceRecord, LevelName, Swap, SwapLevel};
 use crate::server::{control, frame, runtime, spawn};
 
@@ -117,6 +117,7 @@ impl SwitchSpec {
             expected: record.ids.clone(),
             commit: self.commit.as_ref().map(|c| c.names.clone()),
             token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+            ask: false,
             linger: self.linger,
         };
         Ok((swap, fds))
@@ -132,7 +133,20 @@ impl SwitchSpec {
 /// which that cannot be told.
 pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
     let (swap, fds) = spec.swap(device)?;
-    ask(device.name(), &Command::Switch(swap), &fds, serving).map(drop)
+    ask(device.name(), &Command::Switch(swap), &fds, &mut || Ok(()), serving).map(drop)
+}
+
+/// The same, and `prepared` is called when nothing is left to be done but what requests have to wait for. Its error ends
+/// the change before anything has changed.
+pub fn switch_prepared(
+    device: &Device,
+    spec: &SwitchSpec,
+    prepared: &mut dyn FnMut() -> Result<()>,
+    serving: &mut dyn FnMut(Option<&str>),
+) -> Result<()> {
+    let (mut swap, fds) = spec.swap(device)?;
+    swap.ask = true;
+    ask(device.name(), &Command::Switch(swap), &fds, prepared, serving).map(drop)
 }
 
 /// A level that stays.
@@ -151,7 +165,7 @@ pub fn reload(name: &str) -> Result<()> {
     let program = program.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
     let before = find::by_name(&name)?.map(|d| d.record.supervisor);
     let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
-    ask(&name, &command, &[program.as_fd()], &mut |_| {})?;
+    ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {})?;
     // The worker starts the new supervisor when the old one is gone.
     let end = Instant::now() + SUPERVISOR;
     loop {
@@ -172,6 +186,7 @@ pub(super) fn ask(
     name: &str,
     command: &Command,
     fds: &[BorrowedFd],
+    prepared: &mut dyn FnMut() -> Result<()>,
     serving: &mut dyn FnMut(Option<&str>),
 ) -> Result<Answer> {
     let dir = runtime::device_dir(name);
@@ -196,6 +211,12 @@ pub(super) fn ask(
                     Some((Answer::Switched { warning }, _)) => {
                         if !std::mem::replace(&mut told, true) {
                             serving(warning.as_deref());
+                        }
+                    }
+                    Some((Answer::Prepared, _)) => {
+                        prepared()?;
+                        if frame::send(&connection, &Go, &[]).is_err() {
+                            return Err(control::ended(&dir));
                         }
                     }
                     Some((answer, _)) => return Ok(answer),

@@ -72,7 +72,7 @@ impl Supervisor {
         let attach = &self.start.attach;
         let levels = attach.levels.iter().zip(&attach.ids).enumerate();
         let levels = levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
-        Swap { levels, expected: attach.ids.clone(), commit: None, token, linger: 0 }
+        Swap { levels, expected: attach.ids.clone(), commit: None, token, ask: false, linger: 0 }
     }
 
     /// The worker says how its merge stands.

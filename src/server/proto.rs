@@ -180,6 +180,9 @@ pub struct Swap {
     pub commit: Option<CommitNames>,
     /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
     pub token: u64,
+    /// When everything is prepared the asker gets `Prepared`, and his `Go` is waited for.
+    #[serde(default)]
+    pub ask: bool,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
     #[serde(default)]
     pub linger: u64,
@@ -322,6 +325,8 @@ pub enum Answer {
         #[serde(default)]
         merging: Option<(u64, u64)>,
     },
+    /// Requests are held as soon as the asker says `Go`.
+    Prepared,
     Switched {
         warning: Option<String>,
     },

@@ -74,6 +74,8 @@ pub struct Supervisor {
     pub(super) changes: VecDeque<Change>,
     /// A change is under way: a worker's death is for it to deal with.
     pub(super) changing: bool,
+    /// Who wants to be told when requests are about to be held.
+    pub(super) asker: Option<OwnedFd>,
     /// The worker of the new chain, while the old one retires.
     pub(super) waiting: Option<Worker>,
     /// Clients that wait until the former top is finished.
@@ -131,6 +133,7 @@ impl Supervisor {
             aborting: Vec::new(),
             changes: VecDeque::new(),
             changing: false,
+            asker: None,
             waiting: None,
             finishing: Vec::new(),
             levels_merge: LevelsMerge::default(),

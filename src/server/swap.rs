@@ -18,17 +18,19 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::helper::remote_error;
+use crate::server::helper::{Go, remote_error};
 use crate::server::merge::MergeStep;
 use crate::server::proto::{Answer, FromWorker, Marked, MergeOrder, Succession, Swap, ToWorker, WorkerStart};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker::commit;
 use crate::server::workers::{Descriptors, Worker};
-use crate::server::{control, runtime};
+use crate::server::{control, frame, runtime};
 use crate::units::MAX_CHAIN;
 
 /// A worker that does not retire in this time is killed, and the chain stays. Longer than what it gives itself.
 const RETIRE: Duration = Duration::from_secs(60);
+/// Freezing a file system.
+const ASKER: Duration = Duration::from_secs(600);
 /// A worker getting its memory.
 const PREPARE: Duration = Duration::from_secs(5);
 /// A worker opening the new chain.
@@ -124,7 +126,12 @@ impl Supervisor {
         let warning = match swap.token != 0 && swap.token == self.start.token {
             // Asked for again by somebody who got no answer.
             true => Ok(None),
-            false => self.try_change(&swap, fds, program),
+            false => {
+                self.asker = client.as_ref().filter(|_| swap.ask).and_then(|c| c.try_clone().ok());
+                let result = self.try_change(&swap, fds, program);
+                self.asker = None;
+                result
+            }
         };
         let Some(client) = client else { return false };
         match warning {
@@ -181,7 +188,7 @@ impl Supervisor {
         }
         let plan = self.plan(swap, &fds, program)?;
         self.prepare_worker(&plan);
-        let result = self.take_turns(swap, fds, plan);
+        let result = self.await_asker().and_then(|()| self.take_turns(swap, fds, plan));
         if let Some(mut unused) = self.waiting.take() {
             break_with(&mut unused);
         }
@@ -209,6 +216,23 @@ impl Supervisor {
             true => self.waiting = Some(worker),
             false => break_with(&mut worker),
         }
+    }
+
+    /// Until whoever asked wants requests to be held, if that is how it was asked.
+    fn await_asker(&mut self) -> Result<()> {
+        let Some(asker) = self.asker.take() else { return Ok(()) };
+        control::answer(&asker, &Answer::Prepared);
+        let end = Instant::now() + ASKER;
+        while Instant::now() < end {
+            self.check_alive()?;
+            if self.turn(end, Some(asker.as_fd())) {
+                return match frame::recv_within::<Go>(&asker, Duration::ZERO) {
+                    Ok(Some(_)) => Ok(()),
+                    _ => bail!(Abort, "{}: whoever asked for the change has gone", self.record.name),
+                };
+            }
+        }
+        bail!(Abort, "{}: whoever asked for the change does not go on", self.record.name)
     }
 
     fn take_turns(&mut self, swap: &Swap, fds: Vec<OwnedFd>, plan: Plan) -> Result<Option<String>> {

@@ -117,14 +117,20 @@ fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Desc
 }
 
 /// Makes the device serve the chain of `next`, which becomes the disk's descriptor in the same moment. `serving` is called
-/// when I/O goes on.
-fn change(disk: &mut LockedDescriptor, device: &Device, mut next: Descriptor, serving: &mut dyn FnMut()) -> Ended {
+/// when I/O goes on, `prepared` before it is held; an error of it ends the change.
+fn change(
+    disk: &mut LockedDescriptor,
+    device: &Device,
+    mut next: Descriptor,
+    prepared: &mut dyn FnMut() -> Result<()>,
+    serving: &mut dyn FnMut(),
+) -> Ended {
     let (spec, tmp) = match prepare(disk, device, &mut next) {
         Ok(prepared) => prepared,
         Err(e) => return Ended::Not(e),
     };
     let mut warning = None;
-    let switched = device::switch(device, &spec, &mut |warned| {
+    let switched = device::switch_prepared(device, &spec, prepared, &mut |warned| {
         warning = warned.map(str::to_owned);
         serving();
     });

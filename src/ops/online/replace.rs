@@ -29,7 +29,7 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
     if !keep_name {
         let mut next = disk.descriptor.clone();
         next.set_file(&image.guid, new.to_owned())?;
-        return match change(disk, device, next, &mut || {}) {
+        return match change(disk, device, next, &mut || Ok(()), &mut || {}) {
             Ended::Changed(result) => result,
             Ended::Not(e) | Ended::Unknown(e) => Err(e),
         };

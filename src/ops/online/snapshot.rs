@@ -1,5 +1,6 @@
 //! Snapshots of running devices.
 
+use std::cell::RefCell;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -23,11 +24,11 @@ use crate::units::ClusterSize;
 /// After an error nothing is changed, and the new delta is removed; unless the error says that it may be part of the
 /// disk.
 pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, path: &Path) -> Result<()> {
-    let begun = check_chain(disk, device).and_then(|()| Frozen::start(device));
-    let mut frozen = begun.inspect_err(|_| undo(path))?;
+    check_chain(disk, device).inspect_err(|_| undo(path))?;
+    let rest = Rest::default();
     let mut thawed = Ok(());
-    let ended = change(disk, device, next, &mut || thawed = frozen.thaw());
-    drop(frozen);
+    let ended = change(disk, device, next, &mut || rest.freeze(device), &mut || thawed = rest.thaw());
+    drop(rest);
     match ended {
         Ended::Changed(Ok(())) => {
             if let Err(e) = thawed {
@@ -70,17 +71,31 @@ fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
     let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
     let path = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
     levels.push(NewLevel::File { path, raw: false, fd: open_level(file, None)? });
-    let mut frozen = match sync {
-        true => Some(Frozen::start(device)?),
-        false => None,
-    };
+    let rest = Rest::default();
     let mut thawed = Ok(());
-    device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut |_| {
-        if let Some(frozen) = &mut frozen {
-            thawed = frozen.thaw();
-        }
-    })?;
+    let mut freeze = || if sync { rest.freeze(device) } else { Ok(()) };
+    let spec = SwitchSpec { levels, commit: None, linger: 0 };
+    device::switch_prepared(device, &spec, &mut freeze, &mut |_| thawed = rest.thaw())?;
     thawed
+}
+
+/// The file systems of a device, perhaps at rest.
+#[derive(Default)]
+struct Rest(RefCell<Option<Frozen>>);
+
+impl Rest {
+    /// Once; a second supervisor asks again.
+    fn freeze(&self, device: &Device) -> Result<()> {
+        let mut frozen = self.0.borrow_mut();
+        if frozen.is_none() {
+            *frozen = Some(Frozen::start(device)?);
+        }
+        Ok(())
+    }
+
+    fn thaw(&self) -> Result<()> {
+        self.0.borrow_mut().as_mut().map_or(Ok(()), Frozen::thaw)
+    }
 }
 
 /// The new delta is nobody's: it was never part of the disk.
