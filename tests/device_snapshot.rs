@@ -88,7 +88,12 @@ impl Disk {
     }
 
     fn umount(&self) {
-        run(ploop().args(["umount"]).arg(&self.dd));
+        self.umount_by(ploop().args(["umount"]).arg(&self.dd));
+    }
+
+    /// Processes in mount namespaces of their own, which others make at the same time, keep a copy of the mount.
+    fn umount_by(&self, command: &mut Command) {
+        within(90, "the end of the device", || output(command).status.success().then_some(()));
     }
 }
 
@@ -513,11 +518,24 @@ fn a_snapshot_is_a_short_pause() {
             waits
         });
         let mut spans = Vec::new();
-        for _ in 0..n {
-            pause(400);
+        let kinds = ["nothing", "a freeze alone", "a snapshot", "one without a freeze"];
+        for round in 0..n * kinds.len() {
+            pause(300);
             let start = Instant::now();
-            disk.snapshot();
-            spans.push((start, Instant::now()));
+            match kinds[round % kinds.len()] {
+                "nothing" => pause(200),
+                "a freeze alone" => {
+                    let both = "fsfreeze -f \"$0\"; fsfreeze -u \"$0\"";
+                    run(Command::new("sh").args(["-c", both]).arg(&disk.target));
+                }
+                // By device, so that both kinds of snapshot can follow each other.
+                kind => {
+                    let file = disk.t.dir.path().join(format!("delta-{round}"));
+                    let freeze: &[&str] = if kind == "a snapshot" { &["-F"] } else { &[] };
+                    run(ploop().arg("snapshot").args(freeze).args(["-d", &disk.node]).arg(&file));
+                }
+            }
+            spans.push((kinds[round % kinds.len()], start, Instant::now()));
         }
         pause(200);
         stop.store(true, Ordering::Relaxed);
@@ -526,11 +544,14 @@ fn a_snapshot_is_a_short_pause() {
             let met = waits.iter().filter(|(start, took)| *start < to && *start + *took > from);
             met.map(|(_, took)| took.as_millis()).max()
         };
-        spans
-            .into_iter()
-            .map(|(from, to)| (longest(from, to).unwrap_or(0), (to - from).as_millis()))
-            .collect::<Vec<_>>()
+        let of = |kind: &str| {
+            let mut all: Vec<u128> =
+                spans.iter().filter(|s| s.0 == kind).map(|s| longest(s.1, s.2).unwrap_or(0)).collect();
+            all.sort_unstable();
+            all
+        };
+        kinds.map(|kind| (kind, of(kind)))
     });
-    println!("longest wait of a writer, of the time of the whole command, in ms: {waits:?}");
-    disk.umount();
+    println!("longest waits of a writer during each of {n}, in ms: {waits:?}");
+    disk.umount_by(ploop().args(["umount", "-d", &disk.node]));
 }
