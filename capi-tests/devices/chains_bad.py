@@ -36,14 +36,6 @@ def disk(folder, guids=(), bs=64, version=2, clusters=20, raw=False, seed=1):
     return d
 
 
-def tree_of(d):
-    """What snapshot-list says of a disk, which must be whole."""
-    t = Tree(d.dd)
-    for g, parent in t.parents.items():
-        check(parent == NONE or parent in t.parents, f"{g} has an unknown parent {parent}")
-    return t.parents
-
-
 def mark(path, value=ploopimg.IN_USE):
     ploopimg.patch(path, 44, struct.pack("<I", value))
 

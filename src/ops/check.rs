@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::orphans;
+use super::{online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device;
@@ -50,6 +50,11 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
     let _operation = report::cancel::begin();
     let disk = LockedDescriptor::open(descriptor)?;
     if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
+        if running.component().is_empty()
+            && let Err(e) = online::check_chain(&disk, running)
+        {
+            report::warn(e);
+        }
         bail!(InUse, "{} runs as {}; unmount it before it is checked", disk.path.display(), running.node().display());
     }
     disk.check_tree()?;

@@ -34,7 +34,7 @@ pub const IMAGES: Command = Command {
     long: &[],
     usage: "\
 Usage: ploop merge [-f raw] [-n FILE] TOP [...] BASE
-       ploop merge -d DEVICE [-l LOW[..HIGH]] [-n FILE]
+       ploop merge -d DEVICE [-l LOW[..HIGH]]
 
 The first form merges image files, the topmost first, into the last one. The second one merges levels of a running device
 into the lowest of them (the base is level 0; HIGH is LOW + 1 if it is not given; without -l all levels). Merged files
