@@ -17,6 +17,14 @@ pub fn g(n: u32) -> Guid {
     Guid::parse(&format!("{{{n:08x}-2222-4333-8444-555555555555}}")).unwrap()
 }
 
+/// A folder on a disk: that of `$PLOOP_TEST_DIR`, to try another file system, or the tree's.
+pub fn folder() -> tempfile::TempDir {
+    match std::env::var_os("PLOOP_TEST_DIR") {
+        Some(dir) => tempfile::tempdir_in(dir).unwrap(),
+        None => tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap(),
+    }
+}
+
 pub fn small() -> ClusterSize {
     ClusterSize::from_sectors(64).unwrap()
 }

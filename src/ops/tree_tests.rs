@@ -7,12 +7,13 @@ use super::check::check_disk;
 use super::merge::{MergeParams, merge_files, merge_snapshot};
 use super::snapshot::{self, SnapshotParams};
 use super::switch::{SwitchParams, switch};
-use super::testkit::{content, files, g, make_disk, map, put, sizes, small};
+use super::testkit::{self, content, files, g, make_disk, map, put, sizes, small};
 use crate::descriptor::{Descriptor, ImageMode};
 use crate::error::Kind;
 use crate::format::guid::{self, Guid};
 use crate::format::header::{self, Version};
 use crate::image::grow::grow;
+use crate::image::merge::{Level, Merge, MergeOptions};
 use crate::image::target::Target;
 
 const KINDS: [(Version, ImageMode); 4] = [
@@ -23,7 +24,7 @@ const KINDS: [(Version, ImageMode); 4] = [
 ];
 
 fn disk(kind: (Version, ImageMode)) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let dir = testkit::folder();
     let dd = make_disk(dir.path(), kind.0, kind.1, small(), 40);
     (dir, dd)
 }
@@ -232,7 +233,7 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     let d = Descriptor::read(&dd).unwrap();
     let before = std::fs::read(&dd).unwrap();
     // Another version and another cluster size below.
-    let other = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let other = testkit::folder();
     let v1 = make_disk(other.path(), Version::V1, ImageMode::Expanded, small(), 40).with_file_name("root.hdd");
     let base = &d.images[0].file;
     let keep = base.with_extension("keep");
@@ -277,5 +278,47 @@ fn files_are_merged_by_name() {
         }
         let twice = [images[0].clone(), images[0].clone()];
         assert_eq!(merge_files(&twice, false, None).unwrap_err().kind(), Kind::Param);
+    }
+}
+
+#[test]
+fn a_cancelled_merge_is_finished_by_the_next_one() {
+    for kind in [KINDS[0], KINDS[1], KINDS[3]] {
+        for (after, untouched) in [(0, true), (3, false)] {
+            let (_dir, dd) = disk(kind);
+            for c in 0..8 {
+                put(&dd, &guid::TOP, c, 1);
+            }
+            snap(&dd, 1);
+            for c in 2..16 {
+                put(&dd, &guid::TOP, c, 2);
+            }
+            let want = content(&dd, &guid::TOP);
+            let below = content(&dd, &g(1));
+            let d = Descriptor::read(&dd).unwrap();
+            let (low, top) = (&d.images[0], &d.images[1]);
+            let target = std::fs::OpenOptions::new().read(true).write(true).open(&low.file).unwrap();
+            let source = std::fs::File::open(&top.file).unwrap();
+            let target = Level { file: &target, name: &low.file, raw: d.is_raw(low) };
+            let merge =
+                Merge::prepare(&[Level { file: &source, name: &top.file, raw: false }], target, Some(&[])).unwrap();
+            let size = small().bytes();
+            let mut progress = |done: u64, _| match done >= after * size {
+                true => Err(crate::error::Error::new(Kind::Sys, "cancelled")),
+                false => Ok(()),
+            };
+            let mut options =
+                MergeOptions { progress: &mut progress, stay_marked: false, batch: 2 * size, reflink: true };
+            let failed = merge.run(&mut options).unwrap_err();
+            assert_eq!((failed.error.kind(), failed.untouched), (Kind::Sys, untouched));
+            assert_eq!(content(&dd, &guid::TOP), want);
+            if untouched {
+                assert_eq!(content(&dd, &g(1)), below);
+            }
+            check_disk(&dd, None).unwrap();
+            merge_snapshot(&dd, "", &MergeParams::default()).unwrap();
+            assert_eq!(content(&dd, &guid::TOP), want);
+            check_disk(&dd, None).unwrap();
+        }
     }
 }
