@@ -17,21 +17,22 @@ pub const CLUSTERS: u32 = 2048;
 pub const MAPPED: u32 = 4;
 const OLD: u8 = 0x40;
 
-/// Makes the image.
-pub fn make(path: &Path) {
-    let mut bytes = vec![0u8; (1 + MAPPED as usize) * CLUSTER as usize];
+/// Makes the image; or a delta for the top of it, which has the second cluster alone.
+pub fn make(path: &Path, delta: bool) {
+    let mapped = if delta { 1..2 } else { 0..MAPPED };
+    let mut bytes = vec![0u8; (1 + mapped.len()) * CLUSTER as usize];
     bytes[..16].copy_from_slice(b"WithouFreSpacExt");
     let sectors = CLUSTERS * 64;
     for (at, word) in [(16, 2), (20, 16), (24, 130), (28, 64), (32, CLUSTERS), (36, sectors), (48, 64)] {
         bytes[at..at + 4].copy_from_slice(&u32::to_le_bytes(word));
     }
-    for i in 0..MAPPED {
+    for (n, i) in mapped.enumerate() {
         let at = 64 + 4 * i as usize;
-        bytes[at..at + 4].copy_from_slice(&(1 + i).to_le_bytes());
-    }
-    for block in 0..u64::from(MAPPED) * CLUSTER / BLOCK {
-        let at = (CLUSTER + block * BLOCK) as usize;
-        bytes[at..at + BLOCK as usize].fill(OLD ^ block as u8);
+        bytes[at..at + 4].copy_from_slice(&(1 + n as u32).to_le_bytes());
+        for b in 0..CLUSTER / BLOCK {
+            let at = ((1 + n as u64) * CLUSTER + b * BLOCK) as usize;
+            bytes[at..at + BLOCK as usize].fill(OLD ^ (u64::from(i) * CLUSTER / BLOCK + b) as u8);
+        }
     }
     std::fs::write(path, bytes).expect("image");
 }
@@ -43,15 +44,16 @@ pub fn is_marked(path: &Path) -> bool {
     word != [0; 4]
 }
 
-/// What the image holds at a block: each byte of it, if they are all the same.
-pub fn image_block(path: &Path, block: u64) -> Option<u8> {
+/// What a chain (top first) holds at a block: each byte of it, if they are all the same.
+fn chain_block(chain: &[&Path], block: u64) -> Option<u8> {
+    let Some((path, below)) = chain.split_first() else { return Some(0) };
     let file = File::open(path).expect("image");
     let mut entry = [0; 4];
     let cluster = block * BLOCK / CLUSTER;
     file.read_exact_at(&mut entry, 64 + 4 * cluster).expect("entry");
     let place = u64::from(u32::from_le_bytes(entry));
     if place == 0 {
-        return Some(0);
+        return chain_block(below, block);
     }
     let mut data = vec![0; BLOCK as usize];
     file.read_exact_at(&mut data, place * CLUSTER + block * BLOCK % CLUSTER).expect("data of an entry");
@@ -168,11 +170,11 @@ impl User {
         assert!(torn || value.is_some_and(|v| may.contains(&v)), "block {block} holds {value:x?}, may hold {may:x?}");
     }
 
-    /// Compares with the image after the device is gone.
+    /// Compares with the images, top first, after the device is gone.
     #[track_caller]
-    pub fn compare(&self, image: &Path, crashed: bool) {
+    pub fn compare(&self, chain: &[&Path], crashed: bool) {
         for block in self.blocks.keys() {
-            self.must_admit(*block, image_block(image, *block), crashed);
+            self.must_admit(*block, chain_block(chain, *block), crashed);
         }
     }
 }

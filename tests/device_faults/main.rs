@@ -8,6 +8,7 @@ mod device_common;
 mod disk;
 mod file;
 
+use std::path::Path;
 use std::time::Duration;
 
 use device_common::{Bench, within};
@@ -34,23 +35,29 @@ struct Seen {
     detach: Result<(), String>,
 }
 
-fn attach(t: &Bench, file: &FaultyFile) -> ploop::Result<Device> {
+fn attach(t: &Bench, file: &FaultyFile, base: Option<&Path>) -> ploop::Result<Device> {
     let mut spec = t.spec(&file.path);
+    if let Some(base) = base {
+        spec.levels.splice(..0, t.spec(base).levels);
+    }
     spec.marked = Marked::Recover;
     device::attach(spec)
 }
 
 /// Attaches, writes to old and new clusters, flushes, zeroes, overwrites, reads, detaches; with the fault at operation
 /// `at`. Whatever happens, what the user was told must be true.
-fn scene(t: &Bench, name: &str, at: usize, fault: Fault) -> Seen {
+fn scene(t: &Bench, name: &str, delta: bool, at: usize, fault: Fault) -> Seen {
     let real = t.dir.path().join(format!("{name}.real"));
     let path = t.dir.path().join(name);
-    disk::make(&real);
+    disk::make(&real, delta);
+    let base = t.dir.path().join("base");
+    disk::make(&base, false);
+    let base = delta.then_some(base.as_path());
     let mut file = FaultyFile::mount(&path, &real);
     file.arm(at, fault);
     let mut seen =
         Seen { log: String::new(), hit: false, errors: Vec::new(), state: None, attach: Ok(()), detach: Ok(()) };
-    let user = match attach(t, &file) {
+    let user = match attach(t, &file, base) {
         Err(e) => {
             seen.attach = Err(e.to_string());
             None
@@ -100,7 +107,8 @@ fn scene(t: &Bench, name: &str, at: usize, fault: Fault) -> Seen {
         panic!("{name}: afterwards check says {e}");
     }
     if let Some(user) = user {
-        user.compare(&real, !clean);
+        let chain: Vec<&Path> = [Some(real.as_path()), base].into_iter().flatten().collect();
+        user.compare(&chain, !clean);
     }
     seen
 }
@@ -140,7 +148,18 @@ fn judge(what: &str, kind: char, fault: Fault, seen: &Seen) {
 #[test]
 fn each_operation_fails_once() {
     let Some(t) = Bench::new("each_operation_fails_once") else { return };
-    let none = scene(&t, "none", usize::MAX - 1, Fault::Eio);
+    each(&t, false);
+}
+
+/// With an image below, so that clusters are copied up.
+#[test]
+fn each_operation_of_a_delta_fails_once() {
+    let Some(t) = Bench::new("each_operation_of_a_delta_fails_once") else { return };
+    each(&t, true);
+}
+
+fn each(t: &Bench, delta: bool) {
+    let none = scene(t, "none", delta, usize::MAX - 1, Fault::Eio);
     assert!(
         none.attach.is_ok() && none.detach.is_ok() && none.errors.is_empty(),
         "{:?} {:?} {:?}",
@@ -169,7 +188,7 @@ fn each_operation_fails_once() {
         }
         for at in places.into_iter().filter(|at| only.is_none_or(|o| o == *at)) {
             let name = format!("{fault:?}-{at}").to_lowercase();
-            let seen = scene(&t, &name, at, fault);
+            let seen = scene(t, &name, delta, at, fault);
             if !seen.hit {
                 // The order of what happens at the same time is not always the same.
                 continue;
@@ -186,12 +205,12 @@ fn each_operation_fails_once() {
 fn a_full_host_holds_writes_and_shows_it() {
     let Some(t) = Bench::new("a_full_host_holds_writes_and_shows_it") else { return };
     let (real, path) = (t.dir.path().join("full.real"), t.dir.path().join("full"));
-    disk::make(&real);
+    disk::make(&real, false);
     let mount = t.dir.path().join("fs");
     // Ends after the file, so that nothing waits for it when the test fails.
     let unmount = Unmount(mount.clone());
     let mut file = FaultyFile::mount(&path, &real);
-    let device = attach(&t, &file).expect("attach");
+    let device = attach(&t, &file, None).expect("attach");
     let node = device.node().to_owned();
     std::fs::create_dir(&mount).expect("folder");
     device_common::run(std::process::Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&node));
