@@ -489,9 +489,15 @@ fn beside_the_running_disk() {
     assert_eq!(disk.descriptor().images.len(), 5);
     run(ploop().args(["snapshot-delete", "-u", &last.to_string()]).arg(&disk.dd));
     assert_eq!(disk.descriptor().images.len(), 4);
-    fio.end();
+    // Into a new file.
+    let moved = disk.t.dir.path().join("moved");
+    run(ploop().args(["snapshot-merge", "-u", &taken[2].0.to_string(), "-n"]).arg(&moved).arg(&disk.dd));
+    assert_eq!(disk.descriptor().image(&taken[2].0).unwrap().file, moved);
+    assert!(!copy.exists());
     assert_eq!(disk.content(&taken[2].0), taken[2].2);
+    fio.end();
     disk.umount();
+    disk.t.sound_delta(&moved);
 }
 
 /// How long a writer on the mounted file system is kept waiting.

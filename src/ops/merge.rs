@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use super::{deltas, online, recover, temporary};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, LockedDescriptor};
-use crate::device::Device;
+use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::read_header;
-use crate::image::create;
 use crate::image::lock::{self, Held, Others};
 use crate::image::merge::{BATCH, Failed, Level, Merge, MergeOptions, Merged};
 use crate::image::open::Access;
+use crate::image::{complete, create};
 use crate::report;
 use crate::sys::store;
 
@@ -90,19 +90,56 @@ fn running(
     ancestor: &Guid,
     new_delta: Option<&Path>,
 ) -> Result<()> {
-    if let Some(new) = new_delta {
-        disk.swallowed(descendant, ancestor)?;
-        bail!(
-            Param,
-            "the disk runs as {}: it is merged into the image that it has, not into a new one like {}; unmount it first, or \
-             leave the new file out",
-            device.node().display(),
-            new.display()
-        );
-    }
+    let moved;
+    let device = match new_delta {
+        None => device,
+        Some(new) => {
+            disk.swallowed(descendant, ancestor)?;
+            moved = move_to(disk, device, ancestor, &new_file(new)?)?;
+            &moved
+        }
+    };
     online::merge(disk, device, descendant, ancestor)?;
     report::say(0, format_args!("{ancestor} is merged: its place has snapshot {descendant}"));
     Ok(())
+}
+
+/// A copy of the image of a running disk takes its place; answers the device as it is then.
+fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path) -> Result<Device> {
+    let Some(image) = disk.image(guid).cloned() else { bail!(Param, "snapshot {guid} has no image") };
+    if disk.is_raw(&image) {
+        bail!(
+            Param,
+            "image {} is raw: a running disk is merged into it, not into a new file; unmount it first, or leave the new \
+             file out",
+            image.file.display()
+        );
+    }
+    let tmp = scratch_name(new)?;
+    let made = copy_image(disk, &image.file, &tmp).and_then(|()| {
+        descriptor::rename_new(&tmp, new)?;
+        descriptor::sync_parent(new)
+    });
+    made.inspect_err(|_| {
+        // Ours: made exclusively.
+        let _ = store::unlink(&tmp);
+    })?;
+    online::replace(disk, device, &image, new, false).inspect_err(|_| deltas::undo_new(disk, new))?;
+    deltas::remove(&[image.file]);
+    match device::by_node(device.name())? {
+        Some(device) => Ok(device),
+        None => bail!(Device, "{} is gone", device.node().display()),
+    }
+}
+
+fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Path) -> Result<()> {
+    let held = deltas::hold(disk, from, READ, Others::Readers)?;
+    copy_raw(level(&held, false), to)?;
+    let shown = to.display();
+    let file = File::options().read(true).write(true).open(to).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+    let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.len();
+    complete::complete(&file, disk.blocksize, len).ctx(Kind::Write, || format!("cannot complete {shown}"))?;
+    store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync {shown}"))
 }
 
 /// Merges `descendant` and all between into `ancestor`, which nobody uses but the device that runs the disk, if there is
