@@ -35,6 +35,9 @@ pub struct MergeParams {
     pub new_delta: Option<PathBuf>,
 }
 
+/// What is added to the name of a new file while it grows.
+pub(super) const SCRATCH: &str = ".ploop-merge";
+
 const READ: Access = Access { write: false, direct: false };
 const WRITE: Access = Access { write: true, direct: false };
 
@@ -347,7 +350,7 @@ fn new_file(path: &Path) -> Result<PathBuf> {
 /// The name under which the new file grows; what an interrupted merge left there goes.
 fn scratch_name(new: &Path) -> Result<PathBuf> {
     let mut name = new.as_os_str().to_owned();
-    name.push(".ploop-merge");
+    name.push(SCRATCH);
     let tmp = PathBuf::from(name);
     if fs::symlink_metadata(&tmp).is_ok() {
         let held = lock::hold(&tmp, None, READ, Others::Nobody)?;

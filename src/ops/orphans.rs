@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::deltas;
+use super::{deltas, merge};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -50,6 +50,9 @@ pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
     };
     let mut side = vec![beside(&disk.path, ".tmp")];
     side.extend([".tmp", ".idx", ".mnt"].map(|suffix| beside(first, suffix)));
+    // Files that merges were writing.
+    let entries = fs::read_dir(&disk.dir).into_iter().flatten().flatten().map(|e| e.path());
+    side.extend(entries.filter(|p| p.as_os_str().as_bytes().ends_with(merge::SCRATCH.as_bytes())));
     for path in side.iter().filter(|p| p.symlink_metadata().is_ok()) {
         report::warn(format_args!("{} was left by an interrupted operation", path.display()));
     }

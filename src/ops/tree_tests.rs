@@ -322,3 +322,38 @@ fn a_cancelled_merge_is_finished_by_the_next_one() {
         }
     }
 }
+
+#[test]
+fn leftovers_of_other_programs_are_finished_or_removed() {
+    let (dir, dd) = disk(KINDS[1]);
+    put(&dd, &guid::TOP, 3, 1);
+    snap(&dd, 1);
+    put(&dd, &guid::TOP, 4, 2);
+    let want = content(&dd, &guid::TOP);
+    let tmp = dd.with_file_name("DiskDescriptor.xml.tmp");
+    // A store that did not get to its end.
+    for text in [&b"half"[..], &std::fs::read(&dd).unwrap()] {
+        std::fs::write(&tmp, text).unwrap();
+        snap(&dd, 2);
+        assert!(!tmp.exists());
+        merge(&dd, None, None).unwrap();
+    }
+    // A merge into a new file whose old files went before the descriptor without them was stored.
+    let old = std::fs::read(&dd).unwrap();
+    let params = MergeParams { new_delta: Some(dir.path().join("merged")), ..Default::default() };
+    merge_snapshot(&dd, "", &params).unwrap();
+    std::fs::rename(&dd, &tmp).unwrap();
+    std::fs::write(&dd, old).unwrap();
+    snap(&dd, 5);
+    assert!(!tmp.exists());
+    assert_eq!(content(&dd, &guid::TOP), want);
+    assert_eq!(Descriptor::read(&dd).unwrap().images.len(), 2);
+    // But not one of another disk, or one that lacks files itself.
+    let whole = std::fs::read(&dd).unwrap();
+    std::fs::write(&tmp, &whole).unwrap();
+    std::fs::rename(dir.path().join("merged"), dir.path().join("elsewhere")).unwrap();
+    let e = snapshot::create(&dd, "", &SnapshotParams { guid: g(6), snap_dir: None, temporary: false }).unwrap_err();
+    assert_eq!(e.kind(), Kind::Open);
+    assert!(e.to_string().contains("merged"), "{e}");
+    assert_eq!(std::fs::read(&dd).unwrap(), whole);
+}
