@@ -184,9 +184,10 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
         }
     }
     fs::remove_dir(dir)?;
-    if let Some(parent) = dir.parent() {
+    let all = run_dir();
+    if dir.parent() == Some(&all) {
         // Only the last device's removal succeeds.
-        let _ = fs::remove_dir(parent);
+        let _ = fs::remove_dir(all);
     }
     Ok(())
 }
