@@ -196,7 +196,9 @@ pub fn remove(files: &[PathBuf]) {
     let mut folders: Vec<&Path> = Vec::new();
     for path in files {
         report::say(0, format_args!("Removing {}", path.display()));
-        match store::unlink(path) {
+    }
+    for (path, done) in files.iter().zip(unlink_all(files)) {
+        match done {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
             }
@@ -211,4 +213,24 @@ pub fn remove(files: &[PathBuf]) {
             report::warn(e);
         }
     }
+}
+
+/// So many files are removed one after the other; more of them by as many threads: the host file system gives the space of
+/// a long chain back several times as fast.
+const FEW: usize = 8;
+
+fn unlink_all(files: &[PathBuf]) -> Vec<std::io::Result<()>> {
+    let one_by_one = |files: &[PathBuf]| files.iter().map(|f| store::unlink(f)).collect::<Vec<_>>();
+    if files.len() <= FEW {
+        return one_by_one(files);
+    }
+    std::thread::scope(|scope| {
+        let parts: Vec<_> =
+            files.chunks(files.len().div_ceil(FEW)).map(|part| (part, scope.spawn(move || one_by_one(part)))).collect();
+        // A thread that panicked has not told what it did; what is left is seen by the next check.
+        parts
+            .into_iter()
+            .flat_map(|(part, t)| t.join().unwrap_or_else(|_| part.iter().map(|_| Ok(())).collect()))
+            .collect()
+    })
 }
