@@ -23,6 +23,8 @@ use super::{Level, MergeOptions, Merged};
 /// Bytes that a thread moves at once, or a cluster if that is more.
 const CHUNK: u64 = 2 << 20;
 const THREADS: usize = 4;
+/// Bytes that all of them may hold, unless one cluster needs more.
+const MEMORY: u64 = 64 << 20;
 /// Bytes shared by one call.
 const SHARE: u64 = 1 << 30;
 /// How often progress is told and cancelling looked for.
@@ -310,7 +312,8 @@ impl<'o, 'p> Copier<'o, 'p> {
         let total = self.total;
         let mut cancelled = None;
         thread::scope(|scope| {
-            let threads = THREADS.min(all as usize);
+            let memory = (MEMORY / (u64::from(pieces) * shared.size)).max(1) as usize;
+            let threads = THREADS.min(all as usize).min(memory);
             shared.lock().running = threads;
             for _ in 0..threads {
                 scope.spawn(|| shared.work());
