@@ -3,7 +3,7 @@
 //! The engine's sources are compiled here once more, because only a test's build of them can break its rules on purpose
 //! (`engine::breach`).
 //!
-//! `PLOOP_TEST=ci` runs 200 seeds, `PLOOP_TEST=full` 5000, otherwise 50. `SIM_SEED=N cargo test --test sim the_engine`
+//! `PLOOP_TEST=ci` runs 2,000 seeds, `PLOOP_TEST=full` 100,000, otherwise 50. `SIM_SEED=N cargo test --test sim the_engine`
 //! replays one and prints what happened (`SIM_LIVE=1`: at once). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
 //! tells how far it is, `SIM_STOP=1` ends with the first failure,
 //! `SIM_BREAK=NAME` looks for one breach only (with `SIM_SEED`: in that run, and prints it).
@@ -28,8 +28,8 @@ mod table;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use broken::{Break, Broken};
@@ -81,8 +81,8 @@ fn run(seed: u64, maker: Maker, broken: Break, traced: bool) -> Result<Cover, St
 
 fn seeds() -> u64 {
     match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 5000,
-        Ok("ci") => 200,
+        Ok("full") => 100_000,
+        Ok("ci") => 2000,
         _ => 50,
     }
 }
@@ -107,6 +107,10 @@ fn watch(seed: Arc<AtomicU64>) {
     });
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 /// Runs many seeds (or the one asked for); returns what they met.
 fn many(maker: Maker, seeds: u64) -> Cover {
     if let Some(seed) = std::env::var("SIM_SEED").ok().and_then(|s| s.parse().ok()) {
@@ -116,30 +120,42 @@ fn many(maker: Maker, seeds: u64) -> Cover {
         }
         return Cover::default();
     }
-    let mut cover = Cover::default();
-    let mut failures = Vec::new();
     let first = std::env::var("SIM_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
-    let current = Arc::new(AtomicU64::new(first));
-    watch(current.clone());
-    for seed in first..first + seeds {
-        current.store(seed, Ordering::Relaxed);
-        if std::env::var_os("SIM_VERBOSE").is_some() {
-            eprintln!("seed {seed}");
-        }
-        match run(seed, maker, Break::None, false) {
-            Ok(c) => cover.add(&c),
-            Err(text) => {
-                if std::env::var_os("SIM_VERBOSE").is_some() {
-                    eprintln!("{text}");
+    let (verbose, stop) = (std::env::var_os("SIM_VERBOSE").is_some(), std::env::var_os("SIM_STOP").is_some());
+    let next = AtomicU64::new(first);
+    let results = Mutex::new((Cover::default(), Vec::new()));
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let current = Arc::new(AtomicU64::new(u64::MAX - 1));
+                watch(current.clone());
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + seeds || stop && !lock(&results).1.is_empty() {
+                        break;
+                    }
+                    current.store(seed, Ordering::Relaxed);
+                    if verbose {
+                        eprintln!("seed {seed}");
+                    }
+                    let outcome = run(seed, maker, Break::None, false);
+                    let mut results = lock(&results);
+                    match outcome {
+                        Ok(c) => results.0.add(&c),
+                        Err(text) => {
+                            if verbose {
+                                eprintln!("{text}");
+                            }
+                            results.1.push(text);
+                        }
+                    }
                 }
-                failures.push(text);
-                if std::env::var_os("SIM_STOP").is_some() {
-                    break;
-                }
-            }
+                current.store(u64::MAX, Ordering::Relaxed);
+            });
         }
-    }
-    current.store(u64::MAX, Ordering::Relaxed);
+    });
+    let (cover, failures) = results.into_inner().unwrap_or_else(|e| e.into_inner());
     let shown: Vec<&str> = failures.iter().take(20).map(String::as_str).collect();
     let count = failures.len();
     assert!(
