@@ -1,6 +1,7 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
 pub mod birth;
+mod commands;
 pub mod control;
 pub mod daemon;
 pub mod end;
@@ -15,6 +16,7 @@ mod merge_levels;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;
+mod plan;
 pub mod proto;
 pub mod runtime;
 pub mod shm;

@@ -16,16 +16,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::server::control::{self, Client, Heard};
 use crate::server::helper::{Helper, Job, JobEvent};
 use crate::server::loopdev::Binding;
 use crate::server::merge::MergeStep;
 use crate::server::merge_levels::LevelsMerge;
 use crate::server::nodes::Nodes;
-use crate::server::proto::{Answer, Command, DeviceRecord, FromWorker, ToWorker, WorkerStart};
+use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
-use crate::server::swap::{Change, What};
+use crate::server::swap::Change;
 use crate::server::workers::{Deaths, Descriptors, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
 
@@ -86,7 +86,7 @@ pub struct Supervisor {
     pub(super) merging: Vec<OwnedFd>,
     pub(super) merge_step: Option<MergeStep>,
     /// Clients that wait for a flush.
-    flushing: Vec<OwnedFd>,
+    pub(super) flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
     flush_sent: bool,
     pub(super) nodes: Nodes,
@@ -99,7 +99,7 @@ pub struct Supervisor {
     pub(super) shm: Option<Shm>,
     /// The block device went away without us.
     pub(super) lost: bool,
-    retired: Vec<Helper>,
+    pub(super) retired: Vec<Helper>,
     last_log: String,
 }
 
@@ -370,7 +370,7 @@ impl Supervisor {
         self.flush();
     }
 
-    fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         self.flush_sent = true;
         self.tell_worker(&ToWorker::Flush);
     }
@@ -493,64 +493,6 @@ impl Supervisor {
                     let client = self.clients.swap_remove(*i).sock;
                     self.obey(command, fds, client);
                 }
-            }
-        }
-    }
-
-    fn obey(&mut self, command: Command, fds: Vec<OwnedFd>, client: OwnedFd) {
-        match command {
-            Command::Info => {
-                let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
-                let failed = status.failed || self.failed.is_some();
-                let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
-                let merging = self.start.merge.as_ref().map(|_| (status.merge_seen.min(total), total));
-                let merging = merging.or(self.levels_merge.progress);
-                let record = self.record.clone();
-                let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
-                control::answer(&client, &answer);
-            }
-            Command::Abort if self.record.state != "starting" => self.aborting.push(client),
-            Command::Stop if self.record.state != "starting" && self.failed.is_none() => self.stopping.push(client),
-            Command::HoldForSpace(hold) if self.failed.is_none() => {
-                self.tell_worker(&ToWorker::HoldForSpace(hold));
-                control::answer(&client, &Answer::Done);
-            }
-            Command::Switch(swap) if self.can_change() => {
-                self.changes.push_back(Change { what: What::Chain(swap), fds, client: Some(client) });
-            }
-            Command::Freeze if self.can_change() => {
-                let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
-                let program = self.fds.as_ref().map_or("/proc/self/exe".into(), Descriptors::program);
-                // It talks to the asker from here on.
-                match Helper::start_with(&program, &Job::Freeze, &fds) {
-                    Ok(helper) => {
-                        self.retired.push(helper);
-                        control::answer(&client, &Answer::Done);
-                    }
-                    Err(e) => control::answer(&client, &control::refusal(&e)),
-                }
-            }
-            Command::Merge(swap) if self.can_change() => {
-                self.changes.push_back(Change { what: What::Merge(swap), fds, client: Some(client) });
-            }
-            Command::MergeLevels(order) if self.can_change() => {
-                self.changes.push_back(Change { what: What::MergeLevels(order), fds, client: Some(client) });
-            }
-            Command::CancelMerge => {
-                self.levels_merge.cancel = true;
-                self.cancel_merge(client);
-            }
-            Command::Reload { token } if self.can_change() => {
-                self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
-            }
-            Command::Flush if self.failed.is_none() => {
-                self.flushing.push(client);
-                self.flush();
-            }
-            _ => {
-                let why = self.failed.clone().unwrap_or("it is being started".into());
-                let e = Error::new(Kind::Device, format!("{}: {why}", self.record.name));
-                control::answer(&client, &control::refusal(&e));
             }
         }
     }

@@ -11,21 +11,17 @@
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::bail;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::server::helper::{Go, remote_error};
-use crate::server::merge::MergeStep;
-use crate::server::proto::{Answer, FromWorker, Marked, MergeOrder, Succession, Swap, ToWorker, WorkerStart};
+use crate::server::plan::{Plan, is_committed};
+use crate::server::proto::{Answer, FromWorker, MergeOrder, Swap, ToWorker};
 use crate::server::supervisor::{Supervisor, log};
-use crate::server::worker::commit;
-use crate::server::workers::{Descriptors, Worker};
+use crate::server::workers::Worker;
 use crate::server::{control, frame, runtime};
-use crate::units::MAX_CHAIN;
 
 /// A worker that does not retire in this time is killed, and the chain stays. Longer than what it gives itself.
 const RETIRE: Duration = Duration::from_secs(60);
@@ -60,12 +56,6 @@ pub struct Change {
     pub what: What,
     pub fds: Vec<OwnedFd>,
     pub client: Option<OwnedFd>,
-}
-
-/// What the worker that takes over gets.
-pub(super) struct Plan {
-    start: WorkerStart,
-    fds: Descriptors,
 }
 
 /// How the new worker began.
@@ -277,112 +267,6 @@ impl Supervisor {
         }
     }
 
-    /// Checks a change against the running chain.
-    pub(super) fn plan(&self, swap: &Swap, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
-        let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
-        let attach = &self.start.attach;
-        let name = &self.record.name;
-        if swap.expected != attach.ids {
-            bail!(Param, "{name} serves another chain than the one to be changed; look at it with ploop list -a");
-        }
-        let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
-        let commit = if swap.commit.is_some() { 2..=3 } else { 0..=0 };
-        let fits = sent.len().checked_sub(new).is_some_and(|rest| commit.contains(&rest));
-        if swap.levels.is_empty() || swap.levels.len() > MAX_CHAIN || !fits || swap.token == 0 {
-            bail!(
-                Protocol,
-                "a chain of {} images, {new} of them new, with {} descriptors, change {:#x}",
-                swap.levels.len(),
-                sent.len(),
-                swap.token
-            );
-        }
-        let clone = |fd: &OwnedFd| fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor");
-        let mut rest = sent.iter();
-        let mut levels = Vec::with_capacity(swap.levels.len());
-        for level in &swap.levels {
-            let shown = level.name.path.display();
-            match level.from {
-                Some(i) => match (fds.levels.get(i), attach.ids.get(i)) {
-                    (Some(fd), Some(id)) if *id == level.id => levels.push(clone(fd)?),
-                    _ => bail!(Param, "{shown} is not level {i} of {name}"),
-                },
-                None => {
-                    let Some(fd) = rest.next() else { bail!(Protocol, "{shown} was not sent") };
-                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
-                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
-                    if !meta.is_file() || (meta.dev(), meta.ino()) != level.id {
-                        bail!(Open, "{shown} is not the regular file that was asked for");
-                    }
-                    levels.push(clone(fd)?);
-                }
-            }
-        }
-        let extra = rest.map(clone).collect::<Result<Vec<_>>>()?;
-        let old_top = attach.levels.len() - 1;
-        let top = swap.levels.len() - 1;
-        let new_top = swap.levels[top].from != Some(old_top);
-        if new_top && attach.read_only {
-            bail!(Param, "{name} is read-only: it gets no new top");
-        }
-        let witness = match new_top {
-            true => {
-                let path = format!("/proc/self/fd/{}", levels[top].as_raw_fd());
-                let shown = swap.levels[top].name.path.display();
-                File::open(path).ctx(Kind::Open, || format!("cannot open {shown}"))?.into()
-            }
-            false => clone(&fds.witness)?,
-        };
-        let same = swap.levels.iter().enumerate().all(|(i, l)| l.from == Some(i)) && top == old_top;
-        let mut start = self.start.clone();
-        let mut merge: &[OwnedFd] = &fds.merge;
-        let ended = match (&self.merge_step, &self.start.merge) {
-            (Some(MergeStep::Begin(next, sent)), _) => {
-                start.merge = Some(next.clone());
-                merge = sent;
-                false
-            }
-            (Some(MergeStep::End), _) => true,
-            (None, Some(m)) if m.token == swap.token => true,
-            (None, Some(_)) if !same => {
-                bail!(Busy, "{name}: its top is being merged; wait for the end of that, or cancel it")
-            }
-            _ => false,
-        };
-        if ended {
-            start.merge = None;
-            merge = &[];
-        }
-        let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
-        start.merge_fds = merge.len();
-        start.attach.levels = swap.levels.iter().map(|l| l.name.clone()).collect();
-        start.attach.ids = swap.levels.iter().map(|l| l.id).collect();
-        if start.attach.marked == Marked::Refuse {
-            // The former top is marked until it is finished.
-            start.attach.marked = Marked::Recover;
-        }
-        start.takeover = true;
-        start.succeed = Some(Succession { wait: false, new_top, commit: swap.commit.clone(), linger: swap.linger });
-        start.finish = match ended && same {
-            // What was to be the target.
-            true => top.checked_sub(1),
-            false => swap.levels[..top].iter().position(|l| l.from == Some(old_top)),
-        };
-        start.token = swap.token;
-        start.yielded = None;
-        let fds = Descriptors {
-            fuse: clone(&fds.fuse)?,
-            shm: clone(&fds.shm)?,
-            witness,
-            binary: program.map_or_else(|| clone(&fds.binary), Ok)?,
-            listener: clone(&fds.listener)?,
-            levels,
-            extra,
-            merge,
-        };
-        Ok(Plan { start, fds })
-    }
-
     /// The worker, retired; none: it died.
     fn retire_worker(&mut self, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<Worker>> {
         let sent: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
@@ -580,14 +464,5 @@ fn break_with(resting: &mut Worker) {
     }
     if !runtime::alive(resting.id) {
         resting.reap();
-    }
-}
-
-/// The descriptor on disk is the new one.
-fn is_committed(plan: &Plan) -> bool {
-    let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
-    match (names, &plan.fds.extra[..]) {
-        (Some(names), [folder, new, ..]) => commit::is_committed(names, folder, new).unwrap_or(true),
-        _ => false,
     }
 }
