@@ -203,3 +203,61 @@ fn cancelled_and_closed_merges_spoil_nothing() {
     t.assert_gone(&again);
     t.sound(&files[0]);
 }
+
+/// A small file system in a file, unmounted whatever happens.
+struct Small(PathBuf);
+
+impl Small {
+    fn new(t: &Bench, size: u64) -> Small {
+        let (file, dir) = (t.dir.path().join("host.img"), t.dir.path().join("host"));
+        std::fs::File::create(&file).unwrap().set_len(size).unwrap();
+        run(std::process::Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file));
+        std::fs::create_dir(&dir).unwrap();
+        run(std::process::Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&dir));
+        Small(dir)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        for device in device::list().unwrap_or_default().iter().filter(|d| d.top().starts_with(&self.0)) {
+            let _ = device::detach(device.name());
+        }
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn without_space_the_disk_goes_on_and_the_merge_comes_later() {
+    let Some(t) = Bench::new("without_space_the_disk_goes_on_and_the_merge_comes_later") else { return };
+    let host = Small::new(&t, 400 << 20);
+    let base = host.0.join("base");
+    std::fs::copy(t.image("base", "200M"), &base).unwrap();
+    let top = host.0.join("top");
+    let header = read_header(&base, None).unwrap();
+    ploop::image::create::create_delta(&top, header.version, header.cluster, header.sectors).unwrap();
+    let device = attach_chain(&t, &[base.clone(), top], Marked::Refuse);
+    for i in 0..100 {
+        write_at(device.node(), i << 20, &pattern(i, 1 << 20));
+    }
+    // Room for some of what is to be merged, with what the top has taken ahead.
+    let filler = host.0.join("filler");
+    let free = nix::sys::statvfs::statvfs(&host.0).unwrap();
+    let free = free.blocks_free() * free.fragment_size();
+    assert!(free > 20 << 20, "{free} bytes are free");
+    std::fs::write(&filler, vec![1; free as usize - (10 << 20)]).unwrap();
+    let e = merge_top(&now(&device), None, &mut quietly()).unwrap_err();
+    println!("{e}");
+    assert_eq!(settled(device.name()).levels.len(), 2);
+    write_at(device.node(), 5 << 20, &pattern(905, 1 << 20));
+    within(20, "the target to be released", || (read_header(&base, None).unwrap().in_use == 0).then_some(()));
+    std::fs::remove_file(&filler).unwrap();
+    merge_top(&now(&device), None, &mut quietly()).unwrap();
+    for i in 0..100 {
+        let seed = if i == 5 { 905 } else { i };
+        assert!(read_at(device.node(), i << 20, 1 << 20) == pattern(seed, 1 << 20), "cluster {i}");
+    }
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&now_or(&device));
+    t.sound(&base);
+}

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -18,6 +19,9 @@ use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, Swap, SwapLevel};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::swap::{Change, What};
+
+/// Between attempts to end a merge.
+const LATER: Duration = Duration::from_secs(5);
 
 /// What the next change of the chain does to the merge.
 #[derive(Debug)]
@@ -116,11 +120,21 @@ impl Supervisor {
             let result = self.try_change(&same, Vec::new(), None);
             self.merge_step = None;
             if let Err(e) = result {
-                log(&self.record.name, &format!("a merge that has ended still has its image open: {e}"));
+                // Writes that wait for space, for one. The lock on the disk is held until then.
+                log(&self.record.name, &format!("a merge that has ended still has its image open, later again: {e}"));
+                self.unmerge_due = Some(Instant::now() + LATER);
             }
         }
         log(&self.record.name, &format!("its top is not merged: {why}"));
         self.merging.drain(..).for_each(|c| control::answer(&c, &control::refusal(&why)));
+    }
+
+    /// A merge that could not be ended is ended now, perhaps.
+    pub(super) fn unmerge_again(&mut self) {
+        if self.unmerge_due.take_if(|at| *at <= Instant::now()).is_some() && self.start.merge.is_some() {
+            let why = Error::new(Kind::Abort, "it had ended before its time");
+            self.changes.push_back(Change { what: What::Unmerge(why), fds: Vec::new(), client: None });
+        }
     }
 
     pub(super) fn cancel_merge(&mut self, client: OwnedFd) {

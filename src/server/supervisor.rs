@@ -85,6 +85,7 @@ pub struct Supervisor {
     /// Clients that wait for the end of a merge.
     pub(super) merging: Vec<OwnedFd>,
     pub(super) merge_step: Option<MergeStep>,
+    pub(super) unmerge_due: Option<Instant>,
     /// Clients that wait for a flush.
     pub(super) flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
@@ -139,6 +140,7 @@ impl Supervisor {
             levels_merge: LevelsMerge::default(),
             merging: Vec::new(),
             merge_step: None,
+            unmerge_due: None,
             flushing: Vec::new(),
             flush_sent: false,
             nodes,
@@ -261,6 +263,7 @@ impl Supervisor {
         self.clients.retain(|c| !c.silent_too_long());
         self.retired.retain_mut(|h| matches!(h.child.try_wait(), Ok(None)));
         if self.record.state == "running" {
+            self.unmerge_again();
             self.follow();
             if self.table_due.is_some_and(|at| at <= now) && self.scan.is_none() {
                 self.table_due = None;
