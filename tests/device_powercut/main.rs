@@ -30,6 +30,8 @@ fn served() {
 }
 
 const BLOCK: u64 = 4096;
+/// The data of an image begins here at the earliest.
+const BAT: u64 = 64 << 10;
 /// Blocks of the file that is rewritten in place.
 const SLOTS: u64 = 512;
 
@@ -156,10 +158,16 @@ struct Disk {
 fn apply(file: &File, event: &Event, keep: &mut dyn FnMut() -> bool) {
     match event {
         Event::Write { at, data } => {
-            for (i, sector) in data.chunks(512).enumerate() {
+            // Header and BAT are torn anywhere; of the disk's blocks file systems expect that they are written whole.
+            let unit = if *at < BAT { 512 } else { BLOCK - at % BLOCK };
+            let (first, rest) = data.split_at((unit as usize).min(data.len()));
+            let rest = rest.chunks(if *at < BAT { 512 } else { BLOCK as usize });
+            let mut to = *at;
+            for part in std::iter::once(first).chain(rest) {
                 if keep() {
-                    file.write_all_at(sector, at + i as u64 * 512).expect("write");
+                    file.write_all_at(part, to).expect("write");
                 }
+                to += part.len() as u64;
             }
         }
         Event::Zero { at, len } => {

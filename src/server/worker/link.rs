@@ -14,7 +14,7 @@ use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
-use crate::server::proto::{FromWorker, Swap, ToWorker, WorkerStart};
+use crate::server::proto::{FromWorker, ProcessId, Swap, ToWorker, WorkerStart};
 use crate::server::{frame, runtime};
 use crate::sys::calm;
 use crate::sys::reopen::{Access, reopen};
@@ -59,6 +59,12 @@ struct Retiring {
     end: Instant,
 }
 
+/// The supervisor that the device's record names.
+fn recorded_supervisor(device: &str) -> ProcessId {
+    let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
+    record.map(|r| r.supervisor).unwrap_or_default()
+}
+
 /// The connection to the supervisor, whichever process that is.
 #[derive(Debug)]
 pub struct Link {
@@ -70,6 +76,8 @@ pub struct Link {
     flushing: bool,
     flush_again: bool,
     retiring: Option<Retiring>,
+    /// Who asked for it.
+    retired_by: ProcessId,
     /// What became of the merge: an error, or none.
     merge_result: Option<Option<(i32, String)>>,
 }
@@ -92,6 +100,7 @@ impl Link {
             flushing: false,
             flush_again: false,
             retiring: None,
+            retired_by: ProcessId::default(),
             merge_result: None,
         };
         Ok(Some((link, kept)))
@@ -218,7 +227,9 @@ impl Link {
         Some(End::Retired(r.swap, r.fds, Err(Error::new(Kind::Sys, late))))
     }
 
-    fn retire(&mut self, core: &Core, swap: Swap, fds: Vec<OwnedFd>) {
+    fn retire(&mut self, core: &Core, kept: &Kept, swap: Swap, fds: Vec<OwnedFd>) {
+        // It has just spoken.
+        self.retired_by = recorded_supervisor(&kept.start.device_name);
         if self.retiring.is_some() || core.closing.load(Ordering::Acquire) {
             core.log.say("the supervisor sent Retire to a worker that ends already".into());
             return;
@@ -250,7 +261,7 @@ impl Link {
                 Some((swap, fds)) => {
                     let lock = arbiter(kept, swap, fds);
                     // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a third.
-                    if succeeded(&kept.start.device_name) {
+                    if succeeded(&kept.start.device_name, self.retired_by) {
                         exit(0);
                     }
                     match lock {
@@ -312,7 +323,7 @@ impl Link {
             // Whoever retires flushes all; the successor is asked again.
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
-            Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, swap, fds),
+            Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, kept, swap, fds),
             Ok(Some((ToWorker::Yield(level), _))) => self.yield_level(core, level),
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Go, _))) => {}
@@ -438,10 +449,13 @@ fn arbiter(kept: &Kept, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<File>> {
     }
 }
 
-/// A supervisor lives that has another worker: it writes that down before it changes anything.
-fn succeeded(device: &str) -> bool {
+/// Another supervisor lives than the one that is gone, with another worker: it writes that down before it changes
+/// anything.
+fn succeeded(device: &str, gone: ProcessId) -> bool {
     let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
-    record.is_some_and(|r| r.worker.pid != std::process::id() as i32 && runtime::alive(r.supervisor))
+    record.is_some_and(|r| {
+        r.supervisor != gone && r.worker.pid != std::process::id() as i32 && runtime::alive(r.supervisor)
+    })
 }
 
 /// Draws a step out, for tests.
