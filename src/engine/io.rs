@@ -46,6 +46,11 @@ impl Io {
         self.kind == RequestKind::Write
     }
 
+    /// Of a write to both files of a merge.
+    pub(super) fn is_half(&self) -> bool {
+        self.pair.is_some()
+    }
+
     pub(super) fn level(&self) -> u8 {
         self.run.level
     }

@@ -174,6 +174,21 @@ impl<S: Shared> Engine<S> {
         }
     }
 
+    /// A write to the cluster waits for space: what waits until nothing is in flight there must not wait with it.
+    pub(super) fn write_parked(&mut self, cluster: u32) {
+        match self.jobs.get(&cluster).map(|j| j.kind) {
+            Some(Kind::Drain) => {
+                self.let_go(cluster);
+            }
+            Some(Kind::MergeDrain { .. }) => {
+                if let Some(job) = self.let_go(cluster) {
+                    self.merge_postponed(cluster, job.place);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Ends the job; what waited for it goes on, in the order in which it came.
     fn let_go(&mut self, cluster: u32) -> Option<Job> {
         let mut job = self.jobs.remove(&cluster)?;

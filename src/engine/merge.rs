@@ -290,8 +290,8 @@ impl<S: Shared> Engine<S> {
         if level != self.top || self.is_mirrored(cluster) {
             return true;
         }
-        if ent.is(Ent::HELD) {
-            // Its job ends with a step.
+        if ent.is(Ent::HELD) || self.is_parked(cluster) {
+            // Its job, or its wait for space, ends with a step.
             return false;
         }
         let Some(place) = self.merge_place(cluster, out) else { return false };
@@ -363,6 +363,20 @@ impl<S: Shared> Engine<S> {
         let next = self.merge.as_ref().map(|m| m.again.front().copied().unwrap_or(m.cursor as u32));
         if next.is_some_and(|c| page_of(c) == page) {
             self.abort_merge(errno, out);
+        }
+    }
+
+    /// The copy of a cluster has to begin later.
+    pub(super) fn merge_postponed(&mut self, cluster: u32, place: u32) {
+        let Some(merge) = &mut self.merge else { return };
+        merge.copying -= 1;
+        if matches!(merge.state, State::Failed(_)) {
+            return;
+        }
+        merge.again.push_back(cluster);
+        let new = !merge.raw && merge.page(cluster).is_some_and(|p| p.place[slot_of(cluster)] == 0);
+        if new {
+            merge.space.give(place);
         }
     }
 

@@ -275,13 +275,17 @@ impl<S: Shared> Engine<S> {
             _ => None,
         };
         let Some((clusters, job)) = held else { return false };
+        if matches!(self.ops.get(op.0), Some(Op::Io(io)) if io.is_half()) {
+            // Others to the same sectors would wait with it.
+            self.abort_merge(NO_SPACE, out);
+        }
         self.parked.push(op);
         // Zeroings do not wait with it: they find another way where the write is in place, else there is no space.
         for cluster in clusters {
             if job {
                 self.refuse_zeroings(cluster, out);
             } else {
-                self.drained(cluster, out);
+                self.write_parked(cluster);
             }
         }
         true
