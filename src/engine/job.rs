@@ -174,6 +174,21 @@ impl<S: Shared> Engine<S> {
         }
     }
 
+    /// Copies that wait for space have all bounce buffers: zeroings that need one must not wait with them.
+    pub(super) fn refuse_starved_zeroings(&mut self, out: &mut Vec<Action>) {
+        let held = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::Job { .. }));
+        if !self.bounces.is_empty() || !self.parked.iter().any(held) {
+            return;
+        }
+        let top = self.top;
+        let starved = |c: &u32| self.jobs.get(c).is_some_and(|j| j.zero && j.dest == top);
+        let clusters: Vec<u32> = self.bounce_wait.iter().copied().filter(starved).collect();
+        self.bounce_wait.retain(|c| !clusters.contains(c));
+        for cluster in clusters {
+            self.job_failed(cluster, NO_SPACE, out);
+        }
+    }
+
     /// A write to the cluster waits for space: what waits until nothing is in flight there must not wait with it.
     pub(super) fn write_parked(&mut self, cluster: u32) {
         match self.jobs.get(&cluster).map(|j| j.kind) {
@@ -237,6 +252,7 @@ impl<S: Shared> Engine<S> {
                 }
                 if job.bounce.is_none() {
                     self.bounce_wait.push_back(cluster);
+                    self.refuse_starved_zeroings(out);
                     return;
                 }
                 self.copy_chunk(cluster, out);

@@ -288,6 +288,7 @@ impl<S: Shared> Engine<S> {
                 self.write_parked(cluster);
             }
         }
+        self.refuse_starved_zeroings(out);
         true
     }
 
