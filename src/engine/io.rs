@@ -168,6 +168,7 @@ impl<S: Shared> Engine<S> {
             if self.is_parked(cluster) {
                 self.refuse_zeroings(cluster, out);
             }
+            self.refuse_starved_zeroings(out);
             return;
         }
         let Some((level, place)) = ent.place() else { return };

@@ -187,6 +187,10 @@ impl<S: Shared> Engine<S> {
         for cluster in clusters {
             self.job_failed(cluster, NO_SPACE, out);
         }
+        let waiting: Vec<u32> = self.bounce_wait.iter().copied().collect();
+        for cluster in waiting {
+            self.refuse_zeroings(cluster, out);
+        }
     }
 
     /// A write to the cluster waits for space: what waits until nothing is in flight there must not wait with it.
