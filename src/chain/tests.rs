@@ -396,17 +396,18 @@ fn disks_that_end_inside_a_cluster() {
     assert!(matches!(chain.levels[0], LevelConfig::Ploop { clusters: 100, .. }));
 }
 
-/// The largest table: 2 GiB for 16 TiB of the smallest clusters.
+/// A large table: in full runs the largest, 2 GiB for 16 TiB of the smallest clusters; else a sixteenth of that.
 #[test]
-#[ignore = "writes and reads 2 GiB"]
-fn sixteen_tebibytes() {
+fn a_large_table() {
     use crate::descriptor::ImageMode;
     use crate::image::content::Piece;
     use crate::image::create::{Params, build};
     let d = dir();
     let p = d.path().join("a");
     let cluster = ClusterSize::from_sectors(64).unwrap();
-    let sectors = crate::format::limits::MAX_FS_SECTORS;
+    let part = if std::env::var("PLOOP_TEST").as_deref() == Ok("full") { 1 } else { 16 };
+    let sectors = crate::format::limits::MAX_FS_SECTORS / part;
+    let first = 65536 / part as u32 + 1;
     let params = Params { version: Version::V2, cluster, sectors, mode: ImageMode::Expanded };
     let data = [1u8; 4096];
     let pieces: Vec<_> = (0..64).map(|i| Piece::bytes(i * sectors * 8, &data)).collect();
@@ -416,7 +417,7 @@ fn sixteen_tebibytes() {
     let t = std::time::Instant::now();
     let chain = open(&[level(&p, true)], &writable()).unwrap();
     println!("opened in {:?}", t.elapsed());
-    assert_eq!(chain.alloc.end, 65537 + 64);
+    assert_eq!(chain.alloc.end, first + 64);
     assert_eq!(chain.alloc.free, []);
 }
 
