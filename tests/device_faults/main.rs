@@ -36,7 +36,7 @@ struct Seen {
 }
 
 fn attach(t: &Bench, file: &FaultyFile, base: Option<&Path>) -> ploop::Result<Device> {
-    let mut spec = t.spec(&file.path);
+    let mut spec = t.spec(&file.0.path);
     if let Some(base) = base {
         spec.levels.splice(..0, t.spec(base).levels);
     }

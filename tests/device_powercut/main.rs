@@ -85,7 +85,7 @@ fn slot_data(slot: u64, number: u64) -> Vec<u8> {
 
 /// Files made and synced, blocks rewritten and synced, files removed: on a disk whose image is on tape.
 fn live(t: &Bench, taped: &mut Taped, dir: &Path, rng: &mut Rng, rounds: u64) -> Story {
-    let mut spec = t.spec(&taped.path);
+    let mut spec = t.spec(&taped.0.path);
     spec.marked = Marked::Recover;
     let device = device::attach(spec).expect("attach");
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(device.node()));
