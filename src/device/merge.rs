@@ -5,10 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::Duration;
 
-use crate::bail;
 use crate::device::Device;
 use crate::device::switch::{CommitFile, SwitchSpec, ask, kept};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, Command, MergeOrder, Swap};
 use crate::server::{control, runtime};
@@ -32,15 +31,19 @@ pub trait Watch {
 /// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
 /// before. Answers a warning: the change may not survive a power cut.
 ///
-/// After an error the device serves the chain it had; the snapshot of the level below is spoiled, unless the error came
-/// before anything was written.
-pub fn merge_top(device: &Device, commit: Option<&CommitFile>, watch: &mut dyn Watch) -> Result<Option<String>> {
+/// After an error the device serves the chain it had.
+pub fn merge_top(
+    device: &Device,
+    commit: Option<&CommitFile>,
+    watch: &mut dyn Watch,
+) -> Result<Option<String>, Unmerged> {
     let record = &device.record;
     let Some(rest) = record.levels.len().checked_sub(1).filter(|n| *n > 0) else {
-        bail!(Param, "{} has a chain of one image: nothing to merge", device.name());
+        let one = format!("{} has a chain of one image: nothing to merge", device.name());
+        return Err(Unmerged::before(Error::new(Kind::Param, one)));
     };
     let swap = Swap {
-        levels: (0..rest).map(|i| kept(record, i)).collect::<Result<_>>()?,
+        levels: (0..rest).map(|i| kept(record, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
         expected: record.ids.clone(),
         commit: commit.map(CommitFile::names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
@@ -48,7 +51,7 @@ pub fn merge_top(device: &Device, commit: Option<&CommitFile>, watch: &mut dyn W
         linger: 0,
     };
     let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
-    watched(device, &Command::Merge(swap), &fds, watch).map(|(warning, _)| warning)
+    watched(device, &Command::Merge(swap), &fds, watch)
 }
 
 /// A merge that did not come to its end.
@@ -57,6 +60,18 @@ pub struct Unmerged {
     pub error: Error,
     /// The image that was to take everything is as it was; else its own content is spoiled until a merge is finished.
     pub untouched: bool,
+}
+
+impl Unmerged {
+    fn before(error: Error) -> Unmerged {
+        Unmerged { error, untouched: true }
+    }
+}
+
+impl From<Unmerged> for Error {
+    fn from(unmerged: Unmerged) -> Error {
+        unmerged.error
+    }
 }
 
 /// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
@@ -68,24 +83,17 @@ pub fn merge_levels(
     then: &SwitchSpec,
     watch: &mut dyn Watch,
 ) -> Result<Option<String>, Unmerged> {
-    let failed = |untouched| move |error| Unmerged { error, untouched };
-    let (swap, fds) = then.swap(device).map_err(failed(true))?;
-    let order = MergeOrder { low, high, swap };
-    match watched(device, &Command::MergeLevels(order), &fds, watch).map_err(failed(false))? {
-        (_, Answer::NotMerged { code, message, untouched }) => {
-            Err(Unmerged { error: remote_error(code, message), untouched })
-        }
-        (warning, _) => Ok(warning),
-    }
+    let (swap, fds) = then.swap(device).map_err(Unmerged::before)?;
+    watched(device, &Command::MergeLevels(MergeOrder { low, high, swap }), &fds, watch)
 }
 
-/// Asks for a merge; meanwhile looks how far it is, and whether it is to go on. Answers a warning, and the last word.
+/// Asks for a merge; meanwhile looks how far it is, and whether it is to go on. Answers a warning.
 fn watched(
     device: &Device,
     command: &Command,
     fds: &[BorrowedFd],
     watch: &mut dyn Watch,
-) -> Result<(Option<String>, Answer)> {
+) -> Result<Option<String>, Unmerged> {
     let name = device.name();
     let dir = runtime::device_dir(name);
     thread::scope(|scope| {
@@ -109,9 +117,16 @@ fn watched(
                 cancelled = control::ask(&dir, &Command::CancelMerge, SHORT).is_ok();
             }
         }
+        let unknown = |error| Unmerged { error, untouched: false };
         match asking.join() {
-            Ok(result) => result,
-            Err(_) => bail!(Sys, "{name}: the thread that waits for the merge failed"),
+            Ok(Ok((_, Answer::NotMerged { code, message, untouched }))) => {
+                Err(Unmerged { error: remote_error(code, message), untouched })
+            }
+            Ok(Ok((warning, _))) => Ok(warning),
+            Ok(Err(error)) => Err(unknown(error)),
+            Err(_) => {
+                Err(unknown(Error::new(Kind::Sys, format!("{name}: the thread that waits for the merge failed"))))
+            }
         }
     })
 }

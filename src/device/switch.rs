@@ -229,6 +229,10 @@ pub(super) fn ask(
         }
         match answer {
             Ok(Answer::Error { code, message }) => return Err(remote_error(code, message)),
+            // What the supervisor before had begun is not known to this one.
+            Ok(Answer::NotMerged { code, message, untouched }) => {
+                return Ok(Answer::NotMerged { code, message, untouched: untouched && deaths < 2 });
+            }
             Ok(answer) => return Ok(answer),
             // Between two supervisors.
             Err(e) if e.kind() == Kind::Device && Instant::now() < end && deaths < DEATHS => {

@@ -45,7 +45,8 @@ impl Supervisor {
         }
         match self.try_begin(swap, fds) {
             Ok(()) => self.merging.extend(client),
-            Err(e) => client.iter().for_each(|c| control::answer(c, &control::refusal(&e))),
+            // No worker has served it.
+            Err(e) => client.iter().for_each(|c| control::answer(c, &not_merged(&e, true))),
         }
     }
 
@@ -126,7 +127,7 @@ impl Supervisor {
             }
         }
         log(&self.record.name, &format!("its top is not merged: {why}"));
-        self.merging.drain(..).for_each(|c| control::answer(&c, &control::refusal(&why)));
+        self.merging.drain(..).for_each(|c| control::answer(&c, &not_merged(&why, false)));
     }
 
     /// A merge that could not be ended is ended now, perhaps.
@@ -145,4 +146,8 @@ impl Supervisor {
             control::answer(&client, &Answer::Done);
         }
     }
+}
+
+fn not_merged(why: &Error, untouched: bool) -> Answer {
+    Answer::NotMerged { code: why.code(), message: why.to_string(), untouched }
 }

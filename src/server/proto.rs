@@ -302,7 +302,7 @@ pub enum Command {
     /// asker and the process that does it go on talking.
     Freeze,
     /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
-    /// again with the same token it is waited for. Answers as for `Switch`.
+    /// again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
     Merge(Swap),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),

@@ -78,11 +78,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
 /// Has the server do it.
 fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec) -> Result<(), Unmerged> {
     let merged = match is_top {
-        // Refused before anything was written if somebody reads the target.
-        true => merge_top(device, then.commit.as_ref(), &mut Patience).map_err(|error| {
-            let untouched = matches!(error.kind(), Kind::Busy | Kind::Param | Kind::Format);
-            Unmerged { error, untouched }
-        }),
+        true => merge_top(device, then.commit.as_ref(), &mut Patience),
         false => merge_levels_of(device, levels, then, &mut Patience),
     };
     if let Some(warning) = merged? {
