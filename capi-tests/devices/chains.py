@@ -40,6 +40,8 @@ class Sequence:
         self.tools, self.deepest = tools, deepest
         self.counts, self.log = {}, []
         self.mounts, self.patient = mounts, rng.random() < 0.4
+        # Every third disk first goes as deep as is wanted.
+        self.climbs = seed % 3 == 0
         self.bs, (least, most) = rng.choice(SHAPES)
         self.version = rng.choice((1, 2))
         self.raw = rng.random() < 0.25
@@ -92,8 +94,9 @@ class Sequence:
     def step(self):
         rng, m = self.rng, self.model
         # Some disks are let grow deep.
-        less = 0.2 if self.patient else 1
-        actions = [("write", 8), ("snapshot", 6 if m.depth() < self.deepest else 0), ("switch", 2 * less), ("delete", 2 * less),
+        self.climbs = self.climbs and m.depth() < self.deepest
+        less = 0.02 if self.climbs else 0.2 if self.patient else 1
+        actions = [("write", 5 if self.climbs else 8), ("snapshot", 20 if self.climbs else 6 if m.depth() < self.deepest else 0), ("switch", 2 * less), ("delete", 2 * less),
                    ("merge", 2 * less), ("range", 1 * less), ("all", 0.3 * less * less), ("replace", 1), ("grow", 0.5), ("bad", 0.5),
                    ("mount", 1.5 if self.mounts else 0)]
         names, weights = zip(*actions)
@@ -273,6 +276,7 @@ def sequences(t, tools, seeds, steps, deepest, mounts=None):
             total[k] = total.get(k, 0) + v
         for d in s.disks:
             shutil.rmtree(d.folder)
+    check(len(seeds) < 3 or depth >= deepest, f"depth {depth} was reached, {deepest} wanted")
     log(f"RESULT: {len(seeds)} disks, {' '.join(f'{k} {v}' for k, v in sorted(total.items()))}; {snaps} snapshots compared, "
         f"depth up to {depth}, {time.monotonic() - begin:.0f} s")
 
