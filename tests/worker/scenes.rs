@@ -341,7 +341,8 @@ fn kills_with_large_sectors(dir: &Path) {
 }
 
 pub fn kill_count() -> u32 {
-    std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(25)
+    let full = std::env::var("PLOOP_TEST").as_deref() == Ok("full");
+    std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(if full { 150 } else { 25 })
 }
 
 fn kills(dir: &Path) {
