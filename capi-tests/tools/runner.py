@@ -69,6 +69,10 @@ class Runner:
         except OSError:
             return []
         said = [i for i, l in enumerate(text) if l.startswith("FAILED")]
+        panics = [i for i, l in enumerate(text) if " panicked at " in l]
+        if panics and not said:
+            # What a test of cargo's said just before it, and why it ended.
+            return [l.rstrip()[:400] for i in panics[:5] for l in text[max(0, i - 3):i + 4]]
         return [l.rstrip()[:400] for l in (text[said[0]:][:lines] if said else text[-lines:])]
 
     def note(self, name, rc, seconds, device, extra=""):

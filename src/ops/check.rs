@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{online, orphans};
+use super::{find, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device;
@@ -57,6 +57,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         }
         bail!(InUse, "{} runs as {}; unmount it before it is checked", disk.path.display(), running.node().display());
     }
+    find::refuse_replaced(&disk)?;
     disk.check_tree()?;
     let chain = match disk.chain(guid.unwrap_or(&disk.top)) {
         Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),

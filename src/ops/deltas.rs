@@ -105,6 +105,9 @@ fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
 pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
     find::check_component(component)?;
     let found = find::of_base(&disk.first_image()?.file, component)?;
+    if found.is_none() && nix::unistd::geteuid().is_root() {
+        find::refuse_replaced(disk)?;
+    }
     Ok(found.filter(|d| !d.record.read_only && d.state != device::State::Dead))
 }
 
@@ -115,6 +118,9 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
         return Ok(None);
     }
     let found = device::by_base(&disk.first_image()?.file, None)?;
+    if found.is_empty() {
+        find::refuse_replaced(disk)?;
+    }
     Ok(found.into_iter().find(|d| !d.record.read_only && d.state != device::State::Dead))
 }
 

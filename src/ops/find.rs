@@ -29,6 +29,28 @@ pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
     Ok(device::by_base(base, Some(component))?.into_iter().next())
 }
 
+/// Refuses a disk whose base has the name, but not the identity, of a file that a device runs from: what took the place of
+/// the image while the disk ran is not what its users write to. `InUse`.
+pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
+    let id = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    let base = &disk.first_image()?.file;
+    let now = id(base);
+    let folder = |path: &Path| path.parent().and_then(id);
+    let found = device::list()?.into_iter().find(|d| {
+        let same_name = d.base().file_name() == base.file_name() && folder(d.base()) == folder(base);
+        same_name && !d.record.read_only && d.state != State::Dead && d.record.ids.first() != now.as_ref()
+    });
+    let Some(device) = found else { return Ok(()) };
+    bail!(
+        InUse,
+        "{} is not the file that {} runs from, but has taken its place since; unmount that device (ploop umount -d {}), \
+         then find out which file is the right one",
+        base.display(),
+        device.node().display(),
+        device.node().display()
+    )
+}
+
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     let disk = LockedDescriptor::open(descriptor)?;

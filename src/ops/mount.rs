@@ -70,6 +70,7 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
     let guid = wanted(&disk, params.guid.as_deref())?;
     let running = find::of_base(&disk.first_image()?.file, component)?.is_some();
     if !running {
+        find::refuse_replaced(&disk)?;
         recover::before_mount(&mut disk, &guid, params.read_only)?;
     }
     if !running && component.is_empty() && !params.read_only && guid == disk.top {

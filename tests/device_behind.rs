@@ -1,0 +1,212 @@
+//! What others do to the image files of a running device behind its back: cut them, replace them, remove them.
+//!
+//! The device never makes up data: what is gone reads as an error, never as zeroes. It serves the files that it opened,
+//! whatever names lead to by now, and never touches others that took their place.
+
+mod device_common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use device_common::*;
+use ploop::device::{self, Device};
+use ploop::server::runtime;
+use ploop::sys::aligned::AlignedBuf;
+
+const MIB: u64 = 1 << 20;
+
+fn ploop() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_ploop"))
+}
+
+/// Past every cache.
+fn read(node: &Path, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(node)?;
+    let mut buf = AlignedBuf::new(len);
+    file.read_exact_at(&mut buf, at)?;
+    Ok(buf.to_vec())
+}
+
+fn write(node: &Path, at: u64, data: &[u8]) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(node)?;
+    let mut buf = AlignedBuf::new(data.len());
+    buf.copy_from_slice(data);
+    file.write_all_at(&buf, at)?;
+    file.sync_data()
+}
+
+fn is_eio<T: std::fmt::Debug>(result: io::Result<T>, what: &str) {
+    match result {
+        Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EIO), "{what}: {e}"),
+        Ok(_) => panic!("{what}: no error"),
+    }
+}
+
+fn bytes_on_disk(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap()
+}
+
+/// Ends a device whose image is spoiled.
+fn give_up(device: &Device) {
+    if device::detach(device.name()).is_err() {
+        let _ = device::abort(device.name());
+        let _ = device::clean(device.name());
+    }
+}
+
+/// The worker dies and another one takes over, or cannot.
+fn another_worker(device: &Device) {
+    let old = record(device.name()).worker;
+    kill(old);
+    within(20, "another worker, or the state failed", || {
+        let now = device::by_node(device.name()).unwrap()?;
+        let other = now.record.worker != old && runtime::alive(now.record.worker);
+        (other || now.state == device::State::Failed).then_some(())
+    });
+}
+
+#[test]
+fn a_top_that_is_cut_reads_as_errors() {
+    let Some(t) = Bench::new("a_top_that_is_cut_reads_as_errors") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    for i in 0..16 {
+        write(device.node(), i * MIB, &pattern(i, MIB as usize)).unwrap();
+    }
+    let len = fs::metadata(&image).unwrap().len();
+    // Cluster 15 lies last; a half of it and all behind go.
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    let end = 1 + 15;
+    assert!(len > end * MIB, "{len}");
+    file.set_len(end * MIB + MIB / 2).unwrap();
+    is_eio(read(device.node(), 15 * MIB, MIB as usize), "a cluster that is cut");
+    is_eio(read(device.node(), 15 * MIB + MIB / 2, 4096), "what is behind the end");
+    // The rest is what it was, and can be written.
+    for i in 0..15 {
+        assert_eq!(read(device.node(), i * MIB, MIB as usize).unwrap(), pattern(i, MIB as usize), "cluster {i}");
+    }
+    write(device.node(), 3 * MIB, &pattern(33, 8192)).unwrap();
+    assert_eq!(read(device.node(), 3 * MIB, 8192).unwrap(), pattern(33, 8192));
+    // Nothing was made of it: zeroes at most where somebody wrote behind the end, and nobody did.
+    is_eio(read(device.node(), 15 * MIB + MIB / 2, 4096), "the same again");
+    // A new worker does not take it for whole: the device waits, failed, until it is given up.
+    another_worker(&device);
+    let state = within(20, "the state failed", || {
+        device::by_node(device.name()).unwrap().map(|d| d.state).filter(|s| *s != device::State::Running)
+    });
+    assert_eq!(state, device::State::Failed);
+    give_up(&device);
+    t.assert_gone(&device);
+    let checked = output(ploop().arg("check").arg("-f").arg(&image));
+    assert!(!checked.status.success(), "{checked:?}");
+}
+
+#[test]
+fn a_lower_image_that_is_cut_reads_as_errors() {
+    let Some(t) = Bench::new("a_lower_image_that_is_cut_reads_as_errors") else { return };
+    let (base, top) = (t.image("base", "64M"), t.image("top", "64M"));
+    let device = t.attach(&base).unwrap();
+    for i in 0..8 {
+        write(device.node(), i * MIB, &pattern(i, MIB as usize)).unwrap();
+    }
+    device::detach(device.name()).unwrap();
+    let mut spec = t.spec(&top);
+    spec.levels.splice(..0, t.spec(&base).levels);
+    let device = device::attach(spec).unwrap();
+    write(device.node(), 2 * MIB + 4096, &pattern(99, 4096)).unwrap();
+    let before = bytes_on_disk(&top);
+    OpenOptions::new().write(true).open(&base).unwrap().set_len(4 * MIB).unwrap();
+    is_eio(read(device.node(), 6 * MIB, 4096), "a cluster of the base that is gone");
+    // A part of it cannot be copied up: the write fails, and no cluster half of zeroes comes to be.
+    is_eio(write(device.node(), 6 * MIB + 8192, &pattern(5, 4096)), "a part of a cluster that is gone");
+    is_eio(read(device.node(), 6 * MIB, 4096), "the same afterwards");
+    // What is whole goes on.
+    write(device.node(), MIB + 8192, &pattern(6, 4096)).unwrap();
+    assert_eq!(read(device.node(), MIB + 8192, 4096).unwrap(), pattern(6, 4096));
+    let mut mixed = pattern(2, MIB as usize);
+    mixed[4096..8192].copy_from_slice(&pattern(99, 4096));
+    assert_eq!(read(device.node(), 2 * MIB, MIB as usize).unwrap(), mixed);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    assert_ne!(bytes_on_disk(&top), before);
+    t.sound_delta(&top);
+}
+
+/// Another file takes the name of the image: it is never touched, and what is written is in the old one.
+#[test]
+fn a_replaced_image_is_left_alone() {
+    let Some(t) = Bench::new("a_replaced_image_is_left_alone") else { return };
+    let dir = t.dir.path();
+    let image = dir.join("root.hdd");
+    run(ploop().args(["init", "-s", "64m", "-t", "none"]).arg(&image));
+    let dd = dir.join("DiskDescriptor.xml");
+    let node = PathBuf::from(format!("/dev/ploop-test-{}-replaced", std::process::id()));
+    run(ploop().args(["mount", "-d"]).arg(&node).arg(&dd));
+    let device = device::by_node(&node.to_string_lossy()).unwrap().unwrap();
+    write(&node, MIB, &pattern(1, 8192)).unwrap();
+    let kept = dir.join("kept");
+    fs::hard_link(&image, &kept).unwrap();
+    // Like an editor, or rsync: a new file, renamed over it.
+    let stranger = dir.join("stranger");
+    fs::copy(&image, &stranger).unwrap();
+    fs::rename(&stranger, &image).unwrap();
+    let (sum, ino) = (bytes_on_disk(&image), fs::metadata(&image).unwrap().ino());
+    write(&node, 2 * MIB, &pattern(2, 8192)).unwrap();
+    another_worker(&device);
+    assert_eq!(read(&node, MIB, 8192).unwrap(), pattern(1, 8192));
+    assert_eq!(read(&node, 2 * MIB, 8192).unwrap(), pattern(2, 8192));
+    write(&node, 3 * MIB, &pattern(3, 8192)).unwrap();
+    // What goes by the descriptor sees that it is another file, and changes nothing.
+    let before = fs::read(&dd).unwrap();
+    let words = [&["snapshot"][..], &["mount"], &["check"], &["snapshot-merge", "-A"], &["snapshot-switch", "-u"]];
+    let unknown = "{dddddddd-0000-4000-8000-00000000dddd}";
+    for args in words {
+        let guid = args.last().filter(|a| **a == "-u").map(|_| unknown);
+        let refused = output(ploop().args(args).args(guid).arg(&dd));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        println!("{args:?}: {} {said}", refused.status);
+        assert!(!refused.status.success(), "{args:?}: {refused:?}");
+        assert!(guid.is_some() || args.len() > 1 || said.contains("has taken its place"), "{args:?}: {said}");
+    }
+    assert_eq!(fs::read(&dd).unwrap(), before);
+    assert_eq!(bytes_on_disk(&image), sum);
+    run(ploop().args(["umount", "-d"]).arg(&node));
+    t.assert_gone(&device);
+    assert_eq!((bytes_on_disk(&image), fs::metadata(&image).unwrap().ino()), (sum, ino));
+    // All that was written is where it belongs.
+    t.sound(&kept);
+    let again = t.attach(&kept).unwrap();
+    for i in 1..4 {
+        assert_eq!(read(again.node(), i * MIB, 8192).unwrap(), pattern(i, 8192), "{i}");
+    }
+    device::detach(again.name()).unwrap();
+}
+
+/// The name is gone: the disk goes on, even with another worker, and closes well.
+#[test]
+fn a_removed_image_serves_to_the_end() {
+    let Some(t) = Bench::new("a_removed_image_serves_to_the_end") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let open = File::open(&image).unwrap();
+    write(device.node(), MIB, &pattern(1, 8192)).unwrap();
+    fs::remove_file(&image).unwrap();
+    write(device.node(), 2 * MIB, &pattern(2, 8192)).unwrap();
+    another_worker(&device);
+    assert_eq!(read(device.node(), MIB, 8192).unwrap(), pattern(1, 8192));
+    write(device.node(), 3 * MIB, &pattern(3, 8192)).unwrap();
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    // What is left of it is a closed image.
+    let copy = t.dir.path().join("copy");
+    io::copy(&mut &open, &mut File::create(&copy).unwrap()).unwrap();
+    t.sound(&copy);
+    let again = t.attach(&copy).unwrap();
+    for i in 1..4 {
+        assert_eq!(read(again.node(), i * MIB, 8192).unwrap(), pattern(i, 8192), "{i}");
+    }
+    device::detach(again.name()).unwrap();
+}
