@@ -5,7 +5,8 @@
 //! coverage: an input that leads somewhere new is kept and mutated further. The corpus in tests/fuzz/corpus comes first.
 //!
 //! `PLOOP_FUZZ_SECONDS`: for so long each (an hour in full; 2 s otherwise); `PLOOP_FUZZ_SEED`; `PLOOP_FUZZ_KEEP=1`
-//! writes the inputs that led somewhere new into the corpus. A failing input is left in target/tmp/fuzz-TARGET-failed:
+//! writes the inputs that led somewhere new into the corpus; `PLOOP_FUZZ_WATCHED=1` sets no limits of time and address
+//! space, for valgrind and AddressSanitizer. A failing input is left in target/tmp/fuzz-TARGET-failed:
 //! put it into the corpus, and it is replayed first.
 
 mod descriptor;
@@ -76,9 +77,13 @@ fn signature(text: &str, count: usize) -> String {
 }
 
 fn fuzz<T: Target>(mut target: T) {
-    // What a header says must not become an allocation.
-    let limit = 3 << 30;
-    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_AS, limit, limit);
+    // Valgrind and AddressSanitizer need address space and time of their own.
+    let watched = std::env::var_os("PLOOP_FUZZ_WATCHED").is_some();
+    if !watched {
+        // What a header says must not become an allocation.
+        let limit = 3 << 30;
+        let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_AS, limit, limit);
+    }
     let seed = std::env::var("PLOOP_FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     let mut rng = Rng::new(seed);
     let mut files: Vec<PathBuf> =
@@ -104,7 +109,7 @@ fn fuzz<T: Target>(mut target: T) {
         let began = Instant::now();
         let mut own = Rng::new(rng.next());
         let outcome = catch_unwind(AssertUnwindSafe(|| target.run(&input, &mut own)));
-        let slow = began.elapsed() > SLOW;
+        let slow = !watched && began.elapsed() > SLOW;
         if outcome.is_err() || slow {
             fs::write(&failed, &input).expect("failing input");
         }
