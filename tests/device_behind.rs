@@ -210,3 +210,41 @@ fn a_removed_image_serves_to_the_end() {
     }
     device::detach(again.name()).unwrap();
 }
+
+/// A device that no worker could serve goes on when the image is right again: nothing of what waited is lost.
+#[test]
+fn tried_again_when_the_image_is_right() {
+    let Some(t) = Bench::new("tried_again_when_the_image_is_right") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    write(device.node(), MIB, &pattern(1, 8192)).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    let mut header = vec![0; 64];
+    file.read_exact_at(&mut header, 0).unwrap();
+    file.write_all_at(&[0xaa; 64], 0).unwrap();
+    another_worker(&device);
+    let failed = || device::by_node(device.name()).unwrap().is_some_and(|d| d.state == device::State::Failed);
+    within(20, "the state failed", || failed().then_some(()));
+    std::thread::scope(|s| {
+        let waiting = s.spawn(|| write(device.node(), 2 * MIB, &pattern(2, 8192)));
+        pause(300);
+        assert!(!waiting.is_finished());
+        let e = device::reload(device.name()).unwrap_err();
+        assert!(e.to_string().contains("no worker can serve it"), "{e}");
+        assert!(failed() && !waiting.is_finished());
+        file.write_all_at(&header, 0).unwrap();
+        device::reload(device.name()).unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+    assert!(!failed());
+    // Now it is like any other: its worker is replaced, the program as well.
+    another_worker(&device);
+    device::reload(device.name()).unwrap();
+    for i in 1..3 {
+        assert_eq!(read(device.node(), i * MIB, 8192).unwrap(), pattern(i, 8192));
+    }
+    let device = device::by_node(device.name()).unwrap().unwrap();
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}

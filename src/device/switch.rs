@@ -157,15 +157,22 @@ pub(super) fn kept(record: &DeviceRecord, i: usize) -> Result<SwapLevel> {
     }
 }
 
-/// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile.
+/// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
+/// device that no worker could serve is tried once more.
 pub fn reload(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     let path = spawn::find_server()?;
     let program = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path);
     let program = program.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
-    let before = find::by_name(&name)?.map(|d| d.record.supervisor);
+    let found = find::by_name(&name)?;
+    let failed = found.as_ref().is_some_and(|d| d.record.state == "failed");
+    let before = found.map(|d| d.record.supervisor);
     let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
     ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {})?;
+    if failed {
+        // Its supervisor has not changed.
+        return Ok(());
+    }
     // The worker starts the new supervisor when the old one is gone.
     let end = Instant::now() + SUPERVISOR;
     loop {

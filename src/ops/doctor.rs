@@ -176,7 +176,7 @@ fn one(d: &Device) -> Finding {
             d.top().display()
         ),
         State::Failed => format!(
-            "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log, save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"
+            "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log. If its I/O waits and the image is right again: ploop reload {subject}. Else save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"
         ),
         State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
         State::Dead => format!(

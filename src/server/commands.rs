@@ -10,7 +10,7 @@ use crate::server::proto::{Answer, Command, ToWorker};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
 use crate::server::swap::{Change, What};
-use crate::server::workers::Descriptors;
+use crate::server::workers::{Deaths, Descriptors};
 
 impl Supervisor {
     /// Does what a client asks for; an answer may come later.
@@ -60,6 +60,7 @@ impl Supervisor {
             Command::Reload { token } if self.can_change() => {
                 self.changes.push_back(Change { what: What::Program(token), fds, client: Some(client) });
             }
+            Command::Reload { .. } if self.failed.is_some() && self.worker.is_none() => self.try_again(fds, client),
             Command::Flush if self.failed.is_none() => {
                 self.flushing.push(client);
                 self.flush();
@@ -70,5 +71,19 @@ impl Supervisor {
                 control::answer(&client, &control::refusal(&e));
             }
         }
+    }
+
+    /// No worker could serve; perhaps one can by now. The client is answered when one has flushed, or when none can again.
+    fn try_again(&mut self, program: Vec<OwnedFd>, client: OwnedFd) {
+        if let (Some(fds), Some(program)) = (&mut self.fds, program.into_iter().next()) {
+            fds.binary = program;
+        }
+        self.failed = None;
+        self.deaths = Deaths::default();
+        self.record.state = "running".into();
+        self.save();
+        self.flushing.push(client);
+        self.flush_sent = true;
+        self.start_worker(true);
     }
 }

@@ -308,7 +308,8 @@ pub enum Command {
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
-    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it.
+    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no worker
+    /// could serve: try once more, and answer how that went.
     Reload {
         token: u64,
     },

@@ -89,7 +89,7 @@ pub struct Supervisor {
     /// Clients that wait for a flush.
     pub(super) flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
-    flush_sent: bool,
+    pub(super) flush_sent: bool,
     pub(super) nodes: Nodes,
     events: Option<OwnedFd>,
     signals: Option<SignalFd>,
@@ -451,7 +451,10 @@ impl Supervisor {
     }
 
     pub(super) fn fail(&mut self, why: String) {
-        log(&self.record.name, &format!("{why}; its I/O waits until it is given up by umount --abort"));
+        log(
+            &self.record.name,
+            &format!("{why}; its I/O waits until ploop reload finds it right again, or umount --abort gives it up"),
+        );
         self.failed = Some(why.clone());
         self.record.state = "failed".into();
         self.save();

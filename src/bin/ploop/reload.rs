@@ -14,7 +14,8 @@ Usage: ploop reload DEVICE
        ploop reload -a
 
 Replaces the processes that serve a device by those of the ploop-server that is installed now, for upgrades. The device
-stays, its I/O waits for a moment. If the new program cannot serve it the old one goes on.
+stays, its I/O waits for a moment. If the new program cannot serve it the old one goes on. Where no process could serve it
+(state failed, I/O waits) another try is made, once the image is right again.
 
   -a   all devices that run
 ",
