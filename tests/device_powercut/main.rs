@@ -6,6 +6,7 @@
 
 #[path = "../device_common/mod.rs"]
 mod device_common;
+mod host;
 mod tape;
 
 use std::collections::BTreeMap;
@@ -44,6 +45,14 @@ impl Rng {
         self.0 ^= self.0 << 17;
         self.0 % n
     }
+}
+
+/// Told, so that a run can be repeated.
+fn seeded() -> Rng {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
+    let seed = std::env::var("POWERCUT_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(clock | 1);
+    println!("POWERCUT_SEED={seed}");
+    Rng(seed)
 }
 
 /// A mounted file system, unmounted at the end whatever it is.
@@ -155,13 +164,14 @@ struct Disk {
     since: Vec<usize>,
 }
 
-fn apply(file: &File, event: &Event, keep: &mut dyn FnMut() -> bool) {
+/// `torn`: where the blocks begin that are written whole.
+fn apply(file: &File, event: &Event, torn: u64, keep: &mut dyn FnMut() -> bool) {
     match event {
         Event::Write { at, data } => {
             // Header and BAT are torn anywhere; of the disk's blocks file systems expect that they are written whole.
-            let unit = if *at < BAT { 512 } else { BLOCK - at % BLOCK };
+            let unit = if *at < torn { 512 } else { BLOCK - at % BLOCK };
             let (first, rest) = data.split_at((unit as usize).min(data.len()));
-            let rest = rest.chunks(if *at < BAT { 512 } else { BLOCK as usize });
+            let rest = rest.chunks(if *at < torn { 512 } else { BLOCK as usize });
             let mut to = *at;
             for part in std::iter::once(first).chain(rest) {
                 if keep() {
@@ -240,10 +250,7 @@ fn what_was_synced_survives_a_power_cut() {
         Ok("ci") => 50,
         _ => 20,
     };
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
-    let seed = std::env::var("POWERCUT_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(clock | 1);
-    println!("POWERCUT_SEED={seed}");
-    let mut rng = Rng(seed);
+    let mut rng = seeded();
     let dir = t.dir.path().join("mnt");
     fs::create_dir(&dir).expect("mount point");
     let (real, tape, start) = (t.dir.path().join("real"), t.dir.path().join("tape"), t.dir.path().join("start"));
@@ -272,7 +279,7 @@ fn what_was_synced_survives_a_power_cut() {
         let durable = OpenOptions::new().read(true).write(true).open(&disk.image).expect("image");
         while at <= place {
             match &events[at] {
-                Event::Sync => disk.since.drain(..).for_each(|e| apply(&durable, &events[e], &mut || true)),
+                Event::Sync => disk.since.drain(..).for_each(|e| apply(&durable, &events[e], BAT, &mut || true)),
                 Event::Mark(n) => mark = *n,
                 _ => disk.since.push(at),
             }
@@ -285,7 +292,7 @@ fn what_was_synced_survives_a_power_cut() {
         let mode = rng.below(4);
         for e in &disk.since {
             let whole = rng.below(2) == 0;
-            apply(&file, &events[*e], &mut || match mode {
+            apply(&file, &events[*e], BAT, &mut || match mode {
                 0 => false,
                 1 => true,
                 2 => whole,
