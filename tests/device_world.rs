@@ -82,6 +82,33 @@ fn the_callers_world_is_left() {
     t.assert_gone(&device);
 }
 
+/// Whoever mounts a disk with a low priority, on one CPU, does not make it a slow one.
+#[test]
+fn the_callers_priority_is_left() {
+    let Some(t) = Bench::new("the_callers_priority_is_left") else { return };
+    let image = t.image("a.hdd", "64M");
+    let name = attach_in_child(
+        &image,
+        "renice -n 7 -p $$ >/dev/null; taskset -p 1 $$ >/dev/null; ionice -c 3 -p $$; chrt -b -p 0 $$;",
+    );
+    let device = device::by_node(&name).unwrap().unwrap();
+    let status = |pid: &str, key: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.lines().find_map(|l| l.strip_prefix(key)).unwrap().trim().to_owned()
+    };
+    for process in [device.record.supervisor, device.record.worker] {
+        let pid = process.pid.to_string();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        // Fields 19 and 41 of proc(5): the nice value and the policy.
+        assert_eq!((fields[16], fields[38]), ("0", "0"), "{stat}");
+        assert!(run(Command::new("ionice").args(["-p", &pid])).starts_with("none"));
+        assert_eq!(status(&pid, "Cpus_allowed_list:"), status("1", "Cpus_allowed_list:"));
+    }
+    device::detach(&name).unwrap();
+    t.assert_gone(&device);
+}
+
 #[test]
 fn removed_program() {
     let Some(t) = Bench::new("removed_program") else { return };

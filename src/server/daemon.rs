@@ -33,6 +33,8 @@ pub fn leave_callers_world() -> Result<()> {
     umask(Mode::from_bits_truncate(0o022));
     enter_host()?;
     leave_cgroup();
+    // A disk that a backup mounts with low priority may be a container's later on.
+    process::reset_scheduling();
     for (resource, value) in [
         (Resource::RLIMIT_NOFILE, FILES),
         (Resource::RLIMIT_CORE, 0),

@@ -106,6 +106,26 @@ pub fn reset_signals() {
     }
 }
 
+/// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted stays
+/// as it is.
+pub fn reset_scheduling() {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the rest
+    // takes numbers only.
+    unsafe {
+        let param = MaybeUninit::<libc::sched_param>::zeroed().assume_init();
+        libc::sched_setscheduler(0, libc::SCHED_OTHER, &param);
+        libc::setpriority(libc::PRIO_PROCESS as _, 0, 0);
+        // Class none: it follows from the other priority.
+        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, 0);
+        let mut all = MaybeUninit::<libc::cpu_set_t>::zeroed().assume_init();
+        for cpu in 0..8 * size_of::<libc::cpu_set_t>() {
+            libc::CPU_SET(cpu, &mut all);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &all);
+    }
+}
+
 /// Memory reclaim caused by this thread does no I/O, which might be ours (Linux 5.6, CAP_SYS_RESOURCE).
 pub fn set_io_flusher() -> io::Result<()> {
     const PR_SET_IO_FLUSHER: i32 = 57;
