@@ -185,6 +185,33 @@ fn a_replaced_image_is_left_alone() {
     device::detach(again.name()).unwrap();
 }
 
+/// A disk is moved with its folder while it runs; another one takes the old place: both work.
+#[test]
+fn a_moved_disk_is_not_in_the_way() {
+    let Some(t) = Bench::new("a_moved_disk_is_not_in_the_way") else { return };
+    let (old, new) = (t.dir.path().join("old"), t.dir.path().join("new"));
+    let node = |n: u32| PathBuf::from(format!("/dev/ploop-test-{}-moved{n}", std::process::id()));
+    let make = |n: u32| {
+        fs::create_dir(&old).unwrap();
+        run(ploop().args(["init", "-s", "64m", "-t", "none"]).arg(old.join("root.hdd")));
+        run(ploop().args(["mount", "-d"]).arg(node(n)).arg(old.join("DiskDescriptor.xml")));
+        write(&node(n), MIB, &pattern(u64::from(n), 8192)).unwrap();
+    };
+    make(1);
+    fs::rename(&old, &new).unwrap();
+    make(2);
+    for (n, dir) in [(1, &new), (2, &old)] {
+        let dd = dir.join("DiskDescriptor.xml");
+        run(ploop().arg("snapshot").arg(&dd));
+        run(ploop().arg("umount").arg(&dd));
+        run(ploop().args(["mount", "-d"]).arg(node(n)).arg(&dd));
+        assert_eq!(read(&node(n), MIB, 8192).unwrap(), pattern(u64::from(n), 8192));
+        run(ploop().args(["snapshot-merge", "-A"]).arg(&dd));
+        run(ploop().arg("umount").arg(&dd));
+        run(ploop().arg("check").arg(&dd));
+    }
+}
+
 /// The name is gone: the disk goes on, even with another worker, and closes well.
 #[test]
 fn a_removed_image_serves_to_the_end() {

@@ -29,16 +29,22 @@ pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
     Ok(device::by_base(base, Some(component))?.into_iter().next())
 }
 
+type Id = (u64, u64);
+
+fn id(path: &Path) -> Option<Id> {
+    fs::metadata(path).map(|m| (m.dev(), m.ino())).ok()
+}
+
 /// Refuses a disk whose base has the name, but not the identity, of a file that a device runs from: what took the place of
 /// the image while the disk ran is not what its users write to. `InUse`.
 pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
-    let id = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
     let base = &disk.first_image()?.file;
-    let now = id(base);
     let folder = |path: &Path| path.parent().and_then(id);
+    let (Some(now), here) = (id(base), folder(base)) else { return Ok(()) };
     let found = device::list()?.into_iter().find(|d| {
-        let same_name = d.base().file_name() == base.file_name() && folder(d.base()) == folder(base);
-        same_name && !d.record.read_only && d.state != State::Dead && d.record.ids.first() != now.as_ref()
+        let same_name = d.base().file_name() == base.file_name() && folder(d.base()) == here;
+        let replaced = same_name && !d.record.read_only && d.record.ids.first() != Some(&now);
+        replaced && d.state != State::Dead && !lives_elsewhere(d)
     });
     let Some(device) = found else { return Ok(()) };
     bail!(
@@ -49,6 +55,16 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
         device.node().display(),
         device.node().display()
     )
+}
+
+/// The base of a device was moved, with its folder perhaps: it has a name of its own still.
+fn lives_elsewhere(device: &Device) -> bool {
+    let Some(base) = device.record.ids.first() else { return false };
+    let Ok(open) = fs::read_dir(format!("/proc/{}/fd", device.record.worker.pid)) else { return false };
+    open.flatten()
+        .filter(|fd| id(&fd.path()).as_ref() == Some(base))
+        .filter_map(|fd| fs::read_link(fd.path()).ok())
+        .any(|name| id(&name).as_ref() == Some(base))
 }
 
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
