@@ -4,17 +4,22 @@
 //! So no reference to its bytes is ever made: it is copied into, copied from, and named by offsets.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU64;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Size of a transparent huge page on the machines we know; elsewhere only an alignment.
 const HUGE: usize = 2 << 20;
 
-/// A mapping of private memory that is never unmapped.
+/// A mapping that is never unmapped: of private memory, or of a file without a name that can outlive the process.
 #[derive(Debug)]
 pub struct Arena {
     base: NonNull<u8>,
     len: usize,
+    file: Option<OwnedFd>,
 }
 
 // SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no reference;
@@ -47,6 +52,16 @@ impl Arena {
     /// locked where that is permitted, and never given back. After them comes address space for `reserve` bytes more,
     /// without memory; see [`open`](Self::open).
     pub fn leak(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
+        Arena::make(ready, reserve, false)
+    }
+
+    /// Like [`leak`](Self::leak), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of one
+    /// is byte n of the other.
+    pub fn leak_shared(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
+        Arena::make(ready, reserve, true)
+    }
+
+    fn make(ready: usize, reserve: usize, shared: bool) -> io::Result<&'static Arena> {
         let ready = ready.next_multiple_of(HUGE);
         let len = ready + reserve.next_multiple_of(HUGE);
         // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, disturbs nobody.
@@ -78,7 +93,8 @@ impl Arena {
         let Some(base) = NonNull::new(base) else {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         };
-        let arena = Box::leak(Box::new(Arena { base, len }));
+        let file = if shared { Some(put_file(base, len)?) } else { None };
+        let arena = Box::leak(Box::new(Arena { base, len, file }));
         arena.open(Span { at: 0, len: ready })?;
         Ok(arena)
     }
@@ -93,6 +109,14 @@ impl Arena {
                 return Err(io::Error::last_os_error());
             }
             libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
+            if self.file.is_some() {
+                // Huge pages of shared memory are switched off nearly everywhere, but can be asked for (6.1 or later), where
+                // there is one small page. That is also faster than many small ones.
+                for page in (0..span.len).step_by(HUGE) {
+                    at.add(page).write_volatile(0);
+                }
+                libc::madvise(at.cast(), span.len, libc::MADV_COLLAPSE);
+            }
             if libc::madvise(at.cast(), span.len, libc::MADV_POPULATE_WRITE) != 0 {
                 let e = io::Error::last_os_error();
                 if e.raw_os_error() != Some(libc::EINVAL) {
@@ -112,12 +136,19 @@ impl Arena {
     /// business with it; who does meets a fault.
     pub fn close(&self, span: Span) {
         let at = self.ptr(span);
-        // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access.
+        let give_back = if self.file.is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access. A file has no other
+        // user of this part than we are.
         unsafe {
             libc::munlock(at.cast(), span.len);
-            libc::madvise(at.cast(), span.len, libc::MADV_DONTNEED);
+            libc::madvise(at.cast(), span.len, give_back);
             libc::mprotect(at.cast(), span.len, libc::PROT_NONE);
         }
+    }
+
+    /// The file, if the memory is shared.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(|f| f.as_fd())
     }
 
     /// Bytes of the arena, the reserve included.
@@ -190,6 +221,18 @@ impl Arena {
         if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
     }
 
+    /// Like [`read_after`](Self::read_after), into words that others may look at when this process is dead.
+    pub fn read_after_words(&self, fd: BorrowedFd, head: &[AtomicU64], span: Span) -> io::Result<usize> {
+        let iov = [
+            libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: size_of_val(head) },
+            libc::iovec { iov_base: self.ptr(span).cast(), iov_len: span.len },
+        ];
+        // SAFETY: two buffers of the stated lengths: atomics, which may change while they are shared and of which any
+        // bytes are valid, and a part inside the arena.
+        let n = unsafe { libc::readv(fd.as_raw_fd(), iov.as_ptr(), 2) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    }
+
     /// One write to `fd` of `head` followed by the part.
     pub fn write_after(&self, fd: BorrowedFd, head: &[u8], span: Span) -> io::Result<usize> {
         let iov = [
@@ -202,10 +245,30 @@ impl Arena {
     }
 }
 
+/// Puts a new file of `len` bytes in the place of a mapping, without access.
+fn put_file(base: NonNull<u8>, len: usize) -> io::Result<OwnedFd> {
+    let file = memfd_create(c"ploop-buffers", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    nix::unistd::ftruncate(&file, len as i64)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    // SAFETY: `base .. base + len` is a mapping just made by the caller, of which nothing is in use yet; the file is as
+    // long and sealed, so that no access can meet its end.
+    let mapped = unsafe {
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let mapped = libc::mmap(base.as_ptr().cast(), len, libc::PROT_NONE, flags, file.as_raw_fd(), 0);
+        if mapped != libc::MAP_FAILED {
+            libc::madvise(mapped, len, libc::MADV_DONTFORK);
+        }
+        mapped
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(file) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
+    use std::fs::File;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     #[test]
     fn parts_are_copied_and_cleared() {
@@ -248,6 +311,33 @@ mod tests {
         a.get(part, &mut got);
         assert_eq!(got, [0; 4]);
         a.close(part);
+    }
+
+    #[test]
+    fn what_is_shared_is_found_in_the_file() {
+        let a = Arena::leak_shared(1, 4 << 20).unwrap();
+        let file = File::from(a.file().unwrap().try_clone_to_owned().unwrap());
+        assert_eq!(file.metadata().unwrap().len(), (HUGE + (4 << 20)) as u64);
+        assert!(file.metadata().unwrap().blocks() * 512 <= HUGE as u64);
+        let (r, w) = nix::unistd::pipe().unwrap();
+        nix::unistd::write(&w, b"12345678head, then data").unwrap();
+        let words = [const { AtomicU64::new(0) }; 1];
+        assert_eq!(a.read_after_words(r.as_fd(), &words, Span { at: 4096, len: 100 }).unwrap(), 23);
+        assert_eq!(words[0].load(std::sync::atomic::Ordering::Relaxed).to_ne_bytes(), *b"12345678");
+        let mut got = [0; 15];
+        file.read_exact_at(&mut got, 4096).unwrap();
+        assert_eq!(&got, b"head, then data");
+        // The reserve comes without content, and goes.
+        let part = Span { at: HUGE + (2 << 20), len: 2 << 20 };
+        for _ in 0..2 {
+            a.open(part).unwrap();
+            a.get(part, &mut got);
+            assert_eq!(got, [0; 15]);
+            a.put(part, b"here");
+            a.close(part);
+            assert!(file.metadata().unwrap().blocks() * 512 <= HUGE as u64);
+        }
+        assert!(file.set_len(1).is_err());
     }
 
     #[test]
