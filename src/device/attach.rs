@@ -43,6 +43,8 @@ pub struct AttachSpec {
     /// `/dev/NAME` if the user asks for one; else the smallest free `/dev/ploopN`.
     pub device: Option<String>,
     pub trace: bool,
+    /// The way of takeover for kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
+    pub slots: bool,
 }
 
 /// Makes a block device of an image chain. It outlives this process; [`detach`](crate::device::detach) ends it.
@@ -85,6 +87,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         device: wanted,
         trace: spec.trace,
         no_space_timeout: no_space_timeout()?,
+        slots: spec.slots,
         ids,
         token: uuid::Uuid::new_v4().to_string(),
     };

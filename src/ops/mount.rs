@@ -122,6 +122,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         descriptor: Some(disk.path.clone()),
         device: params.device.clone(),
         trace: trace(params),
+        slots: slots_wanted()?,
     })?;
     let mounted = finish(device, params)?;
     if params.target.is_some() {
@@ -170,6 +171,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         descriptor: None,
         device: params.device.clone(),
         trace: trace(params),
+        slots: slots_wanted()?,
     })
     .map_err(|e| match e.kind() {
         Kind::InUse => in_use(e, &top),
@@ -379,6 +381,15 @@ fn check_extents(file: &File, path: &Path) -> Result<()> {
 
 /// The driver that this version has; `$PLOOP_DRIVER` may name it.
 pub const DRIVER: &str = "fuse_loop";
+
+/// `$PLOOP_TAKEOVER`: how requests survive a killed server. Without it as the kernel can.
+pub fn slots_wanted() -> Result<bool> {
+    match std::env::var("PLOOP_TAKEOVER") {
+        Ok(way) if way == "slots" => Ok(true),
+        Ok(way) if !way.is_empty() => bail!(Param, "$PLOOP_TAKEOVER is {way:?}: \"slots\" or nothing wanted"),
+        _ => Ok(false),
+    }
+}
 
 fn attach(spec: AttachSpec) -> Result<Device> {
     match std::env::var("PLOOP_DRIVER") {

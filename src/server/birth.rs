@@ -86,7 +86,7 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
     let disk = dir.join(runtime::DISK);
     File::create_new(&disk).ctx(Kind::Creat, || format!("cannot make {}", disk.display()))?;
     let dev = fuse::open_and_mount(&disk)?;
-    let session = fuse::handshake(dev.as_fd(), HANDSHAKE)?;
+    let session = fuse::handshake(dev.as_fd(), HANDSHAKE, request.slots)?;
     let mut supervisor = prepare(&dir, record, request, session, binary, listener, dev, levels)?;
     cleanup.keep();
     daemon::lock_memory();
@@ -116,6 +116,7 @@ fn prepare(
         _ => "/dev/null".into(),
     };
     let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
+    record.slots = fuse.slots();
     record.connection = mounts::anonymous_number(&dir.join(runtime::DISK)).unwrap_or(0);
     let start = WorkerStart::new(attach, fuse, record.name.clone());
     let fds = Descriptors {
@@ -340,6 +341,8 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     daemon::lock_memory();
     let mut start = start;
     let levels = start.attach.levels.len();
+    let mut fds = fds;
+    let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
     let Some(mut fds) = Descriptors::from_all(fds, levels, start.merge_fds) else {
         bail!(Protocol, "too few descriptors came from the worker")
     };
@@ -357,6 +360,7 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
         None => (PathBuf::new(), DeviceRecord { name: name.clone(), state: "lost".into(), ..Default::default() }),
     };
     let mut supervisor = Supervisor::new(dir, record, start, fds)?;
+    supervisor.slots = slots;
     supervisor.nodes = Nodes::adopt(&runtime::dev_dir(), &name);
     supervisor.record.supervisor = me;
     supervisor.record.worker = worker.id;

@@ -30,8 +30,8 @@ const IN_HEADER: usize = 40;
 const FUSE_MAJOR: u32 = 7;
 /// The newest minor version that we know.
 const FUSE_MINOR: u32 = 45;
-/// 6.9: the first one that can resend.
-const FUSE_MINOR_RESEND: u32 = 40;
+/// 5.4. The loop device asks for more than that: LOOP_CONFIGURE (5.8).
+const FUSE_MINOR_LEAST: u32 = 31;
 
 const ASYNC_READ: u64 = 1 << 0;
 const BIG_WRITES: u64 = 1 << 5;
@@ -119,6 +119,11 @@ fn u32_at(b: &[u8], at: usize) -> u32 {
 
 fn u64_at(b: &[u8], at: usize) -> u64 {
     b.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+}
+
+/// How long the request with this head says it is.
+pub fn length(head: &[u8; HEAD]) -> usize {
+    u32_at(head, 0) as usize
 }
 
 /// Understands the request whose first bytes are `head` and which is `len` bytes long as a whole. `None`: not a whole
@@ -239,6 +244,13 @@ impl Reply {
     }
 }
 
+impl FuseSession {
+    /// The kernel cannot give out requests again that a dead worker has read, or is not to: workers keep them in slots.
+    pub fn slots(&self) -> bool {
+        self.flags & HAS_RESEND == 0
+    }
+}
+
 /// Asks the kernel to give out again every request that was read and not answered. To be written before the first read
 /// of a successor.
 pub fn resend(dev: BorrowedFd) -> io::Result<()> {
@@ -270,9 +282,9 @@ pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
 }
 
 /// Agrees with the kernel on the protocol: answers FUSE_INIT, which the mount has queued. Fails if it does not come
-/// within `limit`, or if the kernel cannot give out unanswered requests again (before 6.9): then a killed worker could
-/// not be replaced.
-pub fn handshake(dev: BorrowedFd, limit: Duration) -> Result<FuseSession> {
+/// within `limit`. `slots`: unanswered requests are to be kept by ourselves, even if the kernel could give them out again
+/// (6.9 or later).
+pub fn handshake(dev: BorrowedFd, limit: Duration, slots: bool) -> Result<FuseSession> {
     let mut buf = [0u8; 8192];
     let end = Instant::now() + limit;
     let len = loop {
@@ -298,16 +310,17 @@ pub fn handshake(dev: BorrowedFd, limit: Duration) -> Result<FuseSession> {
     if offered & INIT_EXT != 0 {
         offered |= u64::from(u32_at(body, 16)) << 32;
     }
-    let needed = ASYNC_DIO | MAX_PAGES | INIT_EXT | HAS_RESEND;
-    if major != FUSE_MAJOR || minor < FUSE_MINOR_RESEND || offered & needed != needed {
+    let needed = ASYNC_DIO | MAX_PAGES;
+    if major != FUSE_MAJOR || minor < FUSE_MINOR_LEAST || offered & needed != needed {
         send(dev, Reply::status(unique, libc::EPROTO).bytes())?;
         bail!(
             Device,
-            "the kernel's FUSE speaks {major}.{minor} with flags {offered:#x}: 7.40 or later with {needed:#x} wanted \
-             (Linux 6.9)"
+            "the kernel's FUSE speaks {major}.{minor} with flags {offered:#x}: 7.{FUSE_MINOR_LEAST} or later with \
+             {needed:#x} wanted (Linux 5.8)"
         );
     }
-    let flags = needed | offered & (ASYNC_READ | BIG_WRITES | PARALLEL_DIROPS | ABORT_ERROR);
+    let resend = if slots { 0 } else { HAS_RESEND };
+    let flags = needed | offered & (ASYNC_READ | BIG_WRITES | PARALLEL_DIROPS | ABORT_ERROR | INIT_EXT | resend);
     let session = FuseSession { minor: minor.min(FUSE_MINOR), max_write: MAX_IO as u32, flags };
     let reply = Reply::new(unique, 0, 64)
         .u32(0, FUSE_MAJOR)
@@ -335,6 +348,7 @@ pub fn is_over(e: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     fn head(opcode: u32, len: usize, body: &[(usize, u64)]) -> [u8; HEAD] {
         let mut h = [0; HEAD];
@@ -359,6 +373,56 @@ mod tests {
         assert_eq!(parse(&head(20, 56, &[]), 56).unwrap().op, Op::Fsync);
         assert_eq!(parse(&head(22, 56, &[]), 56).unwrap().op, Op::Unknown);
         assert_eq!(parse(&head(36, 48, &[]), 48).unwrap().op, Op::NoReply);
+    }
+
+    /// The kernel's part: what it offers, and what it is answered.
+    fn greet(minor: u32, flags: u64, slots: bool) -> (Result<FuseSession>, Vec<u8>) {
+        let (kernel, dev) = frame::pair().unwrap();
+        let mut init = [0; 104];
+        init[4..8].copy_from_slice(&opcode::INIT.to_le_bytes());
+        init[8..16].copy_from_slice(&2u64.to_le_bytes());
+        init[40..44].copy_from_slice(&FUSE_MAJOR.to_le_bytes());
+        init[44..48].copy_from_slice(&minor.to_le_bytes());
+        init[52..56].copy_from_slice(&(flags as u32).to_le_bytes());
+        // Before 7.36 it is shorter.
+        init[56..60].copy_from_slice(&((flags >> 32) as u32).to_le_bytes());
+        let len = if minor < 36 { 56 } else { 104 };
+        nix::unistd::write(&kernel, &init[..len]).unwrap();
+        let session = handshake(dev.as_fd(), Duration::from_secs(1), slots);
+        let mut reply = [0; 128];
+        let n = nix::unistd::read(&kernel, &mut reply).unwrap();
+        (session, reply[..n].to_vec())
+    }
+
+    #[test]
+    fn kernels_of_several_ages_are_greeted() {
+        const OLD: u64 = 0x03ff_fffb;
+        // 6.18, 6.9, 6.8, 6.1, 5.14, 5.8.
+        for (minor, flags, resends) in [
+            (45, 0x7fd_73ff_fffb, true),
+            (40, HAS_RESEND | INIT_EXT | OLD, true),
+            (39, 0x1f_0000_0000 | INIT_EXT | OLD, false),
+            (37, 0x3_0000_0000 | INIT_EXT | OLD, false),
+            (34, 0x1fff_fffb, false),
+            (31, OLD, false),
+        ] {
+            for slots in [false, true] {
+                let (session, reply) = greet(minor, flags, slots);
+                let session = session.unwrap();
+                assert_eq!(session.slots(), slots || !resends, "7.{minor}");
+                assert_eq!((session.minor, session.flags & !flags), (minor, 0));
+                assert_eq!(reply.len(), 80);
+                let told = u64::from(u32_at(&reply, 28)) | u64::from(u32_at(&reply, 48)) << 32;
+                assert_eq!((u32_at(&reply, 4), u32_at(&reply, 20), told), (0, minor, session.flags));
+                assert_eq!(told & INIT_EXT, flags & INIT_EXT);
+            }
+        }
+        for (minor, flags) in [(30, OLD), (31, OLD & !MAX_PAGES), (45, 0x7fd_73ff_fffb & !ASYNC_DIO)] {
+            let (session, reply) = greet(minor, flags, false);
+            let e = session.unwrap_err();
+            assert!(e.to_string().contains(&format!("speaks 7.{minor} with flags {flags:#x}")), "{e}");
+            assert_eq!(u32_at(&reply, 4), (-libc::EPROTO) as u32);
+        }
     }
 
     #[test]

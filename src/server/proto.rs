@@ -31,6 +31,9 @@ pub struct AttachRequest {
     pub trace: bool,
     /// Seconds after which a write that finds no space fails; none: never.
     pub no_space_timeout: Option<u64>,
+    /// Unanswered requests are kept in slots even where the kernel could give them out again.
+    #[serde(default)]
+    pub slots: bool,
     /// Device and inode number of each level's file, base first.
     pub ids: Vec<(u64, u64)>,
     /// Made up by the library, to know the device by if the answer gets lost.
@@ -82,6 +85,9 @@ pub struct DeviceRecord {
     /// The one of the request.
     #[serde(default)]
     pub token: String,
+    /// Unanswered requests are kept in slots: the kernel cannot give them out again, or is not to.
+    #[serde(default)]
+    pub slots: bool,
 }
 
 /// A process that cannot be mistaken for a later one of the same number.
@@ -133,6 +139,9 @@ pub struct WorkerStart {
     /// Another process writes to this level, where nothing is read from it.
     #[serde(default)]
     pub yielded: Option<usize>,
+    /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
+    #[serde(default)]
+    pub slot_fds: usize,
 }
 
 impl WorkerStart {
@@ -150,6 +159,7 @@ impl WorkerStart {
             merge: None,
             merge_fds: 0,
             yielded: None,
+            slot_fds: 0,
         }
     }
 }
@@ -235,6 +245,9 @@ pub enum ToWorker {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     Ready(WorkerReady),
+    /// Beside it the slots of this worker, a table and the data: from here on they, and no others, are what a successor
+    /// needs. Said before the first request is read, answered or executed.
+    Slots,
     /// `Go` is waited for.
     Prepared,
     /// The answer to `Retire`. An error: the worker can serve no more, and the chain stays as it was.

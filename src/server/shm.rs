@@ -30,6 +30,7 @@ const AT_FAILED: usize = 3;
 const AT_PANICKED: usize = 4;
 const AT_NO_SPACE: usize = 5;
 const AT_SWITCHED: usize = 6;
+const AT_READING: usize = 7;
 const AT_COUNTERS: usize = 8;
 const AT_MARKS: usize = 32;
 const AT_STRIKES: usize = 128;
@@ -128,6 +129,17 @@ impl Shm {
     /// The last change of the chain after which a worker has served; 0: none.
     pub fn switched(&self) -> u64 {
         self.words[AT_SWITCHED].load(Acquire)
+    }
+
+    /// A worker reads requests after the change `token`, from now on: where the kernel cannot give them out again they
+    /// are lost with it and its supervisor.
+    pub fn set_reading(&self, token: u64) {
+        self.words[AT_READING].store(token, Release);
+    }
+
+    /// The last change of the chain after which a worker has read requests; 0: none.
+    pub fn reading(&self) -> u64 {
+        self.words[AT_READING].load(Acquire)
     }
 
     /// Shows the world where the engine stands.

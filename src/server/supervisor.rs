@@ -58,6 +58,8 @@ pub struct Supervisor {
     /// None once the device was given up: closing the last descriptor ends the connection.
     pub(super) fds: Option<Descriptors>,
     pub(super) worker: Option<Worker>,
+    /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
+    pub(super) slots: Vec<OwnedFd>,
     pub(super) deaths: Deaths,
     /// When to start the next worker.
     restart: Option<Instant>,
@@ -124,6 +126,7 @@ impl Supervisor {
             start,
             fds: Some(fds),
             worker: None,
+            slots: Vec::new(),
             deaths: Deaths::default(),
             restart: None,
             failed: None,
@@ -402,6 +405,7 @@ impl Supervisor {
                         self.flush();
                     }
                 }
+                FromWorker::Slots => self.slots = std::mem::take(&mut worker.slots),
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
                 FromWorker::Yielded { error } => worker.yielded = Some(error),
@@ -467,7 +471,7 @@ impl Supervisor {
     pub(super) fn start_worker(&mut self, takeover: bool) {
         let Some(fds) = &self.fds else { return };
         self.start.takeover = takeover;
-        match Worker::start(fds, &self.start) {
+        match Worker::start(fds, &self.start, &self.slots) {
             Ok(worker) => {
                 self.record.worker = worker.id;
                 self.worker = Some(worker);

@@ -7,7 +7,7 @@
 //!    shared memory, serves. Until that note it dies with its supervisor. If it dies, the descriptor on disk tells
 //!    whether the next one goes on or the old chain comes back.
 //! 3. The old worker is killed. Until then it can start another supervisor: it does if it gets the lock on the new top,
-//!    which a successor that lives holds.
+//!    which a successor that lives holds, and unless requests are kept in slots and were read by one that has died.
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 
@@ -192,7 +192,7 @@ impl Supervisor {
         if let Some(succeed) = &mut start.succeed {
             succeed.wait = true;
         }
-        let Ok(mut worker) = Worker::start(&plan.fds, &start) else { return };
+        let Ok(mut worker) = Worker::start(&plan.fds, &start, &[]) else { return };
         let end = Instant::now() + PREPARE;
         while !worker.prepared && Instant::now() < end && self.check_alive().is_ok() {
             let Some(sock) = &worker.sock else { break };
@@ -280,7 +280,11 @@ impl Supervisor {
         self.wait_while(|s| !answered(s), Some(Instant::now() + RETIRE))?;
         match self.worker.take() {
             Some(worker) if !worker.dead => match worker.retired.clone().flatten() {
-                None => Ok(Some(worker)),
+                None => {
+                    // Nothing is unanswered any more.
+                    self.slots.clear();
+                    Ok(Some(worker))
+                }
                 Some((code, message)) => {
                     self.worker = Some(worker);
                     Err(remote_error(code, message))
@@ -380,7 +384,7 @@ impl Supervisor {
                 None
             }
         });
-        let worker = match prepared.map_or_else(|| Worker::start(&plan.fds, &plan.start), Ok) {
+        let worker = match prepared.map_or_else(|| Worker::start(&plan.fds, &plan.start, &[]), Ok) {
             Ok(worker) => worker,
             Err(e) if is_committed(plan) => {
                 log(&self.record.name, &e.to_string());

@@ -66,6 +66,8 @@ pub struct Worker {
     pub refused: Option<(i32, String)>,
     /// It has closed the image: how that went.
     pub closed: Option<Option<(i32, String)>>,
+    /// The slots that it reads requests into, until somebody takes them.
+    pub slots: Vec<OwnedFd>,
     /// It waits for `Go`.
     pub prepared: bool,
     /// It serves nothing any more and has let go of the images, or why it has not.
@@ -81,8 +83,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts one. Nothing is waited for.
-    pub fn start(fds: &Descriptors, start: &WorkerStart) -> Result<Worker> {
+    /// Starts one, as the successor of the one that left `slots`. Nothing is waited for.
+    pub fn start(fds: &Descriptors, start: &WorkerStart, slots: &[OwnedFd]) -> Result<Worker> {
         let (ours, theirs) = frame::pair()?;
         let child = helper::command(&fds.program(), "worker").stdin(theirs).spawn();
         let child = child.ctx(Kind::Sys, || "cannot start a worker")?;
@@ -90,7 +92,9 @@ impl Worker {
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
         let worker = Worker::new(id, pidfd, ours, Some(child));
-        worker.send(&ToWorker::Start(start.clone()), &fds.all())?;
+        let start = WorkerStart { slot_fds: slots.len(), ..start.clone() };
+        let sent: Vec<BorrowedFd> = fds.all().into_iter().chain(slots.iter().map(AsFd::as_fd)).collect();
+        worker.send(&ToWorker::Start(start), &sent)?;
         Ok(worker)
     }
 
@@ -113,6 +117,7 @@ impl Worker {
             ready: None,
             refused: None,
             closed: None,
+            slots: Vec::new(),
             prepared: false,
             retired: None,
             switched: None,
@@ -134,6 +139,10 @@ impl Worker {
     pub fn receive(&mut self) -> Option<FromWorker> {
         let sock = self.sock.as_ref()?;
         match frame::recv_within::<FromWorker>(sock, Duration::ZERO) {
+            Ok(Some((FromWorker::Slots, fds))) => {
+                self.slots = fds;
+                Some(FromWorker::Slots)
+            }
             Ok(Some((message, _))) => Some(message),
             Err(e) if e.errno() == Some(libc::ETIMEDOUT) => None,
             // What is not understood cannot be trusted any more; the process is watched by its pidfd.

@@ -20,6 +20,8 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 /// A scratch folder for one test; devices that the test forgot end with it.
 pub struct Bench {
     pub dir: tempfile::TempDir,
+    /// Devices keep their requests in slots, whatever the kernel can do.
+    pub slots: bool,
 }
 
 impl Bench {
@@ -36,7 +38,15 @@ impl Bench {
             }
         }
         let dir = tempfile::Builder::new().prefix("ploop-device-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        Some(Bench { dir })
+        let slots = std::env::var("PLOOP_TAKEOVER").is_ok_and(|way| way == "slots");
+        Some(Bench { dir, slots })
+    }
+
+    /// Like [`new`](Self::new), for devices that keep their requests in slots.
+    pub fn with_slots(name: &str) -> Option<Bench> {
+        let mut bench = Bench::new(name)?;
+        bench.slots = true;
+        Some(bench)
     }
 
     /// An empty image, made by qemu-img.
@@ -58,6 +68,7 @@ impl Bench {
             // Nobody else who uses devices at the same time takes this name after us.
             device: Some(format!("ploop-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))),
             trace: false,
+            slots: self.slots,
         }
     }
 

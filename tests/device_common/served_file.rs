@@ -87,7 +87,7 @@ pub fn serve_if_asked<C: Content>(content: impl FnOnce() -> C) {
     let Some(path) = std::env::var_os(SERVE).map(PathBuf::from) else { return };
     let content = Arc::new(content());
     let dev = fuse::open_and_mount(&path).expect("mount");
-    fuse::handshake(dev.as_fd(), Duration::from_secs(10)).expect("handshake");
+    fuse::handshake(dev.as_fd(), Duration::from_secs(10), false).expect("handshake");
     let told = content.clone();
     std::thread::spawn(move || listen(&*told, &path));
     println!("\n@done");

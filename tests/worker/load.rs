@@ -82,11 +82,14 @@ pub fn work(file: &File, regions: &mut [Region], seed: u64, stop: &AtomicBool, o
         let i = random.below(regions.len() as u64) as usize;
         let r = &mut regions[i];
         match random.below(100) {
-            0..=64 => {
-                seq += 1;
-                stamp(&mut buf[..r.len], r.offset, seq);
-                file.write_all_at(&buf[..r.len], r.offset).map_err(|e| format!("write at {}: {e}", r.offset))?;
-                r.seq = seq;
+            n @ 0..=64 => {
+                // Small ones several times without a look: an old one that comes late is seen.
+                for _ in 0..=if r.len <= 4096 { n % 12 } else { 0 } {
+                    seq += 1;
+                    stamp(&mut buf[..r.len], r.offset, seq);
+                    file.write_all_at(&buf[..r.len], r.offset).map_err(|e| format!("write at {}: {e}", r.offset))?;
+                    r.seq = seq;
+                }
             }
             65 => {
                 let mode = if seq.is_multiple_of(2) {

@@ -10,6 +10,7 @@ mod scenes;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ploop::server::frame;
@@ -51,7 +52,9 @@ fn test(args: &[String]) {
         std::process::exit(1);
     });
     let wanted: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    for (name, scene) in scenes::ALL {
+    let all = scenes::ALL.iter().map(|s| (s, false)).chain(scenes::WITH_SLOTS.iter().map(|s| (s, true)));
+    for ((name, scene), slots) in all {
+        rig::SLOTS.store(slots, Ordering::Relaxed);
         if wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str())) {
             print!("scene {name} ... ");
             let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -90,6 +93,7 @@ fn run(args: &[String]) {
     let images: Vec<PathBuf> = args[..split].iter().map(|p| std::fs::canonicalize(p).unwrap()).collect();
     rig::own_mounts();
     let dir = tempfile::tempdir().unwrap();
+    rig::SLOTS.store(std::env::var("PLOOP_TAKEOVER").is_ok_and(|way| way == "slots"), Ordering::Relaxed);
     let options = Options { marked: ploop::chain::Marked::Recover, ..Options::default() };
     let mut rig = Rig::new(&dir.path().join("file"), &images, &options);
     rig.serve(false);

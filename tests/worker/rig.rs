@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ploop::chain::Marked;
@@ -33,6 +34,9 @@ pub fn own_mounts() {
         Err(e) => panic!("cannot make / private: {e}"),
     }
 }
+
+/// Requests are kept in slots, whatever the kernel can do.
+pub static SLOTS: AtomicBool = AtomicBool::new(false);
 
 /// FUSE connections of this process.
 static CONNECTIONS: Mutex<Vec<u32>> = Mutex::new(Vec::new());
@@ -62,6 +66,8 @@ pub struct Rig {
     attach: AttachRequest,
     fds: Vec<OwnedFd>,
     session: FuseSession,
+    /// Those of the worker that said so last.
+    slots: Vec<OwnedFd>,
     worker: Option<(Child, OwnedFd)>,
     pub ready: Option<WorkerReady>,
 }
@@ -84,7 +90,7 @@ impl Rig {
     pub fn new(file: &Path, images: &[PathBuf], options: &Options) -> Rig {
         File::create(file).unwrap();
         let dev = fuse::open_and_mount(file).unwrap();
-        let session = fuse::handshake(dev.as_fd(), Duration::from_secs(5)).unwrap();
+        let session = fuse::handshake(dev.as_fd(), Duration::from_secs(5), SLOTS.load(Ordering::Relaxed)).unwrap();
         let top = images.last().unwrap();
         let witness = if options.read_only { Path::new("/dev/null") } else { top };
         CONNECTIONS.lock().unwrap().push(connection_of(file));
@@ -115,9 +121,10 @@ impl Rig {
             device: None,
             trace: options.trace,
             no_space_timeout: None,
+            slots: false,
             token: String::new(),
         };
-        Rig { file: file.into(), attach, fds, session, worker: None, ready: None }
+        Rig { file: file.into(), attach, fds, session, slots: Vec::new(), worker: None, ready: None }
     }
 
     /// Where a new supervisor of the test's leaves its report.
@@ -127,19 +134,40 @@ impl Rig {
 
     /// Starts a worker; what it answers first.
     pub fn start(&mut self, takeover: bool) -> FromWorker {
-        let (mine, theirs) = frame::pair().unwrap();
-        let child = start_with_socket(theirs);
-        let name = format!("rig-{}", std::process::id());
-        let start = WorkerStart { takeover, ..WorkerStart::new(self.attach.clone(), self.session, name) };
-        let fds: Vec<BorrowedFd> = self.fds.iter().map(|f| f.as_fd()).collect();
-        frame::send(&mine, &ToWorker::Start(start), &fds).unwrap();
-        let (answer, _) =
-            frame::recv_within(&mine, Duration::from_secs(60)).unwrap().expect("the worker died at start");
+        self.launch(takeover);
+        let answer = self.hear(Duration::from_secs(60)).expect("the worker died at start");
         if let FromWorker::Ready(ready) = &answer {
             self.ready = Some(ready.clone());
         }
-        self.worker = Some((child, mine));
         answer
+    }
+
+    fn launch(&mut self, takeover: bool) {
+        let (mine, theirs) = frame::pair().unwrap();
+        let child = start_with_socket(theirs);
+        let name = format!("rig-{}", std::process::id());
+        let start = WorkerStart {
+            takeover,
+            slot_fds: self.slots.len(),
+            ..WorkerStart::new(self.attach.clone(), self.session, name)
+        };
+        let fds: Vec<BorrowedFd> = self.fds.iter().chain(&self.slots).map(|f| f.as_fd()).collect();
+        frame::send(&mine, &ToWorker::Start(start), &fds).unwrap();
+        self.worker = Some((child, mine));
+    }
+
+    /// What the worker says next, its slots aside; `None`: it has died.
+    fn hear(&mut self, limit: Duration) -> Option<FromWorker> {
+        let socket = &self.worker.as_ref().unwrap().1;
+        loop {
+            match frame::recv_within(socket, limit).unwrap()? {
+                (FromWorker::Slots, fds) => {
+                    assert_eq!(fds.len(), 2);
+                    self.slots = fds;
+                }
+                (answer, _) => return Some(answer),
+            }
+        }
     }
 
     /// Starts a worker that must become ready.
@@ -156,12 +184,27 @@ impl Rig {
 
     /// Kills the worker and starts another one; how long the device was without.
     pub fn replace(&mut self) -> Duration {
-        let (mut child, _socket) = self.worker.take().unwrap();
         let start = Instant::now();
+        let (child, _) = self.worker.as_mut().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        while self.hear(Duration::ZERO).is_some() {}
         self.serve(true);
         start.elapsed()
+    }
+
+    /// Kills the worker, and then so many successors, each after a pause in which it may have come to anything.
+    pub fn replace_after(&mut self, pauses: &[Duration]) -> Duration {
+        for pause in pauses {
+            let (child, _) = self.worker.as_mut().unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            // Its last words.
+            while self.hear(Duration::ZERO).is_some() {}
+            self.launch(true);
+            std::thread::sleep(*pause);
+        }
+        self.replace()
     }
 
     /// Leaves the worker without a supervisor; it goes on by itself.
@@ -172,7 +215,7 @@ impl Rig {
     pub fn ask(&mut self, what: &ToWorker) -> FromWorker {
         let socket = &self.worker.as_ref().unwrap().1;
         frame::send(socket, what, &[]).unwrap();
-        frame::recv_within(socket, Duration::from_secs(60)).unwrap().expect("the worker died").0
+        self.hear(Duration::from_secs(60)).expect("the worker died")
     }
 
     /// Closes the image cleanly; the worker ends.

@@ -9,14 +9,16 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
-use crate::server::fuse::{self, Head, RESENT};
+use crate::server::fuse::{self, Head};
 use crate::server::shm::{RequestKey, Shm, Strikes};
 use crate::sys::arena::Span;
 
+use super::admit::Asked;
 use super::locked;
 use super::log::Log;
 use super::memory::{BufId, Common, Memory, REQUESTS};
 use super::queue::{Inbox, Jobs};
+use super::slots::Table;
 
 /// I/O threads of a worker.
 pub const THREADS: usize = 2;
@@ -86,9 +88,12 @@ struct Slot {
     offset: AtomicU64,
     len: AtomicU64,
     opcode: AtomicU32,
-    /// [`Answer`] and buffer.
+    /// [`AGAIN`], [`Answer`] and buffer.
     how: AtomicU32,
 }
+
+/// An earlier worker had the request.
+const AGAIN: u32 = 1 << 31;
 
 /// The thread that carries actions out.
 pub trait Hands {
@@ -103,6 +108,8 @@ pub struct Core {
     pub memory: Memory,
     pub common: Common,
     slots: Box<[Slot]>,
+    /// Where a successor finds the requests, if the kernel does not give them out again.
+    pub table: Option<Table>,
     pub engine: Mutex<Engine<Shm>>,
     pub inboxes: [Inbox<Action>; THREADS],
     pub syncs: Jobs<OpId>,
@@ -133,6 +140,7 @@ pub struct Core {
 pub struct Parts {
     pub fuse: OwnedFd,
     pub memory: Memory,
+    pub table: Option<Table>,
     pub engine: Engine<Shm>,
     pub levels: Vec<LevelFile>,
     pub device_bytes: u64,
@@ -151,6 +159,7 @@ impl Core {
             memory: p.memory,
             common: Common::new(),
             slots: (0..REQUESTS).map(|_| Slot::default()).collect(),
+            table: p.table,
             engine: Mutex::new(p.engine),
             inboxes: [Inbox::new()?, Inbox::new()?],
             syncs: Jobs::new(),
@@ -176,14 +185,38 @@ impl Core {
         &self.levels[self.levels.len() - 1]
     }
 
-    /// Remembers a request until it is answered.
-    pub fn register(&self, id: u32, head: &Head, answer: Answer, offset: u64, len: u64, buf: BufId) {
+    /// Remembers a request until it is answered. Its data are in `buf` by now.
+    pub fn register(&self, id: u32, head: &Head, asked: &Asked, buf: BufId) {
         let slot = &self.slots[id as usize];
         slot.unique.store(head.unique, Relaxed);
-        slot.offset.store(offset, Relaxed);
-        slot.len.store(len, Relaxed);
+        slot.offset.store(asked.offset, Relaxed);
+        slot.len.store(asked.len, Relaxed);
         slot.opcode.store(head.opcode, Relaxed);
-        slot.how.store((answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
+        let again = if asked.again { AGAIN } else { 0 };
+        slot.how.store(again | (asked.answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
+        if let Some(table) = &self.table {
+            table.moved(id, buf);
+        }
+    }
+
+    /// Answers a request with an error, for which nothing was done.
+    pub fn refuse(&self, id: u32, unique: u64, errno: Errno) {
+        if let Some(table) = &self.table {
+            table.done(id, Err(errno));
+        }
+        self.send(&fuse::Reply::status(unique, errno));
+    }
+
+    /// A request has its answer, or needs none.
+    pub fn forget(&self, id: u32) {
+        if let Some(table) = &self.table {
+            table.clear(id);
+        }
+    }
+
+    /// No request is unanswered, as far as there is a table of them.
+    pub fn all_answered(&self) -> bool {
+        self.table.as_ref().is_none_or(Table::is_empty)
     }
 
     fn key(&self, id: ReqId) -> Option<RequestKey> {
@@ -290,18 +323,26 @@ impl Core {
         let how = slot.how.load(Relaxed);
         let len = slot.len.load(Relaxed);
         let buf = BufId::from_raw(how as u16);
+        let read = (how & !AGAIN) >> 16 == Answer::Read as u32;
+        // A read may be executed twice, and its data are not kept.
+        if let Some(table) = self.table.as_ref().filter(|_| !read) {
+            table.done(req.0, result);
+        }
         match result {
-            Ok(()) if how >> 16 == Answer::Read as u32 => {
+            Ok(()) if read => {
                 let head = fuse::reply_head(unique, 0, len as usize);
                 let data = self.memory.buffer(buf).part(0, len as usize);
                 let sent = self.memory.arena.write_after(self.fuse.as_fd(), &head, data);
                 self.sent(unique, sent.map(drop));
             }
-            Ok(()) if how >> 16 == Answer::Write as u32 => self.send(&fuse::Reply::written(unique, len as u32)),
+            Ok(()) if (how & !AGAIN) >> 16 == Answer::Write as u32 => {
+                self.send(&fuse::Reply::written(unique, len as u32))
+            }
             Ok(()) => self.send(&fuse::Reply::status(unique, 0)),
             Err(e) => self.send(&fuse::Reply::status(unique, e)),
         }
-        if unique & RESENT != 0
+        self.forget(req.0);
+        if how & AGAIN != 0
             && let Some(key) = self.key(req)
         {
             self.shm.forgive(key);

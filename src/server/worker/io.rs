@@ -11,12 +11,11 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use crate::engine::api::{Action, ReqId, Request, RequestKind};
-use crate::server::fuse::{self, HEAD, Head, MAX_IO, Op, Reply};
-use crate::server::shm::RequestKey;
+use crate::server::fuse::{self, HEAD, Head};
 use crate::sys::ring::Completion;
-use crate::units::SECTOR;
 
-use super::core::{Answer, Core, Notice, Pending, THREADS};
+use super::admit::{Asked, Verdict, admit};
+use super::core::{Core, Notice, Pending, THREADS};
 use super::files::{Files, Landed};
 use super::memory::{BufId, SMALL};
 
@@ -26,10 +25,6 @@ const BATCH: usize = 32;
 const TAG_FUSE: u64 = u64::MAX;
 const TAG_INBOX: u64 = u64::MAX - 1;
 const TAG_CANCEL: u64 = u64::MAX - 2;
-
-/// FALLOCATE modes that mean "reads as zero": punch a hole, zero the range; both keep the size.
-const PUNCH: u32 = 0x03;
-const ZERO: u32 = 0x11;
 
 /// Why reading requests ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -179,8 +174,12 @@ impl<'a> IoThread<'a> {
             let Some((big, id)) = self.files.stash.next() else {
                 return Drained::Starved;
             };
-            let span = core.memory.buffer(big);
-            let len = match core.memory.arena.read_after(core.fuse.as_fd(), &mut head, span) {
+            let (fuse, span) = (core.fuse.as_fd(), core.memory.buffer(big));
+            let read = match &core.table {
+                None => core.memory.arena.read_after(fuse, &mut head, span),
+                Some(table) => table.read(fuse, id, big, span, &mut head),
+            };
+            let len = match read {
                 Ok(len) => len,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     core.starving.store(false, Ordering::Release);
@@ -195,7 +194,10 @@ impl<'a> IoThread<'a> {
             };
             match fuse::parse(&head, len) {
                 Some(request) => self.accept(&request, big, id),
-                None => core.log.say(format!("a request of {len} bytes from the kernel is not understood: {head:?}")),
+                None => {
+                    core.log.say(format!("a request of {len} bytes from the kernel is not understood: {head:?}"));
+                    core.forget(id);
+                }
             }
         }
         Drained::Batch
@@ -208,95 +210,27 @@ impl<'a> IoThread<'a> {
         if core.log.trace {
             core.log.say(format!("request {} {:?}", head.unique, head.op));
         }
-        let answer = match self.admit(head, big, id) {
-            Ok(answer) => answer,
-            Err(errno) => Some(Reply::status(head.unique, errno)),
-        };
-        if let Some(reply) = answer {
-            core.send(&reply);
-        }
-    }
-
-    fn admit(&mut self, head: &Head, big: BufId, id: u32) -> Result<Option<Reply>, i32> {
-        let core = self.core;
-        let unique = head.unique;
-        let (kind, answer, offset, len) = match head.op {
-            Op::Read { offset, len } => {
-                let len = u64::from(len).min(core.device_bytes.saturating_sub(offset));
-                if len == 0 {
-                    return Ok(Some(Reply::status(unique, 0)));
-                }
-                (RequestKind::Read, Answer::Read, offset, len)
+        match admit(core, head, head.resent()) {
+            Ok(Verdict::Ask(asked)) => {
+                let buf = self.place(asked.kind, big, asked.len as usize);
+                core.register(id, head, &asked, buf);
+                let Asked { kind, offset, len, .. } = asked;
+                self.pending.push(Pending::Request(Request { id: ReqId(id), kind, offset, len }));
+                return;
             }
-            Op::Write { offset, len } => {
-                let len = u64::from(len);
-                self.within(offset, len)?;
-                if len == 0 {
-                    return Ok(Some(Reply::written(unique, 0)));
-                }
-                (RequestKind::Write, Answer::Write, offset, len)
-            }
-            Op::Fallocate { mode, .. } if mode != PUNCH && mode != ZERO => return Err(libc::EOPNOTSUPP),
-            Op::Fallocate { offset, len, .. } => {
-                if !core.writable {
-                    return Err(libc::EROFS);
-                }
-                let len = len.min(core.device_bytes.saturating_sub(offset));
-                if len == 0 {
-                    return Ok(Some(Reply::status(unique, 0)));
-                }
-                (RequestKind::Zero, Answer::Status, offset, len)
-            }
-            Op::Fsync if !core.writable => return Ok(Some(Reply::status(unique, 0))),
-            Op::Fsync => (RequestKind::Flush, Answer::Status, 0, 0),
-            Op::GetAttr => return Ok(Some(Reply::attr(unique, core.device_bytes))),
-            Op::Open => return Ok(Some(Reply::open(unique))),
-            Op::StatFs => return Ok(Some(Reply::statfs(unique, core.device_bytes, core.block_bytes))),
-            Op::Nothing => return Ok(Some(Reply::status(unique, 0))),
-            Op::NoReply => return Ok(None),
-            Op::Unknown => return Err(libc::ENOSYS),
-        };
-        if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
-            return Err(libc::EINVAL);
+            Ok(Verdict::Say(reply)) => core.send(&reply),
+            Ok(Verdict::Nothing) => {}
+            Err(errno) => core.refuse(id, head.unique, errno),
         }
-        if core.closing.load(Ordering::Acquire) {
-            return Err(libc::EIO);
-        }
-        let key = RequestKey::new(unique, head.opcode, offset, len);
-        if head.resent() && core.shm.struck_out(key, &core.strikes) {
-            core.log.say(format!("request {unique} {:?} has killed several workers: it fails", head.op));
-            core.shm.forgive(key);
-            return Err(libc::EIO);
-        }
-        let buf = match kind {
-            RequestKind::Read | RequestKind::Write => {
-                if len > MAX_IO as u64 {
-                    return Err(libc::EIO);
-                }
-                self.place(kind, big, len as usize)
-            }
-            RequestKind::Zero | RequestKind::Flush => {
-                self.files.stash.take_none();
-                BufId::NONE
-            }
-        };
-        core.register(id, head, answer, offset, len, buf);
-        self.pending.push(Pending::Request(Request { id: ReqId(id), kind, offset, len }));
-        Ok(None)
-    }
-
-    fn within(&self, offset: u64, len: u64) -> Result<(), i32> {
-        if !self.core.writable {
-            return Err(libc::EROFS);
-        }
-        match offset.checked_add(len) {
-            Some(end) if end <= self.core.device_bytes => Ok(()),
-            _ => Err(libc::ENOSPC),
-        }
+        core.forget(id);
     }
 
     /// A buffer for a request: a small one if that is enough, so that the big one is free for the next request.
     fn place(&mut self, kind: RequestKind, big: BufId, len: usize) -> BufId {
+        if matches!(kind, RequestKind::Zero | RequestKind::Flush) {
+            self.files.stash.take_none();
+            return BufId::NONE;
+        }
         if len <= SMALL
             && let Some(small) = self.files.stash.take_small()
         {

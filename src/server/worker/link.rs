@@ -1,10 +1,8 @@
 //! The main thread: takes the supervisor's orders, tells the engine the time, replaces a supervisor that died.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio, exit};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::exit;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -14,18 +12,20 @@ use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
-use crate::server::proto::{FromWorker, ProcessId, Swap, ToWorker, WorkerStart};
+use crate::server::proto::{FromWorker, ProcessId, Swap, ToWorker};
 use crate::server::{frame, runtime};
-use crate::sys::calm;
-use crate::sys::reopen::{Access, reopen};
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
 use super::locked;
+use super::orphan::{arbiter, start_supervisor, succeeded};
 use super::setup::Kept;
+use super::slots::Table;
 
 const TICK: Duration = Duration::from_secs(1);
 /// Longest wait for a supervisor that does not take what we say.
-const SAY_LIMIT: Duration = Duration::from_secs(5);
+pub const SAY_LIMIT: Duration = Duration::from_secs(5);
+/// The same for what it must have.
+const HAND_OVER: Duration = Duration::from_secs(60);
 /// Pauses between attempts to start a supervisor: doubled from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
@@ -111,6 +111,16 @@ impl Link {
         match &self.socket {
             Some(socket) => frame::send_within(socket, message, &[], SAY_LIMIT),
             None => bail!(Protocol, "the supervisor has died"),
+        }
+    }
+
+    /// Gives the supervisor the slots that requests are read into from now on. Without it a successor would not find
+    /// them; if there is no supervisor any more, the next one gets them from us.
+    pub fn hand_over(&self, table: &Table) -> Result<()> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        match frame::send_within(socket, &FromWorker::Slots, &table.fds(), HAND_OVER) {
+            Err(e) if !self.is_over() => Err(e),
+            _ => Ok(()),
         }
     }
 
@@ -209,7 +219,8 @@ impl Link {
     /// Closes the engine as soon as all requests are answered: those that wait for space would fail by it.
     fn drain(&mut self, core: &Core) -> Option<End> {
         let retiring = self.retiring.as_mut().filter(|r| r.quiet == THREADS && !r.closing)?;
-        if core.status().requests == 0 && !self.flushing {
+        // An answer may still be under way when the engine has forgotten the request.
+        if core.status().requests == 0 && !self.flushing && core.all_answered() {
             pause(retiring.swap.linger);
             retiring.closing = true;
             core.tell(MAIN_THREAD, Pending::Close);
@@ -278,6 +289,13 @@ impl Link {
                 }
                 None => None,
             };
+            // The successor has read requests, which died with it and with the supervisor that had its slots. If the
+            // device went on, whoever waits for them would wait for ever: with us it ends, and all I/O on it fails. Where
+            // the kernel can give out requests again, and where no successor has read any, nothing is lost.
+            if retired.is_some_and(|(swap, _)| core.table.is_some() && core.shm.reading() == swap.token) {
+                core.log.say("the supervisor and the worker of the new chain have died: the device ends".into());
+                exit(1);
+            }
             match start_supervisor(core, kept, retired) {
                 // It starts a worker for the chain that is on disk.
                 Ok(_) if retired.is_none() => exit(1),
@@ -432,63 +450,9 @@ impl Link {
     }
 }
 
-/// The lock that decides who starts a supervisor; none: the successor has it.
-fn arbiter(kept: &Kept, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<File>> {
-    let Some(top) = swap.levels.last() else { bail!(Protocol, "a change to a chain without images") };
-    let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
-    let fd = match top.from {
-        Some(level) => kept.levels().get(level),
-        None => new.checked_sub(1).and_then(|last| fds.get(last)),
-    };
-    let Some(fd) = fd else { bail!(Protocol, "the top of the new chain was not sent") };
-    let (file, _) = reopen(fd, Access::default()).ctx(Kind::Open, || format!("{}", top.name.path.display()))?;
-    match calm::flock_exclusive(&file, false) {
-        Ok(()) => Ok(Some(file)),
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
-        Err(e) => Err(e).ctx(Kind::Lock, || format!("{}", top.name.path.display())),
-    }
-}
-
-/// Another supervisor lives than the one that is gone, with another worker: it writes that down before it changes
-/// anything.
-fn succeeded(device: &str, gone: ProcessId) -> bool {
-    let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
-    record.is_some_and(|r| {
-        r.supervisor != gone && r.worker.pid != std::process::id() as i32 && runtime::alive(r.supervisor)
-    })
-}
-
 /// Draws a step out, for tests.
 pub fn pause(milliseconds: u64) {
     if milliseconds > 0 {
         std::thread::sleep(Duration::from_millis(milliseconds));
     }
-}
-
-/// The starter ends as soon as the supervisor runs, so that this is no child of ours that somebody has to wait for.
-fn start_supervisor(core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd])>) -> Result<OwnedFd> {
-    let (mine, theirs) = frame::pair()?;
-    let binary = kept.binary().as_raw_fd();
-    Command::new(format!("/proc/self/fd/{binary}"))
-        .arg0("ploop-server")
-        .arg("adopt")
-        .env_clear()
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .ctx(Kind::Sys, || "cannot start the server's program")?;
-    let start = WorkerStart {
-        takeover: true,
-        succeed: None,
-        retired: retired.map(|(swap, _)| swap.clone()),
-        yielded: *locked(&core.yielded),
-        finish: kept.start.finish.filter(|_| locked(&core.finished).is_none()),
-        ..kept.start.clone()
-    };
-    let mut fds = kept.fds();
-    fds.extend(retired.iter().flat_map(|(_, fds)| fds.iter().map(AsFd::as_fd)));
-    fds.extend(kept.merge_fds());
-    frame::send_within(&mine, &ToWorker::Start(start), &fds, SAY_LIMIT)?;
-    Ok(mine)
 }

@@ -67,6 +67,11 @@ impl BufId {
         usize::from(self.0) < BIGS
     }
 
+    /// Which of the extra ones it is.
+    fn extra_number(self) -> Option<usize> {
+        self.is_extra().then(|| usize::from(self.0) - BIGS - SMALLS)
+    }
+
     fn extra(n: usize) -> BufId {
         BufId((BIGS + SMALLS + n) as u16)
     }
@@ -84,9 +89,20 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Maps and populates everything for so many I/O threads.
-    pub fn new(threads: usize) -> io::Result<Memory> {
-        Ok(Memory { arena: Arena::leak(at_extras(threads), EXTRAS * BIG)?, threads })
+    /// Maps and populates everything for so many I/O threads; `shared`: where a successor finds it.
+    pub fn new(threads: usize, shared: bool) -> io::Result<Memory> {
+        let make = if shared { Arena::leak_shared } else { Arena::leak };
+        Ok(Memory { arena: make(at_extras(threads), EXTRAS * BIG)?, threads })
+    }
+
+    /// Numbers that are the same where every buffer lies at the same place.
+    pub fn shape(&self) -> [u64; 6] {
+        [REQUESTS, BIGS, SMALLS, SMALL, self.arena.bytes(), at_extras(self.threads)].map(|n| n as u64)
+    }
+
+    /// Bytes that fit into a buffer; there may be none, or none of that number.
+    pub fn room(&self, id: BufId) -> usize {
+        if usize::from(id.0) < BIGS + SMALLS + EXTRAS { self.buffer(id).len } else { 0 }
     }
 
     pub fn buffer(&self, id: BufId) -> Span {
@@ -250,6 +266,23 @@ impl Common {
         }
     }
 
+    /// Takes this request number, and this buffer if it is one; false: somebody has them.
+    pub fn take(&self, memory: &Memory, buf: BufId, request: u32) -> io::Result<bool> {
+        while buf.extra_number().is_some_and(|n| n >= self.extras.load(Relaxed)) {
+            self.grow(memory)?;
+        }
+        let mut all = locked(&self.stash);
+        let Some(request) = all.requests.iter().position(|r| *r == request) else { return Ok(false) };
+        if buf != BufId::NONE {
+            let free = if buf.is_big() || buf.is_extra() { &mut all.bigs } else { &mut all.smalls };
+            let Some(at) = free.iter().position(|b| *b == buf) else { return Ok(false) };
+            // The order stays: the low ones are used most.
+            free.remove(at);
+        }
+        all.requests.remove(request);
+        Ok(true)
+    }
+
     /// For threads without a stash.
     pub fn give(&self, buf: BufId, request: u32) {
         locked(&self.stash).give(buf, request);
@@ -275,7 +308,7 @@ mod tests {
 
     #[test]
     fn buffers_do_not_overlap() {
-        let m = Memory::new(2).unwrap();
+        let m = Memory::new(2, false).unwrap();
         let mut all: Vec<Span> = (0..BIGS + SMALLS).map(|i| m.buffer(BufId(i as u16))).collect();
         all.extend((0..BOUNCES).map(|i| m.bounce(BounceId(i as u16))));
         all.extend(m.pages(0));
@@ -292,7 +325,7 @@ mod tests {
 
     #[test]
     fn extra_buffers_come_and_go() {
-        let m = Memory::new(2).unwrap();
+        let m = Memory::new(2, false).unwrap();
         let common = Common::new();
         let mut mine = common.share();
         let mut held = Vec::new();

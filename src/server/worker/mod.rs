@@ -5,6 +5,7 @@
 //! thread talks to the supervisor ([`link`]) and tells the engine the time.
 #![forbid(unsafe_code)]
 
+mod admit;
 mod blocking;
 pub mod commit;
 mod core;
@@ -16,8 +17,10 @@ mod link;
 mod log;
 mod memory;
 mod merge;
+mod orphan;
 mod queue;
 mod setup;
+mod slots;
 
 use std::os::fd::AsFd;
 use std::process::{abort, exit};
@@ -74,7 +77,7 @@ pub fn worker_main() -> ! {
         false => None,
         true => {
             // Without it the reason is told when it is wanted.
-            let memory = setup::get_memory().ok();
+            let memory = setup::get_memory(kept).ok();
             if link.say(&FromWorker::Prepared).is_err() || !link.await_go() {
                 exit(0);
             }
@@ -145,10 +148,13 @@ fn start(
         link::pause(succeed.linger);
         process::die_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
     }
-    // Requests that a worker before has read and not answered have to be sent again.
+    // Requests that a worker before has read and not answered have to be sent again, or found in its slots.
     let resend = kept.start.takeover || succeed.is_some();
-    match thread("log", move || sink.run()).and_then(|()| start_threads(core, resend)) {
-        Ok(()) => Ok((core, chain, ready, no_merge)),
+    match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, kept.start.token, resend)) {
+        Ok(()) => {
+            link::pause(succeed.map_or(0, |s| s.linger));
+            Ok((core, chain, ready, no_merge))
+        }
         Err(e) => {
             // Nobody has used the device yet: the mark goes again.
             if core.writable && !resend {
@@ -184,10 +190,14 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// Starts all threads. When this returns they serve.
-fn start_threads(core: &'static Core, resend: bool) -> Result<()> {
+fn start_threads(link: &Link, core: &'static Core, token: u64, resend: bool) -> Result<()> {
     thread("sync", || blocking::sync_thread(core))?;
     thread("aux", || blocking::aux_thread(core))?;
-    if resend {
+    if let Some(table) = &core.table {
+        link.hand_over(table)?;
+        core.shm.set_reading(token);
+        slots::replay(core, table);
+    } else if resend {
         // Before the first read: requests read by ourselves would come back to us, too.
         fuse::resend(core.fuse.as_fd())
             .ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;

@@ -22,6 +22,7 @@ use crate::units::ClusterSize;
 
 use super::core::{Core, Parts, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
+use super::slots::{self, Left, Table};
 use super::{commit, levels, link, locked, log};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
@@ -40,6 +41,8 @@ pub struct Kept {
     commit: Mutex<Vec<OwnedFd>>,
     /// The same of the commit that follows a merge.
     merge: Vec<OwnedFd>,
+    /// The slots of the worker before, if it left some.
+    slots: Mutex<Vec<OwnedFd>>,
 }
 
 const FUSE: usize = 0;
@@ -50,6 +53,7 @@ const FIRST_LEVEL: usize = 5;
 
 impl Kept {
     pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Kept> {
+        let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
         let first = FIRST_LEVEL + start.attach.levels.len();
         let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
         let commit = if commit { 2..=3 } else { 0..=0 };
@@ -65,7 +69,7 @@ impl Kept {
         }
         let merge = fds.split_off(fds.len() - start.merge_fds);
         let commit = Mutex::new(fds.split_off(first));
-        Ok(Kept { start, fds, commit, merge })
+        Ok(Kept { start, fds, commit, merge, slots: Mutex::new(slots) })
     }
 
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
@@ -101,8 +105,8 @@ pub struct Worker {
 }
 
 /// Gets the memory for I/O, which takes longer than all the rest.
-pub fn get_memory() -> Result<Memory> {
-    let memory = Memory::new(THREADS).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+pub fn get_memory(kept: &Kept) -> Result<Memory> {
+    let memory = Memory::new(THREADS, kept.start.fuse.slots()).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
     // Said where there is a log.
     let _ = calm::lock_memory();
     Ok(memory)
@@ -159,7 +163,13 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         ..OpenOptions::default()
     };
     // Before the chain is opened: that marks the image.
-    let memory = memory.map_or_else(get_memory, Ok)?;
+    let memory = memory.map_or_else(|| get_memory(kept), Ok)?;
+    let table = match kept.start.fuse.slots() {
+        true => Some(Table::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?),
+        false => None,
+    };
+    let left = std::mem::take(&mut *locked(&kept.slots));
+    let left = if left.is_empty() { None } else { Some(Left::open(left, &memory)?) };
     let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let linger = succeed.map_or(0, |s| s.linger);
     link::pause(linger);
@@ -225,6 +235,7 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
     let core = Core::new(Parts {
         fuse,
         memory,
+        table,
         engine,
         levels: files,
         device_bytes: chain.device_bytes,
@@ -236,6 +247,9 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         yielded: kept.start.yielded,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
+    if let Some(left) = left {
+        slots::adopt(&core, &left)?;
+    }
     // Not permitted: the device works, but not under memory pressure that it causes itself.
     if let Err(e) = calm::lock_memory() {
         core.log.say(format!("memory is not locked: {e}"));
