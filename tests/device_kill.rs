@@ -9,9 +9,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use device_common::load::{Load, check_lanes, slay};
 use device_common::*;
 use ploop::Kind;
 use ploop::device::{self, State};
+use ploop::server::proto::ProcessId;
 use ploop::server::runtime;
 
 /// Rewrites blocks and reads them back until told to stop; returns how many it wrote.
@@ -40,8 +42,19 @@ fn writer(node: &Path, lane: u64, stop: &Arc<AtomicBool>) -> std::thread::JoinHa
 #[test]
 fn worker_killed_under_load() {
     let Some(t) = Bench::new("worker_killed_under_load") else { return };
+    kill_workers(&t);
+}
+
+#[test]
+fn worker_killed_under_load_with_slots() {
+    let Some(t) = Bench::with_slots("worker_killed_under_load_with_slots") else { return };
+    kill_workers(&t);
+}
+
+fn kill_workers(t: &Bench) {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
+    assert!(!t.slots || device.record.slots);
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3).map(|lane| writer(device.node(), lane, &stop)).collect();
     let mut worker = device.record.worker;
@@ -64,9 +77,66 @@ fn worker_killed_under_load() {
     t.sound(&image);
 }
 
+/// The worker that a supervisor has started, this one aside.
+fn next_worker(supervisor: ProcessId, but: ProcessId) -> Option<ProcessId> {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", supervisor.pid)).ok()?;
+    let others = children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid != but.pid);
+    let workers =
+        others.filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0worker\0")));
+    workers.filter_map(runtime::process).find(|id| runtime::alive(*id))
+}
+
+/// Whoever takes over dies, too, somewhere on the way.
+#[test]
+fn successors_killed_with_slots() {
+    let Some(t) = Bench::with_slots("successors_killed_with_slots") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let load = Load::start(device.node());
+    let rounds = match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 150,
+        Ok("ci") => 12,
+        _ => 40,
+    };
+    let supervisor = device.record.supervisor;
+    let mut worker = device.record.worker;
+    for round in 0..rounds {
+        pause(20 + 13 * (round % 4));
+        slay(worker);
+        // More deaths in a row would only make the supervisor wait longer.
+        for death in 0..3 {
+            worker = busy_within("a successor", || next_worker(supervisor, worker));
+            std::thread::sleep(std::time::Duration::from_micros((round * 7919 + death * 10_007) % 30_000));
+            slay(worker);
+        }
+        let last = worker;
+        worker = within(20, "another worker", || {
+            let r = record(device.name());
+            (r.worker != last && runtime::alive(r.worker)).then_some(r.worker)
+        });
+    }
+    let lanes = load.end();
+    check_lanes(device.node(), &lanes);
+    println!("{} kills", rounds * 4);
+    assert_eq!(record(device.name()).supervisor, supervisor);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+    t.sound(&image);
+}
+
 #[test]
 fn supervisor_killed_alone() {
     let Some(t) = Bench::new("supervisor_killed_alone") else { return };
+    kill_supervisors(&t);
+}
+
+#[test]
+fn supervisor_killed_alone_with_slots() {
+    let Some(t) = Bench::with_slots("supervisor_killed_alone_with_slots") else { return };
+    kill_supervisors(&t);
+}
+
+fn kill_supervisors(t: &Bench) {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
@@ -87,6 +157,7 @@ fn supervisor_killed_alone() {
     // The new one can do what the old one could: replace a worker, follow the nodes, end the device.
     kill(found.record.worker);
     within(20, "another worker", || Some(record(device.name()).worker).filter(|w| *w != found.record.worker));
+    pause(100);
     stop.store(true, Ordering::Relaxed);
     writing.join().unwrap().unwrap();
     device::detach(device.name()).unwrap();

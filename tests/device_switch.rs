@@ -6,6 +6,8 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use device_common::load::*;
@@ -22,6 +24,16 @@ use ploop::units::ClusterSize;
 #[test]
 fn a_chain_grows_under_load() {
     let Some(t) = Bench::new("a_chain_grows_under_load") else { return };
+    grow(&t);
+}
+
+#[test]
+fn a_chain_grows_under_load_with_slots() {
+    let Some(t) = Bench::with_slots("a_chain_grows_under_load_with_slots") else { return };
+    grow(&t);
+}
+
+fn grow(t: &Bench) {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
     let load = Load::start(device.node());
@@ -29,7 +41,7 @@ fn a_chain_grows_under_load() {
     let mut pauses = Vec::new();
     for i in 0..8 {
         pause(60 + 31 * i);
-        let path = new_delta(&t, &files[0], &format!("d{i}"));
+        let path = new_delta(t, &files[0], &format!("d{i}"));
         let running = now(&device);
         let start = Instant::now();
         let mut served = None;
@@ -56,13 +68,13 @@ fn a_chain_grows_under_load() {
     println!("{} changes of the chain, asked for until served: {pauses:?}", pauses.len());
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);
-    let again = attach_chain(&t, &files, Marked::Refuse);
+    let again = attach_chain(t, &files, Marked::Refuse);
     check_lanes(again.node(), &lanes);
     // The way back: the same chain without a level below, which holds nothing that is not above it, cannot be told from
     // here; but a chain that is not running is refused.
     let mut stale = now(&again);
     stale.record.ids[0].1 += 1;
-    let path = new_delta(&t, &files[0], "never");
+    let path = new_delta(t, &files[0], "never");
     let spec = SwitchSpec { levels: with_new_top(&stale, &path), commit: None, linger: 0 };
     let e = device::switch(&stale, &spec, &mut |_| panic!("served")).unwrap_err();
     assert_eq!(e.kind(), Kind::Param, "{e}");
@@ -73,6 +85,16 @@ fn a_chain_grows_under_load() {
 #[test]
 fn reload_under_load() {
     let Some(t) = Bench::new("reload_under_load") else { return };
+    reload(&t);
+}
+
+#[test]
+fn reload_under_load_with_slots() {
+    let Some(t) = Bench::with_slots("reload_under_load_with_slots") else { return };
+    reload(&t);
+}
+
+fn reload(t: &Bench) {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
     let load = Load::start(device.node());
@@ -160,24 +182,42 @@ enum Victim {
 #[test]
 fn killed_at_each_step() {
     let Some(t) = Bench::new("killed_at_each_step") else { return };
+    use Victim::*;
+    let step = match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 10,
+        Ok("ci") => 80,
+        _ => 40,
+    };
+    kill_at_each_step(&t, &[Worker, Successor, Supervisor, SupervisorAndSuccessor, Caller], step);
+}
+
+/// With both of the new chain the requests that they had end: see below.
+#[test]
+fn killed_at_each_step_with_slots() {
+    let Some(t) = Bench::with_slots("killed_at_each_step_with_slots") else { return };
+    use Victim::*;
+    let step = match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 10,
+        Ok("ci") => 120,
+        _ => 60,
+    };
+    kill_at_each_step(&t, &[Worker, Successor, Supervisor, Caller], step);
+}
+
+fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
+    use Victim::*;
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
     let load = Load::start(device.node());
     let mut files = vec![image.clone()];
     let dd = t.dir.path().join("dd");
     fs::write(&dd, "0").unwrap();
-    let step = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 10,
-        Ok("ci") => 80,
-        _ => 40,
-    };
     let (mut made, mut refused, mut kills, mut late) = (0, 0, 0, 0);
-    use Victim::*;
-    for victim in [Worker, Successor, Supervisor, SupervisorAndSuccessor, Caller] {
+    for victim in victims.iter().copied() {
         for offset in (5..480).step_by(step) {
             let before = settled(device.name());
             let running = now(&device);
-            let path = new_delta(&t, &files[0], &format!("d-{victim:?}-{offset}"));
+            let path = new_delta(t, &files[0], &format!("d-{victim:?}-{offset}"));
             let tmp = t.dir.path().join("dd.tmp");
             fs::write(&tmp, path.to_str().unwrap()).unwrap();
             let commit = CommitFile::open(&tmp, &dd).unwrap();
@@ -253,10 +293,67 @@ fn killed_at_each_step() {
     for file in &files {
         t.sound_delta(file);
     }
-    let again = attach_chain(&t, &files, Marked::Refuse);
+    let again = attach_chain(t, &files, Marked::Refuse);
     check_lanes(again.node(), &lanes);
     device::detach(again.name()).unwrap();
     t.assert_gone(&again);
+}
+
+/// The supervisor and the worker of the new chain die at once. Until that worker served, the retired one has another
+/// supervisor go on; after that the requests that it had read are lost with both, so the device ends, and nobody waits
+/// for ever.
+#[test]
+fn both_of_the_new_chain_killed_with_slots() {
+    let Some(t) = Bench::with_slots("both_of_the_new_chain_killed_with_slots") else { return };
+    let step = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 10 } else { 40 };
+    let (mut dead, mut alive) = (0, 0);
+    for offset in (5..500).step_by(step) {
+        let image = t.image(&format!("a{offset}.hdd"), "64M");
+        let device = t.attach(&image).unwrap();
+        let before = settled(device.name());
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers: Vec<_> = (0..LANES).map(|lane| writer(device.node(), lane, &stop)).collect();
+        let path = new_delta(&t, &image, &format!("d{offset}"));
+        let mut retired = false;
+        let spec = SwitchSpec { levels: with_new_top(&device, &path), commit: None, linger: 60 };
+        std::thread::scope(|s| {
+            let asked = s.spawn(|| device::switch(&device, &spec, &mut |_| {}));
+            pause(offset as u64);
+            let next = successor(before.supervisor, before.worker);
+            slay(before.supervisor);
+            next.into_iter().for_each(slay);
+            retired = runtime::alive(before.worker);
+            let _ = asked.join().unwrap();
+        });
+        let state = within(30, "an end", || {
+            let d = device::by_node(device.name()).unwrap()?;
+            let settled = d.record.supervisor != before.supervisor && runtime::alive(d.record.worker);
+            (d.state == State::Dead || d.state == State::Running && settled).then_some(d.state)
+        });
+        stop.store(true, Ordering::Relaxed);
+        let results: Vec<_> = writers.into_iter().map(|w| w.join().unwrap()).collect();
+        println!("killed after {offset} ms, the retired worker there: {retired}: {state:?}");
+        let running = now(&device);
+        match state {
+            State::Dead => {
+                dead += u32::from(retired);
+                assert!(results.iter().all(Result::is_err));
+                device::clean(device.name()).unwrap();
+            }
+            _ => {
+                alive += 1;
+                let lanes: Vec<_> = results.into_iter().map(Result::unwrap).collect();
+                check_lanes(device.node(), &lanes);
+                device::detach(device.name()).unwrap();
+            }
+        }
+        t.assert_gone(&running);
+        let again = attach_chain(&t, &[image, path], Marked::Recover);
+        device::detach(again.name()).unwrap();
+        t.assert_gone(&again);
+    }
+    println!("{alive} devices went on, {dead} were ended");
+    assert!(alive > 0);
 }
 
 /// Asks for a change and dies before the answer.
