@@ -45,6 +45,7 @@ pub fn machine() -> Vec<Finding> {
     all.push(node("loop devices", "/dev/loop-control", "loop", "c 10 237"));
     all.push(server());
     all.push(good("driver", format!("{} (a FUSE file behind a loop device)", super::mount::DRIVER)));
+    all.push(takeover());
     all.push(program("mke2fs", "making file systems", "e2fsprogs", Grade::Missing));
     all.push(program("fsck.ext4", "checking file systems (mount -F)", "e2fsprogs", Grade::Warning));
     all.extend(request_timeouts());
@@ -56,6 +57,29 @@ fn kernel() -> Finding {
         Ok(u) => good("kernel", format!("Linux {}", u.release().to_string_lossy())),
         Err(e) => bad(Grade::Warning, "kernel", format!("uname: {e}"), "look at the kernel's log"),
     }
+}
+
+/// How requests survive a killed server. The kernel tells it with the first mount; till then its version has to do.
+fn takeover() -> Finding {
+    let wanted = match super::mount::slots_wanted() {
+        Ok(wanted) => wanted,
+        Err(e) => return bad(Grade::Warning, "takeover", e.to_string(), "unset PLOOP_TAKEOVER"),
+    };
+    let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    good(
+        "takeover",
+        match (wanted, resends(&release)) {
+            (true, _) => "requests of a killed server are kept in slots, as $PLOOP_TAKEOVER asks",
+            (false, true) => "the kernel sends the requests of a killed server again",
+            (false, false) => "requests of a killed server are kept in slots (Linux 6.9 and later send them again)",
+        },
+    )
+}
+
+/// Whether a kernel of this release can; unless somebody has taken it out, or into an older one.
+fn resends(release: &str) -> bool {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    (parts.next(), parts.next()) >= (Some(6), Some(9))
 }
 
 /// CAP_SYS_ADMIN in the effective set.
@@ -185,4 +209,21 @@ fn one(d: &Device) -> Finding {
     };
     let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };
     bad(grade, &subject, of, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn kernels_that_send_requests_again() {
+        for (release, can) in [
+            ("6.18.44-fc", true),
+            ("6.9.0-rc1", true),
+            ("7.0", true),
+            ("6.8.0-31-generic", false),
+            ("5.14.0-427.el9", false),
+        ] {
+            assert_eq!(super::resends(release), can, "{release}");
+        }
+        assert!(!super::resends(""));
+    }
 }
