@@ -171,6 +171,14 @@ fn images(storage: &Element, dir: &Path) -> Result<(Vec<Image>, bool)> {
         if file.contains('\0') {
             bail!(DiskDescr, "element File of image {guid} holds a zero byte");
         }
+        if file.len() >= libc::PATH_MAX as usize {
+            bail!(
+                DiskDescr,
+                "element File of image {guid} has {} bytes: less than {} can be a path",
+                file.len(),
+                libc::PATH_MAX
+            );
+        }
         // Absolute ones replace the folder.
         images.push(Image { guid, file: join(dir, file) });
     }

@@ -9,6 +9,8 @@ use crate::error::{Error, Kind, Result};
 
 const MAX_DEPTH: usize = 16;
 const MAX_ELEMENTS: usize = 100_000;
+/// Characters of a message about what was found.
+const MAX_MESSAGE: usize = 200;
 
 /// An element: local name, text, children.
 #[derive(Debug, Default)]
@@ -25,7 +27,9 @@ impl Element {
     }
 }
 
+/// The parser's own messages repeat what they found, however long it is.
 fn broken(at: u64, why: impl std::fmt::Display) -> Error {
+    let why: String = why.to_string().chars().take(MAX_MESSAGE).collect();
     Error::new(Kind::DiskDescr, format!("XML is broken at byte {at}: {why}"))
 }
 

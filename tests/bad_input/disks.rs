@@ -191,6 +191,20 @@ pub const ROWS: &[Row] = &[
     row("entities of entities", laughs, MOUNT, 23, &[DD, "document type"]),
     row("an entity of nobody", |d| replaced(d, ">f<", ">&xxe;<"), MOUNT, 23, &[DD, "entity 'xxe'"]),
     row("a zero byte in a name", |d| replaced(d, ">f<", ">f&#0;g<"), MOUNT, 23, &[DD]),
+    row(
+        "a name of 200,000 bytes",
+        |d| replaced(d, ">f<", &format!(">{}<", "f".repeat(200_000))),
+        MOUNT,
+        23,
+        &[DD, "200000 bytes", "4096"],
+    ),
+    row(
+        "an element's name of 200,000 bytes",
+        |d| replaced(d, "<Padding>", &format!("<{}>", "p".repeat(200_000))),
+        MOUNT,
+        23,
+        &[DD, "XML is broken at byte"],
+    ),
     row("elements 1,000 deep", |d| deep(d, 1000), MOUNT, 23, &[DD, "16 levels"]),
     row(
         "200,000 elements",

@@ -114,6 +114,10 @@ fn judge(row: &Row) -> Result<(), String> {
             wrong.push(format!("does not say {word:?}"));
         }
     }
+    if text.len() > 4000 + 4 * folder.as_os_str().len() {
+        wrong.push(format!("{} bytes of message", text.len()));
+        return Err(format!("{}: {}", row.name, wrong.join("; ")));
+    }
     if contents(&folder) != before {
         wrong.push("files changed".into());
     }

@@ -127,6 +127,11 @@ impl Rig {
         Rig { file: file.into(), attach, fds, session, slots: Vec::new(), worker: None, ready: None }
     }
 
+    /// Requests are kept in slots: the test wants it so, or the kernel cannot give them out again.
+    pub fn keeps_slots(&self) -> bool {
+        self.session.slots()
+    }
+
     /// Where a new supervisor of the test's leaves its report.
     pub fn report_to(&mut self, path: &Path) {
         self.attach.descriptor = Some(path.into());

@@ -13,7 +13,7 @@ use ploop::server::proto::{FromWorker, ToWorker};
 use ploop::sys::aligned::AlignedBuf;
 
 use super::load::{self, Random, Region};
-use super::rig::{Options, Rig, SLOTS, make_image};
+use super::rig::{Options, Rig, make_image};
 
 type Scene = fn(&Path);
 
@@ -195,13 +195,14 @@ fn new_supervisor(dir: &Path) {
     let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());
     rig.report_to(&report);
     rig.serve(false);
+    let slots = rig.keeps_slots();
     let mut child = rig.abandon();
     let end = Instant::now() + Duration::from_secs(10);
     while !report.exists() && Instant::now() < end {
         thread::sleep(Duration::from_millis(20));
     }
     let text = std::fs::read_to_string(&report).unwrap();
-    let count = if SLOTS.load(Ordering::Relaxed) { 8 } else { 6 };
+    let count = if slots { 8 } else { 6 };
     let wanted = format!("{count} descriptors, takeover true: [Flushed {{ error: None }}, Closed {{ error: None }}]");
     assert_eq!(text, wanted);
     assert!(child.wait().unwrap().success());
