@@ -20,6 +20,9 @@ GROUP_LIMIT = 900
 # The full counts take hours, one of them for the fuzzers.
 CARGO_LIMIT = devlib.pick(3600, 14400)
 
+# Scripts beside the groups that are run by name only.
+SLOW = ("chroot", "oldkernel")
+
 
 class Runner:
     def __init__(self, keep, shared):
@@ -174,14 +177,14 @@ def tests():
         for line in r.stdout.splitlines():
             case, seconds = line.split()
             out.append((f"{stem}.{case}", "device", (p, case, int(seconds))))
-    out.append(("chroot", "chroot", ()))
+    out += [(name, name, ()) for name in SLOW]
     return out
 
 
 def wanted(test, names):
     name, kind, _ = test
     if not names:
-        return kind != "chroot"
+        return kind not in SLOW
     group = {"group": "groups", "device": "devices"}.get(kind, kind)
     return any(n == group or name == n or name.startswith(n + ".") or (name.startswith(n) and n not in ("c",)) for n in names)
 
@@ -221,7 +224,7 @@ def main():
             elif kind == "device":
                 runner.device(name, *args)
             else:
-                rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, "capi-tests/chroot.sh")], 3600)
+                rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, f"capi-tests/{name}.sh")], 3600)
                 runner.after(name, rc)
                 runner.note(name, rc, seconds, True)
             stages[kind] = stages.get(kind, 0) + time.monotonic() - t
