@@ -16,7 +16,7 @@ from snaptree import NONE, TOP, Disk, Tree  # noqa: E402
 
 BUSY, FALLOCATE, WRITE = 17, 20, 7
 CRASH = -11
-A, B, C, UNKNOWN = ("{aaaaaaaa-0000-4000-8000-00000000000%d}" % n for n in range(4))
+A, B, C, D, UNKNOWN = ("{aaaaaaaa-0000-4000-8000-00000000000%d}" % n for n in range(5))
 
 
 def classic(*args, rc=0):
@@ -159,6 +159,20 @@ def case_differences(t):
         check(tuple(answers) == (ours, theirs), f"{scene.__name__}: ours and 1.15 answer {answers}, wanted {(ours, theirs)}\n{r.text}")
         log(f"{scene.__name__}: {ours}, 1.15 {theirs}: {(scene.__doc__ or '').strip()}")
     log(f"RESULT: {len(DIFFERENCES)} differences")
+
+
+def case_left_by_a_switch(t):
+    """Of two deleted snapshots one has to stay for several others, and the last sibling at the other goes by a switch: the
+    next deletion swallows that one; 1.15 looks at the first one only."""
+    for name, tool, swallowed in (("ours", ploop, True), ("theirs", classic, False)):
+        d = disk(t.path(name), (A, B))
+        for words in (["snapshot", "-u", C], ["snapshot-switch", "-u", A], ["snapshot", "-u", D], ["snapshot-delete", "-u", A],
+                      ["snapshot-switch", "-u", B], ["snapshot-delete", "-u", B], ["snapshot-switch", "-u", C],
+                      ["snapshot-delete", "-u", TOP]):
+            tool(*words, d.dd, rc=0)
+        want = {A: NONE, D: A, TOP: A} if swallowed else {A: NONE, B: A, D: A, TOP: B}
+        found = dict(Tree(d.dd).parents)
+        check(found == want, f"{name}: {found}, wanted {want}")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
