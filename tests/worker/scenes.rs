@@ -356,8 +356,12 @@ fn kills_with_large_sectors(dir: &Path) {
 }
 
 pub fn kill_count() -> u32 {
-    let full = std::env::var("PLOOP_TEST").as_deref() == Ok("full");
-    std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(if full { 150 } else { 25 })
+    let usual = match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => 150,
+        Ok("ci") => 12,
+        _ => 25,
+    };
+    std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(usual)
 }
 
 fn kills(dir: &Path) {
