@@ -184,7 +184,7 @@ fn killed_at_each_step() {
     let Some(t) = Bench::new("killed_at_each_step") else { return };
     use Victim::*;
     let step = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 10,
+        Ok("full") => 20,
         Ok("ci") => 80,
         _ => 40,
     };
@@ -197,7 +197,7 @@ fn killed_at_each_step_with_slots() {
     let Some(t) = Bench::with_slots("killed_at_each_step_with_slots") else { return };
     use Victim::*;
     let step = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 10,
+        Ok("full") => 20,
         Ok("ci") => 120,
         _ => 60,
     };
@@ -278,7 +278,7 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
                 false => refused += 1,
             }
             assert_eq!(after.diskseq, device.record.diskseq);
-            if files.len() > 60 {
+            if files.len() > 120 {
                 break;
             }
         }
