@@ -237,17 +237,6 @@ fn helpers(supervisor: ProcessId) -> Vec<ProcessId> {
     text.split_whitespace().filter_map(|p| p.parse().ok()).filter(is_helper).filter_map(runtime::process).collect()
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 33) % n
-    }
-}
-
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|n| n.parse().ok())
 }
@@ -255,14 +244,10 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn killed_at_any_time() {
     let Some(disk) = Disk::new("killed_at_any_time") else { return };
-    let lives = number("LIVES").unwrap_or(match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 800,
-        Ok("ci") => 40,
-        _ => 20,
-    });
+    let lives = number("LIVES").unwrap_or(count(40, 20, 800));
     let seed = number("LIVES_SEED").unwrap_or(u64::from(std::process::id()));
     println!("LIVES_SEED={seed}");
-    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut random = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut lanes: Vec<Lane> = (0..LANES).map(Lane::new).collect();
     let (mut kills, mut failed, mut longest) = (0, 0, Duration::ZERO);
     use {Phase::*, Victim::*};

@@ -58,7 +58,7 @@ fn kill_workers(t: &Bench) {
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3).map(|lane| writer(device.node(), lane, &stop)).collect();
     let mut worker = device.record.worker;
-    let rounds = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 100 } else { 12 };
+    let rounds = count(12, 12, 100);
     for i in 0..rounds {
         pause(30 + 37 * (i % 5));
         kill(worker);
@@ -93,11 +93,7 @@ fn successors_killed_with_slots() {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
     let load = Load::start(device.node());
-    let rounds = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 150,
-        Ok("ci") => 12,
-        _ => 40,
-    };
+    let rounds = count(12, 40, 150);
     let supervisor = device.record.supervisor;
     let mut worker = device.record.worker;
     for round in 0..rounds {
@@ -272,7 +268,7 @@ fn starting(image: &Path) -> Option<ploop::server::proto::DeviceRecord> {
 fn killed_while_attaching() {
     let Some(t) = Bench::new("killed_while_attaching") else { return };
     let image = t.image("a.hdd", "64M");
-    let rounds = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 200 } else { 24 };
+    let rounds = count(24, 24, 200);
     let (mut failed, mut devices) = (0, 0);
     let mut seen = std::collections::BTreeSet::new();
     for round in 0..rounds {
@@ -334,7 +330,7 @@ fn killed_while_attaching() {
 #[test]
 fn worker_that_hangs_while_attaching() {
     let Some(t) = Bench::new("worker_that_hangs_while_attaching") else { return };
-    if !std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") {
+    if !count(false, false, true) {
         // The time limits of an attach are minutes.
         return;
     }

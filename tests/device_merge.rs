@@ -97,11 +97,7 @@ fn merged_under_load() {
 #[test]
 fn merged_whoever_dies() {
     let Some(t) = Bench::new("merged_whoever_dies") else { return };
-    let rounds = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 40,
-        Ok("ci") => 6,
-        _ => 12,
-    };
+    let rounds = count(6, 12, 40);
     let (mut files, device) = chain(&t, "64M");
     let load = Load::start(device.node());
     let (mut merged, mut refused) = (0, 0);

@@ -24,14 +24,6 @@ fn ploop() -> Command {
     Command::new(env!("CARGO_BIN_EXE_ploop"))
 }
 
-fn count(ci: usize, usual: usize, full: usize) -> usize {
-    match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => full,
-        Ok("ci") => ci,
-        _ => usual,
-    }
-}
-
 /// A disk with a file system, mounted; everything goes with the value.
 struct Disk {
     t: Bench,

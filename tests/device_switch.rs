@@ -183,11 +183,7 @@ enum Victim {
 fn killed_at_each_step() {
     let Some(t) = Bench::new("killed_at_each_step") else { return };
     use Victim::*;
-    let step = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 20,
-        Ok("ci") => 80,
-        _ => 40,
-    };
+    let step = count(80, 40, 20);
     kill_at_each_step(&t, &[Worker, Successor, Supervisor, SupervisorAndSuccessor, Caller], step);
 }
 
@@ -196,11 +192,7 @@ fn killed_at_each_step() {
 fn killed_at_each_step_with_slots() {
     let Some(t) = Bench::with_slots("killed_at_each_step_with_slots") else { return };
     use Victim::*;
-    let step = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 20,
-        Ok("ci") => 120,
-        _ => 60,
-    };
+    let step = count(120, 60, 20);
     kill_at_each_step(&t, &[Worker, Successor, Supervisor, Caller], step);
 }
 
@@ -305,7 +297,7 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
 #[test]
 fn both_of_the_new_chain_killed_with_slots() {
     let Some(t) = Bench::with_slots("both_of_the_new_chain_killed_with_slots") else { return };
-    let step = if std::env::var("PLOOP_TEST").is_ok_and(|v| v == "full") { 10 } else { 40 };
+    let step = count(40, 40, 10);
     let (mut dead, mut alive) = (0, 0);
     for offset in (5..500).step_by(step) {
         let image = t.image(&format!("a{offset}.hdd"), "64M");

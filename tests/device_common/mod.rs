@@ -124,6 +124,27 @@ impl Drop for Bench {
     }
 }
 
+/// A count: reduced in CI, usual, or full, by `$PLOOP_TEST`.
+pub fn count<T>(ci: T, usual: T, full: T) -> T {
+    match std::env::var("PLOOP_TEST").as_deref() {
+        Ok("full") => full,
+        Ok("ci") => ci,
+        _ => usual,
+    }
+}
+
+/// A small generator; the same seed, which must not be 0, makes the same choices.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) % n
+    }
+}
+
 pub fn pause(ms: u64) {
     std::thread::sleep(Duration::from_millis(ms));
 }

@@ -13,9 +13,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use crate::device_common::{Bench, output, pattern, run};
+use crate::device_common::{Bench, Rng, count, output, pattern, run};
 use crate::tape::{Event, Taped, play};
-use crate::{BLOCK, Rng, apply};
+use crate::{BLOCK, apply};
 use ploop::descriptor::Descriptor;
 use ploop::format::guid::Guid;
 use ploop::sys::aligned::AlignedBuf;
@@ -236,11 +236,7 @@ fn examine(host: &Host, story: &Story, mark: u64, what: &str) -> usize {
 #[test]
 fn online_operations_survive_the_hosts_power_cut() {
     let Some(t) = Bench::new("online_operations_survive_the_hosts_power_cut") else { return };
-    let cuts = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 150,
-        Ok("ci") => 12,
-        _ => 8,
-    };
+    let cuts = count(12, 8, 150);
     let mut rng = crate::seeded();
     let dir = t.dir.path().canonicalize().expect("folder");
     let mnt = dir.join("host");

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use device_common::{Bench, pattern, run};
+use device_common::{Bench, Rng, count, pattern, run};
 use ploop::chain::Marked;
 use ploop::device::{self, Device};
 use ploop::format::header::Version;
@@ -35,17 +35,6 @@ const BLOCK: u64 = 4096;
 const BAT: u64 = 64 << 10;
 /// Blocks of the file that is rewritten in place.
 const SLOTS: u64 = 512;
-
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
 
 /// Told, so that a run can be repeated.
 fn seeded() -> Rng {
@@ -251,11 +240,7 @@ fn examine(t: &Bench, image: &Path, dir: &Path, story: &Story, mark: u64, what: 
 #[test]
 fn what_was_synced_survives_a_power_cut() {
     let Some(t) = Bench::new("what_was_synced_survives_a_power_cut") else { return };
-    let cuts = match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 500,
-        Ok("ci") => 50,
-        _ => 20,
-    };
+    let cuts = count(50, 20, 500);
     let mut rng = seeded();
     let dir = t.dir.path().join("mnt");
     fs::create_dir(&dir).expect("mount point");
