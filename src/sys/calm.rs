@@ -25,13 +25,24 @@ pub fn lock_memory() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?)
 }
 
-/// One heap for all threads: each further one would cost locked memory.
+/// One heap for all threads, since each further one would cost locked memory; and what it got once it keeps.
 pub fn one_heap() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: sets a number in the allocator; called before other threads run.
+    // SAFETY: sets numbers in the allocator; called before other threads run.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        // Less than that is taken from the heap, and is there again for the next one.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
     }
+}
+
+/// Makes the heap have room for `bytes` more, so that it does not grow while the host is short of memory. Of use where
+/// [`one_heap`] was called and memory is locked.
+pub fn reserve_heap(bytes: usize) {
+    // More than one piece: a large one would get a mapping of its own.
+    let room: Vec<Vec<u8>> = (0..bytes.div_ceil(64 << 10)).map(|_| Vec::with_capacity(64 << 10)).collect();
+    std::hint::black_box(&room);
 }
 
 /// Signals that other programs, shells and service managers send to whole groups do not end this process.

@@ -43,7 +43,31 @@ impl Ring {
             }
             other => other?,
         };
-        Ok(Ring { ring, arena })
+        let mut ring = Ring { ring, arena };
+        ring.warm(entries)?;
+        Ok(ring)
+    }
+
+    /// Makes the kernel allocate its records of operations and start its thread for those that would block, both of
+    /// which it keeps, before the host is short of memory.
+    fn warm(&mut self, entries: u32) -> io::Result<()> {
+        // More threads would come and go. One is enough: it only starts the I/O, for nearly all kinds of files.
+        if let Err(e) = self.ring.submitter().register_iowq_max_workers(&mut [1, 1])
+            // Not known before 5.15.
+            && e.raw_os_error() != Some(libc::EINVAL)
+        {
+            return Err(e);
+        }
+        for n in 0..entries {
+            let flags = if n == 0 { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+            self.push(opcode::Nop::new().build().flags(flags))?;
+        }
+        let mut done = 0;
+        while done < entries as usize {
+            self.submit(1)?;
+            done += self.ring.completion().count();
+        }
+        Ok(())
     }
 
     fn push(&mut self, entry: squeue::Entry) -> io::Result<()> {

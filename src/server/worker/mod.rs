@@ -48,6 +48,9 @@ const SOCKET: i32 = 3;
 /// The stack of a thread; all of it is locked in memory.
 const STACK: usize = 256 << 10;
 
+/// Room in the heap beyond what the start took.
+const HEAP: usize = 2 << 20;
+
 /// A lock that a panicking thread cannot have left: a panic ends the process.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
@@ -152,6 +155,7 @@ fn start(
     let resend = kept.start.takeover || succeed.is_some();
     match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, kept.start.token, resend)) {
         Ok(()) => {
+            calm::reserve_heap(HEAP);
             link::pause(succeed.map_or(0, |s| s.linger));
             Ok((core, chain, ready, no_merge))
         }
