@@ -22,8 +22,8 @@ use ploop::units::ClusterSize;
 
 const PROCESSES: usize = 8;
 const CHILD: &str = "PLOOP_TEST_MANY";
-/// What one device is assumed to take when the number is chosen, in MiB.
-const EACH: usize = 48;
+/// What one device is assumed to take when the number is chosen, in MiB: what the servers take and the kernel for them.
+const EACH: usize = 36;
 
 /// Sizes in sectors: nine disks of ten have 10 GiB, the tenth 16 TiB.
 fn sectors(i: usize) -> u64 {
@@ -172,7 +172,7 @@ fn number() -> usize {
     let info = fs::read_to_string("/proc/meminfo").unwrap();
     let line = info.lines().find(|l| l.starts_with("MemAvailable:")).unwrap();
     let kib: usize = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    let fits = (kib / 1024 / 2 / EACH).max(PROCESSES);
+    let fits = (kib / 1024 * 5 / 6 / EACH).max(PROCESSES);
     if fits < wanted {
         println!("only {fits} of {wanted} devices: {} MiB of memory are available", kib / 1024);
     }
