@@ -19,6 +19,9 @@ use crate::server::merge_job::{self, MergeJob};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::process;
 
+/// Mount namespaces that are made for one action, our own [`abort`] for one, hold copies of all mounts so long at most.
+const MOMENT: Duration = Duration::from_secs(2);
+
 /// What a helper is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
@@ -206,10 +209,14 @@ fn clean(name: &str) -> Result<()> {
         let binding = Binding { backing: record.backing.clone(), rdev: record.rdev, diskseq: record.diskseq };
         if runtime::backing_is_ours(&record) {
             let numbers = mounts::numbers(&binding.backing, binding.rdev);
-            if let Some(point) = mounts::mounted_anywhere(&numbers) {
-                bail!(DevIoc, "{name} has lost its server and is still mounted at {point}; unmount it first");
+            let begin = Instant::now();
+            while let Some(at) = mounts::mounted_anywhere(&numbers) {
+                if at.elsewhere.is_none() || begin.elapsed() >= MOMENT {
+                    bail!(DevIoc, "{name} has lost its server and is still mounted at {at}; unmount it first");
+                }
+                std::thread::sleep(Duration::from_millis(20));
             }
-            let patience = Patience { busy: Duration::from_secs(5), mounted: Duration::ZERO };
+            let patience = Patience { busy: Duration::from_secs(5), mounted: MOMENT };
             loopdev::detach(&binding, patience, || {
                 remove_nodes(name, record.rdev);
                 Ok(())

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -11,20 +12,42 @@ use nix::sys::stat::makedev;
 use crate::server::partitions;
 use crate::server::runtime::parse_dev;
 
-/// Where a device with one of these numbers is mounted; `None`: nowhere. Octal escapes are not decoded.
-pub fn mounted_anywhere(rdevs: &[u64]) -> Option<String> {
-    let mut seen = BTreeSet::new();
+/// Where a device is mounted. Octal escapes are not decoded.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Mounted {
+    pub point: String,
+    /// A process in the mount namespace, unless that is ours.
+    pub elsewhere: Option<u32>,
+}
+
+impl fmt::Display for Mounted {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.point)?;
+        match self.elsewhere {
+            Some(pid) => write!(f, " in the mount namespace of process {pid}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a device with one of these numbers is mounted; `None`: nowhere.
+pub fn mounted_anywhere(rdevs: &[u64]) -> Option<Mounted> {
+    let own = fs::read_to_string("/proc/self/mountinfo").ok().and_then(|text| find(&text, rdevs));
+    if let Some(point) = own {
+        return Some(Mounted { point, elsewhere: None });
+    }
+    let mut seen: BTreeSet<u64> = fs::metadata("/proc/self/ns/mnt").iter().map(MetadataExt::ino).collect();
     let processes = fs::read_dir("/proc").ok()?;
     for entry in processes.flatten() {
         let process = entry.path();
-        // Process 1's namespace and ours come first only by chance: all are looked at, each once.
+        // Each namespace once.
         let Ok(ns) = fs::metadata(process.join("ns/mnt")) else { continue };
         if !seen.insert(ns.ino()) {
             continue;
         }
         let found = fs::read_to_string(process.join("mountinfo")).ok().and_then(|text| find(&text, rdevs));
-        if found.is_some() {
-            return found;
+        if let Some(point) = found {
+            return Some(Mounted { point, elsewhere: entry.file_name().to_str().and_then(|n| n.parse().ok()) });
         }
     }
     None
@@ -73,6 +96,8 @@ mod tests {
         assert_eq!(find(text, &[makedev(7, 10000)]), Some("/a\\040b".into()));
         assert_eq!(find(text, &[makedev(7, 1)]), None);
         assert!(mounted_anywhere(&[makedev(511, 3)]).is_none());
+        let there = Mounted { point: "/a".into(), elsewhere: Some(7) };
+        assert_eq!(there.to_string(), "/a in the mount namespace of process 7");
         assert!(anonymous_number(Path::new("/proc")).is_some());
     }
 }
