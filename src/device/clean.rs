@@ -68,11 +68,11 @@ fn tell(name: &str, command: &Command) -> Result<()> {
 pub fn clean(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     let _lock = lock::global()?;
-    clean_locked(&name)
+    clean_locked(&name, true)
 }
 
-fn clean_locked(name: &str) -> Result<()> {
-    let job = Job::Clean { name: name.into() };
+fn clean_locked(name: &str, wait: bool) -> Result<()> {
+    let job = Job::Clean { name: name.into(), wait };
     Helper::start(&spawn::find_server()?, &job)?.finish(CLEAN).map_err(|e: Error| e.context(format!("cleaning {name}")))
 }
 
@@ -84,8 +84,9 @@ pub(super) fn clean_dead() -> Result<()> {
     let _lock = lock::global()?;
     runtime::remove_unborn();
     for name in runtime::names()? {
-        if find::by_name(&name).is_ok_and(|d| d.is_some_and(|d| d.state == State::Dead)) {
-            let _ = clean_locked(&name);
+        if find::is_dead(&name) {
+            // Not waiting: there may be hundreds, mounted in their containers.
+            let _ = clean_locked(&name, false);
         }
     }
     Ok(())

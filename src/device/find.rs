@@ -22,37 +22,60 @@ const PARTITIONS: Duration = Duration::from_secs(3);
 
 /// All devices, by number, dead ones among them.
 pub fn list() -> Result<Vec<Device>> {
-    runtime::names()?.iter().filter_map(|name| by_name(name).transpose()).collect()
+    list_of(|_| true)
+}
+
+/// Those devices whose records `wanted` picks, by number. The others' supervisors are not asked how they are, which costs
+/// more than all the rest where there are many.
+pub fn list_of(wanted: impl Fn(&DeviceRecord) -> bool) -> Result<Vec<Device>> {
+    let mut found = Vec::new();
+    for name in runtime::names()? {
+        found.extend(record(&name)?.filter(&wanted).map(with_state));
+    }
+    Ok(found)
 }
 
 /// The device of this name; `None`: there is none.
 pub(super) fn by_name(name: &str) -> Result<Option<Device>> {
+    Ok(record(name)?.map(with_state))
+}
+
+/// Whether nobody serves the device of this name any more.
+pub(super) fn is_dead(name: &str) -> bool {
+    matches!(record(name), Ok(Some(record)) if !lives(&record))
+}
+
+fn with_state(record: DeviceRecord) -> Device {
+    let state = state(&record);
+    Device { record, state }
+}
+
+/// The record of the device of this name; `None`: there is no such device. A folder without a sound record gives one that
+/// names no process.
+fn record(name: &str) -> Result<Option<DeviceRecord>> {
     let dir = runtime::device_dir(name);
     match fs::symlink_metadata(&dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.ctx(Kind::Open, || format!("cannot look at {}", dir.display()))?,
     };
-    let record = match runtime::read_record(&dir) {
-        Ok(Some(record)) if record.name == name => record,
+    match runtime::read_record(&dir) {
+        Ok(Some(record)) if record.name == name => Ok(Some(record)),
         // Gone meanwhile.
-        _ if fs::symlink_metadata(&dir).is_err() => return Ok(None),
-        // A folder without a sound record serves nobody.
-        Ok(_) => {
-            let node = Path::new("/dev").join(name);
-            return Ok(Some(Device {
-                record: DeviceRecord { name: name.into(), node, ..Default::default() },
-                state: State::Dead,
-            }));
-        }
-        Err(e) => return Err(e),
-    };
-    let state = state(&dir, &record);
-    Ok(Some(Device { record, state }))
+        _ if fs::symlink_metadata(&dir).is_err() => Ok(None),
+        Ok(_) => Ok(Some(DeviceRecord { name: name.into(), node: Path::new("/dev").join(name), ..Default::default() })),
+        Err(e) => Err(e),
+    }
 }
 
-fn state(dir: &Path, record: &DeviceRecord) -> State {
-    let lives = runtime::alive(record.supervisor) || runtime::alive(record.worker) || control::has_listener(dir);
-    if record.boot != runtime::boot_id() || !lives {
+fn lives(record: &DeviceRecord) -> bool {
+    record.boot == runtime::boot_id()
+        && (runtime::alive(record.supervisor)
+            || runtime::alive(record.worker)
+            || control::has_listener(&runtime::device_dir(&record.name)))
+}
+
+fn state(record: &DeviceRecord) -> State {
+    if !lives(record) {
         return State::Dead;
     }
     match record.state.as_str() {
@@ -60,7 +83,7 @@ fn state(dir: &Path, record: &DeviceRecord) -> State {
         "stopped" => State::Stopped,
         "failed" => State::Failed,
         _ if !runtime::backing_is_ours(record) => State::Stopped,
-        _ => match control::ask(dir, &Command::Info, INFO) {
+        _ => match control::ask(&runtime::device_dir(&record.name), &Command::Info, INFO) {
             Ok((Answer::Info { failed: true, .. }, _)) => State::Failed,
             Ok((Answer::Info { no_space: true, .. }, _)) => State::NoSpace,
             // The supervisor may just have died; the device works without one.
@@ -117,9 +140,7 @@ pub fn by_base(base: &Path, component: Option<&str>) -> Result<Vec<Device>> {
         other => other.ctx(Kind::Fstat, || format!("cannot look at {}", base.display()))?,
     };
     let id = (meta.dev(), meta.ino());
-    let mut found = list()?;
-    found.retain(|d| d.record.ids.first() == Some(&id) && component.is_none_or(|c| c == d.component()));
-    Ok(found)
+    list_of(|r| r.ids.first() == Some(&id) && component.is_none_or(|c| c == r.component))
 }
 
 /// What to mount: `/dev/NAMEp1` if the disk has a GPT, else `/dev/NAME`. The node is made if this process's /dev lacks it.

@@ -13,7 +13,7 @@ mod switch;
 
 pub use attach::{AttachSpec, Level, attach};
 pub use clean::{abort, clean, detach, hold_for_space};
-pub use find::{by_base, by_node, list, mount_source};
+pub use find::{by_base, by_node, list, list_of, mount_source};
 pub use switch::{CommitFile, NewLevel, SwitchSpec, reload, switch, switch_prepared};
 
 use std::path::Path;

@@ -1,13 +1,12 @@
 //! Checking an image file, or a disk with all that its descriptor names.
 
-use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{find, online, orphans};
+use super::{deltas, find, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device;
@@ -136,24 +135,15 @@ fn tell(found: &CheckReport) {
 
 /// A server that writes to the file would be fooled by any change.
 fn refuse_attached(path: &Path) -> Result<()> {
-    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-    let id = (meta.dev(), meta.ino());
-    let devices = match device::list() {
-        // Who is not root may not be allowed to ask, and the lock below still tells.
-        Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
-        other => other.unwrap_or_default(),
-    };
-    for found in devices {
-        if found.state != device::State::Dead && found.record.ids.contains(&id) {
-            bail!(
-                InUse,
-                "{} is part of {}; unmount that first, or look without writing (-r)",
-                path.display(),
-                found.node().display()
-            );
-        }
+    match deltas::users(path)?.first() {
+        Some(device) => bail!(
+            InUse,
+            "{} is part of {}; unmount that first, or look without writing (-r)",
+            path.display(),
+            device.node().display()
+        ),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// The lock that a server holds on the image that it writes, also one of which our /run/ploop knows nothing.

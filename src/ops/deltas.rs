@@ -128,12 +128,12 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
 pub fn users(path: &Path) -> Result<Vec<Device>> {
     let Ok(meta) = fs::metadata(path) else { return Ok(Vec::new()) };
     let id = (meta.dev(), meta.ino());
-    let mut found = match device::list() {
+    let mut found = match device::list_of(|r| r.ids.contains(&id)) {
         // Who is not root may not be allowed to ask, and the locks still tell.
         Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
         other => other.unwrap_or_default(),
     };
-    found.retain(|d| d.state != device::State::Dead && d.record.ids.contains(&id));
+    found.retain(|d| d.state != device::State::Dead);
     Ok(found)
 }
 

@@ -11,6 +11,7 @@ use crate::device::{self, Device, State};
 use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
+use crate::server::proto::DeviceRecord;
 use crate::server::{nodes, partitions, runtime};
 
 /// A component name that is longer would be found by nobody.
@@ -45,11 +46,12 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
     let base = &disk.first_image()?.file;
     let folder = |path: &Path| path.parent().and_then(id);
     let (Some(now), here) = (id(base), folder(base)) else { return Ok(()) };
-    let found = device::list()?.into_iter().find(|d| {
-        let same_name = d.base().file_name() == base.file_name() && folder(d.base()) == here;
-        let replaced = same_name && !d.record.read_only && d.record.ids.first() != Some(&now);
-        replaced && d.state != State::Dead && !lives_elsewhere(d)
-    });
+    let replaced = device::list_of(|r| {
+        let Some(named) = r.levels.first().map(|l| l.path.as_path()) else { return false };
+        let same_name = named.file_name() == base.file_name() && folder(named) == here;
+        same_name && !r.read_only && r.ids.first() != Some(&now)
+    })?;
+    let found = replaced.into_iter().find(|d| d.state != State::Dead && !lives_elsewhere(d));
     let Some(device) = found else { return Ok(()) };
     bail!(
         InUse,
@@ -105,7 +107,10 @@ pub fn find_dev(component: &str, base: &Path) -> Result<Option<PathBuf>> {
 
 /// The numbers and nodes by which a device's mounts are known.
 pub fn names(device: &Device) -> Names {
-    let record = &device.record;
+    names_of(&device.record)
+}
+
+fn names_of(record: &DeviceRecord) -> Names {
     let mut names = Names::default();
     // A record whose disk is another one by now names nothing that is ours.
     if !runtime::backing_is_ours(record) {
@@ -156,11 +161,10 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
             mounts.iter().rev().filter(here).collect()
         }
     };
-    for found in device::list()? {
-        let names = names(&found);
-        if let Some(mount) = visible.iter().find(|m| names.mounted_by(m)) {
-            return Ok(Some((found, (*mount).clone())));
-        }
-    }
-    Ok(None)
+    let mount_of = |record: &DeviceRecord| {
+        let names = names_of(record);
+        visible.iter().copied().find(|m| names.mounted_by(m))
+    };
+    let found = device::list_of(|r| mount_of(r).is_some())?.into_iter().next();
+    Ok(found.and_then(|device| mount_of(&device.record).cloned().map(|mount| (device, mount))))
 }

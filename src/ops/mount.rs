@@ -23,6 +23,7 @@ use crate::fs::probe::{self, Found};
 use crate::fs::{mounts, stat};
 use crate::image::open::{self, Access};
 use crate::report;
+use crate::server::proto::DeviceRecord;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -299,14 +300,14 @@ fn refuse_twice(levels: &[Level]) -> Result<()> {
 /// What a device of ours writes to has no other users; what it reads is not written to.
 fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
     let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
-    for device in device::list()?.iter().filter(|d| d.state != State::Dead) {
-        let record = &device.record;
+    let clash = |record: &DeviceRecord| {
         let written = if record.read_only { None } else { record.ids.last() };
         let top = if read_only { None } else { ids.last() };
-        let clash = written.filter(|w| ids.contains(w)).or(top.filter(|t| record.ids.contains(t)));
-        let Some(level) = clash.and_then(|c| ids.iter().position(|i| i == c)).and_then(|at| levels.get(at)) else {
-            continue;
-        };
+        let file = written.filter(|w| ids.contains(w)).or(top.filter(|t| record.ids.contains(t)))?;
+        ids.iter().position(|i| i == file).and_then(|at| levels.get(at))
+    };
+    for device in device::list_of(|r| clash(r).is_some())?.iter().filter(|d| d.state != State::Dead) {
+        let Some(level) = clash(&device.record) else { continue };
         bail!(
             Mount,
             "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",

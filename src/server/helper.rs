@@ -34,8 +34,12 @@ pub enum Job {
     Detach { binding: Binding, patience: Patience },
     /// Partitions from the table, where the kernel has no parser.
     Scan { binding: Binding },
-    /// Remove what a dead server left.
-    Clean { name: String },
+    /// Remove what a dead server left; if `wait`, also once it is mounted for a moment only.
+    Clean {
+        name: String,
+        #[serde(default)]
+        wait: bool,
+    },
     /// All requests of a FUSE connection fail from now on.
     Abort { connection: u64 },
     /// Hold file systems frozen; see [`freeze::hold`] for the descriptors that come with it.
@@ -167,7 +171,7 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
                 .ctx(Kind::Device, || format!("cannot make the partitions of {} known", binding.backing))?;
             Ok(JobEvent::Done)
         }
-        Job::Clean { name } => clean(&name).map(|()| JobEvent::Done),
+        Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
         Job::Abort { connection } => abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
         Job::Merge(job) => Ok(merge_job::merge(&job, &fds, sock)),
@@ -183,7 +187,7 @@ fn wait_for_go(sock: BorrowedFd) -> Result<()> {
 
 /// Removes what a dead server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in use,
 /// or alive.
-fn clean(name: &str) -> Result<()> {
+fn clean(name: &str, wait: bool) -> Result<()> {
     daemon::enter_host()?;
     runtime::check_name(name)?;
     let dir = runtime::device_dir(name);
@@ -209,14 +213,15 @@ fn clean(name: &str) -> Result<()> {
         let binding = Binding { backing: record.backing.clone(), rdev: record.rdev, diskseq: record.diskseq };
         if runtime::backing_is_ours(&record) {
             let numbers = mounts::numbers(&binding.backing, binding.rdev);
+            let patience =
+                Patience { busy: Duration::from_secs(5), mounted: if wait { MOMENT } else { Duration::ZERO } };
             let begin = Instant::now();
             while let Some(at) = mounts::mounted_anywhere(&numbers) {
-                if at.elsewhere.is_none() || begin.elapsed() >= MOMENT {
+                if at.elsewhere.is_none() || begin.elapsed() >= patience.mounted {
                     bail!(DevIoc, "{name} has lost its server and is still mounted at {at}; unmount it first");
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
-            let patience = Patience { busy: Duration::from_secs(5), mounted: MOMENT };
             loopdev::detach(&binding, patience, || {
                 remove_nodes(name, record.rdev);
                 Ok(())
