@@ -98,6 +98,7 @@ def case_own_dirty_pages(t):
     for who in ("supervisor", "worker"):
         group.add(rec[who]["pid"])
     group.slow_writers_down(t, dev)
+    before = heap(rec["worker"]["pid"])
     program = devlib.compile_c(t, "pressure.c")
     writers, outs = [], []
     for n in range(3):
@@ -142,10 +143,28 @@ def case_own_dirty_pages(t):
     check(group.stress() > 0, "the limit was never met")
     still = devlib.running_worker(os.path.basename(dev))
     check(still["supervisor"] == rec["supervisor"], "the supervisor is another one")
+    # What the worker would wait for under pressure it has from the start: its heap, and a thread in the kernel for each ring.
+    pid = rec["worker"]["pid"]
+    check(killed or heap(pid) == before, f"the worker's heap has grown from {before} to {heap(pid)} bytes")
+    check(kernel_threads(pid) <= 2, f"the worker has {kernel_threads(pid)} threads in the kernel")
     t.umount("-m", point)
     t.judges(img)
     log(f"RESULT: {sum(passes)} passes over 384 MiB within {LIMIT >> 20} MiB of memory, {time.monotonic() - begin:.0f} s; "
         f"limit met {group.stress()} times; longest standstill {longest:.1f} s")
+
+
+def heap(pid):
+    with open(f"/proc/{pid}/maps") as f:
+        begin, end = [l.split()[0] for l in f if l.endswith("[heap]\n")][0].split("-")
+    return int(end, 16) - int(begin, 16)
+
+
+def kernel_threads(pid):
+    names = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/comm") as f:
+            names.append(f.read())
+    return sum(name.startswith("iou-wrk") for name in names)
 
 
 def may_be_io_flusher():
