@@ -82,12 +82,14 @@ fn resends(release: &str) -> bool {
     (parts.next(), parts.next()) >= (Some(6), Some(9))
 }
 
-/// CAP_SYS_ADMIN in the effective set.
-fn has_admin() -> bool {
-    const CAP_SYS_ADMIN: u32 = 21;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_SYS_RESOURCE: u32 = 24;
+
+/// In the effective set.
+fn has(capability: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let bits = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
-    bits.and_then(|b| u64::from_str_radix(b.trim(), 16).ok()).is_some_and(|b| b >> CAP_SYS_ADMIN & 1 == 1)
+    bits.and_then(|b| u64::from_str_radix(b.trim(), 16).ok()).is_some_and(|b| b >> capability & 1 == 1)
 }
 
 fn rights() -> Finding {
@@ -96,15 +98,23 @@ fn rights() -> Finding {
             format!("user {} is not root; disks can be made and checked, but not mounted", nix::unistd::geteuid());
         return bad(Grade::Missing, "rights", text, "run it as root (sudo ploop ...)");
     }
-    match has_admin() {
-        true => good("rights", "root"),
-        false => bad(
+    if !has(CAP_SYS_ADMIN) {
+        return bad(
             Grade::Missing,
             "rights",
             "root, but without CAP_SYS_ADMIN (in a container?)",
             "run it on the host, or give the container that right and the devices /dev/fuse and /dev/loop*",
-        ),
+        );
     }
+    if !has(CAP_SYS_RESOURCE) {
+        return bad(
+            Grade::Warning,
+            "rights",
+            "root, but without CAP_SYS_RESOURCE: short of memory, the kernel may let a disk's server wait for that disk",
+            "mount disks where root has that right",
+        );
+    }
+    good("rights", "root")
 }
 
 fn node(subject: &str, path: &str, module: &str, numbers: &str) -> Finding {
