@@ -379,6 +379,33 @@ def case_both_mounted(t):
     t.judges(img)
 
 
+def case_both_mounted_elsewhere(t):
+    """A dead device is mounted in another mount namespace, too: one that ends is waited for, one that stays is named."""
+    img, other = (os.path.join(t.mkdir(name), "root.hdd") for name in ("img", "other"))
+    for path in (img, other):
+        ploop("init", "-s", "256m", path)
+    point = t.mkdir("mnt")
+    dev = t.mount("-m", point, os.path.join(os.path.dirname(img), "DiskDescriptor.xml"))
+    name = os.path.basename(dev)
+    keeper = subprocess.Popen(["unshare", "-m", "sleep", "300"], start_new_session=True)
+    t.later(lambda: (devlib.kill(keeper.pid), keeper.wait(30)))
+    own = os.readlink("/proc/self/ns/mnt")
+    devlib.wait_for("a mount namespace", lambda: os.readlink(f"/proc/{keeper.pid}/ns/mnt") != own, 10)
+    kill_both(name)
+    run("umount", point, limit=60)
+    r = ploop("umount", "-d", dev, rc=3, limit=30)
+    check(f"in the mount namespace of process {keeper.pid}" in r.err, f"not told who has it mounted: {r.err}")
+    # Others are not concerned.
+    others = t.mount(os.path.join(os.path.dirname(other), "DiskDescriptor.xml"))
+    t.umount("-d", others)
+    check(os.path.exists(f"{devlib.RUN}/{name}"), "the record is gone while the device is mounted")
+    ends = threading.Timer(0.7, lambda: devlib.kill(keeper.pid))
+    ends.start()
+    ploop("umount", "-d", dev, limit=30)
+    ends.join()
+    check(not os.path.exists(f"{devlib.RUN}/{name}"), "the record is still there")
+
+
 def case_both_mount_again(t):
     """The next mount by descriptor cleans what the dead servers left, without an umount in between."""
     folder = t.mkdir("img")
