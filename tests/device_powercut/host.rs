@@ -159,7 +159,9 @@ fn live(taped: &mut Taped, host: &Host, rng: &mut Rng, rounds: u64) -> Story {
             for block in changed {
                 life.mark(|story, mark| _ = story.flushed.insert(mark, (block, number)));
             }
-            match rng.below(6) {
+            // Each kind at the beginning, then as it comes.
+            let kind = [0, 0, 0, 3, 0, 5].get(number as usize - 1).copied().unwrap_or_else(|| rng.below(6));
+            match kind {
                 0..=2 => {
                     let guid = Guid::generate();
                     life.story().shots.insert(guid, calm.clone());
@@ -236,7 +238,8 @@ fn examine(host: &Host, story: &Story, mark: u64, what: &str) -> usize {
 #[test]
 fn online_operations_survive_the_hosts_power_cut() {
     let Some(t) = Bench::new("online_operations_survive_the_hosts_power_cut") else { return };
-    let cuts = count(12, 8, 150);
+    // Full: at every change in turn, in a life with each kind of operation.
+    let (rounds, cuts) = count((40, Some(12)), (40, Some(8)), (6, None));
     let mut rng = crate::seeded();
     let dir = t.dir.path().canonicalize().expect("folder");
     let mnt = dir.join("host");
@@ -248,7 +251,7 @@ fn online_operations_survive_the_hosts_power_cut() {
     let mut taped = Taped::mount(&dir.join("taped"), &real, &tape);
     let path = taped.0.path.clone();
     let host = Host::new(&path, &mnt, true);
-    let story = live(&mut taped, &host, &mut rng, 40);
+    let story = live(&mut taped, &host, &mut rng, rounds);
     drop(host);
     // The tape is written out.
     taped.mark(u64::MAX);
@@ -257,8 +260,12 @@ fn online_operations_survive_the_hosts_power_cut() {
     let first = events.iter().position(|e| matches!(e, Event::Mark(1))).expect("the first mark");
     let last = events.iter().position(|e| matches!(e, Event::Mark(n) if *n == story.mark)).expect("the last mark");
     let changes: Vec<usize> = (first..=last).filter(|e| !matches!(events[*e], Event::Mark(_) | Event::Sync)).collect();
-    let mut places: Vec<usize> = (0..cuts).map(|_| changes[rng.below(changes.len() as u64) as usize]).collect();
+    let mut places: Vec<usize> = match cuts {
+        Some(cuts) => (0..cuts).map(|_| changes[rng.below(changes.len() as u64) as usize]).collect(),
+        None => changes,
+    };
     places.sort_unstable();
+    let cuts = places.len();
     println!("{} events on tape, {} marks, {} snapshots; {cuts} cuts", events.len(), story.mark, story.taken.len());
     let (mut at, mut mark, mut lost, mut seen) = (0, 0, 0, 0);
     let mut since: Vec<usize> = Vec::new();
