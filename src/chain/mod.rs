@@ -18,7 +18,7 @@ use crate::units::ClusterSize;
 
 pub use close::{close, finish};
 pub use open::open;
-pub use target::{finish_target, open_target};
+pub use target::{open_target, used_pages};
 
 #[cfg(test)]
 mod tests;

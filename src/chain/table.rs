@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::bail;
-use crate::engine::api::Carried;
+use crate::engine::api::{Carried, PageSet};
 use crate::error::{Error, Result};
+use crate::format::bat;
 use crate::format::header::Header;
 use crate::image::scan::{Found, Problem, Scan, Visitor, describe, scan};
 
@@ -41,6 +42,31 @@ impl Visitor for Strict<'_> {
 pub fn scan_level(level: &LevelFile, header: &Header, file_len: u64) -> Result<Scan> {
     let mut visitor = Strict { header, file_len, wanted: HashMap::new() };
     scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
+}
+
+/// Notes the pages of an image's BAT that have entries. `top`: entries may lie beyond the length that the file had.
+pub fn scan_pages(level: &LevelFile, header: &Header, file_len: u64, top: bool, pages: &mut PageSet) -> Result<()> {
+    struct Pages<'a> {
+        strict: Strict<'a>,
+        pages: &'a mut PageSet,
+        top: bool,
+    }
+    impl Visitor for Pages<'_> {
+        fn entry(&mut self, cluster: u32, _place: u32) {
+            self.pages.insert(bat::page_of(cluster));
+        }
+
+        fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
+            if self.top && found.cluster < u64::from(self.strict.header.clusters()) {
+                // Told when it is read.
+                self.pages.insert(bat::page_of(found.cluster as u32));
+                return Ok(());
+            }
+            self.strict.problem(found, problem)
+        }
+    }
+    let mut visitor = Pages { strict: Strict { header, file_len, wanted: HashMap::new() }, pages, top };
+    scan(&level.file, header, file_len, &mut visitor).map(drop).map_err(|e| name_it(e, &level.name))
 }
 
 /// Scans the top at a takeover and lays the carried changes over it. Both the value on disk and the carried one count
@@ -86,7 +112,7 @@ pub fn scan_carried(
             }
             found.end = found.end.max(place + 1);
         }
-        out.push(Carried { slot, cluster, place, durable });
+        out.push(Carried { slot, cluster, host_cluster: place, durable });
     }
     Ok((found, out))
 }

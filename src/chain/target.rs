@@ -1,40 +1,46 @@
-//! The level below the top as the target of a merge: made ready, and finished when it has taken everything.
+//! A level of a running chain as the target of a merge: made ready, and what the levels above it hold found out.
 
 use crate::bail;
-use crate::engine::api::{AllocConfig, BAT_PAGE, LevelConfig, MergeConfig};
+use crate::engine::api::{AllocConfig, LevelConfig, PageSet, TargetConfig};
 use crate::error::{IoContext, Kind, Result};
+use crate::format::bat;
 use crate::format::header::{self, Header, Version};
-use crate::sys::aligned::{AlignedBuf, read_full, write_all};
+use crate::sys::aligned::{AlignedBuf, read_full};
 use crate::units::SECTOR;
 
 use super::open::{HEAD, alloc_config, cut, write_header};
-use super::table::scan_level;
+use super::table::{scan_level, scan_pages};
 use super::{Chain, LevelFile};
 
-/// Makes the level below the top of an opened writable chain ready to be the target of a merge. Its file must be writable
-/// and ours alone. The first thing written is its in-use mark, durable before anything else changes; a smaller image
-/// takes the size of the device with it (its table must have room for that), a raw one becomes as long as the device.
+/// Makes a level of an opened chain ready to take what the levels above it up to `high` have. Its file must be writable and
+/// ours alone. The first thing written is its in-use mark, durable before anything else changes; a smaller image takes the
+/// size of the disk of `high` with it (its table must have room for that), a raw one becomes as long as that disk.
 ///
 /// `chain` is changed accordingly. To be used again after the death of the process that did so before.
-pub fn open_target(levels: &[LevelFile], chain: &mut Chain, ahead: u64) -> Result<MergeConfig> {
-    let Some(index) = levels.len().checked_sub(2) else {
-        bail!(Param, "a chain of one image has nothing to merge into");
-    };
+pub fn open_target(
+    levels: &[LevelFile],
+    chain: &mut Chain,
+    (index, high): (usize, usize),
+    ahead: u64,
+) -> Result<TargetConfig> {
+    if index >= high || high >= levels.len() {
+        bail!(Param, "levels {index} to {high} of a chain of {} images cannot be merged", levels.len());
+    }
+    let bytes = disk_bytes(levels, chain, high)?;
     let target = &levels[index];
     let name = target.name.display();
     let len = target.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
     if target.raw {
-        if len < chain.device_bytes {
-            let bytes = chain.device_bytes;
+        if len < bytes {
             target
                 .file
                 .set_len(bytes)
                 .ctx(Kind::Ftruncate, || format!("cannot extend image {name} to {bytes} bytes"))?;
             target.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
         }
-        chain.levels[index] = LevelConfig::Raw { bytes: chain.device_bytes };
+        chain.levels[index] = LevelConfig::Raw { bytes: bytes.max(len / SECTOR * SECTOR) };
         let alloc = AllocConfig { limit: u32::MAX, ahead: 1, ..AllocConfig::default() };
-        return Ok(MergeConfig { level: index as u8, alloc });
+        return Ok(TargetConfig { level: index as u8, alloc });
     }
     let mut head = AlignedBuf::new(HEAD);
     let got = read_full(&target.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
@@ -45,21 +51,21 @@ pub fn open_target(levels: &[LevelFile], chain: &mut Chain, ahead: u64) -> Resul
     let Some(version) = chain.version.filter(|v| *v == old.version) else {
         bail!(Format, "image {name} has format version {}: must be that of the chain", old.version.number());
     };
-    let sized = Header::new(version, old.cluster, chain.device_bytes / SECTOR)?;
-    let grows = old.sectors != chain.device_bytes / SECTOR;
+    let sized = Header::new(version, old.cluster, bytes / SECTOR)?;
+    let grows = old.sectors != bytes / SECTOR;
     if grows && sized.first_data_sector > old.first_data_sector {
         bail!(
             Param,
-            "image {name} has {} sectors, the device {}: its table has no room for so many, and cannot grow while the \
+            "image {name} has {} sectors, the disk above it {}: its table has no room for so many, and cannot grow while the \
              device is running; unmount it and merge then",
             old.sectors,
-            chain.device_bytes / SECTOR
+            bytes / SECTOR
         );
     }
     let scan = scan_level(target, &old, len)?;
     let sized = match grows {
         true => Header {
-            sectors: chain.device_bytes / SECTOR,
+            sectors: bytes / SECTOR,
             size_clusters: sized.size_clusters,
             heads: sized.heads,
             cylinders: sized.cylinders,
@@ -79,28 +85,39 @@ pub fn open_target(levels: &[LevelFile], chain: &mut Chain, ahead: u64) -> Resul
         first_data: marked.first_data(),
         file_clusters: scan.end,
     };
-    Ok(MergeConfig { level: index as u8, alloc: alloc_config(&marked, &scan, ahead) })
+    Ok(TargetConfig { level: index as u8, alloc: alloc_config(&marked, &scan, ahead) })
 }
 
-/// Makes durable what the target has taken, data before entries. It stays marked in use: it becomes the top.
-pub fn finish_target(target: &LevelFile, pages: impl Iterator<Item = (u32, Box<[u8; BAT_PAGE]>)>) -> Result<()> {
-    let name = target.name.display();
-    let sync = || target.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"));
-    sync()?;
-    let mut buf = AlignedBuf::new(BAT_PAGE);
-    for (page, data) in pages {
-        let at = u64::from(page) * BAT_PAGE as u64;
-        let mut skip = 0;
-        if page == 0 {
-            // The header stands before the first entries.
-            let got = read_full(&target.file, &mut buf, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
-            if got < BAT_PAGE {
-                bail!(Read, "image {name} ends after {got} bytes: a ploop1 image has at least {BAT_PAGE}");
-            }
-            skip = header::SIZE;
-        }
-        buf[skip..].copy_from_slice(&data[skip..]);
-        write_all(&target.file, &buf, at).ctx(Kind::Write, || format!("cannot write the table of image {name}"))?;
+/// Size of the disk that the level `high` has.
+fn disk_bytes(levels: &[LevelFile], chain: &Chain, high: usize) -> Result<u64> {
+    if high + 1 == levels.len() {
+        return Ok(chain.device_bytes);
     }
-    sync()
+    Ok(header_of(&levels[high])?.0.sectors * SECTOR)
+}
+
+fn header_of(level: &LevelFile) -> Result<(Header, u64)> {
+    let name = level.name.display();
+    let mut head = AlignedBuf::new(HEAD);
+    let got = read_full(&level.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
+    if got < HEAD {
+        bail!(Open, "image {name} has {got} bytes: a ploop1 image has at least {HEAD}");
+    }
+    let header = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h)).map_err(|e| e.context(&name))?;
+    let len = level.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    Ok((header, len))
+}
+
+/// The BAT pages in which any of these levels has entries; with the entries of the top that are in the shared table alone.
+pub fn used_pages(levels: &[LevelFile], chain: &Chain, sources: std::ops::RangeInclusive<usize>) -> Result<PageSet> {
+    let mut pages = PageSet::new();
+    for level in sources {
+        let Some(file) = levels.get(level).filter(|l| !l.raw) else {
+            bail!(Param, "level {level} is no image that can be merged into another");
+        };
+        let (header, len) = header_of(file)?;
+        scan_pages(file, &header, len, level + 1 == levels.len(), &mut pages)?;
+    }
+    chain.carried.iter().for_each(|c| pages.insert(bat::page_of(c.cluster)));
+    Ok(pages)
 }

@@ -372,7 +372,7 @@ fn takeovers() {
     let carried = vec![(7, 4, 8), (9, 3, 0), (11, 1, 1)];
     let options = OpenOptions_ { carried: Some(carried), ..writable() };
     let chain = open(&[level(&p, true)], &options).unwrap();
-    let got: Vec<_> = chain.carried.iter().map(|c| (c.slot, c.cluster, c.place, c.durable)).collect();
+    let got: Vec<_> = chain.carried.iter().map(|c| (c.slot, c.cluster, c.host_cluster, c.durable)).collect();
     assert_eq!(got, [(7, 4, 8, 0), (9, 3, 0, 5), (11, 1, 1, 1)]);
     assert_eq!(chain.alloc.end, 9);
     assert_eq!(chain.alloc.free, [3..5, 6..8]);

@@ -7,6 +7,8 @@
 //!
 //! All offsets and lengths are bytes and multiples of 512.
 
+pub use super::background::pages::PageSet;
+
 /// A request in flight, named by the caller; free to be used again after its `Reply`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct ReqId(pub u32);
@@ -62,6 +64,7 @@ pub enum Event<'a> {
     Tick,
     /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
     HoldForSpace(bool),
+    Background(BackgroundControl),
     /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
     Close,
 }
@@ -95,18 +98,22 @@ pub enum Action {
     Write { op: OpId, level: u8, file_off: u64, len: u64, from: Buf },
     /// Read `len` (up to [`BAT_PAGE`]) bytes at `page * 4096` of a level's file; answered by `BatRead`.
     ReadBat { op: OpId, level: u8, page: u32, len: u32 },
-    /// Write one page of the top's BAT at `page * 4096`.
-    WriteBat { op: OpId, page: u32, data: Box<[u8; BAT_PAGE]> },
+    /// Write one page of a level's BAT, of the top or of the target of a merge, at `page * 4096`.
+    WriteBat { op: OpId, level: u8, page: u32, data: Box<[u8; BAT_PAGE]> },
     /// Make a level's file at least `file_off + len` bytes long; `[file_off, file_off + len)`, beyond its old end, is
     /// allocated and reads as zero.
     Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
     /// The range of a level's file, inside it, reads as zero afterwards; allocated if that can be had.
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
-    /// Data and length of the top's file, as far as written by operations completed before now, on stable storage.
-    Sync { op: OpId },
-    /// The merge: the top and its target agree now, and go on doing so until the engine is closed; or the merge has ended
-    /// before its time (ECANCELED: because of `Close`). Can come twice: what agreed can fail later.
-    Merged { result: Result<(), Errno> },
+    /// Data and length of a level's file, as far as written by operations completed before now, on stable storage.
+    Sync { op: OpId, level: u8 },
+    /// The range of one level's file shows up in another's, sharing its space. Where the files cannot do that it fails, and
+    /// nothing has changed.
+    Clone { op: OpId, from: u8, from_off: u64, level: u8, file_off: u64, len: u64 },
+    /// Background work: all is done and durable (a merged top is kept equal to its target from now on, until the engine is
+    /// closed), or it has ended before its time (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]). Can come
+    /// twice: a top that agreed with its target can fail later.
+    BackgroundDone { result: Result<(), Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
 }
@@ -163,19 +170,51 @@ pub struct Config {
     pub bat_age: u32,
     /// An earlier sync failed or is not known to have worked: every flush fails.
     pub failed: bool,
-    /// The top is to be merged into a lower level.
-    pub merge: Option<MergeConfig>,
+    /// Long work to be done while requests are served.
+    pub background: Option<BackgroundConfig>,
 }
 
-/// A merge of the writable top while it is in use.
+/// Long work on the clusters of the chain while the device is in use; see [`background`](super::background). A successor
+/// is given the same, and goes on where the shared table says.
 #[derive(Clone, Debug)]
-pub struct MergeConfig {
-    /// The level below the top; its file is writable, marked in use and ours alone. A raw one is as long as the device, an
-    /// image has entries for all of it.
+pub struct BackgroundConfig {
+    pub work: BackgroundWork,
+}
+
+#[derive(Clone, Debug)]
+pub enum BackgroundWork {
+    /// The writable top into the level below it. `pages`: the BAT pages of the top that have entries, on disk or in the
+    /// shared table.
+    MergeTop { target: TargetConfig, pages: PageSet },
+    /// The levels above the target up to `high`, all of them frozen, into the target. `pages`: the BAT pages in which any of
+    /// them has entries.
+    MergeFrozen { high: u8, target: TargetConfig, pages: PageSet },
+    /// Clusters of the top from this host cluster on to free ones before it.
+    Relocate { from: u32 },
+}
+
+/// The level that a merge writes to.
+#[derive(Clone, Debug)]
+pub struct TargetConfig {
+    /// Below the levels that are merged into it. Its file is writable, marked in use and ours alone. A raw one is as long as
+    /// the disk of the highest of them, an image has entries for all of it.
     pub level: u8,
     /// Space in that file, as for the top.
     pub alloc: AllocConfig,
 }
+
+/// What the caller has background work do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackgroundControl {
+    /// No more copies are begun.
+    Pause,
+    Resume,
+    /// It ends before its time; the chain stays what it was.
+    Cancel,
+}
+
+/// Words of the shared table for the progress of background work.
+pub const PROGRESS_WORDS: usize = 128;
 
 /// What must survive the death of the worker: the changes of the BAT that are not durable yet, and the fate of syncs.
 ///
@@ -191,6 +230,10 @@ pub trait Shared: Send {
     /// Recorded before a sync or BAT write is issued and after its end.
     fn set_sync_state(&self, state: SyncState);
     fn sync_state(&self) -> SyncState;
+    /// One of [`PROGRESS_WORDS`] words in which background work notes how far it is; 0 before it begins.
+    fn progress(&self, word: usize) -> u64;
+    /// One atomic store (release).
+    fn set_progress(&self, word: usize, value: u64);
 }
 
 /// Fate of the last cycle of syncs.
@@ -209,7 +252,7 @@ pub struct Carried {
     pub slot: usize,
     pub cluster: u32,
     /// Image cluster, 0: not allocated.
-    pub place: u32,
+    pub host_cluster: u32,
     /// The entry on disk, which a completed sync has made durable.
     pub durable: u32,
 }
@@ -221,7 +264,7 @@ pub struct Status {
     pub no_space: bool,
     /// A sync or BAT write failed: flushes fail until the device is closed.
     pub failed: bool,
-    /// One more than the highest place in use or possibly named by the durable BAT.
+    /// One more than the highest host cluster in use or possibly named by the durable BAT.
     pub alloc_end: u32,
     /// Clusters below `alloc_end` that are free for use.
     pub free: u32,
@@ -235,7 +278,7 @@ pub struct Status {
     pub flushes: u64,
     pub copied_up: u64,
     pub allocated: u64,
-    /// Clusters that the merge has looked at, of all of the device; and those that it has copied.
-    pub merge_seen: u64,
-    pub merge_copied: u64,
+    /// Clusters that background work has looked at, of all of the device; and those that it has copied.
+    pub background_seen: u64,
+    pub background_copied: u64,
 }

@@ -15,15 +15,15 @@ pub enum Breach {
     SkipDataSync,
     /// A cycle ends with its BAT pages written, not synced.
     SkipFinalSync,
-    /// A place is free as soon as its cluster is unmapped, while the durable BAT names it.
+    /// A host cluster is free as soon as its cluster is unmapped, while the durable BAT names it.
     ReuseBeforeClear,
-    /// A place is free while a BAT page that names it is on its way to the disk.
+    /// A host cluster is free while a BAT page that names it is on its way to the disk.
     ReuseWhileWritten,
-    /// A cluster is unmapped while operations are in flight on its place.
+    /// A cluster is unmapped while operations are in flight on its host cluster.
     ReuseBeforeDrained,
     /// A cluster is published when the first chunk of its copy is there.
     HalfBuilt,
-    /// What a free place held before counts as zeroes.
+    /// What a free host cluster held before counts as zeroes.
     TrustOldBytes,
     /// A cluster that a lower level has is unmapped by a zeroing.
     UnmapOverLower,
@@ -57,6 +57,24 @@ pub enum Breach {
     MergeMissed,
     /// An error of the target is forgotten.
     MergeSwallow,
+    /// The target's BAT pages are written without the sync of its data.
+    TargetEntryBeforeData,
+    /// A BAT page of the target holds the entry of a cluster whose copy ended after the data sync had begun.
+    LateTargetEntry,
+    /// A page of the target's BAT with changes is dropped from memory.
+    EvictChangedPage,
+    /// A merge records its progress before that is durable.
+    ProgressBeforeSync,
+    /// A cluster that comes into the top behind a merge's cursor is not named in the shared table.
+    RevisitNotRecorded,
+    /// Entries of the target are held against the length that its file had when the merge began.
+    StaleTargetEnd,
+    /// What came last into a merge's target is not published when the engine closes.
+    UnpublishedEnd,
+    /// Of several sources that have a cluster the lowest is copied.
+    LowerSourceWins,
+    /// A cluster is moved while writes are in flight on it.
+    RelocateUndrained,
 }
 
 /// All of them.
@@ -89,6 +107,15 @@ pub const ALL: &[Breach] = &[
     Breach::MergeUnmapped,
     Breach::MergeMissed,
     Breach::MergeSwallow,
+    Breach::TargetEntryBeforeData,
+    Breach::LateTargetEntry,
+    Breach::EvictChangedPage,
+    Breach::ProgressBeforeSync,
+    Breach::RevisitNotRecorded,
+    Breach::StaleTargetEnd,
+    Breach::UnpublishedEnd,
+    Breach::LowerSourceWins,
+    Breach::RelocateUndrained,
 ];
 
 #[cfg(test)]

@@ -1,16 +1,18 @@
-//! Requests cut at cluster borders: each piece becomes part of a file operation, a job, or waits.
+//! Requests cut at cluster borders: each piece becomes part of a file operation, a cluster operation, or waits.
 
 use std::ops::Range;
 
 use super::api::{Action, BAT_PAGE, Buf, Errno, Event, LevelConfig, OpId, ReqId, RequestKind, Shared};
+use super::background::BackgroundOp;
 use super::breach::{Breach, breaks};
-use super::map::{ENTRIES, Ent, Page, clusters_of, page_of};
-use super::request::Seg;
+use super::map::{MapEntry, Page};
+use super::request::Fragment;
 use super::{Engine, IO, Op};
+use crate::format::bat::{self, clusters_of, page_of};
 
 /// Neighbouring pieces that stand together in one file become one operation.
 #[derive(Clone, Copy)]
-pub(super) struct Run {
+pub(super) struct Extent {
     pub level: u8,
     pub file_off: u64,
     pub len: u64,
@@ -20,12 +22,12 @@ pub(super) struct Run {
     pub count: u32,
 }
 
-/// Read, write or zeroing in place, in flight.
+/// Read, write or zeroing in host cluster, in flight.
 #[derive(Clone, Copy)]
 pub(super) struct Io {
     req: ReqId,
     kind: RequestKind,
-    run: Run,
+    extent: Extent,
     /// It is half of a write to both files of a merge.
     pair: Option<u32>,
 }
@@ -33,7 +35,7 @@ pub(super) struct Io {
 impl Io {
     /// What the caller is asked to do; asked again after ENOSPC.
     pub(super) fn action(&self, op: OpId) -> Action {
-        let Run { level, file_off, len, at, .. } = self.run;
+        let Extent { level, file_off, len, at, .. } = self.extent;
         let buf = Buf::Request { req: self.req, off: at };
         match self.kind {
             RequestKind::Read => Action::Read { op, level, file_off, len, to: buf },
@@ -52,46 +54,46 @@ impl Io {
     }
 
     pub(super) fn level(&self) -> u8 {
-        self.run.level
+        self.extent.level
     }
 
     pub(super) fn clusters(&self) -> Range<u32> {
-        self.run.first..self.run.first + self.run.count
+        self.extent.first..self.extent.first + self.extent.count
     }
 }
 
 impl<S: Shared> Engine<S> {
     /// Works on a segment as far as possible. Its pending count goes over to what it starts.
-    pub(super) fn process(&mut self, seg: Seg, out: &mut Vec<Action>) {
-        let Some(req) = self.reqs.get(&seg.req) else { return };
+    pub(super) fn process(&mut self, fragment: Fragment, out: &mut Vec<Action>) {
+        let Some(req) = self.reqs.get(&fragment.req) else { return };
         let (kind, base) = (req.kind, req.offset);
         let shift = self.config.cluster_shift;
-        let end = seg.off + seg.len;
-        let mut off = seg.off;
-        let mut run = None;
+        let end = fragment.off + fragment.len;
+        let mut off = fragment.off;
+        let mut extent = None;
         while off < end {
             let cluster = (off >> shift) as u32;
-            let Some(ent) = self.map.get(cluster) else {
+            let Some(entry) = self.map.get(cluster) else {
                 let stop = end.min(clusters_of(page_of(cluster)).end << shift);
-                self.wait_for_page(cluster, Seg { req: seg.req, off, len: stop - off }, out);
+                self.wait_for_page(cluster, Fragment { req: fragment.req, off, len: stop - off }, out);
                 off = stop;
                 continue;
             };
             let stop = end.min((u64::from(cluster) + 1) << shift);
-            let piece = Seg { req: seg.req, off, len: stop - off };
+            let piece = Fragment { req: fragment.req, off, len: stop - off };
             match kind {
-                RequestKind::Read => self.read_piece(piece, cluster, ent, off - base, &mut run, out),
-                RequestKind::Write => self.write_piece(piece, cluster, ent, off - base, &mut run, out),
-                _ => self.zero_piece(piece, cluster, ent, &mut run, out),
+                RequestKind::Read => self.read_piece(piece, cluster, entry, off - base, &mut extent, out),
+                RequestKind::Write => self.write_piece(piece, cluster, entry, off - base, &mut extent, out),
+                _ => self.zero_piece(piece, cluster, entry, &mut extent, out),
             }
             off = stop;
         }
-        self.issue(seg.req, run.take(), None, out);
-        self.part_done(seg.req, Ok(()), out);
+        self.issue(fragment.req, extent.take(), None, out);
+        self.part_done(fragment.req, Ok(()), out);
     }
 
     /// The segment waits in a queue; that counts as pending.
-    pub(super) fn hold(&mut self, req: ReqId) {
+    pub(super) fn add_pending(&mut self, req: ReqId) {
         if let Some(r) = self.reqs.get_mut(&req) {
             r.pending += 1;
         }
@@ -99,29 +101,29 @@ impl<S: Shared> Engine<S> {
 
     fn read_piece(
         &mut self,
-        piece: Seg,
+        piece: Fragment,
         cluster: u32,
-        ent: Ent,
+        entry: MapEntry,
         at: u64,
-        run: &mut Option<Run>,
+        extent: &mut Option<Extent>,
         out: &mut Vec<Action>,
     ) {
-        if ent.is(Ent::HELD) && self.job_blocks_reads(cluster) {
-            self.wait_for_job(cluster, piece);
+        if entry.is(MapEntry::LOCKED) && self.cluster_op_blocks_reads(cluster) {
+            self.wait_for_cluster_op(cluster, piece);
             return;
         }
         let within = piece.off & ((1 << self.config.cluster_shift) - 1);
-        let Some((level, place)) = ent.place() else {
+        let Some((level, host_cluster)) = entry.location() else {
             out.push(Action::ZeroFill { req: piece.req, off: at, len: piece.len });
             return;
         };
-        let file_off = self.file_off(place) + within;
+        let file_off = self.file_off(host_cluster) + within;
         let len = piece.len.min(self.readable(level, file_off));
         if len < piece.len {
             out.push(Action::ZeroFill { req: piece.req, off: at + len, len: piece.len - len });
         }
         if len > 0 {
-            self.extend(piece.req, run, Run { level, file_off, len, at, first: cluster, count: 1 }, out);
+            self.extend(piece.req, extent, Extent { level, file_off, len, at, first: cluster, count: 1 }, out);
         }
     }
 
@@ -135,102 +137,109 @@ impl<S: Shared> Engine<S> {
 
     fn write_piece(
         &mut self,
-        piece: Seg,
+        piece: Fragment,
         cluster: u32,
-        ent: Ent,
+        entry: MapEntry,
         at: u64,
-        run: &mut Option<Run>,
+        extent: &mut Option<Extent>,
         out: &mut Vec<Action>,
     ) {
-        if ent.is(Ent::HELD) {
-            self.wait_for_job(cluster, piece);
+        if entry.is(MapEntry::LOCKED) {
+            self.wait_for_cluster_op(cluster, piece);
             return;
         }
         let within = piece.off & ((1 << self.config.cluster_shift) - 1);
-        let place = match ent.place() {
-            Some((level, place)) if level == self.top => Some(place),
-            _ => self.allocate(piece, cluster, ent, out),
+        let host_cluster = match entry.location() {
+            Some((level, host_cluster)) if level == self.top => Some(host_cluster),
+            _ => self.allocate(piece, cluster, entry, out),
         };
-        if let Some(place) = place {
-            if self.write_both(piece, cluster, place, at, run, out) {
+        if let Some(host_cluster) = host_cluster {
+            if self.write_both(piece, cluster, host_cluster, at, extent, out) {
                 return;
             }
-            let file_off = self.file_off(place) + within;
-            let next = Run { level: self.top, file_off, len: piece.len, at, first: cluster, count: 1 };
-            self.extend(piece.req, run, next, out);
+            let file_off = self.file_off(host_cluster) + within;
+            let next = Extent { level: self.top, file_off, len: piece.len, at, first: cluster, count: 1 };
+            self.extend(piece.req, extent, next, out);
         }
     }
 
     /// The range of one cluster is to read as zero.
-    fn zero_piece(&mut self, piece: Seg, cluster: u32, ent: Ent, run: &mut Option<Run>, out: &mut Vec<Action>) {
-        if ent.is(Ent::HELD) {
-            self.wait_for_job(cluster, piece);
-            if self.is_parked(cluster) {
+    fn zero_piece(
+        &mut self,
+        piece: Fragment,
+        cluster: u32,
+        entry: MapEntry,
+        extent: &mut Option<Extent>,
+        out: &mut Vec<Action>,
+    ) {
+        if entry.is(MapEntry::LOCKED) {
+            self.wait_for_cluster_op(cluster, piece);
+            if self.is_waiting_for_space(cluster) {
                 self.refuse_zeroings(cluster, out);
             }
             self.refuse_starved_zeroings(out);
             return;
         }
-        let Some((level, place)) = ent.place() else { return };
+        let Some((level, host_cluster)) = entry.location() else { return };
         let start = u64::from(cluster) << self.config.cluster_shift;
         let end = (start + (1 << self.config.cluster_shift)).min(self.config.device_bytes);
         let whole = piece.off == start && piece.off + piece.len == end;
         if level != self.top {
             // A lower level has it: hide that with a cluster of the top's own.
-            self.allocate_zero(piece, cluster, ent, whole, out);
+            self.allocate_zero(piece, cluster, entry, whole, out);
         } else if whole
-            && self.may_unmap(ent)
+            && self.may_unmap(entry)
             && !self.raw_top
-            && !self.is_parked(cluster)
+            && !self.is_waiting_for_space(cluster)
             && (!self.is_mirrored(cluster) || breaks(Breach::MergeUnmapped))
         {
-            self.unmap(piece, cluster, ent, place);
-        } else if !self.write_both(piece, cluster, place, 0, run, out) {
-            let file_off = self.file_off(place) + (piece.off - start);
-            let next = Run { level, file_off, len: piece.len, at: 0, first: cluster, count: 1 };
-            self.extend(piece.req, run, next, out);
+            self.unmap(piece, cluster, entry, host_cluster);
+        } else if !self.write_both(piece, cluster, host_cluster, 0, extent, out) {
+            let file_off = self.file_off(host_cluster) + (piece.off - start);
+            let next = Extent { level, file_off, len: piece.len, at: 0, first: cluster, count: 1 };
+            self.extend(piece.req, extent, next, out);
         }
     }
 
     /// Without the top's entry the cluster reads as zero.
-    fn may_unmap(&self, ent: Ent) -> bool {
-        !ent.is(Ent::LOWER) || breaks(Breach::UnmapOverLower)
+    fn may_unmap(&self, entry: MapEntry) -> bool {
+        !entry.is(MapEntry::LOWER) || breaks(Breach::UnmapOverLower)
     }
 
-    /// Drops the top's entry of a cluster that nothing else has. The place stays taken until that is durable.
-    fn unmap(&mut self, piece: Seg, cluster: u32, ent: Ent, place: u32) {
-        if ent.in_flight() > 0 && !breaks(Breach::ReuseBeforeDrained) {
+    /// Drops the top's entry of a cluster that nothing else has. The host cluster stays taken until that is durable.
+    fn unmap(&mut self, piece: Fragment, cluster: u32, entry: MapEntry, host_cluster: u32) {
+        if entry.in_flight() > 0 && !breaks(Breach::ReuseBeforeDrained) {
             self.drain(cluster, piece);
-        } else if !self.dirty.has_slot_for(cluster) {
+        } else if !self.pending.has_slot_for(cluster) {
             self.wait_for_slot(piece);
-        } else if let Ok(freed) = self.dirty.set(cluster, 0, true, place, None) {
-            self.map.set_place(cluster, None);
-            self.map.mark(cluster, Ent::DIRTY, true);
+        } else if let Ok(freed) = self.pending.set(cluster, 0, true, host_cluster, None) {
+            self.map.set_location(cluster, None);
+            self.map.mark(cluster, MapEntry::PENDING, true);
             if let Some(p) = freed {
                 self.space.give(p);
             }
-            self.settle(cluster);
+            self.drop_if_unchanged(cluster);
         }
     }
 
     /// A change that says what the disk says already is none.
-    fn settle(&mut self, cluster: u32) {
-        let none = self.dirty.get(cluster).is_some_and(|d| d.current == d.durable && d.writing.is_none());
+    fn drop_if_unchanged(&mut self, cluster: u32) {
+        let none = self.pending.get(cluster).is_some_and(|d| d.current == d.durable && d.writing.is_none());
         if none {
-            self.dirty.forget(cluster);
-            self.map.mark(cluster, Ent::DIRTY, false);
+            self.pending.forget(cluster);
+            self.map.mark(cluster, MapEntry::PENDING, false);
         }
     }
 
-    pub(super) fn wait_for_slot(&mut self, piece: Seg) {
-        self.hold(piece.req);
+    pub(super) fn wait_for_slot(&mut self, piece: Fragment) {
+        self.add_pending(piece.req);
         self.slot_wait.push(piece);
     }
 
-    /// Adds to the run, or issues it and begins another.
-    fn extend(&mut self, req: ReqId, run: &mut Option<Run>, next: Run, out: &mut Vec<Action>) {
+    /// Adds to the extent, or issues it and begins another.
+    fn extend(&mut self, req: ReqId, extent: &mut Option<Extent>, next: Extent, out: &mut Vec<Action>) {
         self.map.enter(next.first);
-        match run {
+        match extent {
             Some(r)
                 if r.level == next.level && r.file_off + r.len == next.file_off && r.first + r.count == next.first =>
             {
@@ -238,50 +247,49 @@ impl<S: Shared> Engine<S> {
                 r.count += 1;
             }
             _ => {
-                let full = run.replace(next);
+                let full = extent.replace(next);
                 self.issue(req, full, None, out);
             }
         }
     }
 
-    pub(super) fn issue(&mut self, req: ReqId, run: Option<Run>, pair: Option<u32>, out: &mut Vec<Action>) {
-        let (Some(run), Some(kind)) = (run, self.kind(req)) else { return };
-        self.hold(req);
-        let io = Io { req, kind, run, pair };
+    pub(super) fn issue(&mut self, req: ReqId, extent: Option<Extent>, pair: Option<u32>, out: &mut Vec<Action>) {
+        let (Some(extent), Some(kind)) = (extent, self.kind(req)) else { return };
+        self.add_pending(req);
+        let io = Io { req, kind, extent, pair };
         let op = self.start(Op::Io(io));
         out.push(io.action(op));
     }
 
     pub(super) fn io_done(&mut self, io: Io, mut result: Result<(), Errno>, out: &mut Vec<Action>) {
-        // A write that failed was answered so; what it left of the zeroes in a new place is its content. Were the entry
+        // A write that failed was answered so; what it left of the zeroes in a new host cluster is its content. Were the entry
         // held back for ever, its slot in the shared table would be lost.
-        let wrote = io.kind != RequestKind::Read && io.run.level == self.top;
+        let wrote = io.kind != RequestKind::Read && io.extent.level == self.top;
         for cluster in io.clusters() {
-            let ent = self.map.leave(cluster);
-            if wrote && ent.is(Ent::DIRTY) {
-                self.dirty.set_ready(cluster);
+            let entry = self.map.leave(cluster);
+            if wrote && entry.is(MapEntry::PENDING) {
+                self.pending.set_ready(cluster);
             }
-            if ent.is(Ent::HELD) && ent.in_flight() == 0 {
+            if entry.is(MapEntry::LOCKED) && entry.in_flight() == 0 {
                 self.drained(cluster, out);
             }
         }
         if let Some(pair) = io.pair {
-            result = self.mirrored(io.run.level, result, out);
-            self.half_done(pair);
+            result = self.half_done(pair, io.extent.level, result, out);
         }
         self.part_done(io.req, result, out);
     }
 
-    fn wait_for_page(&mut self, cluster: u32, seg: Seg, out: &mut Vec<Action>) {
-        self.hold(seg.req);
+    fn wait_for_page(&mut self, cluster: u32, fragment: Fragment, out: &mut Vec<Action>) {
+        self.add_pending(fragment.req);
         let page = page_of(cluster);
         if self.map.loading(page).is_none() {
             self.load(page, out);
         }
         match self.map.loading(page) {
-            Some(l) => l.waiters.push(seg),
+            Some(l) => l.waiters.push(fragment),
             // Loaded without a read: next in turn, before another page can push this one out again.
-            None => self.ready.push_front(seg),
+            None => self.ready.push_front(fragment),
         }
     }
 
@@ -295,9 +303,9 @@ impl<S: Shared> Engine<S> {
                 LevelConfig::Raw { bytes } => {
                     let held = bytes.div_ceil(1 << self.config.cluster_shift).min(clusters.end);
                     for c in clusters.start..held {
-                        let ent = content.ent(c as u32);
-                        ent.set_place(Some((level as u8, c as u32)));
-                        ent.mark(Ent::LOWER, (level as u8) < self.top);
+                        let entry = content.entry(c as u32);
+                        entry.set_location(Some((level as u8, c as u32)));
+                        entry.mark(MapEntry::LOWER, (level as u8) < self.top);
                     }
                 }
                 LevelConfig::Ploop { clusters: n, .. } if clusters.start < u64::from(n) => reads.push(level as u8),
@@ -320,9 +328,13 @@ impl<S: Shared> Engine<S> {
                 self.ops.remove(op.0);
                 self.page_part(page, level, result, out);
             }
-            Some(&Op::MergePage { page }) => {
+            Some(&Op::Background(BackgroundOp::SourcePage { level, page })) => {
                 self.ops.remove(op.0);
-                self.merge_page(page, result, out);
+                self.source_page_read(level, page, result, out);
+            }
+            Some(&Op::Background(BackgroundOp::TargetPage { page })) => {
+                self.ops.remove(op.0);
+                self.target_page_read(page, result, out);
             }
             // A `BatRead` for anything else is a fault of the caller; the operation counts as failed.
             _ => self.step_other(op, out),
@@ -361,28 +373,30 @@ impl<S: Shared> Engine<S> {
         };
         let top = level == self.top;
         let writable_top = top && self.config.writable;
-        let limit = if writable_top { u32::MAX } else { file_clusters };
+        // The target of a merge has grown since the chain was opened.
+        let grown = self.target_end(level).filter(|_| !breaks(Breach::StaleTargetEnd));
+        let limit = if writable_top { u32::MAX } else { grown.unwrap_or(file_clusters) };
         let per_entry = if v1 { 1u32 << (self.config.cluster_shift - 9) } else { 1 };
         let range = clusters_of(page);
         let Some(loading) = self.map.loading(page) else { return Err(IO) };
-        debug_assert_eq!(bytes.len(), ENTRIES * 4);
+        debug_assert_eq!(bytes.len(), bat::ENTRIES * 4);
         for c in range.start..range.end.min(u64::from(clusters)) {
-            let slot = ((c + super::map::HEADER_ENTRIES) % ENTRIES as u64) as usize * 4;
+            let slot = bat::index_of(c as u32) * 4;
             let raw = u32::from_le_bytes([bytes[slot], bytes[slot + 1], bytes[slot + 2], bytes[slot + 3]]);
             if raw == 0 {
                 continue;
             }
-            let place = raw / per_entry;
-            if !raw.is_multiple_of(per_entry) || place < first_data || place >= limit {
+            let host_cluster = raw / per_entry;
+            if !raw.is_multiple_of(per_entry) || host_cluster < first_data || host_cluster >= limit {
                 return Err(IO);
             }
-            let ent = loading.page.ent(c as u32);
-            match ent.place() {
+            let entry = loading.page.entry(c as u32);
+            match entry.location() {
                 Some((have, _)) if have > level => {}
-                _ => ent.set_place(Some((level, place))),
+                _ => entry.set_location(Some((level, host_cluster))),
             }
             if !top {
-                ent.mark(Ent::LOWER, true);
+                entry.mark(MapEntry::LOWER, true);
             }
         }
         Ok(())
@@ -393,24 +407,24 @@ impl<S: Shared> Engine<S> {
         let range = clusters_of(page);
         let top = self.top;
         if let Some(loading) = self.map.loading(page) {
-            for (cluster, change) in self.dirty.in_range(range) {
+            for (cluster, change) in self.pending.in_range(range) {
                 if breaks(Breach::DropCarried) {
                     continue;
                 }
-                let ent = loading.page.ent(cluster);
-                match ent.place() {
-                    _ if change.current != 0 => ent.set_place(Some((top, change.current))),
-                    Some((level, _)) if level == top => ent.set_place(None),
+                let entry = loading.page.entry(cluster);
+                match entry.location() {
+                    _ if change.current != 0 => entry.set_location(Some((top, change.current))),
+                    Some((level, _)) if level == top => entry.set_location(None),
                     _ => {}
                 }
-                ent.mark(Ent::DIRTY, true);
+                entry.mark(MapEntry::PENDING, true);
                 loading.page.pin();
             }
         }
         let (waiters, error) = self.map.finish(page);
         match error {
             None => self.ready.extend(waiters),
-            Some(errno) => waiters.into_iter().for_each(|seg| self.part_done(seg.req, Err(errno), out)),
+            Some(errno) => waiters.into_iter().for_each(|fragment| self.part_done(fragment.req, Err(errno), out)),
         }
     }
 }

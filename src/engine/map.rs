@@ -1,13 +1,9 @@
-//! The chain as one map: cluster -> (level, place), two levels, filled on demand from the BATs of all levels, so that
+//! The chain as one map: cluster -> (level, host cluster), two levels, filled on demand from the BATs of all levels, so that
 //! a lookup costs the same whatever the depth. A page of the map covers the clusters of one BAT page.
 
-use super::api::{BAT_PAGE, Errno};
-use super::request::Seg;
-
-/// BAT entries in a page.
-pub const ENTRIES: usize = BAT_PAGE / 4;
-/// The header takes the room of this many entries.
-pub const HEADER_ENTRIES: u64 = 16;
+use super::api::Errno;
+use super::request::Fragment;
+use crate::format::bat::{ENTRIES, index_of, page_of};
 
 const LEVEL_SHIFT: u32 = 32;
 const COUNT_SHIFT: u32 = 40;
@@ -15,20 +11,20 @@ const NO_LEVEL: u64 = 0xFF;
 
 /// What is known of one cluster: where it is, how many operations are in flight on it, and marks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Ent(u64);
+pub struct MapEntry(u64);
 
-impl Ent {
-    /// A job has the cluster: see `job`.
-    pub const HELD: u64 = 1 << 56;
+impl MapEntry {
+    /// A job has the cluster: see `cluster operation`.
+    pub const LOCKED: u64 = 1 << 56;
     /// The top's entry differs from the durable one: see `dirty`.
-    pub const DIRTY: u64 = 1 << 57;
+    pub const PENDING: u64 = 1 << 57;
     /// A level below the top has the cluster too.
     pub const LOWER: u64 = 1 << 58;
 
-    pub const NONE: Ent = Ent(NO_LEVEL << LEVEL_SHIFT);
+    pub const NONE: MapEntry = MapEntry(NO_LEVEL << LEVEL_SHIFT);
 
-    /// Level and place, `None` if no level has the cluster.
-    pub fn place(self) -> Option<(u8, u32)> {
+    /// Level and host cluster, `None` if no level has the cluster.
+    pub fn location(self) -> Option<(u8, u32)> {
         let level = (self.0 >> LEVEL_SHIFT) & 0xFF;
         (level != NO_LEVEL).then_some((level as u8, self.0 as u32))
     }
@@ -41,9 +37,9 @@ impl Ent {
         self.0 & mark != 0
     }
 
-    pub fn set_place(&mut self, at: Option<(u8, u32)>) {
-        let (level, place) = at.map_or((NO_LEVEL, 0), |(l, p)| (u64::from(l), p));
-        self.0 = self.0 & !((0xFF << LEVEL_SHIFT) | 0xFFFF_FFFF) | level << LEVEL_SHIFT | u64::from(place);
+    pub fn set_location(&mut self, at: Option<(u8, u32)>) {
+        let (level, host_cluster) = at.map_or((NO_LEVEL, 0), |(l, p)| (u64::from(l), p));
+        self.0 = self.0 & !((0xFF << LEVEL_SHIFT) | 0xFFFF_FFFF) | level << LEVEL_SHIFT | u64::from(host_cluster);
     }
 
     pub fn mark(&mut self, mark: u64, on: bool) {
@@ -56,26 +52,10 @@ impl Ent {
     }
 }
 
-/// Index of the page that holds the entry of a cluster.
-pub fn page_of(cluster: u32) -> u32 {
-    ((u64::from(cluster) + HEADER_ENTRIES) / ENTRIES as u64) as u32
-}
-
-fn slot_of(cluster: u32) -> usize {
-    ((u64::from(cluster) + HEADER_ENTRIES) % ENTRIES as u64) as usize
-}
-
-/// Clusters whose entries stand in a page (the end may lie beyond the device).
-pub fn clusters_of(page: u32) -> std::ops::Range<u64> {
-    let end = (u64::from(page) + 1) * ENTRIES as u64 - HEADER_ENTRIES;
-    let start = (u64::from(page) * ENTRIES as u64).saturating_sub(HEADER_ENTRIES);
-    start..end
-}
-
 /// One page of the map in memory.
 pub struct Page {
-    ent: Box<[Ent; ENTRIES]>,
-    /// Operations, jobs and changes that need the page to stay.
+    entry: Box<[MapEntry; ENTRIES]>,
+    /// Operations, cluster_ops and changes that need the page to stay.
     pins: u32,
     used: bool,
 }
@@ -86,7 +66,7 @@ pub struct Loading {
     /// BAT reads not ended.
     pub left: u32,
     pub error: Option<Errno>,
-    pub waiters: Vec<Seg>,
+    pub waiters: Vec<Fragment>,
 }
 
 enum Slot {
@@ -97,11 +77,11 @@ enum Slot {
 
 impl Page {
     pub fn new() -> Page {
-        Page { ent: Box::new([Ent::NONE; ENTRIES]), pins: 0, used: true }
+        Page { entry: Box::new([MapEntry::NONE; ENTRIES]), pins: 0, used: true }
     }
 
-    pub fn ent(&mut self, cluster: u32) -> &mut Ent {
-        &mut self.ent[slot_of(cluster)]
+    pub fn entry(&mut self, cluster: u32) -> &mut MapEntry {
+        &mut self.entry[index_of(cluster)]
     }
 
     pub fn pin(&mut self) {
@@ -147,7 +127,7 @@ impl Map {
     }
 
     /// Ends the loading of a page: it is there, or absent again after an error.
-    pub fn finish(&mut self, page: u32) -> (Vec<Seg>, Option<Errno>) {
+    pub fn finish(&mut self, page: u32) -> (Vec<Fragment>, Option<Errno>) {
         match std::mem::replace(&mut self.dir[page as usize], Slot::Absent) {
             Slot::Loading(l) => {
                 let Loading { page: content, error, waiters, .. } = *l;
@@ -189,11 +169,11 @@ impl Map {
     }
 
     /// The entry of a cluster, if its page is loaded.
-    pub fn get(&mut self, cluster: u32) -> Option<Ent> {
+    pub fn get(&mut self, cluster: u32) -> Option<MapEntry> {
         match self.dir.get_mut(page_of(cluster) as usize) {
             Some(Slot::Ready(p)) => {
                 p.used = true;
-                Some(p.ent[slot_of(cluster)])
+                Some(p.entry[index_of(cluster)])
             }
             _ => None,
         }
@@ -206,18 +186,25 @@ impl Map {
         }
     }
 
-    pub fn set_place(&mut self, cluster: u32, at: Option<(u8, u32)>) {
+    pub fn set_location(&mut self, cluster: u32, at: Option<(u8, u32)>) {
         if let Some(p) = self.ready(cluster) {
-            p.ent[slot_of(cluster)].set_place(at);
+            p.entry[index_of(cluster)].set_location(at);
+        }
+    }
+
+    /// A level below the top has the cluster, too, or will have it.
+    pub fn set_lower(&mut self, cluster: u32) {
+        if let Some(p) = self.ready(cluster) {
+            p.entry[index_of(cluster)].mark(MapEntry::LOWER, true);
         }
     }
 
     /// Sets or clears a mark that pins the page.
     pub fn mark(&mut self, cluster: u32, mark: u64, on: bool) {
         if let Some(p) = self.ready(cluster) {
-            let ent = &mut p.ent[slot_of(cluster)];
-            if ent.is(mark) != on {
-                ent.mark(mark, on);
+            let entry = &mut p.entry[index_of(cluster)];
+            if entry.is(mark) != on {
+                entry.mark(mark, on);
                 if on { p.pins += 1 } else { p.pins -= 1 }
             }
         }
@@ -226,21 +213,21 @@ impl Map {
     /// One more operation in flight on the cluster.
     pub fn enter(&mut self, cluster: u32) {
         if let Some(p) = self.ready(cluster) {
-            p.ent[slot_of(cluster)].add(true);
+            p.entry[index_of(cluster)].add(true);
             p.pins += 1;
         }
     }
 
     /// One less; the entry as it is then.
-    pub fn leave(&mut self, cluster: u32) -> Ent {
+    pub fn leave(&mut self, cluster: u32) -> MapEntry {
         match self.ready(cluster) {
             Some(p) => {
-                let ent = &mut p.ent[slot_of(cluster)];
-                ent.add(false);
+                let entry = &mut p.entry[index_of(cluster)];
+                entry.add(false);
                 p.pins -= 1;
-                *ent
+                *entry
             }
-            None => Ent::NONE,
+            None => MapEntry::NONE,
         }
     }
 }

@@ -4,24 +4,24 @@
 //! A machine without threads, clocks or files: [`api`] says what goes in and what comes out. The rules it keeps:
 //!
 //! - Data before entry: a BAT page written by a flush holds only entries whose data writes had completed before that
-//!   flush's data sync began; a later change keeps its last durable value in it ([`dirty`], [`cycle`]).
+//!   flush's data sync began; a later change keeps its last durable value in it ([`pending`], [`flush`]).
 //! - A flush joins only a cycle that starts after it arrived.
-//! - Nothing is given out twice: a place is reused when neither the durable BAT nor a page on its way to the disk names
-//!   it and nothing is in flight on it ([`dirty`], [`space`]).
-//! - An entry is published when the whole cluster's content is right: a place allocated in this run and never written
-//!   reads as zero; any other is zeroed, copied up or wholly written first ([`job`]).
+//! - Nothing is given out twice: a host cluster is reused when neither the durable BAT nor a page on its way to the disk names
+//!   it and nothing is in flight on it ([`pending`], [`space`]).
+//! - An entry is published when the whole cluster's content is right: a host cluster allocated in this run and never written
+//!   reads as zero; any other is zeroed, copied up or wholly written first ([`cluster operation`]).
 //! - A failed sync or BAT write is final: no more cycles, every flush fails.
 //!
 //! Reads and writes of mapped clusters take one look at the [`map`] and end in one file operation.
 
 pub mod api;
+mod background;
 pub mod breach;
-mod cycle;
-mod dirty;
+mod cluster_op;
+mod flush;
 mod io;
-mod job;
 mod map;
-mod merge;
+mod pending;
 mod request;
 mod space;
 #[cfg(test)]
@@ -31,16 +31,16 @@ use std::collections::VecDeque;
 
 use api::{Action, BounceId, Carried, Config, Errno, Event, LevelConfig, OpId, ReqId, Request, RequestKind};
 use api::{Shared, Status, SyncState};
-use breach::{Breach, breaks};
-use cycle::Cycle;
-use dirty::Dirty;
-use io::Io;
-use job::Job;
-use map::{Ent, Map};
-use merge::Merge;
+use background::{Background, BackgroundOp};
 #[allow(unused_imports)] // the simulation compiles this as a part of itself
-pub use merge::State;
-use request::{IntMap, Req, Seg, Slab};
+pub use background::{BackgroundState, pages::PageSet};
+use breach::{Breach, breaks};
+use cluster_op::ClusterOp;
+use flush::FlushCycle;
+use io::Io;
+use map::{Map, MapEntry};
+use pending::PendingUpdates;
+use request::{Fragment, IntMap, Req, Slab};
 use space::Space;
 
 /// A file operation in flight.
@@ -51,17 +51,13 @@ enum Op {
         page: u32,
         level: u8,
     },
-    /// Step of the job that holds this cluster.
-    Job {
+    /// Step of the cluster operation that holds this cluster.
+    ClusterOp {
         cluster: u32,
     },
     /// The top's file grows.
     Grow,
-    /// The merge's target is looked at, or grows.
-    MergePage {
-        page: u32,
-    },
-    MergeGrow,
+    Background(BackgroundOp),
     Sync,
     BatWrite,
 }
@@ -73,28 +69,30 @@ pub struct Engine<S: Shared> {
     /// The top is a raw file: nothing to allocate, no BAT.
     raw_top: bool,
     map: Map,
-    dirty: Dirty<S>,
+    pending: PendingUpdates<S>,
     space: Space,
-    cycle: Cycle,
+    cycle: FlushCycle,
     reqs: IntMap<ReqId, Req>,
     ops: Slab<Op>,
-    jobs: IntMap<u32, Job>,
+    cluster_ops: IntMap<u32, ClusterOp>,
     /// Segments to be worked on in this step.
-    ready: VecDeque<Seg>,
+    ready: VecDeque<Fragment>,
     /// Operations that met ENOSPC and wait for the next tick, with the number of their retry.
-    parked: Vec<OpId>,
+    waiting_for_space: Vec<OpId>,
     bounces: Vec<BounceId>,
     bounce_wait: VecDeque<u32>,
     /// Segments that wait for a slot of the shared table.
-    slot_wait: Vec<Seg>,
+    slot_wait: Vec<Fragment>,
     /// Ticks after which writes do not wait for space any longer.
-    patience: Option<u32>,
+    enospc_limit: Option<u32>,
     /// Ticks for which something has waited for space.
     waited: u32,
-    hold: bool,
+    wait_for_space: bool,
     closing: bool,
     closed: bool,
-    merge: Option<Merge>,
+    background: Option<Background>,
+    /// Background work has more to do in this step.
+    more_background: bool,
     stats: Status,
 }
 
@@ -113,35 +111,40 @@ impl<S: Shared> Engine<S> {
         let top = config.levels.len().saturating_sub(1) as u8;
         let raw_top = matches!(config.levels.last(), Some(LevelConfig::Raw { .. }));
         shared.set_sync_state(if config.failed { SyncState::Failed } else { SyncState::Idle });
+        let background = config
+            .background
+            .as_ref()
+            .map(|b| Background::new(b, &config.levels, clusters, config.cluster_shift, &shared));
         Engine {
             top,
             raw_top,
             map: Map::new(clusters, config.map_pages),
-            dirty: Dirty::new(shared, &carried),
+            pending: PendingUpdates::new(shared, &carried),
             space: Space::new(&config.alloc),
-            cycle: Cycle::new(config.failed),
+            cycle: FlushCycle::new(config.failed),
             reqs: IntMap::default(),
             ops: Slab::new(),
-            jobs: IntMap::default(),
+            cluster_ops: IntMap::default(),
             ready: VecDeque::new(),
-            parked: Vec::new(),
+            waiting_for_space: Vec::new(),
             bounces: (0..config.bounces).rev().map(BounceId).collect(),
             bounce_wait: VecDeque::new(),
             slot_wait: Vec::new(),
-            patience: None,
+            enospc_limit: None,
             waited: 0,
-            hold: true,
+            wait_for_space: true,
             closing: false,
             closed: false,
-            merge: config.merge.as_ref().map(|m| Merge::new(m, &config.levels, clusters)),
+            background,
+            more_background: false,
             stats: Status::default(),
             config,
         }
     }
 
     /// Writes that find no space wait for so many ticks; `None`, as at first: for ever.
-    pub fn set_patience(&mut self, ticks: Option<u32>) {
-        self.patience = ticks;
+    pub fn set_enospc_limit(&mut self, ticks: Option<u32>) {
+        self.enospc_limit = ticks;
     }
 
     /// Takes an event in and appends what is to be done to `out`.
@@ -152,35 +155,36 @@ impl<S: Shared> Engine<S> {
             Event::BatRead { op, result } => self.bat_read(op, result, out),
             Event::Tick => self.tick(out),
             Event::HoldForSpace(hold) => self.hold_for_space(hold, out),
+            Event::Background(control) => self.control_background(control, out),
             Event::Close => self.close(out),
         }
         loop {
-            while let Some(seg) = self.ready.pop_front() {
-                self.process(seg, out);
+            while let Some(fragment) = self.ready.pop_front() {
+                self.process(fragment, out);
             }
-            self.look_after_space(out);
-            self.look_after_merge(out);
-            self.look_after_cycle(out);
-            if !self.slot_wait.is_empty() && self.dirty.has_free_slot() {
+            self.advance_space(out);
+            self.advance_background(out);
+            self.advance_cycle(out);
+            if !self.slot_wait.is_empty() && self.pending.has_free_slot() {
                 self.ready.extend(std::mem::take(&mut self.slot_wait));
             }
-            if self.ready.is_empty() {
+            if self.ready.is_empty() && !std::mem::take(&mut self.more_background) {
                 break;
             }
         }
-        self.look_after_close(out);
+        self.advance_close(out);
     }
 
     /// Where the engine stands.
     pub fn status(&self) -> Status {
         Status {
-            no_space: self.space.no_space && !self.space.waiters.is_empty() || !self.parked.is_empty(),
+            no_space: self.space.no_space && !self.space.waiters.is_empty() || !self.waiting_for_space.is_empty(),
             failed: self.cycle.failed,
             alloc_end: self.space.end(),
             free: self.space.free_below_end(),
-            dirty: self.dirty.len() as u32,
-            merge_seen: self.merge_progress().0,
-            merge_copied: self.merge_progress().1,
+            dirty: self.pending.len() as u32,
+            background_seen: self.background_progress().0,
+            background_copied: self.background_progress().1,
             requests: (self.reqs.len() + self.cycle.flushes()) as u32,
             ..self.stats
         }
@@ -193,7 +197,7 @@ impl<S: Shared> Engine<S> {
 
     /// Nothing is in flight, waiting or changed.
     pub fn is_idle(&self) -> bool {
-        self.reqs.is_empty() && self.ops.is_empty() && self.jobs.is_empty() && self.dirty.len() == 0
+        self.reqs.is_empty() && self.ops.is_empty() && self.cluster_ops.is_empty() && self.pending.len() == 0
     }
 
     fn accept(&mut self, r: Request, out: &mut Vec<Action>) {
@@ -210,6 +214,7 @@ impl<S: Shared> Engine<S> {
             out.push(Action::Reply { req: r.id, result: Err(errno) });
             return;
         }
+        self.background_gives_way();
         match r.kind {
             RequestKind::Read => self.stats.reads += 1,
             RequestKind::Write => self.stats.writes += 1,
@@ -221,7 +226,7 @@ impl<S: Shared> Engine<S> {
             return;
         }
         self.reqs.insert(r.id, Req { kind: r.kind, offset: r.offset, pending: 1, error: None });
-        self.ready.push_back(Seg { req: r.id, off: r.offset, len: r.len });
+        self.ready.push_back(Fragment { req: r.id, off: r.offset, len: r.len });
     }
 
     /// One pending part of a request is over.
@@ -243,15 +248,14 @@ impl<S: Shared> Engine<S> {
     }
 
     fn done(&mut self, op: OpId, result: Result<(), Errno>, out: &mut Vec<Action>) {
-        if result == Err(NO_SPACE) && self.park(op, out) {
+        if result == Err(NO_SPACE) && self.defer_for_space(op, out) {
             return;
         }
         match self.ops.remove(op.0) {
             Some(Op::Io(io)) => self.io_done(io, result, out),
-            Some(Op::Job { cluster }) => self.job_step_done(cluster, result, out),
+            Some(Op::ClusterOp { cluster }) => self.cluster_op_step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),
-            Some(Op::MergeGrow) => self.merge_grown(result, out),
-            Some(Op::MergePage { page }) => self.merge_page(page, Err(result.err().unwrap_or(IO)), out),
+            Some(Op::Background(op)) => self.background_op_done(op, result, out),
             Some(Op::Sync) => self.sync_done(result, out),
             Some(Op::BatWrite) => self.bat_written(result, out),
             Some(Op::Bat { page, level }) => self.page_part(page, level, Err(result.err().unwrap_or(IO)), out),
@@ -261,31 +265,31 @@ impl<S: Shared> Engine<S> {
 
     /// Writes may wait for space now.
     fn holds(&self) -> bool {
-        self.hold && !self.closing && self.patience.is_none_or(|p| self.waited < p)
+        self.wait_for_space && !self.closing && self.enospc_limit.is_none_or(|p| self.waited < p)
     }
 
     /// A write that met ENOSPC waits for the next tick if that is allowed; what must not be held fails.
-    fn park(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
+    fn defer_for_space(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let held = match self.ops.get(op.0) {
             _ if !self.holds() => None,
             Some(Op::Io(io)) if io.is_write() && io.level() == self.top => Some((io.clusters(), false)),
-            Some(&Op::Job { cluster }) if self.jobs.get(&cluster).is_some_and(Job::may_wait) => {
+            Some(&Op::ClusterOp { cluster }) if self.cluster_ops.get(&cluster).is_some_and(ClusterOp::may_wait) => {
                 Some((cluster..cluster + 1, true))
             }
             _ => None,
         };
-        let Some((clusters, job)) = held else { return false };
+        let Some((clusters, locked)) = held else { return false };
         if matches!(self.ops.get(op.0), Some(Op::Io(io)) if io.is_half()) {
             // Others to the same sectors would wait with it.
-            self.abort_merge(NO_SPACE, out);
+            self.abort_background(NO_SPACE, out);
         }
-        self.parked.push(op);
+        self.waiting_for_space.push(op);
         // Zeroings do not wait with it: they find another way where the write is in place, else there is no space.
         for cluster in clusters {
-            if job {
+            if locked {
                 self.refuse_zeroings(cluster, out);
             } else {
-                self.write_parked(cluster);
+                self.write_waits_for_space(cluster);
             }
         }
         self.refuse_starved_zeroings(out);
@@ -293,36 +297,37 @@ impl<S: Shared> Engine<S> {
     }
 
     /// A write to the cluster waits for space.
-    fn is_parked(&self, cluster: u32) -> bool {
-        self.parked.iter().any(|op| match self.ops.get(op.0) {
+    fn is_waiting_for_space(&self, cluster: u32) -> bool {
+        self.waiting_for_space.iter().any(|op| match self.ops.get(op.0) {
             Some(Op::Io(io)) => io.clusters().contains(&cluster),
-            Some(Op::Job { cluster: c }) => *c == cluster,
+            Some(Op::ClusterOp { cluster: c }) => *c == cluster,
             _ => false,
         })
     }
 
     fn tick(&mut self, out: &mut Vec<Action>) {
-        let waiting = !self.parked.is_empty() || !self.space.waiters.is_empty();
+        let waiting = !self.waiting_for_space.is_empty() || !self.space.waiters.is_empty();
         self.waited = if waiting { self.waited + 1 } else { 0 };
-        for op in std::mem::take(&mut self.parked) {
+        for op in std::mem::take(&mut self.waiting_for_space) {
             match self.ops.get(op.0) {
                 Some(Op::Io(io)) => out.push(io.action(op)),
-                Some(&Op::Job { cluster }) => self.job_again(cluster, op, out),
+                Some(&Op::ClusterOp { cluster }) => self.cluster_op_again(cluster, op, out),
                 _ => {}
             }
         }
         self.retry_space();
-        self.cycle.age(self.dirty.len() > 0);
+        self.tick_background();
+        self.cycle.age(self.pending.len() > 0);
     }
 
     fn close(&mut self, out: &mut Vec<Action>) {
         self.closing = true;
-        self.close_merge(out);
+        self.close_background(out);
         self.let_waiting_fail(out);
     }
 
     fn hold_for_space(&mut self, hold: bool, out: &mut Vec<Action>) {
-        self.hold = hold;
+        self.wait_for_space = hold;
         if !hold {
             self.let_waiting_fail(out);
         }
@@ -330,7 +335,7 @@ impl<S: Shared> Engine<S> {
 
     /// What waits for space is tried once more, and fails if there is none.
     fn let_waiting_fail(&mut self, out: &mut Vec<Action>) {
-        for op in std::mem::take(&mut self.parked) {
+        for op in std::mem::take(&mut self.waiting_for_space) {
             self.done(op, Err(NO_SPACE), out);
         }
         self.retry_space();
@@ -341,13 +346,13 @@ impl<S: Shared> Engine<S> {
         self.ready.extend(std::mem::take(&mut self.space.waiters));
     }
 
-    fn look_after_space(&mut self, out: &mut Vec<Action>) {
+    fn advance_space(&mut self, out: &mut Vec<Action>) {
         if !self.config.writable || self.raw_top {
             return;
         }
         if self.space.is_exhausted() {
-            for seg in std::mem::take(&mut self.space.waiters) {
-                self.part_done(seg.req, Err(TOO_BIG), out);
+            for fragment in std::mem::take(&mut self.space.waiters) {
+                self.part_done(fragment.req, Err(TOO_BIG), out);
             }
         }
         let wanted = !self.space.waiters.is_empty() && !self.space.blocked;
@@ -370,11 +375,11 @@ impl<S: Shared> Engine<S> {
             Err(NO_SPACE) if self.space.not_grown() => {}
             Err(NO_SPACE) if self.holds() => {
                 // Writes wait for space. A zeroing must not be held: on a loop device it would stop all other I/O.
-                for seg in std::mem::take(&mut self.space.waiters) {
-                    if self.is_write(seg.req) || breaks(Breach::HoldZeroings) {
-                        self.space.waiters.push(seg);
+                for fragment in std::mem::take(&mut self.space.waiters) {
+                    if self.is_write(fragment.req) || breaks(Breach::HoldZeroings) {
+                        self.space.waiters.push(fragment);
                     } else {
-                        self.part_done(seg.req, Err(NO_SPACE), out);
+                        self.part_done(fragment.req, Err(NO_SPACE), out);
                     }
                 }
             }
@@ -382,8 +387,8 @@ impl<S: Shared> Engine<S> {
                 if errno != NO_SPACE {
                     self.space.not_grown();
                 }
-                for seg in std::mem::take(&mut self.space.waiters) {
-                    self.part_done(seg.req, Err(errno), out);
+                for fragment in std::mem::take(&mut self.space.waiters) {
+                    self.part_done(fragment.req, Err(errno), out);
                 }
             }
         }
@@ -393,15 +398,15 @@ impl<S: Shared> Engine<S> {
         self.reqs.get(&req).map(|r| r.kind)
     }
 
-    /// Byte offset of a place of the top's file, or bytes of so many clusters.
-    fn file_off(&self, place: u32) -> u64 {
-        u64::from(place) << self.config.cluster_shift
+    /// Byte offset of a host cluster of the top's file, or bytes of so many clusters.
+    fn file_off(&self, host_cluster: u32) -> u64 {
+        u64::from(host_cluster) << self.config.cluster_shift
     }
 
     /// What the top's durable BAT says of a cluster without a change.
-    fn durable_place(&self, ent: Ent) -> u32 {
-        match ent.place() {
-            Some((level, place)) if level == self.top => place,
+    fn durable_host_cluster(&self, entry: MapEntry) -> u32 {
+        match entry.location() {
+            Some((level, host_cluster)) if level == self.top => host_cluster,
             _ => 0,
         }
     }

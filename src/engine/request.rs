@@ -31,7 +31,7 @@ pub type IntMap<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 
 /// A part of a request that is to be worked on: device offset and length. Each counts in the request's `pending`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Seg {
+pub struct Fragment {
     pub req: ReqId,
     pub off: u64,
     pub len: u64,

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::api::AllocConfig;
-use super::request::Seg;
+use super::request::Fragment;
 
 /// A cluster handed out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Place {
-    pub at: u32,
+pub struct Taken {
+    pub host_cluster: u32,
     /// It was allocated in this run and never written: it reads as zero.
     pub zero: bool,
 }
@@ -30,7 +30,7 @@ pub struct Space {
     pub no_space: bool,
     /// Until the next tick no other attempt is made.
     pub blocked: bool,
-    pub waiters: Vec<Seg>,
+    pub waiters: Vec<Fragment>,
 }
 
 impl Space {
@@ -51,18 +51,36 @@ impl Space {
     }
 
     /// A cluster: a freed one first (keeps the file small), or with `want_zero` rather one that reads as zero.
-    pub fn take(&mut self, want_zero: bool) -> Option<Place> {
+    pub fn take(&mut self, want_zero: bool) -> Option<Taken> {
         if (want_zero || self.free.is_empty())
             && let Some(at) = self.fresh.next()
         {
-            return Some(Place { at, zero: true });
+            return Some(Taken { host_cluster: at, zero: true });
         }
         let (start, end) = self.free.pop_first()?;
         if start + 1 < end {
             self.free.insert(start + 1, end);
         }
         self.free_count -= 1;
-        Some(Place { at: start, zero: false })
+        Some(Taken { host_cluster: start, zero: false })
+    }
+
+    /// Takes this cluster, if it is the one that [`take`](Self::take) would hand out.
+    pub fn take_at(&mut self, at: u32) -> bool {
+        let next = self.free.first_key_value().map_or(self.fresh.start, |(start, _)| *start);
+        let there = next == at && (!self.free.is_empty() || !self.fresh.is_empty());
+        there && self.take(false).is_some()
+    }
+
+    /// The lowest free cluster, if it lies below `limit`.
+    pub fn take_below(&mut self, limit: u32) -> Option<u32> {
+        let (&start, _) = self.free.first_key_value().filter(|(start, _)| **start < limit)?;
+        self.take(false).map(|t| t.host_cluster).filter(|at| *at == start)
+    }
+
+    /// Clusters that the file has, used or not.
+    pub fn file_end(&self) -> u32 {
+        self.fresh.end
     }
 
     /// The cluster is free again; its content counts as unknown.
@@ -151,7 +169,7 @@ mod tests {
     #[test]
     fn freed_clusters_come_first_and_join() {
         let mut s = space(10, vec![2..3, 5..7]);
-        assert_eq!(s.take(false), Some(Place { at: 2, zero: false }));
+        assert_eq!(s.take(false), Some(Taken { host_cluster: 2, zero: false }));
         s.give(4);
         s.give(3);
         s.give(2);
@@ -176,7 +194,7 @@ mod tests {
         assert!(!s.not_grown() && s.no_space);
         assert_eq!(s.grow(true), Some(10..11));
         s.grown();
-        assert_eq!(s.take(true), Some(Place { at: 10, zero: true }));
+        assert_eq!(s.take(true), Some(Taken { host_cluster: 10, zero: true }));
         assert!(!s.no_space);
     }
 }

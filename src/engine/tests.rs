@@ -6,11 +6,11 @@ use std::sync::Mutex;
 use super::api::*;
 use super::*;
 
-mod merging;
+mod background;
 
 const CLUSTER: u64 = 32 * 1024;
 
-struct Table(Mutex<(Vec<u64>, SyncState)>);
+struct Table(Mutex<(Vec<u64>, SyncState)>, Mutex<Vec<u64>>);
 
 impl Shared for Table {
     fn slots(&self) -> usize {
@@ -28,6 +28,12 @@ impl Shared for Table {
     fn sync_state(&self) -> SyncState {
         self.0.lock().unwrap().1
     }
+    fn progress(&self, word: usize) -> u64 {
+        self.1.lock().unwrap()[word]
+    }
+    fn set_progress(&self, word: usize, value: u64) {
+        self.1.lock().unwrap()[word] = value;
+    }
 }
 
 /// An engine, its files and buffers; operations are carried out when `run` is called, oldest first.
@@ -44,6 +50,8 @@ struct Rig {
     next: u32,
     fail_sync: bool,
     no_space: bool,
+    /// Files can share data.
+    shares: bool,
 }
 
 fn image(clusters: u32, data: &[(u32, u8)]) -> (LevelConfig, Vec<u8>) {
@@ -72,13 +80,13 @@ fn rig(levels: Vec<(LevelConfig, Vec<u8>)>, clusters: u64) -> Rig {
         map_pages: 4,
         bat_age: 5,
         failed: false,
-        merge: None,
+        background: None,
     };
     over(config, files)
 }
 
 fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
-    let table = Table(Mutex::new((vec![Table::FREE; 16], SyncState::Idle)));
+    let table = Table(Mutex::new((vec![Table::FREE; 16], SyncState::Idle)), Mutex::new(vec![0; PROGRESS_WORDS]));
     Rig {
         engine: Engine::new(config, vec![], table),
         files,
@@ -92,6 +100,7 @@ fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
         next: 0,
         fail_sync: false,
         no_space: false,
+        shares: false,
     }
 }
 
@@ -113,7 +122,7 @@ impl Rig {
                     };
                     self.bounces[bounce.0 as usize][at..at + len].copy_from_slice(&bytes);
                 }
-                Action::Merged { result } => self.merged = Some(result),
+                Action::BackgroundDone { result } => self.merged = Some(result),
                 Action::Closed { result } => self.closed = Some(result),
                 other => self.queue.push_back(other),
             }
@@ -127,7 +136,6 @@ impl Rig {
     /// Carries out the operation that stands at `at` in the queue.
     fn any(&mut self, at: usize) -> bool {
         let Some(action) = self.queue.remove(at) else { return false };
-        let top = self.files.len() - 1;
         let ok = |op| Event::Done { op, result: Ok(()) };
         match action {
             Action::Read { op, level, file_off, len, to } => {
@@ -146,10 +154,10 @@ impl Rig {
                 let bytes = self.files[level as usize][at..at + len as usize].to_vec();
                 self.event(Event::BatRead { op, result: Ok(&bytes) });
             }
-            Action::WriteBat { op, page, data } => {
+            Action::WriteBat { op, level, page, data } => {
                 self.log.push("bat");
                 let at = page as usize * BAT_PAGE;
-                self.files[top][at..at + BAT_PAGE].copy_from_slice(&data[..]);
+                self.files[level as usize][at..at + BAT_PAGE].copy_from_slice(&data[..]);
                 self.event(ok(op));
             }
             Action::Fallocate { op, .. } if self.no_space => self.event(Event::Done { op, result: Err(28) }),
@@ -164,10 +172,16 @@ impl Rig {
                 self.files[level as usize][file_off as usize..(file_off + len) as usize].fill(0);
                 self.event(ok(op));
             }
-            Action::Sync { op } => {
+            Action::Sync { op, .. } => {
                 self.log.push("sync");
                 let result = if self.fail_sync { Err(5) } else { Ok(()) };
                 self.event(Event::Done { op, result });
+            }
+            Action::Clone { op, .. } if !self.shares => self.event(Event::Done { op, result: Err(95) }),
+            Action::Clone { op, from, from_off, level, file_off, len } => {
+                let bytes = self.files[from as usize][from_off as usize..(from_off + len) as usize].to_vec();
+                self.files[level as usize][file_off as usize..(file_off + len) as usize].copy_from_slice(&bytes);
+                self.event(ok(op));
             }
             _ => unreachable!(),
         }
@@ -307,7 +321,7 @@ fn waiting_for_space_has_an_end() {
     for by_command in [false, true] {
         let mut r = rig(vec![image(10, &[])], 10);
         r.no_space = true;
-        r.engine.set_patience((!by_command).then_some(3));
+        r.engine.set_enospc_limit((!by_command).then_some(3));
         let write = r.submit(RequestKind::Write, 0, 512, 1);
         r.run();
         for _ in 0..2 {

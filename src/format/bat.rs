@@ -12,6 +12,9 @@ pub const HEADER_SLOTS: u64 = 16;
 /// Slots in a page of 4096 bytes.
 pub const PAGE_SLOTS: u64 = 1024;
 
+/// Entries in a page, as a length.
+pub const ENTRIES: usize = PAGE_SLOTS as usize;
+
 /// Byte offset of a cluster's entry in the file.
 pub fn entry_offset(cluster: VirtCluster) -> u64 {
     HEADER_BYTES + 4 * u64::from(cluster)
@@ -22,8 +25,8 @@ pub fn page_of(cluster: VirtCluster) -> u32 {
     ((u64::from(cluster) + HEADER_SLOTS) / PAGE_SLOTS) as u32
 }
 
-/// The slot in [`page_of`] that is the cluster's entry.
-pub fn slot_of(cluster: VirtCluster) -> usize {
+/// The index in [`page_of`] of the cluster's entry.
+pub fn index_of(cluster: VirtCluster) -> usize {
     ((u64::from(cluster) + HEADER_SLOTS) % PAGE_SLOTS) as usize
 }
 
@@ -31,6 +34,13 @@ pub fn slot_of(cluster: VirtCluster) -> usize {
 pub fn first_data(clusters: u64, cluster: ClusterSize) -> u64 {
     let bytes = (HEADER_BYTES + 4 * clusters).next_multiple_of(512);
     bytes.div_ceil(cluster.bytes())
+}
+
+/// Clusters whose entries stand in a page (the end may lie beyond the disk).
+pub fn clusters_of(page: u32) -> std::ops::Range<u64> {
+    let end = (u64::from(page) + 1) * PAGE_SLOTS - HEADER_SLOTS;
+    let start = (u64::from(page) * PAGE_SLOTS).saturating_sub(HEADER_SLOTS);
+    start..end
 }
 
 /// What an entry means.

@@ -73,9 +73,9 @@ fn layout_of_large_disks() {
 
 #[test]
 fn places_of_entries() {
-    assert_eq!((bat::page_of(0), bat::slot_of(0)), (0, 16));
-    assert_eq!((bat::page_of(1007), bat::slot_of(1007)), (0, 1023));
-    assert_eq!((bat::page_of(1008), bat::slot_of(1008)), (1, 0));
+    assert_eq!((bat::page_of(0), bat::index_of(0)), (0, 16));
+    assert_eq!((bat::page_of(1007), bat::index_of(1007)), (0, 1023));
+    assert_eq!((bat::page_of(1008), bat::index_of(1008)), (1, 0));
     assert_eq!(bat::page_of(u32::MAX), 4_194_304);
     assert_eq!(bat::decode(Version::V1, cluster(128), 0), Entry::Free);
     assert_eq!(bat::decode(Version::V1, cluster(128), 640), Entry::At(5));

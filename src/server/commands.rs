@@ -20,7 +20,7 @@ impl Supervisor {
                 let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
                 let failed = status.failed || self.failed.is_some();
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
-                let merging = self.start.merge.as_ref().map(|_| (status.merge_seen.min(total), total));
+                let merging = self.start.merge.as_ref().map(|_| (status.background_seen.min(total), total));
                 let merging = merging.or(self.levels_merge.progress);
                 let record = self.record.clone();
                 let answer = Answer::Info { record, no_space: status.no_space, failed, merging };

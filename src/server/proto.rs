@@ -133,6 +133,9 @@ pub struct WorkerStart {
     /// its commit, come last.
     #[serde(default)]
     pub merge: Option<Swap>,
+    /// The levels that are merged, into the lowest of them; none: the top into the level below it.
+    #[serde(default)]
+    pub merge_range: Option<(usize, usize)>,
     /// How many these are.
     #[serde(default)]
     pub merge_fds: usize,
@@ -145,6 +148,13 @@ pub struct WorkerStart {
 }
 
 impl WorkerStart {
+    /// The merge under way: its target, and the highest level that is merged into it.
+    pub fn merge_levels(&self) -> Option<(usize, usize)> {
+        self.merge.as_ref()?;
+        let top = self.attach.levels.len().checked_sub(1)?;
+        Some(self.merge_range.unwrap_or((top.checked_sub(1)?, top)))
+    }
+
     /// For the first worker of a device.
     pub fn new(attach: AttachRequest, fuse: FuseSession, device_name: String) -> WorkerStart {
         WorkerStart {
@@ -157,6 +167,7 @@ impl WorkerStart {
             finish: None,
             token: 0,
             merge: None,
+            merge_range: None,
             merge_fds: 0,
             yielded: None,
             slot_fds: 0,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crate::bail;
-use crate::engine::api::{Shared, Status, SyncState};
+use crate::engine::api::{PROGRESS_WORDS, Shared, Status, SyncState};
 use crate::error::{IoContext, Kind, Result};
 use crate::server::fuse::RESENT;
 use crate::sys::words::{self, Words};
@@ -34,6 +34,9 @@ const AT_READING: usize = 7;
 const AT_COUNTERS: usize = 8;
 const AT_MARKS: usize = 32;
 const AT_STRIKES: usize = 128;
+/// Behind the strikes; a server that does not know these words leaves them alone.
+const AT_BACKGROUND: usize = 1664;
+const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
 
 /// Words of the whole.
@@ -142,6 +145,16 @@ impl Shm {
         self.words[AT_READING].load(Acquire)
     }
 
+    /// The progress that is noted belongs to the background work `token` from now on: that of another is forgotten.
+    pub fn begin_background(&self, token: u64) {
+        if self.words[AT_BACKGROUND].load(Acquire) == token {
+            return;
+        }
+        // Word 0 first: a worker that dies in between leaves another token, so that its successor clears all again.
+        (0..PROGRESS_WORDS).for_each(|word| self.set_progress(word, 0));
+        self.words[AT_BACKGROUND].store(token, Release);
+    }
+
     /// Shows the world where the engine stands.
     pub fn publish(&self, s: &Status) {
         let w = &self.words;
@@ -160,8 +173,8 @@ impl Shm {
             s.flushes,
             s.copied_up,
             s.allocated,
-            s.merge_seen,
-            s.merge_copied,
+            s.background_seen,
+            s.background_copied,
         ];
         for (i, v) in counters.into_iter().enumerate() {
             w[AT_COUNTERS + i].store(v, Relaxed);
@@ -184,8 +197,8 @@ impl Shm {
             flushes: c(7),
             copied_up: c(8),
             allocated: c(9),
-            merge_seen: c(10),
-            merge_copied: c(11),
+            background_seen: c(10),
+            background_copied: c(11),
         }
     }
 
@@ -298,6 +311,14 @@ impl Shared for Shm {
         if state == SyncState::Failed {
             self.set_failed();
         }
+    }
+
+    fn progress(&self, word: usize) -> u64 {
+        self.words[AT_PROGRESS + word % PROGRESS_WORDS].load(Acquire)
+    }
+
+    fn set_progress(&self, word: usize, value: u64) {
+        self.words[AT_PROGRESS + word % PROGRESS_WORDS].store(value, Release);
     }
 
     fn sync_state(&self) -> SyncState {

@@ -2,20 +2,23 @@
 
 use crate::engine::api::*;
 
+use crate::background::level_of;
 use crate::broken::Break;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::PAGE_SECTORS;
-use crate::merge::level_of;
 use crate::recover::changes;
 use crate::world::{Flight, World};
 
 const EIO: Errno = 5;
 const ENOSPC: Errno = 28;
+const EOPNOTSUPP: Errno = 95;
 
 impl World {
     pub fn act(&mut self, act: Action) {
         self.say(|_| match &act {
-            Action::WriteBat { op, page, .. } => format!("  WriteBat {{ op: {}, page: {page} }}", op.0),
+            Action::WriteBat { op, level, page, .. } => {
+                format!("  WriteBat {{ op: {}, level: {level}, page: {page} }}", op.0)
+            }
             other => format!("  {other:?}"),
         });
         match act {
@@ -31,7 +34,7 @@ impl World {
                 }
             }
             Action::Overlay { bounce, at, from, len } => self.overlay(bounce, at, from, len),
-            Action::Merged { result } => self.merged(result),
+            Action::BackgroundDone { result } => self.background_done(result),
             Action::Closed { result } => {
                 if !self.closing || self.closed.is_some() {
                     self.fail("Closed without a Close, or twice");
@@ -97,6 +100,7 @@ impl World {
             Action::Read { file_off, len, .. }
             | Action::Write { file_off, len, .. }
             | Action::Fallocate { file_off, len, .. }
+            | Action::Clone { file_off, len, .. }
             | Action::ZeroRange { file_off, len, .. } => (*file_off / SECTOR, *len / SECTOR),
             Action::ReadBat { page, len, .. } => (u64::from(*page) * PAGE_SECTORS, u64::from(*len) / SECTOR),
             Action::WriteBat { page, .. } => (u64::from(*page) * PAGE_SECTORS, PAGE_SECTORS),
@@ -112,7 +116,8 @@ impl World {
             | Action::WriteBat { op, .. }
             | Action::Fallocate { op, .. }
             | Action::ZeroRange { op, .. }
-            | Action::Sync { op } => *op,
+            | Action::Clone { op, .. }
+            | Action::Sync { op, .. } => *op,
             other => self.fail(format!("{other:?} is no operation")),
         };
         if self.flights.iter().any(|f| f.op == op) {
@@ -133,7 +138,8 @@ impl World {
     fn check_start(&mut self, act: &Action) {
         let top = self.shape.top();
         let changes = !matches!(act, Action::Read { .. } | Action::ReadBat { .. });
-        if changes && !self.settings.writable {
+        let background = level_of(act, top) != top || self.background.as_ref().is_some_and(|s| s.level == top);
+        if changes && !self.settings.writable && !background {
             self.fail(format!("{act:?} on a read-only device"));
         }
         if let Action::Read { file_off, len, .. }
@@ -144,7 +150,7 @@ impl World {
         {
             self.fail(format!("{act:?} is not a range of sectors"));
         }
-        if changes && !self.shape.raw_top() && !self.is_surely_marked() {
+        if changes && level_of(act, top) == top && !self.shape.raw_top() && !self.is_surely_marked() {
             self.fail(format!("{act:?} on an image that is not durably marked in use"));
         }
         let (first, count) = Self::extent(act);
@@ -202,6 +208,27 @@ impl World {
                     self.cover.hit_if(again, "page evicted and read again");
                 }
             }
+            Action::Clone { from, from_off, len, .. } => {
+                let source = from_off / SECTOR;
+                let files = &self.chain.files;
+                let inside = source + count <= files[*from as usize].len() && first + count <= files[target].len();
+                if from_off % SECTOR != 0 || len % SECTOR != 0 || *len == 0 || first < first_data || !inside {
+                    self.fail(format!("{act:?} outside the data of its files"));
+                }
+                let values: Vec<Stamp> = (0..count).map(|i| self.source(act, i as usize)).collect();
+                self.check_write(target, first, &values);
+            }
+            Action::WriteBat { level, page, data, .. } if usize::from(*level) != top => {
+                if self.shape.levels[target].raw.is_some() || *page >= self.shape.bat_pages(target) {
+                    self.fail(format!("WriteBat of page {page}, beyond the BAT of level {level}"));
+                }
+                self.check_target_publish(target, *page, data);
+            }
+            Action::Sync { level, .. } if usize::from(*level) != top => {
+                if self.background.as_ref().is_none_or(|s| s.level != target) {
+                    self.fail(format!("a sync of level {level}, which nothing is written to"));
+                }
+            }
             Action::WriteBat { page, data, .. } => {
                 if self.shape.raw_top() || *page >= self.shape.bat_pages(top) {
                     self.fail(format!("WriteBat of page {page}, beyond the BAT"));
@@ -242,6 +269,7 @@ impl World {
             Action::Write { from: Buf::Bounce { id, off }, .. } => {
                 self.bounces[id.0 as usize][(u64::from(*off) / SECTOR) as usize + i]
             }
+            Action::Clone { from, from_off, .. } => self.chain.files[*from as usize].read(from_off / SECTOR + i as u64),
             Action::WriteBat { data, .. } => self.chain.arena.borrow_mut().intern(&data[i * 512..(i + 1) * 512]),
             _ => 0,
         }
@@ -269,7 +297,8 @@ impl World {
                     }
                 }
             }
-            act @ (Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. }) => {
+            act
+            @ (Action::Write { .. } | Action::Clone { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. }) => {
                 let value = self.source(act, i);
                 if value & POISON != 0 {
                     self.fail(format!("{act:?} writes rubbish at its sector {i}: {value:#x}"));
@@ -297,6 +326,9 @@ impl World {
     }
 
     fn verdict(&mut self, at: usize) -> Result<(), Errno> {
+        if matches!(self.flights[at].act, Action::Clone { .. }) && !self.shares() {
+            return Err(EOPNOTSUPP);
+        }
         let s = &self.settings;
         let (eio, no_space) = match &self.flights[at].act {
             Action::Read { .. } => (s.read_error, 0),
@@ -323,13 +355,17 @@ impl World {
             && self.rng.permille(50);
         match (result, torn) {
             (Ok(()), false) => (0..self.flights[at].landed.len()).for_each(|i| self.land(at, i)),
+            (Err(EOPNOTSUPP), _) => self.cover.hit("clusters copied, since they could not be shared"),
             (Err(_), false) if self.rng.coin() => {}
             _ => self.land_some(at),
         }
         let f = self.flights.swap_remove(at);
         self.say(|_| format!("{:?} of op {} (issued {})", result, f.op.0, f.issued));
         let torn = f.landed.iter().any(|l| *l) && f.landed.iter().any(|l| !*l);
-        if let Err(e) = result {
+        self.cover.hit_if(matches!(f.act, Action::Clone { .. }) && result.is_ok(), "clusters shared");
+        if let Err(e) = result
+            && e != EOPNOTSUPP
+        {
             self.faults += 1;
             if let Action::ReadBat { page, .. } = f.act {
                 self.bad_pages.push(page);
@@ -363,7 +399,8 @@ impl World {
             Action::Sync { .. } => {
                 match result {
                     Ok(()) if self.broken == Break::LazySync => {}
-                    Ok(()) => self.chain.files[top].synced(f.issued),
+                    Ok(()) => self.chain.files[level].synced(f.issued),
+                    Err(_) if level != top => self.chain.files[level].sync_failed(f.issued, &mut self.rng),
                     Err(_) => {
                         self.chain.files[top].sync_failed(f.issued, &mut self.rng);
                         self.write_back_errors += 1;
@@ -375,7 +412,11 @@ impl World {
         }
         if matches!(
             f.act,
-            Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. } | Action::Fallocate { .. }
+            Action::Write { .. }
+                | Action::Clone { .. }
+                | Action::WriteBat { .. }
+                | Action::ZeroRange { .. }
+                | Action::Fallocate { .. }
         ) {
             let end = self.chain.files[level].len().max(f.first + f.landed.len() as u64);
             let all = if matches!(f.act, Action::Fallocate { .. }) {
@@ -395,7 +436,8 @@ impl World {
             let (ended, spc) = (self.ended.clone(), self.shape.spc);
             self.unwritten.retain(|p| u64::from(*p + 1) * spc <= ended.start || ended.end <= u64::from(*p) * spc);
         }
-        let sticky = result.is_err() && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
+        let top = level_of(&f.act, self.shape.top()) == self.shape.top();
+        let sticky = result.is_err() && top && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
         if sticky {
             self.failed = true;
         }

@@ -185,21 +185,21 @@ impl Broken {
             Action::Reply { .. } if self.how == Break::TwoReplies && self.count.is_multiple_of(400) => {
                 out.extend([a.clone(), a])
             }
-            Action::Sync { op } if self.how == Break::NoDataSync && !self.bat_since_sync => {
+            Action::Sync { op, .. } if self.how == Break::NoDataSync && !self.bat_since_sync => {
                 self.bat_since_sync = true;
                 self.made_up.push(op);
             }
-            Action::Sync { op } if self.how == Break::NoBatSync && self.bat_since_sync => {
+            Action::Sync { op, .. } if self.how == Break::NoBatSync && self.bat_since_sync => {
                 self.bat_since_sync = false;
                 self.made_up.push(op);
             }
-            Action::Sync { op } => {
+            Action::Sync { op, .. } => {
                 self.bat_since_sync = false;
                 self.syncs.insert(op, ());
                 out.push(a);
             }
             Action::WriteBat { op, .. } if self.how == Break::NoBatWrite => self.made_up.push(op),
-            Action::WriteBat { op, page, mut data } => {
+            Action::WriteBat { op, level, page, mut data } => {
                 self.bat_since_sync = self.how != Break::NoDataSync;
                 self.bats.insert(op, ());
                 if self.how == Break::LoseInUse && page == 0 {
@@ -214,7 +214,7 @@ impl Broken {
                         }
                     }
                 }
-                out.push(Action::WriteBat { op, page, data });
+                out.push(Action::WriteBat { op, level, page, data });
             }
             Action::ZeroRange { op, .. } if self.how == Break::NoZeroRange => self.made_up.push(op),
             Action::Read { op, len, to: Buf::Request { req, off }, .. }

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use crate::engine::api::*;
 
+use crate::background::level_of;
 use crate::disk::{POISON, Stamp};
 use crate::image::{HEADER_WORDS, IN_USE, bat_sector};
-use crate::merge::level_of;
 use crate::world::World;
 
 impl World {
@@ -25,7 +25,7 @@ impl World {
     fn in_flight_in(&self, level: usize, sector: u64, out: &mut Vec<Stamp>) {
         for f in self.flights.iter().filter(|f| level_of(&f.act, self.shape.top()) == level) {
             let inside = sector >= f.first && sector < f.first + f.landed.len() as u64;
-            if inside && matches!(f.act, Action::Write { .. } | Action::WriteBat { .. } | Action::ZeroRange { .. }) {
+            if inside && crate::recover::changes(&f.act) && !matches!(f.act, Action::Fallocate { .. }) {
                 let i = (sector - f.first) as usize;
                 if !f.landed[i] {
                     out.push(self.source(&f.act, i));

@@ -177,7 +177,7 @@ impl Chain {
         self.read_level(shape, top, sector, stable).unwrap_or_else(|| self.read_below(shape, top, sector))
     }
 
-    fn read_level(&self, shape: &Shape, level: usize, sector: u64, stable: bool) -> Option<Stamp> {
+    pub fn read_level(&self, shape: &Shape, level: usize, sector: u64, stable: bool) -> Option<Stamp> {
         let file = &self.files[level];
         let read = |s: u64| match stable {
             true => file.read_durable(s),

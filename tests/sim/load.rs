@@ -290,7 +290,8 @@ impl World {
 
     fn accident(&mut self) -> bool {
         let s = &self.settings;
-        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2];
+        let control = if self.background.as_ref().is_some_and(|b| b.told.is_none()) { s.control } else { 0 };
+        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {
             if at < u64::from(*rate) {
@@ -310,6 +311,7 @@ impl World {
                         self.cover.hit(if self.no_space { "period without space" } else { "space came back" });
                     }
                     4 => self.quiet = true,
+                    6 if self.engine.is_some() => self.control_background(),
                     5 if self.engine.is_some() => {
                         self.hold = !self.hold;
                         self.say(|w| format!("HoldForSpace({})", w.hold));
@@ -405,7 +407,10 @@ impl World {
             ));
         } else if !self.closing {
             self.check_idle();
-            self.check_merge_ends();
+            if self.check_background_ends() {
+                self.idle_ticks = 0;
+                return;
+            }
             self.cover.hit("all quiet");
             self.want_close = self.issued >= self.settings.operations;
             self.idle_ticks = 0;

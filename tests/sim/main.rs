@@ -9,6 +9,7 @@
 //! `SIM_BREAK=NAME` looks for one breach only (with `SIM_SEED`: in that run, and prints it).
 
 mod act;
+mod background;
 mod broken;
 mod checks;
 mod cover;
@@ -18,10 +19,13 @@ mod disk;
 mod engine;
 mod image;
 mod load;
-mod merge;
 mod naive;
 mod oracle;
 mod recover;
+/// The engine names the library's formats so.
+mod format {
+    pub use ploop::format::bat;
+}
 mod rest;
 mod rng;
 mod table;
@@ -35,7 +39,7 @@ use std::time::Duration;
 use broken::{Break, Broken};
 use cover::Cover;
 use engine::Engine;
-use engine::api::{Action, BAT_PAGE, Carried, Config, Event, Status};
+use engine::api::{Action, Carried, Config, Event, Status};
 use engine::breach;
 use table::Table;
 use world::{Machine, Maker, Violation, World};
@@ -49,11 +53,7 @@ impl Machine for Engine<Table> {
         Engine::status(self)
     }
 
-    fn merged_pages(&self) -> Vec<(u32, Box<[u8; BAT_PAGE]>)> {
-        Engine::merged_pages(self).collect()
-    }
-
-    fn merges(&self) -> bool {
+    fn works_in_background(&self) -> bool {
         true
     }
 }
@@ -181,7 +181,7 @@ fn the_engine_passes() {
     println!("{}", cover.table());
     // Fifty seeds need not meet everything.
     if seeds() >= 200 && std::env::var_os("SIM_SEED").is_none() {
-        let missing = cover.missing(&[cover::WANTED, merge::WANTED].concat());
+        let missing = cover.missing(&[cover::WANTED, background::WANTED].concat());
         assert!(missing.is_empty(), "never happened: {missing:?}");
     }
 }

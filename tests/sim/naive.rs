@@ -136,9 +136,9 @@ impl Naive {
         }
         if level == self.top() && page + 1 == self.pages(level) {
             for c in std::mem::take(&mut self.carried) {
-                self.maps[level][c.cluster as usize] = c.place;
+                self.maps[level][c.cluster as usize] = c.host_cluster;
                 self.slots.insert(c.cluster, c.slot);
-                if c.durable != 0 && c.durable != c.place {
+                if c.durable != 0 && c.durable != c.host_cluster {
                     self.limbo.push(c.durable);
                 }
             }
@@ -356,7 +356,7 @@ impl Naive {
             Todo::Op(mut action) => {
                 match &mut action {
                     Action::Read { op, .. } | Action::Write { op, .. } | Action::Fallocate { op, .. } => *op = id,
-                    Action::ZeroRange { op, .. } | Action::Sync { op } => *op = id,
+                    Action::ZeroRange { op, .. } | Action::Sync { op, .. } => *op = id,
                     _ => {}
                 }
                 self.waiting = Some((id, t));
@@ -377,16 +377,21 @@ impl Naive {
                 pages.dedup();
                 self.todo.push_front(Todo::CycleDone);
                 if !pages.is_empty() {
-                    self.todo.push_front(Todo::Op(Action::Sync { op: id }));
+                    self.todo.push_front(Todo::Op(Action::Sync { op: id, level: (self.c.levels.len() - 1) as u8 }));
                 }
                 for p in pages {
                     self.todo.push_front(Todo::WritePage(p));
                 }
-                self.todo.push_front(Todo::Op(Action::Sync { op: id }));
+                self.todo.push_front(Todo::Op(Action::Sync { op: id, level: (self.c.levels.len() - 1) as u8 }));
             }
             Todo::WritePage(page) => {
                 self.waiting = Some((id, t));
-                out.push(Action::WriteBat { op: id, page, data: self.page(page) });
+                out.push(Action::WriteBat {
+                    op: id,
+                    level: (self.c.levels.len() - 1) as u8,
+                    page,
+                    data: self.page(page),
+                });
             }
             Todo::CycleDone => {
                 self.table.set_sync_state(SyncState::Idle);
@@ -440,8 +445,8 @@ impl Machine for Naive {
                 self.blocked = false;
                 self.age += u32::from(!self.slots.is_empty() && !self.failed);
             }
-            // Never sent to this one: it holds writes for ever.
-            Event::HoldForSpace(_) => {}
+            // Never sent to this one: it holds writes for ever, and does no background work.
+            Event::HoldForSpace(_) | Event::Background(_) => {}
             Event::Close => self.closing = true,
         }
         self.pump(out);

@@ -76,6 +76,13 @@ impl Oracle {
         list.iter().any(|w| w.value == value && w.end >= newest)
     }
 
+    /// The sector held this value at some time that is still known.
+    pub fn ever_held(&self, sector: u64, value: Stamp) -> bool {
+        let list = &self.sectors[sector as usize];
+        // Older history is forgotten when there are many writes.
+        list.len() >= 11 || list.iter().any(|w| w.value == value) || list.first().is_some_and(|w| w.start > 0)
+    }
+
     /// A read that began at `start` and ended now returned this value. If no write overlaps it, later reads must
     /// return the same.
     pub fn read_saw(&mut self, sector: u64, value: Stamp, start: u64, now: u64) {

@@ -2,9 +2,9 @@
 
 use crate::engine::api::*;
 
+use crate::background::level_of;
 use crate::broken::Break;
 use crate::disk::Stamp;
-use crate::merge::level_of;
 use crate::table::Table;
 use crate::world::World;
 
@@ -19,8 +19,8 @@ pub enum Outage {
 }
 
 pub fn changes(act: &Action) -> bool {
-    use Action::{Fallocate, Write, WriteBat, ZeroRange};
-    matches!(act, Write { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. })
+    use Action::{Clone, Fallocate, Write, WriteBat, ZeroRange};
+    matches!(act, Write { .. } | Clone { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. })
 }
 
 impl World {
@@ -32,7 +32,7 @@ impl World {
         let copying = self.flights.iter().any(|f| self.copied_cluster(f).is_some());
         let waiting = self.no_space && self.engine.as_ref().is_some_and(|e| e.status().no_space);
         self.cover.hit("kill");
-        self.cover_merge_kill();
+        self.cover_background_kill();
         self.cover.hit_if(flush, "kill during flush");
         self.cover.hit_if(sync, "kill with a sync in flight");
         self.cover.hit_if(bat, "kill with a BAT write in flight");
@@ -75,7 +75,7 @@ impl World {
                 Action::Fallocate { file_off, len, .. } if fate == 2 => {
                     self.chain.files[level].extend((file_off + len) / 512, f.serial);
                 }
-                Action::Sync { .. } => self.late_sync(f.issued),
+                Action::Sync { .. } => self.late_sync(level, f.issued),
                 act if changes(act) => {
                     let n = f.landed.iter().filter(|l| **l).count();
                     let all = f.landed.len();
@@ -109,16 +109,20 @@ impl World {
     }
 
     /// A sync that the dead worker had issued: nobody was told how it ended.
-    fn late_sync(&mut self, issued: u64) {
+    fn late_sync(&mut self, level: usize, issued: u64) {
         match self.rng.below(3) {
             0 => {}
             1 if self.settings.sync_error > 0 && self.rng.below(3) == 0 => {
                 self.say(|_| "the sync in flight fails".into());
-                self.chain.files[self.shape.top()].sync_failed(issued, &mut self.rng);
-                self.write_back_errors += 1;
+                self.chain.files[level].sync_failed(issued, &mut self.rng);
                 self.faults += 1;
+                if level == self.shape.top() {
+                    self.write_back_errors += 1;
+                } else if let Some(s) = &mut self.background {
+                    s.spoiled = true;
+                }
             }
-            _ => self.chain.files[self.shape.top()].synced(issued),
+            _ => self.chain.files[level].synced(issued),
         }
     }
 
@@ -197,8 +201,8 @@ impl World {
         }
         self.cover.hit_if(torn, "torn BAT page after a power cut");
         self.chain.files.iter_mut().for_each(|f| f.power_cut(&mut self.rng));
-        let merging = self.merging.take().is_some();
-        self.cover.hit_if(merging, "power cut during a merge");
+        let working = self.background.take().is_some();
+        self.cover.hit_if(working, "power cut during background work");
         self.engine = None;
         self.closed = None;
         self.closing = false;
@@ -304,7 +308,7 @@ impl World {
         if image && writable && !takeover && self.mark(true, outage) {
             return false;
         }
-        self.start_engine(carried, alloc, failed);
+        self.start_engine(carried, alloc, failed, takeover);
         self.took_over = takeover;
         self.was_waiting = false;
         true
@@ -347,7 +351,7 @@ impl World {
                 if place != 0 {
                     used.push(place);
                 }
-                carried.push(Carried { slot, cluster, place, durable });
+                carried.push(Carried { slot, cluster, host_cluster: place, durable });
                 self.cover.hit_if(place == 0, "takeover with a carried free entry");
             }
             self.cover.hit_if(!carried.is_empty(), "takeover with carried entries");
@@ -377,12 +381,16 @@ impl World {
         (carried, AllocConfig { end, free, ahead: self.settings.ahead, limit })
     }
 
-    fn start_engine(&mut self, carried: Vec<Carried>, alloc: AllocConfig, failed: bool) {
+    fn start_engine(&mut self, carried: Vec<Carried>, alloc: AllocConfig, failed: bool, takeover: bool) {
         let top = self.shape.top();
         let s = &self.settings;
         self.header = if self.shape.raw_top() { [0; 64] } else { self.chain.header(top) };
         self.bounces = vec![vec![crate::disk::POISON | 0xb00; s.bounce_bytes as usize / 512]; usize::from(s.bounces)];
-        let merge = self.begin_merge();
+        let background = if failed { None } else { self.begin_background(takeover) };
+        if background.is_none() {
+            self.background = None;
+        }
+        let paused = self.background.as_ref().is_some_and(|s| s.paused);
         let s = &self.settings;
         let config = Config {
             cluster_shift: self.shape.shift,
@@ -396,7 +404,7 @@ impl World {
             map_pages: s.map_pages,
             bat_age: s.bat_age,
             failed,
-            merge,
+            background,
         };
         self.limit = config.alloc.limit;
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
@@ -407,7 +415,10 @@ impl World {
         self.unwritten.clear();
         self.unwritten_at_sync.clear();
         let engine = (self.maker)(config, carried, self.table.clone());
-        self.merging.take_if(|_| !engine.merges());
+        self.background.take_if(|_| !engine.works_in_background());
         self.engine = Some(engine);
+        if paused {
+            self.feed(Event::Background(BackgroundControl::Pause));
+        }
     }
 }

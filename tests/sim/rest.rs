@@ -70,7 +70,6 @@ impl World {
             }
             Ok(()) => self.cover.hit("closed well"),
         }
-        let pages = self.engine.as_ref().map(|e| e.merged_pages()).unwrap_or_default();
         let status = self.engine.take().map(|e| e.status()).unwrap_or_default();
         self.flights.clear();
         self.closing = false;
@@ -83,11 +82,11 @@ impl World {
         let now = self.now;
         self.settle(now, "after a clean close", now);
         self.oracle.flushed = self.oracle.flushed.max(now);
-        if self.shape.raw_top() || !self.settings.writable {
-            return;
+        let check = !self.shape.raw_top() && self.settings.writable;
+        if check {
+            self.check_rest(&status);
         }
-        self.check_rest(&status);
-        if self.finish_merge(pages) {
+        if self.finish_background() || !check {
             return;
         }
         let top = self.shape.top();

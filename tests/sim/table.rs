@@ -2,15 +2,17 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::engine::api::{Shared, SyncState};
+use crate::engine::api::{PROGRESS_WORDS, Shared, SyncState};
 
 enum Undo {
     Slot(usize, u64),
+    Progress(usize, u64),
     State(SyncState),
 }
 
 struct Inner {
     slots: Vec<u64>,
+    progress: Vec<u64>,
     state: SyncState,
     undo: Vec<Undo>,
     /// One store in so many is forgotten (a broken table); 0: none.
@@ -25,6 +27,7 @@ impl Table {
     pub fn new(slots: usize, forget_one_in: u64) -> Table {
         Table(Arc::new(Mutex::new(Inner {
             slots: vec![Self::FREE; slots],
+            progress: vec![0; PROGRESS_WORDS],
             state: SyncState::Idle,
             undo: Vec::new(),
             forget_one_in,
@@ -56,6 +59,7 @@ impl Table {
         while t.undo.len() > keep {
             match t.undo.pop() {
                 Some(Undo::Slot(s, old)) => t.slots[s] = old,
+                Some(Undo::Progress(w, old)) => t.progress[w] = old,
                 Some(Undo::State(old)) => t.state = old,
                 None => {}
             }
@@ -101,6 +105,16 @@ impl Shared for Table {
         let mut t = self.lock();
         let old = std::mem::replace(&mut t.state, state);
         t.undo.push(Undo::State(old));
+    }
+
+    fn progress(&self, word: usize) -> u64 {
+        self.lock().progress[word]
+    }
+
+    fn set_progress(&self, word: usize, value: u64) {
+        let mut t = self.lock();
+        let old = std::mem::replace(&mut t.progress[word], value);
+        t.undo.push(Undo::Progress(word, old));
     }
 
     fn sync_state(&self) -> SyncState {

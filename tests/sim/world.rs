@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use crate::engine::api::*;
 
+use crate::background::Session;
 use crate::broken::Break;
 use crate::cover::Cover;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::{Chain, Shape};
-use crate::merge::Merging;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::table::Table;
@@ -22,12 +22,8 @@ pub trait Machine {
     fn holds_only_writes(&self) -> bool {
         true
     }
-    /// See `Engine::merged_pages`.
-    fn merged_pages(&self) -> Vec<(u32, Box<[u8; BAT_PAGE]>)> {
-        Vec::new()
-    }
-    /// It can merge.
-    fn merges(&self) -> bool {
+    /// It does background work.
+    fn works_in_background(&self) -> bool {
         false
     }
 }
@@ -64,7 +60,11 @@ pub struct Settings {
     pub close: u32,
     pub no_space: u32,
     /// In permille of the sessions.
-    pub merge: u32,
+    pub background: u32,
+    /// Per 100,000 events.
+    pub control: u32,
+    /// Files share data.
+    pub shares: bool,
     /// Without space overwrites fail too, as on a copy-on-write file system.
     pub cow: bool,
 }
@@ -95,7 +95,9 @@ impl Settings {
             close: rng.pick(&[0, 30, 100]),
             no_space: rng.pick(&[0, 0, 100, 300]),
             cow: rng.coin(),
-            merge: rng.pick(&[0, 0, 500, 900]),
+            background: rng.pick(&[0, 0, 500, 900]),
+            control: rng.pick(&[0, 0, 30, 200]),
+            shares: rng.coin(),
         }
     }
 }
@@ -140,8 +142,8 @@ pub struct World {
     pub chain: Chain,
     /// The chain as it was made.
     pub origin: (Shape, Chain),
-    /// The merge of this session.
-    pub merging: Option<Merging>,
+    /// The background work of this session.
+    pub background: Option<Session>,
     /// Of each lower level: which cluster lives at a place.
     pub lower_owner: Vec<HashMap<u32, u32>>,
     pub oracle: Oracle,
@@ -214,12 +216,7 @@ impl World {
         let shape = Shape::random(&mut rng);
         let settings = Settings::random(&mut rng, &shape);
         let chain = Chain::build(&shape, &mut rng);
-        let lower_owner = (0..shape.top())
-            .map(|l| match shape.levels[l].raw {
-                Some(_) => HashMap::new(),
-                None => chain.places(&shape, l).into_iter().map(|(c, p)| (p, c)).collect(),
-            })
-            .collect();
+        let lower_owner = owners_below(&shape, &chain);
         let oracle = Oracle::new(shape.sectors);
         let forget = if broken == Break::ForgetStore { 5 } else { 0 };
         let table = Table::new(settings.slots, forget);
@@ -228,7 +225,7 @@ impl World {
             seed,
             now: 1,
             origin: (shape.clone(), chain.clone()),
-            merging: None,
+            background: None,
             chain,
             lower_owner,
             oracle,
@@ -276,6 +273,11 @@ impl World {
         w.cover_shape();
         w.say(|w| format!("{:?}\n{:?}", w.shape, w.settings));
         w
+    }
+
+    /// Of each lower level: which cluster lives at a place.
+    pub fn owners_below(&self) -> Vec<HashMap<u32, u32>> {
+        owners_below(&self.shape, &self.chain)
     }
 
     fn cover_shape(&mut self) {
@@ -409,4 +411,13 @@ impl World {
             None => self.lower_owner[level as usize].get(&cluster).copied(),
         }
     }
+}
+
+fn owners_below(shape: &Shape, chain: &Chain) -> Vec<HashMap<u32, u32>> {
+    (0..shape.top())
+        .map(|l| match shape.levels[l].raw {
+            Some(_) => HashMap::new(),
+            None => chain.places(shape, l).into_iter().map(|(c, p)| (p, c)).collect(),
+        })
+        .collect()
 }

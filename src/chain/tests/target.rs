@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::engine::Engine;
-use crate::engine::api::{Action, BAT_PAGE, Buf, Config, Event, ReqId, Request, RequestKind, Shared, SyncState};
+use crate::engine::api::{
+    Action, BAT_PAGE, BackgroundConfig, BackgroundWork, Buf, Config, Event, ReqId, Request, RequestKind, Shared,
+    SyncState,
+};
 use crate::format::bat;
 
 struct Table;
@@ -19,12 +22,18 @@ impl Shared for Table {
     fn sync_state(&self) -> SyncState {
         SyncState::Idle
     }
+    fn progress(&self, _: usize) -> u64 {
+        0
+    }
+    fn set_progress(&self, _: usize, _: u64) {}
 }
 
 /// Opens the chain for a merge, lets the engine run until top and target agree, writes into it, closes and finishes.
 fn merge(levels: &[LevelFile], writes: &[(u64, u8)]) -> Chain {
     let mut chain = open(levels, &OpenOptions_ { raw_cluster: cluster(), ..writable() }).unwrap();
-    let merge = open_target(levels, &mut chain, 4 * CLUSTER).unwrap();
+    let target = open_target(levels, &mut chain, (0, 1), 4 * CLUSTER).unwrap();
+    let pages = used_pages(levels, &chain, 1..=1).unwrap();
+    let work = BackgroundWork::MergeTop { target, pages };
     let config = Config {
         cluster_shift: chain.cluster.shift(),
         device_bytes: chain.device_bytes,
@@ -37,7 +46,7 @@ fn merge(levels: &[LevelFile], writes: &[(u64, u8)]) -> Chain {
         map_pages: 8,
         bat_age: 5,
         failed: false,
-        merge: Some(merge),
+        background: Some(BackgroundConfig { work }),
     };
     let mut engine = Engine::new(config, vec![], Table);
     // Requests carry no bytes here: the executor knows them by the request.
@@ -82,18 +91,17 @@ fn merge(levels: &[LevelFile], writes: &[(u64, u8)]) -> Chain {
                 levels[usize::from(level)].file.read_exact_at(&mut buf, u64::from(page) * BAT_PAGE as u64).unwrap();
                 engine.step(Event::BatRead { op, result: Ok(&buf) }, &mut next);
             }
-            Action::WriteBat { op, page, data } => {
-                let top = levels.last().unwrap();
-                top.file.write_all_at(&data[..], u64::from(page) * BAT_PAGE as u64).unwrap();
+            Action::WriteBat { op, level, page, data } => {
+                levels[usize::from(level)].file.write_all_at(&data[..], u64::from(page) * BAT_PAGE as u64).unwrap();
                 engine.step(done(op), &mut next);
             }
             Action::Fallocate { op, level, file_off, len } => {
                 levels[usize::from(level)].file.set_len(file_off + len).unwrap();
                 engine.step(done(op), &mut next);
             }
-            Action::Sync { op } => engine.step(done(op), &mut next),
+            Action::Sync { op, .. } => engine.step(done(op), &mut next),
             Action::Reply { result, .. } => result.unwrap(),
-            Action::Merged { result } => {
+            Action::BackgroundDone { result } => {
                 result.unwrap();
                 merged = true;
             }
@@ -103,7 +111,6 @@ fn merge(levels: &[LevelFile], writes: &[(u64, u8)]) -> Chain {
         queue.append(&mut next);
     }
     closed.unwrap().unwrap();
-    finish_target(&levels[levels.len() - 2], engine.merged_pages()).unwrap();
     chain
 }
 
@@ -166,7 +173,7 @@ fn a_table_without_room_is_refused_untouched() {
     let before = std::fs::read(&base).unwrap();
     let levels = [level(&base, true), level(&top, true)];
     let mut chain = open(&levels, &writable()).unwrap();
-    let error = open_target(&levels, &mut chain, CLUSTER).unwrap_err();
+    let error = open_target(&levels, &mut chain, (0, 1), CLUSTER).unwrap_err();
     assert_eq!(error.kind(), Kind::Param);
     assert!(std::fs::read(&base).unwrap() == before);
 }

@@ -11,8 +11,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{fdatasync, ftruncate};
 
 use crate::chain::LevelFile;
+use crate::sys::store;
 
-use super::core::{AUX_THREAD, AuxJob, Core, Pending, SYNC_THREAD};
+use super::core::{AUX_THREAD, AuxJob, BACKGROUND_THREAD, Core, Pending, SYNC_THREAD};
+use super::queue::Jobs;
 
 /// File systems allocate and zero in blocks of at most so many bytes without touching their neighbours.
 const BLOCK: u64 = 4096;
@@ -28,12 +30,21 @@ pub fn sync_thread(core: &Core) -> ! {
     }
 }
 
-/// The thread that allocates and zeroes.
+/// The thread that allocates and zeroes for requests.
 pub fn aux_thread(core: &Core) -> ! {
+    run_jobs(core, AUX_THREAD, &core.aux)
+}
+
+/// The thread of background work.
+pub fn background_thread(core: &Core) -> ! {
+    run_jobs(core, BACKGROUND_THREAD, &core.background)
+}
+
+fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
     // The files of a chain can be on different file systems.
     let mut ways: Vec<Ways> = core.levels.iter().map(|_| Ways::default()).collect();
     loop {
-        let (op, result) = match core.aux.pop() {
+        let (op, result) = match jobs.pop() {
             AuxJob::Fallocate { op, level, file_off, len } => {
                 (op, grow(&core.levels[usize::from(level)], file_off, len))
             }
@@ -41,8 +52,14 @@ pub fn aux_thread(core: &Core) -> ! {
                 let level = usize::from(level);
                 (op, ways[level].zero(core, &core.levels[level], file_off, len))
             }
+            AuxJob::Sync { op, level } => (op, again(|| fdatasync(&core.levels[usize::from(level)].file))),
+            AuxJob::Clone { op, from, from_off, level, file_off, len } => {
+                let (from, to) = (&core.levels[usize::from(from)].file, &core.levels[usize::from(level)].file);
+                let shared = store::clone_range(from, from_off, to, file_off, len);
+                (op, shared.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))))
+            }
         };
-        core.tell(AUX_THREAD, Pending::Done { op, result: result.map_err(|e| e as i32) });
+        core.tell(thread, Pending::Done { op, result: result.map_err(|e| e as i32) });
     }
 }
 

@@ -26,6 +26,7 @@ pub const THREADS: usize = 2;
 pub const SYNC_THREAD: usize = THREADS;
 pub const AUX_THREAD: usize = THREADS + 1;
 pub const MAIN_THREAD: usize = THREADS + 2;
+pub const BACKGROUND_THREAD: usize = THREADS + 3;
 
 /// The flush that the supervisor asked for; no request of the kernel's.
 pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
@@ -34,7 +35,7 @@ pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Notice {
     Flushed(Result<(), Errno>),
-    /// See `Action::Merged`.
+    /// See `Action::BackgroundDone`.
     Merged(Result<(), Errno>),
     Closed(Result<(), Errno>),
     /// An I/O thread reads no more requests; those that it had read are known to the engine.
@@ -48,6 +49,8 @@ pub enum Notice {
 pub enum AuxJob {
     Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
+    Clone { op: OpId, from: u8, from_off: u64, level: u8, file_off: u64, len: u64 },
+    Sync { op: OpId, level: u8 },
 }
 
 /// What the engine is to be told.
@@ -114,6 +117,8 @@ pub struct Core {
     pub inboxes: [Inbox<Action>; THREADS],
     pub syncs: Jobs<OpId>,
     pub aux: Jobs<AuxJob>,
+    /// What background work does to files other than the top: no request waits behind it.
+    pub background: Jobs<AuxJob>,
     pub notices: Inbox<Notice>,
     /// Base first.
     pub levels: Vec<LevelFile>,
@@ -164,6 +169,7 @@ impl Core {
             inboxes: [Inbox::new()?, Inbox::new()?],
             syncs: Jobs::new(),
             aux: Jobs::new(),
+            background: Jobs::new(),
             notices: Inbox::new()?,
             levels: p.levels,
             device_bytes: p.device_bytes,
@@ -178,6 +184,10 @@ impl Core {
             strikes: p.strikes,
             log: p.log,
         })
+    }
+
+    fn is_top(&self, level: u8) -> bool {
+        usize::from(level) + 1 == self.levels.len()
     }
 
     /// The file that is written.
@@ -300,14 +310,21 @@ impl Core {
                 Action::Read { .. } | Action::Write { .. } | Action::ReadBat { .. } | Action::WriteBat { .. } => {
                     hands.start(self, action);
                 }
+                Action::Fallocate { op, level, file_off, len } if !self.is_top(level) => {
+                    self.background.push(AuxJob::Fallocate { op, level, file_off, len });
+                }
                 Action::Fallocate { op, level, file_off, len } => {
                     self.aux.push(AuxJob::Fallocate { op, level, file_off, len });
                 }
                 Action::ZeroRange { op, level, file_off, len } => {
                     self.aux.push(AuxJob::ZeroRange { op, level, file_off, len });
                 }
-                Action::Sync { op } => self.syncs.push(op),
-                Action::Merged { result } => self.notices.push(Notice::Merged(result)),
+                Action::Sync { op, level } if self.is_top(level) => self.syncs.push(op),
+                Action::Sync { op, level } => self.background.push(AuxJob::Sync { op, level }),
+                Action::Clone { op, from, from_off, level, file_off, len } => {
+                    self.background.push(AuxJob::Clone { op, from, from_off, level, file_off, len });
+                }
+                Action::BackgroundDone { result } => self.notices.push(Notice::Merged(result)),
                 Action::Closed { result } => self.notices.push(Notice::Closed(result)),
             }
         }

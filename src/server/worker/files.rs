@@ -183,11 +183,11 @@ impl Hands for Files {
                     span,
                     file_off: u64::from(page) * BAT_PAGE as u64,
                 },
-                (Action::WriteBat { op, page, data }, Some(span)) => {
+                (Action::WriteBat { op, level, page, data }, Some(span)) => {
                     core.memory.arena.put(span, &data[..]);
                     Flight {
                         goal: Goal::WriteBat(op, span),
-                        level: (core.levels.len() - 1) as u8,
+                        level,
                         write: true,
                         span,
                         file_off: u64::from(page) * BAT_PAGE as u64,

@@ -197,6 +197,7 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
 fn start_threads(link: &Link, core: &'static Core, token: u64, resend: bool) -> Result<()> {
     thread("sync", || blocking::sync_thread(core))?;
     thread("aux", || blocking::aux_thread(core))?;
+    thread("background", || blocking::background_thread(core))?;
     if let Some(table) = &core.table {
         link.hand_over(table)?;
         core.shm.set_reading(token);

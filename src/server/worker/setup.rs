@@ -11,7 +11,7 @@ use nix::unistd::fdatasync;
 use crate::bail;
 use crate::chain::{self, Chain, LevelFile, Marked, OpenOptions};
 use crate::engine::Engine;
-use crate::engine::api::{Config, Shared, SyncState};
+use crate::engine::api::{BackgroundConfig, BackgroundWork, Config, Shared, SyncState};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Version;
 use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart};
@@ -126,8 +126,8 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
 
     let mut files = levels::open(kept.levels(), &attach.levels, writable)?;
     let (mut target, mut no_merge) = (None, None);
-    if kept.start.merge.is_some() && writable {
-        match merge_target(kept, succeed.is_none()) {
+    if let Some((low, _)) = kept.start.merge_levels() {
+        match merge_target(kept, low, succeed.is_none()) {
             Ok((level, file)) => {
                 files[level] = file;
                 target = Some(level);
@@ -174,14 +174,17 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
     let linger = succeed.map_or(0, |s| s.linger);
     link::pause(linger);
     let mut chain = chain::open(&files, &options)?;
-    let merge = match target {
+    let background = match target {
         _ if failed || chain.sync_failed => {
-            let what = || Error::new(Kind::Fsync, "a sync of the top has failed: it is not merged");
+            let what = || Error::new(Kind::Fsync, "a sync of the top has failed: nothing is merged");
             no_merge = target.map(|_| what());
             None
         }
-        Some(_) => match chain::open_target(&files, &mut chain, options.ahead) {
-            Ok(merge) => Some(merge),
+        Some(_) => match background(kept, &files, &mut chain, options.ahead) {
+            Ok(work) => {
+                shm.begin_background(kept.start.merge.as_ref().map_or(0, |m| m.token));
+                Some(BackgroundConfig { work })
+            }
             Err(e) if succeed.is_some() => return Err(e),
             Err(e) => {
                 no_merge = Some(e);
@@ -216,7 +219,7 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         map_pages: MAP_PAGES,
         bat_age: BAT_AGE,
         failed: failed || chain.sync_failed,
-        merge,
+        background,
     };
     let ready = WorkerReady {
         device_bytes: chain.device_bytes,
@@ -231,7 +234,7 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
     };
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
     // The engine is told the time once a second.
-    engine.set_patience(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
+    engine.set_enospc_limit(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
     let core = Core::new(Parts {
         fuse,
         memory,
@@ -257,13 +260,28 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
 }
 
-/// The level that the top is merged into, opened for that. `wait` for the last operation of a dead worker.
-fn merge_target(kept: &Kept, wait: bool) -> Result<(usize, LevelFile)> {
+/// The level that others are merged into, opened for that. `wait` for the last operation of a dead worker.
+fn merge_target(kept: &Kept, level: usize, wait: bool) -> Result<(usize, LevelFile)> {
     let names = &kept.start.attach.levels;
-    let Some(level) = names.len().checked_sub(2) else {
-        bail!(Param, "a chain of one image has nothing to merge into");
+    let (Some(fd), Some(name)) = (kept.levels().get(level), names.get(level)) else {
+        bail!(Param, "there is no level {level} in a chain of {} images", names.len());
     };
-    Ok((level, levels::open_target(&kept.levels()[level], &names[level], wait)?))
+    Ok((level, levels::open_target(fd, name, wait)?))
+}
+
+/// The merge that is under way, its target made ready.
+fn background(kept: &Kept, files: &[LevelFile], chain: &mut Chain, ahead: u64) -> Result<BackgroundWork> {
+    let Some((low, high)) = kept.start.merge_levels() else { bail!(Protocol, "there is no merge") };
+    let target = chain::open_target(files, chain, (low, high), ahead)?;
+    let pages = chain::used_pages(files, chain, low + 1..=high)?;
+    let top = high + 1 == files.len() && !kept.start.attach.read_only;
+    Ok(match top {
+        true if low + 1 != high => {
+            bail!(Param, "the running top is merged into the level below it, not into level {low}")
+        }
+        true => BackgroundWork::MergeTop { target, pages },
+        false => BackgroundWork::MergeFrozen { high: high as u8, target, pages },
+    })
 }
 
 /// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.

@@ -222,7 +222,7 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         map_pages: 64,
         bat_age: 5,
         failed: false,
-        merge: None,
+        background: None,
     };
     let Desk { memory, table, kernel, fuse, .. } = Desk::new();
     let parts = Parts {

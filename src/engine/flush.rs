@@ -2,8 +2,9 @@
 
 use super::api::{Action, BAT_PAGE, Errno, LevelConfig, ReqId, Shared, SyncState};
 use super::breach::{Breach, breaks};
-use super::map::{Ent, HEADER_ENTRIES, clusters_of, page_of};
+use super::map::MapEntry;
 use super::{Engine, IO, Op};
+use crate::format::bat::{clusters_of, index_of, page_of};
 
 /// BAT pages written at the same time.
 const PAGES_AT_ONCE: usize = 32;
@@ -19,7 +20,7 @@ enum Phase {
 }
 
 /// The running cycle and what waits for the next one.
-pub struct Cycle {
+pub struct FlushCycle {
     phase: Phase,
     pub failed: bool,
     /// Flushes that arrived before the cycle began.
@@ -36,9 +37,9 @@ pub struct Cycle {
     final_running: bool,
 }
 
-impl Cycle {
-    pub fn new(failed: bool) -> Cycle {
-        Cycle {
+impl FlushCycle {
+    pub fn new(failed: bool) -> FlushCycle {
+        FlushCycle {
             phase: Phase::Idle,
             failed,
             joined: Vec::new(),
@@ -75,7 +76,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    pub(super) fn look_after_cycle(&mut self, out: &mut Vec<Action>) {
+    pub(super) fn advance_cycle(&mut self, out: &mut Vec<Action>) {
         if self.cycle.failed {
             self.fail_waiting(out);
             return;
@@ -94,10 +95,10 @@ impl<S: Shared> Engine<S> {
     }
 
     fn wants_cycle(&mut self) -> bool {
-        let pressed = self.dirty.is_tight() || !self.slot_wait.is_empty() || !self.space.waiters.is_empty();
+        let pressed = self.pending.is_tight() || !self.slot_wait.is_empty() || !self.space.waiters.is_empty();
         !self.cycle.waiting.is_empty()
-            || self.cycle.ticks >= self.config.bat_age && self.dirty.any_can_go()
-            || pressed && self.dirty.any_can_go()
+            || self.cycle.ticks >= self.config.bat_age && self.pending.any_can_go()
+            || pressed && self.pending.any_can_go()
             || self.wants_final()
     }
 
@@ -106,17 +107,17 @@ impl<S: Shared> Engine<S> {
         if !self.closing || self.closed || !self.is_quiet() {
             return false;
         }
-        self.dirty.len() > 0 || !self.cycle.final_done
+        self.pending.len() > 0 || !self.cycle.final_done
     }
 
-    /// No request but flushes, no job, nothing growing.
-    fn is_quiet(&self) -> bool {
-        self.reqs.is_empty() && self.jobs.is_empty() && self.ready.is_empty() && self.space.growing.is_none()
+    /// No request but flushes, no cluster operation, nothing growing.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.reqs.is_empty() && self.cluster_ops.is_empty() && self.ready.is_empty() && self.space.growing.is_none()
     }
 
     fn begin_cycle(&mut self, out: &mut Vec<Action>) {
         let mut pages: Vec<u32> =
-            self.dirty.iter().filter(|(_, change)| change.can_go()).map(|(cluster, _)| page_of(cluster)).collect();
+            self.pending.iter().filter(|(_, change)| change.can_go()).map(|(cluster, _)| page_of(cluster)).collect();
         pages.dedup();
         let missing: Vec<u32> = pages.iter().copied().filter(|&p| !self.map.is_loaded(p)).collect();
         if !missing.is_empty() {
@@ -131,24 +132,24 @@ impl<S: Shared> Engine<S> {
         pages.reverse();
         self.cycle.pages = pages;
         self.cycle.joined = std::mem::take(&mut self.cycle.waiting);
-        self.cycle.going = self.dirty.start();
+        self.cycle.going = self.pending.start();
         self.cycle.phase = Phase::DataSync;
         self.cycle.ticks = 0;
         self.cycle.final_running = self.closing && self.is_quiet();
         if !breaks(Breach::NoSyncRecord) {
-            self.dirty.shared.set_sync_state(SyncState::Running);
+            self.pending.shared.set_sync_state(SyncState::Running);
         }
         if breaks(Breach::SkipDataSync) && !self.cycle.pages.is_empty() {
             self.sync_done(Ok(()), out);
             return;
         }
         let op = self.start(Op::Sync);
-        out.push(Action::Sync { op });
+        out.push(Action::Sync { op, level: self.top });
     }
 
     /// A page with changes cannot be read: they can never become durable.
     pub(super) fn cycle_page_failed(&mut self, page: u32, out: &mut Vec<Action>) {
-        let needed = self.dirty.in_range(clusters_of(page)).next().is_some();
+        let needed = self.pending.in_range(clusters_of(page)).next().is_some();
         if self.cycle.phase == Phase::Loading && needed {
             self.fail_cycle(out);
         }
@@ -171,7 +172,7 @@ impl<S: Shared> Engine<S> {
             self.cycle.in_flight += 1;
             let data = self.page_image(page);
             let op = self.start(Op::BatWrite);
-            out.push(Action::WriteBat { op, page, data });
+            out.push(Action::WriteBat { op, level: self.top, page, data });
         }
     }
 
@@ -186,19 +187,19 @@ impl<S: Shared> Engine<S> {
         let range = clusters_of(page);
         for c in range.start..range.end.min(u64::from(clusters)) {
             let cluster = c as u32;
-            let Some(ent) = self.map.get(cluster) else { continue };
-            let place = match self.dirty.get(cluster) {
-                Some(change) if ent.is(Ent::DIRTY) => {
+            let Some(entry) = self.map.get(cluster) else { continue };
+            let host_cluster = match self.pending.get(cluster) {
+                Some(change) if entry.is(MapEntry::PENDING) => {
                     if breaks(Breach::LateContent) {
                         change.current
                     } else {
                         change.writing.unwrap_or(change.durable)
                     }
                 }
-                _ => self.durable_place(ent),
+                _ => self.durable_host_cluster(entry),
             };
-            let at = ((c + HEADER_ENTRIES) as usize * 4) % BAT_PAGE;
-            data[at..at + 4].copy_from_slice(&(place * per_entry).to_le_bytes());
+            let at = index_of(cluster) * 4;
+            data[at..at + 4].copy_from_slice(&(host_cluster * per_entry).to_le_bytes());
         }
         data
     }
@@ -218,20 +219,20 @@ impl<S: Shared> Engine<S> {
         } else if self.cycle.in_flight == 0 {
             self.cycle.phase = Phase::FinalSync;
             let op = self.start(Op::Sync);
-            out.push(Action::Sync { op });
+            out.push(Action::Sync { op, level: self.top });
         }
     }
 
     fn finish_cycle(&mut self, out: &mut Vec<Action>) {
-        self.dirty.shared.set_sync_state(SyncState::Idle);
+        self.pending.shared.set_sync_state(SyncState::Idle);
         let mut freed_any = false;
         for cluster in std::mem::take(&mut self.cycle.going) {
-            let (over, freed) = self.dirty.made_durable(cluster);
+            let (over, freed) = self.pending.made_durable(cluster);
             if over {
-                self.map.mark(cluster, Ent::DIRTY, false);
+                self.map.mark(cluster, MapEntry::PENDING, false);
             }
-            if let Some(place) = freed {
-                self.space.give(place);
+            if let Some(host_cluster) = freed {
+                self.space.give(host_cluster);
                 freed_any = true;
             }
         }
@@ -251,7 +252,7 @@ impl<S: Shared> Engine<S> {
         self.cycle.failed = !breaks(Breach::ForgetFailure);
         self.cycle.phase = Phase::Idle;
         self.cycle.pages.clear();
-        self.dirty.shared.set_sync_state(SyncState::Failed);
+        self.pending.shared.set_sync_state(SyncState::Failed);
         self.fail_waiting(out);
     }
 
@@ -260,13 +261,14 @@ impl<S: Shared> Engine<S> {
         for req in joined.into_iter().chain(std::mem::take(&mut self.cycle.waiting)) {
             out.push(Action::Reply { req, result: Err(IO) });
         }
-        for seg in std::mem::take(&mut self.slot_wait) {
-            self.part_done(seg.req, Err(IO), out);
+        for fragment in std::mem::take(&mut self.slot_wait) {
+            self.part_done(fragment.req, Err(IO), out);
         }
     }
 
-    pub(super) fn look_after_close(&mut self, out: &mut Vec<Action>) {
-        if !self.closing || self.closed || !self.is_quiet() || self.cycle.flushes() > 0 || !self.merge_is_idle() {
+    pub(super) fn advance_close(&mut self, out: &mut Vec<Action>) {
+        if !self.closing || self.closed || !self.is_quiet() || self.cycle.flushes() > 0 || !self.background_is_settled()
+        {
             return;
         }
         if !self.ops.is_empty() {
@@ -274,7 +276,7 @@ impl<S: Shared> Engine<S> {
         }
         let result = if self.cycle.failed && !breaks(Breach::CloseAsClean) {
             Err(IO)
-        } else if !self.config.writable || self.cycle.failed || self.dirty.len() == 0 && self.cycle.final_done {
+        } else if !self.config.writable || self.cycle.failed || self.pending.len() == 0 && self.cycle.final_done {
             Ok(())
         } else {
             return;

@@ -1,6 +1,6 @@
 //! Changes of the top's BAT that are not durable yet.
 //!
-//! Each is kept in the shared table too, so that a worker's successor has it. A place may be used again only when
+//! Each is kept in the shared table too, so that a worker's successor has it. A host cluster may be used again only when
 //! neither the durable BAT nor a BAT page on its way to the disk can name it.
 
 use std::collections::BTreeMap;
@@ -16,13 +16,13 @@ pub struct Change {
     pub durable: u32,
     /// Value in a BAT page of the running cycle.
     pub writing: Option<u32>,
-    /// The write to the place `current` has ended.
+    /// The write to the host cluster `current` has ended.
     pub ready: bool,
     pub slot: u32,
 }
 
 impl Change {
-    /// What a cycle that starts now may write: a place only with its data. Until then the cluster was in no place (only
+    /// What a cycle that starts now may write: a host cluster only with its data. Until then the cluster was in no host cluster (only
     /// such a change is not ready), and an older entry on disk must not outlive that either.
     fn writable(&self) -> u32 {
         if self.ready || breaks(Breach::EntryWithoutData) { self.current } else { 0 }
@@ -33,35 +33,35 @@ impl Change {
         self.writing.is_none() && self.writable() != self.durable
     }
 
-    fn may_be_on_disk(&self, place: u32) -> bool {
-        place == self.durable || self.writing == Some(place) && !breaks(Breach::ReuseWhileWritten)
+    fn may_be_on_disk(&self, host_cluster: u32) -> bool {
+        host_cluster == self.durable || self.writing == Some(host_cluster) && !breaks(Breach::ReuseWhileWritten)
     }
 }
 
 /// All changes, and the free slots of the shared table.
-pub struct Dirty<S: Shared> {
+pub struct PendingUpdates<S: Shared> {
     changes: BTreeMap<u32, Change>,
     free_slots: Vec<u32>,
     total: usize,
     pub shared: S,
 }
 
-fn pack(cluster: u32, place: u32) -> u64 {
-    u64::from(cluster) << 32 | u64::from(place)
+fn pack(cluster: u32, host_cluster: u32) -> u64 {
+    u64::from(cluster) << 32 | u64::from(host_cluster)
 }
 
-impl<S: Shared> Dirty<S> {
+impl<S: Shared> PendingUpdates<S> {
     /// Takes over what a dead worker left; every other slot is cleared.
     pub fn new(shared: S, carried: &[Carried]) -> Self {
         let mut changes = BTreeMap::new();
         let mut taken = vec![false; shared.slots()];
         for c in carried {
-            if c.place == c.durable || c.slot >= taken.len() {
+            if c.host_cluster == c.durable || c.slot >= taken.len() {
                 continue;
             }
             taken[c.slot] = true;
             let slot = c.slot as u32;
-            let change = Change { current: c.place, durable: c.durable, writing: None, ready: true, slot };
+            let change = Change { current: c.host_cluster, durable: c.durable, writing: None, ready: true, slot };
             changes.insert(c.cluster, change);
         }
         let free_slots: Vec<u32> = (0..taken.len()).rev().filter(|&i| !taken[i]).map(|i| i as u32).collect();
@@ -70,7 +70,7 @@ impl<S: Shared> Dirty<S> {
                 shared.store(slot as usize, S::FREE);
             }
         }
-        Dirty { changes, free_slots, total: taken.len(), shared }
+        PendingUpdates { changes, free_slots, total: taken.len(), shared }
     }
 
     pub fn len(&self) -> usize {
@@ -117,13 +117,13 @@ impl<S: Shared> Dirty<S> {
         !self.free_slots.is_empty() || self.changes.contains_key(&cluster)
     }
 
-    /// The entry of `cluster` becomes `place`. `durable` is what the disk says if there is no change yet, `slot` one
-    /// taken before (else one is taken here; see [`has_slot_for`](Self::has_slot_for)). Returns a place that nothing
+    /// The entry of `cluster` becomes `host cluster`. `durable` is what the disk says if there is no change yet, `slot` one
+    /// taken before (else one is taken here; see [`has_slot_for`](Self::has_slot_for)). Returns a host cluster that nothing
     /// names any more.
     pub fn set(
         &mut self,
         cluster: u32,
-        place: u32,
+        host_cluster: u32,
         ready: bool,
         durable: u32,
         slot: Option<u32>,
@@ -132,20 +132,20 @@ impl<S: Shared> Dirty<S> {
             if let Some(spare) = slot {
                 self.free_slots.push(spare);
             }
-            let old = std::mem::replace(&mut change.current, place);
+            let old = std::mem::replace(&mut change.current, host_cluster);
             change.ready = ready;
             if !breaks(Breach::SlotNotStored) {
-                self.shared.store(change.slot as usize, pack(cluster, place));
+                self.shared.store(change.slot as usize, pack(cluster, host_cluster));
             }
-            return Ok((old != 0 && old != place && !change.may_be_on_disk(old)).then_some(old));
+            return Ok((old != 0 && old != host_cluster && !change.may_be_on_disk(old)).then_some(old));
         }
         let slot = slot.or_else(|| self.free_slots.pop()).ok_or(TableFull)?;
-        self.shared.store(slot as usize, pack(cluster, place));
-        self.changes.insert(cluster, Change { current: place, durable, writing: None, ready, slot });
+        self.shared.store(slot as usize, pack(cluster, host_cluster));
+        self.changes.insert(cluster, Change { current: host_cluster, durable, writing: None, ready, slot });
         Ok((durable != 0 && breaks(Breach::ReuseBeforeClear)).then_some(durable))
     }
 
-    /// A write to the cluster's place has ended.
+    /// A write to the cluster's host cluster has ended.
     pub fn set_ready(&mut self, cluster: u32) {
         if let Some(change) = self.changes.get_mut(&cluster) {
             change.ready = true;
@@ -167,7 +167,7 @@ impl<S: Shared> Dirty<S> {
         going
     }
 
-    /// The cycle made the cluster's written value durable. Returns whether the change is over, and a place that is
+    /// The cycle made the cluster's written value durable. Returns whether the change is over, and a host cluster that is
     /// free now.
     pub fn made_durable(&mut self, cluster: u32) -> (bool, Option<u32>) {
         let Some(change) = self.changes.get_mut(&cluster) else { return (false, None) };

@@ -1,0 +1,484 @@
+//! The level that a merge writes to: its space, the pages of its BAT, and how what was copied becomes durable.
+//!
+//! Publishing is: sync the data, write the changed BAT pages, sync again, record the progress. The pages that are written
+//! are the ones that stood when the first sync began. The pages of a target that are needed are read one after another
+//! and dropped when they are clean; a raw target has none, each of its clusters is where it belongs.
+
+use std::collections::VecDeque;
+
+use super::super::api::{Action, BAT_PAGE, Errno, LevelConfig, Shared, TargetConfig};
+use super::super::breach::{Breach, breaks};
+use super::super::request::{Fragment, IntMap};
+use super::super::space::Space;
+use super::super::{Engine, IO, NO_SPACE, TOO_BIG};
+use super::{BackgroundOp, BackgroundState, Work};
+use crate::format::bat;
+
+/// Clean pages kept in memory, 4 KiB each.
+const CACHED_PAGES: usize = 2048;
+/// Changed pages after which they are published.
+const CHANGED_PAGES: usize = 64;
+/// Bytes copied after which they are published.
+const BATCH: u64 = 256 << 20;
+/// BAT pages written at the same time.
+const PAGES_AT_ONCE: usize = 8;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Idle,
+    DataSync,
+    Pages,
+    FinalSync,
+}
+
+/// A page of the target's BAT.
+struct Page {
+    /// As on disk, with the entries of clusters copied since.
+    bytes: Box<[u8; BAT_PAGE]>,
+    loaded: bool,
+    /// Differs from the disk.
+    changed: bool,
+    /// On its way to the disk.
+    publishing: bool,
+    /// Copies under way that will change it.
+    pins: u32,
+    /// Writes that wait until it is read.
+    waiters: Vec<Fragment>,
+}
+
+/// See the module.
+pub(in super::super) struct Target {
+    pub level: u8,
+    /// Bytes of a raw file.
+    raw: Option<u64>,
+    v1: bool,
+    first_data: u32,
+    clusters: u32,
+    cluster_shift: u32,
+    /// It has entries for every cluster that can be merged into it.
+    fits: bool,
+    space: Space,
+    pages: IntMap<u32, Page>,
+    order: VecDeque<u32>,
+    changed_pages: usize,
+    phase: Phase,
+    /// Bytes that were copied and are not published.
+    unpublished: u64,
+    /// What is not published is to be so without further delay.
+    due: bool,
+    /// Pages to be written, as they stood when the data sync began.
+    writing: Vec<(u32, Box<[u8; BAT_PAGE]>)>,
+    in_flight: usize,
+    /// All clusters below are durable in the target once this publishing has ended.
+    cursor: u64,
+    /// A publishing that began after the last request was answered, while closing, has ended.
+    final_done: bool,
+    final_running: bool,
+    /// Progress that was recorded last.
+    recorded: u64,
+}
+
+impl Target {
+    /// `end`: clusters that may be merged into it.
+    pub fn new(config: &TargetConfig, levels: &[LevelConfig], end: u64, cluster_shift: u32) -> Option<Target> {
+        let (raw, v1, first_data, clusters) = match *levels.get(usize::from(config.level))? {
+            LevelConfig::Raw { bytes } => (Some(bytes), false, 0, u32::MAX),
+            LevelConfig::Ploop { v1, clusters, first_data, .. } => (None, v1, first_data, clusters),
+        };
+        let enough = match raw {
+            Some(bytes) => bytes.div_ceil(1 << cluster_shift) >= end,
+            None => u64::from(clusters) >= end,
+        };
+        Some(Target {
+            level: config.level,
+            raw,
+            v1,
+            first_data,
+            clusters,
+            cluster_shift,
+            fits: enough && usize::from(config.level) + 1 < levels.len(),
+            space: Space::new(&config.alloc),
+            pages: IntMap::default(),
+            order: VecDeque::new(),
+            changed_pages: 0,
+            phase: Phase::Idle,
+            unpublished: 0,
+            due: false,
+            writing: Vec::new(),
+            in_flight: 0,
+            cursor: 0,
+            final_done: false,
+            final_running: false,
+            recorded: 0,
+        })
+    }
+
+    pub fn fits(&self) -> bool {
+        self.fits
+    }
+
+    pub fn is_raw(&self) -> bool {
+        self.raw.is_some()
+    }
+
+    /// Host clusters that the file has.
+    pub fn file_end(&self) -> u32 {
+        self.space.file_end()
+    }
+
+    /// Bytes that a copy of so many may write at `file_off`: a raw file ends with the disk.
+    pub fn room(&self, file_off: u64, len: u64) -> u64 {
+        self.raw.map_or(len, |bytes| bytes.saturating_sub(file_off).min(len))
+    }
+
+    /// Host cluster of a cluster, 0: none; `None`: its page has to be read first.
+    pub fn host_cluster(&self, cluster: u32) -> Option<u32> {
+        if self.raw.is_some() {
+            return Some(cluster);
+        }
+        let page = self.pages.get(&bat::page_of(cluster)).filter(|p| p.loaded)?;
+        Some(self.entry(&page.bytes, cluster))
+    }
+
+    fn unit(&self) -> u32 {
+        if self.v1 { 1 << (self.cluster_shift - 9) } else { 1 }
+    }
+
+    fn entry(&self, bytes: &[u8; BAT_PAGE], cluster: u32) -> u32 {
+        let at = bat::index_of(cluster) * 4;
+        u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]) / self.unit()
+    }
+
+    /// Every entry of a page names a cluster of the file.
+    fn is_sound(&self, number: u32, bytes: &[u8; BAT_PAGE]) -> bool {
+        let range = bat::clusters_of(number);
+        (range.start..range.end.min(u64::from(self.clusters))).all(|c| {
+            let at = bat::index_of(c as u32) * 4;
+            let raw = u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+            let host = raw / self.unit();
+            raw == 0 || raw.is_multiple_of(self.unit()) && host >= self.first_data && host < self.file_end()
+        })
+    }
+
+    /// The copy that begins will change the entry of this cluster: its page stays in memory.
+    pub fn pin(&mut self, cluster: u32) {
+        if let Some(page) = self.pages.get_mut(&bat::page_of(cluster)) {
+            page.pins += 1;
+        }
+    }
+
+    pub fn unpin(&mut self, cluster: u32) {
+        if let Some(page) = self.pages.get_mut(&bat::page_of(cluster)) {
+            page.pins = page.pins.saturating_sub(1);
+        }
+    }
+
+    /// So many bytes of the cluster were copied, to this host cluster.
+    pub fn copied(&mut self, cluster: u32, host_cluster: u32, bytes: u64) {
+        self.unpublished += bytes;
+        if self.raw.is_some() {
+            return;
+        }
+        let unit = self.unit();
+        let at = bat::index_of(cluster) * 4;
+        let Some(page) = self.pages.get_mut(&bat::page_of(cluster)) else { return };
+        let entry = (host_cluster * unit).to_le_bytes();
+        if page.bytes[at..at + 4] != entry {
+            page.bytes[at..at + 4].copy_from_slice(&entry);
+            self.changed_pages += usize::from(!std::mem::replace(&mut page.changed, true));
+        }
+        if breaks(Breach::LateTargetEntry)
+            && let Some((_, data)) = self.writing.iter_mut().find(|(n, _)| *n == bat::page_of(cluster))
+        {
+            data[at..at + 4].copy_from_slice(&entry);
+        }
+    }
+
+    /// A host cluster that no copy has used.
+    pub fn give_back(&mut self, host_cluster: u32) {
+        if self.raw.is_none() {
+            self.space.give(host_cluster);
+        }
+    }
+
+    /// The host cluster that follows `after`, if it is the next one to be taken.
+    pub fn take_next(&mut self, after: u32) -> bool {
+        self.space.take_at(after + 1)
+    }
+
+    /// What was copied is published at the next opportunity.
+    pub fn publish_soon(&mut self) {
+        self.due = true;
+    }
+
+    /// No file operation is under way.
+    pub fn is_quiet(&self) -> bool {
+        self.phase == Phase::Idle
+    }
+
+    /// All that was written is durable, and no request comes any more.
+    pub fn is_final(&self) -> bool {
+        self.final_done && self.is_quiet()
+    }
+
+    /// The merge has ended before its time: what waited for a page goes on without it.
+    pub fn release(&mut self) -> Vec<Fragment> {
+        self.order.clear();
+        self.writing.clear();
+        self.phase = Phase::Idle;
+        self.pages.drain().flat_map(|(_, p)| p.waiters).collect()
+    }
+
+    /// Drops clean pages until there is room for one more.
+    fn evict(&mut self) {
+        let mut tries = self.order.len();
+        while self.pages.len() >= CACHED_PAGES.min(self.limit()) && tries > 0 {
+            tries -= 1;
+            let Some(number) = self.order.pop_front() else { return };
+            let keep = self.pages.get(&number).is_some_and(|p| {
+                let unwritten = p.changed && !breaks(Breach::EvictChangedPage);
+                !p.loaded || unwritten || p.publishing || p.pins > 0
+            });
+            if keep {
+                self.order.push_back(number);
+            } else if let Some(page) = self.pages.remove(&number) {
+                self.changed_pages -= usize::from(page.changed);
+            }
+        }
+    }
+
+    /// The tests' build keeps few pages, so that they come and go.
+    fn limit(&self) -> usize {
+        if cfg!(test) { 2 } else { CACHED_PAGES }
+    }
+}
+
+impl<S: Shared> Engine<S> {
+    fn target(&mut self) -> Option<&mut Target> {
+        self.background.as_mut()?.target.as_mut()
+    }
+
+    /// The page of the target's BAT is in memory. False: it is being read.
+    pub(super) fn need_target_page(&mut self, number: u32, out: &mut Vec<Action>) -> bool {
+        let Some(target) = self.target() else { return false };
+        if target.raw.is_some() {
+            return true;
+        }
+        if let Some(page) = target.pages.get(&number) {
+            return page.loaded;
+        }
+        target.evict();
+        let bytes = Box::new([0; BAT_PAGE]);
+        let page = Page { bytes, loaded: false, changed: false, publishing: false, pins: 0, waiters: Vec::new() };
+        target.pages.insert(number, page);
+        target.order.push_back(number);
+        let level = target.level;
+        let op = self.start_background_op(BackgroundOp::TargetPage { page: number });
+        out.push(Action::ReadBat { op, level, page: number, len: BAT_PAGE as u32 });
+        false
+    }
+
+    /// The write waits for a page of the target's BAT, which is being read.
+    pub(super) fn wait_for_target_page(&mut self, number: u32, piece: Fragment) {
+        self.add_pending(piece.req);
+        match self.target().and_then(|t| t.pages.get_mut(&number)).filter(|p| !p.loaded) {
+            Some(page) => page.waiters.push(piece),
+            None => self.ready.push_back(piece),
+        }
+    }
+
+    pub(in super::super) fn target_page_read(
+        &mut self,
+        number: u32,
+        bytes: Result<&[u8], Errno>,
+        out: &mut Vec<Action>,
+    ) {
+        let failed = self.background.as_ref().is_none_or(|b| b.has_failed());
+        let Some(target) = self.target().filter(|_| !failed) else { return };
+        let bytes = bytes.and_then(|b| <&[u8; BAT_PAGE]>::try_from(b).map_err(|_| IO));
+        match bytes.and_then(|b| if target.is_sound(number, b) { Ok(b) } else { Err(IO) }) {
+            Ok(bytes) => {
+                let Some(page) = target.pages.get_mut(&number) else { return };
+                page.bytes.copy_from_slice(bytes);
+                page.loaded = true;
+                let waiters = std::mem::take(&mut page.waiters);
+                self.ready.extend(waiters);
+            }
+            Err(errno) => self.abort_background(errno, out),
+        }
+    }
+
+    /// A host cluster of the target for a cluster whose page is loaded: its own or a new one. `None`: its file has to grow
+    /// first.
+    pub(super) fn take_target_cluster(&mut self, cluster: u32, out: &mut Vec<Action>) -> Option<u32> {
+        let target = self.target()?;
+        let own = target.host_cluster(cluster)?;
+        if target.raw.is_some() || own != 0 {
+            return Some(own);
+        }
+        if let Some(taken) = target.space.take(false) {
+            return Some(taken.host_cluster);
+        }
+        if target.space.is_exhausted() {
+            self.abort_background(TOO_BIG, out);
+            return None;
+        }
+        if let Some(range) = target.space.grow(true) {
+            let level = target.level;
+            let op = self.start_background_op(BackgroundOp::Grow);
+            let (file_off, len) = (self.file_off(range.start), self.file_off(range.end - range.start));
+            out.push(Action::Fallocate { op, level, file_off, len });
+        }
+        None
+    }
+
+    pub(super) fn target_grown(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        let Some(target) = self.target() else { return };
+        match result {
+            Ok(()) => target.space.grown(),
+            // In smaller steps.
+            Err(NO_SPACE) if target.space.not_grown() => {}
+            Err(errno) => {
+                target.space.growing = None;
+                self.abort_background(errno, out);
+            }
+        }
+    }
+
+    /// Begins to publish what was copied, where that is due.
+    pub(super) fn advance_publish(&mut self, out: &mut Vec<Action>) {
+        let closing = self.closing && self.is_quiet();
+        let Some(b) = self.background.as_mut().filter(|b| !b.has_failed()) else { return };
+        let state = b.state;
+        let (complete, cursor) = match &b.work {
+            Work::MergeTop(m) => (m.has_settled() && b.copying == 0, m.safe_cursor()),
+            Work::MergeFrozen(m) => (m.is_complete() && b.copying == 0, m.safe_cursor()),
+            Work::Relocate(_) => return,
+        };
+        let Some(target) = b.target.as_mut().filter(|t| t.phase == Phase::Idle) else { return };
+        let finishes = complete && state == BackgroundState::Running;
+        let last = complete && state == BackgroundState::Done && closing && !target.final_done;
+        let due = std::mem::take(&mut target.due);
+        let full = target.unpublished >= BATCH || target.changed_pages >= CHANGED_PAGES;
+        if !(finishes || last || full || due) {
+            return;
+        }
+        target.cursor = cursor;
+        if let Work::MergeTop(merge) = &mut b.work {
+            merge.begin_publish();
+        }
+        let nothing_new = target.unpublished == 0 && target.changed_pages == 0;
+        if nothing_new && !last && !finishes {
+            // All before it is durable already.
+            self.record_progress();
+            return;
+        }
+        target.final_running = last;
+        target.unpublished = 0;
+        target.changed_pages = 0;
+        for (number, page) in target.pages.iter_mut().filter(|(_, p)| p.changed) {
+            page.changed = false;
+            page.publishing = true;
+            target.writing.push((*number, page.bytes.clone()));
+        }
+        target.phase = Phase::DataSync;
+        if breaks(Breach::ProgressBeforeSync) {
+            self.record_progress();
+        }
+        if breaks(Breach::TargetEntryBeforeData) {
+            self.target_synced(Ok(()), out);
+            return;
+        }
+        self.sync_target(out);
+    }
+
+    fn sync_target(&mut self, out: &mut Vec<Action>) {
+        let Some(level) = self.target().map(|t| t.level) else { return };
+        let op = self.start_background_op(BackgroundOp::Sync);
+        out.push(Action::Sync { op, level });
+    }
+
+    pub(super) fn target_synced(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        if self.background.as_ref().is_none_or(|b| b.has_failed()) {
+            return;
+        }
+        if let Err(errno) = result
+            && !breaks(Breach::MergeSwallow)
+        {
+            self.abort_background(errno, out);
+            return;
+        }
+        let Some(target) = self.target() else { return };
+        if target.phase == Phase::DataSync && !target.writing.is_empty() {
+            target.phase = Phase::Pages;
+            self.write_target_pages(out);
+        } else {
+            self.published(out);
+        }
+    }
+
+    fn write_target_pages(&mut self, out: &mut Vec<Action>) {
+        while let Some(target) = self.target().filter(|t| t.in_flight < PAGES_AT_ONCE) {
+            let Some((page, data)) = target.writing.pop() else { return };
+            target.in_flight += 1;
+            let level = target.level;
+            let op = self.start_background_op(BackgroundOp::WritePage { page });
+            out.push(Action::WriteBat { op, level, page, data });
+        }
+    }
+
+    pub(super) fn target_page_written(&mut self, page: u32, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        let failed = self.background.as_ref().is_none_or(|b| b.has_failed());
+        let Some(target) = self.target() else { return };
+        target.in_flight = target.in_flight.saturating_sub(1);
+        if failed {
+            return;
+        }
+        if let Some(page) = target.pages.get_mut(&page) {
+            page.publishing = false;
+        }
+        if let Err(errno) = result
+            && !breaks(Breach::MergeSwallow)
+        {
+            self.abort_background(errno, out);
+            return;
+        }
+        self.write_target_pages(out);
+        if let Some(target) = self.target().filter(|t| t.in_flight == 0 && t.writing.is_empty()) {
+            target.phase = Phase::FinalSync;
+            self.sync_target(out);
+        }
+    }
+
+    /// What was copied before the publishing began is durable, and so are the entries that name it.
+    fn published(&mut self, out: &mut Vec<Action>) {
+        let Some(target) = self.target() else { return };
+        target.phase = Phase::Idle;
+        target.final_done |= std::mem::take(&mut target.final_running);
+        self.record_progress();
+        let Some(b) = &mut self.background else { return };
+        let quiet = b.target.as_ref().is_none_or(|t| t.unpublished == 0 && t.changed_pages == 0) && b.copying == 0;
+        let complete = match &b.work {
+            Work::MergeTop(merge) => merge.has_settled(),
+            Work::MergeFrozen(merge) => merge.is_complete(),
+            Work::Relocate(_) => false,
+        };
+        if quiet && complete {
+            self.background_done(out);
+        } else {
+            self.advance_publish(out);
+        }
+    }
+
+    /// A successor goes on where this publishing began.
+    fn record_progress(&mut self) {
+        let Some(b) = &mut self.background else { return };
+        let Some(target) = &mut b.target else { return };
+        match &mut b.work {
+            Work::MergeTop(merge) => merge.end_publish(target.cursor, &self.pending.shared),
+            _ if target.recorded != target.cursor => self.pending.shared.set_progress(0, target.cursor),
+            _ => {}
+        }
+        target.recorded = target.cursor;
+    }
+}
