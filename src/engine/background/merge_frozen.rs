@@ -92,6 +92,12 @@ impl MergeFrozen {
         self.cursor >= self.end && self.copies.is_empty()
     }
 
+    /// The merge has ended before its time: forgets the copies that wait for a bounce buffer; how many they were.
+    pub fn release(&mut self) -> usize {
+        let waiting = std::mem::take(&mut self.waiting);
+        waiting.iter().filter(|copy| self.copies.remove(**copy).is_some()).count()
+    }
+
     fn shares(&self, level: u8) -> bool {
         self.unshared[usize::from(level) / 64] & 1 << (level % 64) == 0
     }

@@ -437,7 +437,9 @@ impl<S: Shared> Engine<S> {
             }
         }
         // The target's entry is on its way to the disk: without the top's the cluster would show it.
-        self.map.set_lower(cluster);
+        if !breaks(Breach::MergeUnmapped) {
+            self.map.set_lower(cluster);
+        }
         self.count_copied(1);
     }
 }

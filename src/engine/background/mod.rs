@@ -25,6 +25,7 @@ pub(super) mod relocate;
 pub(super) mod target;
 
 use super::api::{Action, BackgroundConfig, BackgroundControl, BackgroundWork, Errno, LevelConfig, Shared};
+use super::breach::{Breach, breaks};
 use super::{CANCELED, Engine, Op};
 use merge_frozen::MergeFrozen;
 use merge_top::MergeTop;
@@ -167,8 +168,11 @@ impl<S: Shared> Engine<S> {
             return;
         }
         b.state = BackgroundState::Failed(errno);
-        if let Work::MergeTop(merge) = &mut b.work {
-            self.ready.extend(merge.release());
+        match &mut b.work {
+            Work::MergeTop(merge) => self.ready.extend(merge.release()),
+            // What waits for a buffer is not copied any more.
+            Work::MergeFrozen(merge) => b.copying -= merge.release(),
+            Work::Relocate(_) => {}
         }
         if let Some(target) = &mut b.target {
             self.ready.extend(target.release());
@@ -234,7 +238,8 @@ impl<S: Shared> Engine<S> {
         let Some(b) = &self.background else { return true };
         match (&b.work, b.state) {
             (Work::MergeTop(merge), BackgroundState::Done) => {
-                b.copying == 0 && merge.has_settled() && b.target.as_ref().is_none_or(Target::is_final)
+                let published = b.target.as_ref().is_none_or(Target::is_final) || breaks(Breach::UnpublishedEnd);
+                b.copying == 0 && merge.has_settled() && published
             }
             _ => b.copying == 0 && b.target.as_ref().is_none_or(Target::is_quiet),
         }

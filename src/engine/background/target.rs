@@ -357,7 +357,11 @@ impl<S: Shared> Engine<S> {
         };
         let Some(target) = b.target.as_mut().filter(|t| t.phase == Phase::Idle) else { return };
         let finishes = complete && state == BackgroundState::Running;
-        let last = complete && state == BackgroundState::Done && closing && !target.final_done;
+        let last = !breaks(Breach::UnpublishedEnd)
+            && complete
+            && state == BackgroundState::Done
+            && closing
+            && !target.final_done;
         let due = std::mem::take(&mut target.due);
         let full = target.unpublished >= BATCH || target.changed_pages >= CHANGED_PAGES;
         if !(finishes || last || full || due) {
