@@ -247,8 +247,8 @@ fn merged_in_random_order() {
     assert_eq!(refused.status.code(), Some(17), "{refused:?}");
     let refused = output(ploop().args(["snapshot-merge", "-u", &taken[1].0.to_string()]).arg(&disk.dd));
     assert_eq!(refused.status.code(), Some(17), "{refused:?}");
-    let shots = disk.descriptor().shots;
-    assert!(shots.iter().all(|s| !s.temporary), "{shots:?}");
+    let snapshots = disk.descriptor().snapshots;
+    assert!(snapshots.iter().all(|s| !s.temporary), "{snapshots:?}");
 
     // Above the upper one: in an order that depends on nothing the engine knows.
     let mut times = Vec::new();
@@ -370,8 +370,8 @@ fn whoever_dies_in_it() {
         thawed += 1;
         println!("round {round}: {} {who} killed after {delay} ms ({hit}): {status}", args[0]);
         let done = || match snapshots {
-            true => disk.descriptor().shots.iter().any(|s| s.guid.to_string() == new),
-            false => disk.descriptor().shot(&lower).is_none(),
+            true => disk.descriptor().snapshots.iter().any(|s| s.guid.to_string() == new),
+            false => disk.descriptor().snapshot(&lower).is_none(),
         };
         assert!(!status.success() || done());
         // The server may be at it without the caller.
@@ -473,11 +473,11 @@ fn beside_the_running_disk() {
     run(ploop().args(["tsnapshot", "-u", &id, "-c", "backup", "-m"]).arg(&side).arg(&disk.dd));
     fs::write(disk.target.join("after"), "x").unwrap();
     assert!(side.join("before").exists() && !side.join("after").exists());
-    assert_eq!(disk.descriptor().shots.iter().filter(|s| s.temporary).count(), 1);
+    assert_eq!(disk.descriptor().snapshots.iter().filter(|s| s.temporary).count(), 1);
     run(ploop().args(["umount", "-m"]).arg(&side));
     // It goes with the next operation.
     let last = disk.snapshot();
-    assert!(disk.descriptor().shots.iter().all(|s| !s.temporary), "{:?}", disk.descriptor().shots);
+    assert!(disk.descriptor().snapshots.iter().all(|s| !s.temporary), "{:?}", disk.descriptor().snapshots);
     assert_eq!(disk.descriptor().images.len(), 5);
     run(ploop().args(["snapshot-delete", "-u", &last.to_string()]).arg(&disk.dd));
     assert_eq!(disk.descriptor().images.len(), 4);

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, merge};
+use super::{image_set, merge};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -115,7 +115,7 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     if path.parent() != Some(&disk.dir) {
         bail!(Param, "{shown} stays: only files in the descriptor's own folder can be told from another disk's");
     }
-    if let Some(device) = deltas::users(path)?.first() {
+    if let Some(device) = image_set::users(path)?.first() {
         bail!(InUse, "{shown} stays: it is part of {}, which the descriptor does not tell", device.node().display());
     }
     let held = lock::hold(path, Some(&disk.dir), Access::default(), Others::Nobody)

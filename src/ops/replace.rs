@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, online, recover};
+use super::{image_set, online, recovery};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
 use crate::device::Device;
@@ -36,8 +36,8 @@ const READ: Access = Access { write: false, direct: false };
 pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, keep_name: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
-    recover::before_change(&mut disk)?;
-    let device = deltas::running(&disk, component)?;
+    recovery::before_change(&mut disk)?;
+    let device = image_set::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;
     let new = new.canonicalize().ctx(Kind::Param, || format!("cannot open image {}", new.display()))?;
     let id = id_of(&new)?;
@@ -54,7 +54,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
         report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
         return Ok(());
     }
-    let old_held = deltas::hold(&disk, &image.file, READ, Others::Nobody)?;
+    let old_held = image_set::lock_image(&disk, &image.file, READ, Others::Nobody)?;
     let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Others::Nobody)?;
     if keep_name {
         store::rename(&new, &image.file).ctx(Kind::Rename, || {
@@ -103,7 +103,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
 /// Makes sure that `new` can stand in for the image `old`, and that it is durable; `others` may use it meanwhile.
 pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: &Path, others: Others) -> Result<Held> {
     let dir = disk.map(|d| d.dir.as_path());
-    let held = lock::hold(new, dir, READ, others).map_err(|e| deltas::named(e, new))?;
+    let held = lock::hold(new, dir, READ, others).map_err(|e| image_set::named(e, new))?;
     let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
     check_file(new, dir, &options)?;
     same_shape(image, new)?;

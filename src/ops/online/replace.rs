@@ -9,7 +9,7 @@ use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::image::lock::{Others, hold};
 use crate::image::open::{Access, open_level};
-use crate::ops::{deltas, replace as offline};
+use crate::ops::{image_set, replace as offline};
 use crate::report;
 use crate::sys::store;
 
@@ -24,7 +24,7 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
         bail!(Param, "{} is no image of {}", image.file.display(), device.node().display());
     };
     check_level(device, level)?;
-    let old_held = deltas::hold(disk, &image.file, READ, Others::Readers)?;
+    let old_held = image_set::lock_image(disk, &image.file, READ, Others::Readers)?;
     let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Others::Readers)?;
     if !keep_name {
         let mut next = disk.descriptor.clone();
@@ -63,7 +63,7 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
         bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
     }
     // What runs there, whatever has its name by now.
-    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| deltas::named(e, &name.path))?;
+    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| image_set::named(e, &name.path))?;
     let running = identity(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
     if !running {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
