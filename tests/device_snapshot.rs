@@ -302,16 +302,16 @@ fn children(supervisor: ProcessId, mode: &str) -> Vec<ProcessId> {
         .collect()
 }
 
-fn slay(id: ProcessId) -> bool {
+fn kill_process(id: ProcessId) -> bool {
     runtime::alive(id)
         && nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL).is_ok()
 }
 
-/// Somebody dies in the middle of a merge of frozen levels, or of a snapshot: doing it again finishes it, if it was not
-/// finished anyway.
+/// Worker, supervisor, helper or caller is killed in the middle of a merge of frozen levels, or of a snapshot: retrying the
+/// operation finishes it, if it was not finished anyway.
 #[test]
-fn whoever_dies_in_it() {
-    let Some(disk) = Disk::new("whoever_dies_in_it", "256m", &[]) else { return };
+fn killed_in_the_middle() {
+    let Some(disk) = Disk::new("killed_in_the_middle", "256m", &[]) else { return };
     let fio = Fio::start(&disk.target);
     let bulk = |name: &str| {
         run(Command::new("dd")
@@ -347,15 +347,15 @@ fn whoever_dies_in_it() {
                     found = children(before.supervisor, "helper").first().copied();
                 }
                 pause(delay % 16);
-                found.is_some_and(slay)
+                found.is_some_and(kill_process)
             }
             "supervisor" => {
                 pause(delay);
-                slay(before.supervisor)
+                kill_process(before.supervisor)
             }
             "worker" => {
                 pause(delay);
-                slay(before.worker)
+                kill_process(before.worker)
             }
             _ => {
                 pause(delay);

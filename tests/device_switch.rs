@@ -225,15 +225,15 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
                 pause(offset as u64);
                 let next = successor(before.supervisor, before.worker);
                 match (victim, next) {
-                    (Worker, _) => slay(before.worker),
-                    (Supervisor, _) => slay(before.supervisor),
-                    (Successor, Some(next)) => slay(next),
+                    (Worker, _) => kill_process(before.worker),
+                    (Supervisor, _) => kill_process(before.supervisor),
+                    (Successor, Some(next)) => kill_process(next),
                     (SupervisorAndSuccessor, Some(next)) => {
-                        slay(before.supervisor);
+                        kill_process(before.supervisor);
                         // It may just have ended the retired worker: without that one the disk would be lost.
                         pause(2);
                         match runtime::alive(before.worker) {
-                            true => slay(next),
+                            true => kill_process(next),
                             false => late += 1,
                         }
                     }
@@ -312,8 +312,8 @@ fn both_of_the_new_chain_killed_with_slots() {
             let asked = s.spawn(|| device::switch(&device, &spec, &mut |_| {}));
             pause(offset as u64);
             let next = successor(before.supervisor, before.worker);
-            slay(before.supervisor);
-            next.into_iter().for_each(slay);
+            kill_process(before.supervisor);
+            next.into_iter().for_each(kill_process);
             retired = runtime::alive(before.worker);
             let _ = asked.join().unwrap();
         });
