@@ -11,9 +11,9 @@ use super::scratch::Scratch;
 use crate::bail;
 use crate::descriptor::{self, Descriptor, ImageMode};
 use crate::error::{IoContext, Kind, Result};
+use crate::format::gpt::Gpt;
 use crate::format::header::{self, Header, Version};
 use crate::format::limits;
-use crate::fs::gpt::Layout;
 use crate::fs::mkfs::{self, FsSpec, FsType};
 use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
@@ -56,8 +56,8 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let target = Target::find(&params.image)?;
     let params = CreateParams { image: target.image.clone(), sectors: size(params)?, ..params.clone() };
-    let layout = match params.fs.is_some() && !params.without_partition {
-        true => Some(Layout::single(params.sectors, params.cluster)?),
+    let table = match params.fs.is_some() && !params.without_partition {
+        true => Some(Gpt::single(params.sectors, params.cluster)?),
         false => None,
     };
     if exists(&target.descriptor)? {
@@ -97,7 +97,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
             kind_of_image(&params)
         ),
     );
-    fill(&scratch, &params, layout.as_ref())?;
+    fill(&scratch, &params, table.as_ref())?;
     target.place(&scratch)?;
     target.commit(&params).inspect_err(|_| {
         // It is the file that we gave this name a moment ago.
@@ -149,7 +149,7 @@ fn image_params(params: &CreateParams) -> Params {
 }
 
 /// Builds the whole image under its temporary name, durable.
-fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Result<()> {
+fn fill(scratch: &Scratch, params: &CreateParams, table: Option<&Gpt>) -> Result<()> {
     let mut progress = |_, _| match report::cancel::requested() {
         true => bail!(Creat, "making {} was cancelled", params.image.display()),
         false => Ok(()),
@@ -157,7 +157,10 @@ fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Re
     let Some(fs) = params.fs else {
         return build::create(&scratch.image(), &image_params(params), &mut progress).map(drop);
     };
-    let (first, sectors) = layout.map_or((0, params.sectors), |l| (l.first, l.sectors()));
+    let (start, length) = match table.and_then(|t| t.partitions().next()) {
+        Some(only) => (only.start, only.length),
+        None => (0, params.sectors * SECTOR),
+    };
     let content_path = scratch.content();
     let content = OpenOptions::new()
         .read(true)
@@ -167,14 +170,14 @@ fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Re
         .open(&content_path)
         .ctx(Kind::Creat, || format!("{} cannot be made", content_path.display()))?;
     content
-        .set_len(sectors * SECTOR)
-        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), sectors * SECTOR))?;
+        .set_len(length)
+        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), length))?;
     let block_size = if fs.block_size == 0 { FS_BLOCK } else { fs.block_size };
     let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy };
     report::say(0, format_args!("Making file system {}", fs.fstype.name()));
     mkfs::make(&content_path, &spec, scratch.path())?;
-    let table = layout.map(Layout::pieces);
-    let mut pieces = vec![Piece::file(first * SECTOR, &content, sectors * SECTOR)];
+    let table = table.map(Gpt::encode).transpose()?;
+    let mut pieces = vec![Piece::file(start, &content, length)];
     pieces.extend(table.iter().flatten().map(|p| Piece::bytes(p.offset, &p.bytes)));
     build::build(&scratch.image(), &image_params(params), &pieces, &mut progress)?;
     fs::remove_file(&content_path).ctx(Kind::Unlink, || content_path.display().to_string())
