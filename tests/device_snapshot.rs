@@ -452,7 +452,7 @@ fn beside_the_running_disk() {
     run(ploop().args(["replace", "-u", &taken[1].0.to_string(), "-k", "-i"]).arg(&again).arg(&disk.dd));
     assert_eq!(fs::metadata(&copy).unwrap().ino(), inode);
     assert!(!again.exists());
-    assert_eq!(disk.device().record.ids[1].1, inode);
+    assert_eq!(disk.device().record.ids[1].ino, inode);
     assert_eq!(disk.content(&taken[2].0), taken[2].2);
     // By device.
     fs::copy(&taken[0].1, &again).unwrap();

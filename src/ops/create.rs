@@ -4,7 +4,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::scratch::Scratch;
@@ -19,6 +19,7 @@ use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
 use crate::image::open;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::units::{ClusterSize, SECTOR};
 
 /// Block size of a file system when none is asked for.
@@ -268,8 +269,8 @@ fn exists(path: &Path) -> Result<bool> {
 }
 
 fn same_file(a: &Path, b: &Path) -> Result<bool> {
-    let id = |p: &Path| match fs::symlink_metadata(p) {
-        Ok(m) => Ok(Some((m.dev(), m.ino()))),
+    let id = |p: &Path| match FileId::at_nofollow(p) {
+        Ok(id) => Ok(Some(id)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).ctx(Kind::Fstat, || p.display().to_string()),
     };

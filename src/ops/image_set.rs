@@ -16,6 +16,7 @@ use crate::image::create::create_delta;
 use crate::image::lock::{self, Held, Others};
 use crate::image::open::{self, Access};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -126,8 +127,7 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
 
 /// Devices with this file among their levels.
 pub fn users(path: &Path) -> Result<Vec<Device>> {
-    let Ok(meta) = fs::metadata(path) else { return Ok(Vec::new()) };
-    let id = (meta.dev(), meta.ino());
+    let Ok(id) = FileId::at(path) else { return Ok(Vec::new()) };
     let mut found = match device::list_of(|r| r.ids.contains(&id)) {
         // Who is not root may not be allowed to ask, and the locks still tell.
         Err(e) if nix::unistd::geteuid().is_root() => return Err(e),

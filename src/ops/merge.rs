@@ -5,7 +5,6 @@
 //! without them is stored; only then are they removed. A merge that was interrupted is finished by doing it again.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{image_set, online, recovery, temporary_snapshot};
@@ -20,6 +19,7 @@ use crate::image::merge::{BATCH, Failed, Level, Merge, MergeOptions, Merged};
 use crate::image::open::Access;
 use crate::image::{complete, create};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 
 /// What to merge. Nothing given: the top into its parent.
@@ -83,7 +83,7 @@ fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
 fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let meta = fs::metadata(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
-    Ok(device.record.ids.contains(&(meta.dev(), meta.ino())))
+    Ok(device.record.ids.contains(&FileId::from(&meta)))
 }
 
 fn running(
@@ -400,8 +400,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
     };
     let mut ids = Vec::new();
     for image in images {
-        let meta = fs::metadata(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
-        let id = (meta.dev(), meta.ino());
+        let id = FileId::at(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
         if ids.contains(&id) {
             bail!(Param, "image {} is named twice", image.display());
         }

@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::fstat;
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
 use super::{find, recovery, temporary_snapshot};
@@ -24,6 +23,7 @@ use crate::fs::{mounts, stat};
 use crate::image::open::{self, Access};
 use crate::report;
 use crate::server::proto::DeviceRecord;
+use crate::sys::file_id::FileId;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -275,10 +275,8 @@ fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
     Ok(Level { path: path.to_owned(), raw, fd })
 }
 
-/// Device and inode number of an image.
-fn identity(level: &Level) -> Result<(u64, u64)> {
-    let stat = fstat(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
-    Ok((stat.st_dev, stat.st_ino))
+fn identity(level: &Level) -> Result<FileId> {
+    FileId::of(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))
 }
 
 /// A file is one level of a chain, whatever it is called there.

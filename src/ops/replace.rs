@@ -1,7 +1,5 @@
 //! Replacing an image of a disk by a copy of it, in another place perhaps.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{image_set, online, recovery};
@@ -15,6 +13,7 @@ use crate::image::lock::{self, Held, Others};
 use crate::image::open::Access;
 use crate::image::same::{same_content, same_shape};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 use crate::units::Level;
 
@@ -71,14 +70,13 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     Ok(())
 }
 
-fn id_of(path: &Path) -> Result<(u64, u64)> {
-    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-    Ok((meta.dev(), meta.ino()))
+fn id_of(path: &Path) -> Result<FileId> {
+    FileId::at(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))
 }
 
 /// The image that is meant. `Param`: there is none such.
 fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Image> {
-    let of_id = |id: (u64, u64)| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
+    let of_id = |id: FileId| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
     let found = match which {
         Which::Guid(guid) => disk.image(guid),
         Which::File(file) => match id_of(file).or_else(|_| id_of(&disk.dir.join(file))) {
@@ -115,6 +113,8 @@ pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::descriptor::ImageMode;
     use crate::format::guid;

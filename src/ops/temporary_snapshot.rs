@@ -13,6 +13,7 @@ use crate::error::{Kind, Result};
 use crate::format::guid::Guid;
 use crate::report;
 use crate::server::partitions;
+use crate::sys::file_id::FileId;
 
 /// Removes all temporary snapshots that nobody uses. What is in use stays, and is no error.
 pub fn merge_unused(disk: &mut LockedDescriptor) -> Result<()> {
@@ -55,8 +56,7 @@ fn remove(disk: &mut LockedDescriptor, guid: &Guid) -> Result<bool> {
 /// devices it can be merged.
 pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
-    let Ok(meta) = fs::metadata(&image.file) else { return Ok(false) };
-    let id = (meta.dev(), meta.ino());
+    let Ok(id) = FileId::at(&image.file) else { return Ok(false) };
     for device in image_set::users(&image.file)?.iter().filter(|d| d.record.ids.last() == Some(&id)) {
         let node = device.node().display();
         if !idle(device) {

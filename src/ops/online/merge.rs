@@ -9,6 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
 use crate::ops::image_set;
 use crate::report;
+use crate::sys::file_id::FileId;
 
 /// Merges `descendant` and all between into `ancestor`, all of which the device runs. I/O goes on. What was begun is
 /// finished by doing it again: the snapshots that disappear are marked temporary before anything is written.
@@ -37,7 +38,7 @@ pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, an
 fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid, gone: &[Guid]) -> Result<()> {
     let ids = &device.record.ids;
     let level = |disk: &Descriptor, guid: &Guid| {
-        let image = disk.image(guid).map(|i| super::identity(&i.file));
+        let image = disk.image(guid).map(|i| FileId::at_nofollow(&i.file));
         let found = image.and_then(std::io::Result::ok).and_then(|id| ids.iter().position(|i| *i == id));
         found.ok_or_else(|| {
             Error::new(Kind::Param, format!("snapshot {guid} is no level of {}", device.node().display()))
