@@ -14,7 +14,7 @@ cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 root=$PWD
 tests=("$@")
 [ ${#tests[@]} != 0 ] || tests=(
-    device_attach device_behind device_temporary device_partitions
+    device_attach device_external_changes device_temporary device_partitions
     device_kill:both_killed:no_worker_can_serve:mounted_and_dead
     device_merge:merged_under_load:cancelled:without_space
     device_switch:a_chain_grows_under_load:reload_under_load:what_cannot_be_served

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use device_common::load::{Load, check_lanes, slay};
+use device_common::load::{Load, check_lanes, kill_process};
 use device_common::*;
 use ploop::Kind;
 use ploop::device::{self, State};
@@ -98,12 +98,12 @@ fn successors_killed_with_slots() {
     let mut worker = device.record.worker;
     for round in 0..rounds {
         pause(20 + 13 * (round % 4));
-        slay(worker);
+        kill_process(worker);
         // More deaths in a row would only make the supervisor wait longer.
         for death in 0..3 {
             worker = busy_within("a successor", || next_worker(supervisor, worker));
             std::thread::sleep(std::time::Duration::from_micros((round * 7919 + death * 10_007) % 30_000));
-            slay(worker);
+            kill_process(worker);
         }
         let last = worker;
         worker = within(20, "another worker", || {

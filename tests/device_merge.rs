@@ -108,7 +108,7 @@ fn merged_whoever_dies() {
         let result = std::thread::scope(|s| {
             let asked = s.spawn(|| merge_top(&running, None, &mut quietly()));
             pause(17 * round % 300);
-            slay(victim);
+            kill_process(victim);
             asked.join().unwrap()
         });
         let after = settled(device.name());

@@ -247,8 +247,8 @@ fn merged_in_random_order() {
     assert_eq!(refused.status.code(), Some(17), "{refused:?}");
     let refused = output(ploop().args(["snapshot-merge", "-u", &taken[1].0.to_string()]).arg(&disk.dd));
     assert_eq!(refused.status.code(), Some(17), "{refused:?}");
-    let shots = disk.descriptor().shots;
-    assert!(shots.iter().all(|s| !s.temporary), "{shots:?}");
+    let snapshots = disk.descriptor().snapshots;
+    assert!(snapshots.iter().all(|s| !s.temporary), "{snapshots:?}");
 
     // Above the upper one: in an order that depends on nothing the engine knows.
     let mut times = Vec::new();
@@ -302,16 +302,16 @@ fn children(supervisor: ProcessId, mode: &str) -> Vec<ProcessId> {
         .collect()
 }
 
-fn slay(id: ProcessId) -> bool {
+fn kill_process(id: ProcessId) -> bool {
     runtime::alive(id)
         && nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL).is_ok()
 }
 
-/// Somebody dies in the middle of a merge of frozen levels, or of a snapshot: doing it again finishes it, if it was not
-/// finished anyway.
+/// Worker, supervisor, helper or caller is killed in the middle of a merge of frozen levels, or of a snapshot: retrying the
+/// operation finishes it, if it was not finished anyway.
 #[test]
-fn whoever_dies_in_it() {
-    let Some(disk) = Disk::new("whoever_dies_in_it", "256m", &[]) else { return };
+fn killed_in_the_middle() {
+    let Some(disk) = Disk::new("killed_in_the_middle", "256m", &[]) else { return };
     let fio = Fio::start(&disk.target);
     let bulk = |name: &str| {
         run(Command::new("dd")
@@ -347,15 +347,15 @@ fn whoever_dies_in_it() {
                     found = children(before.supervisor, "helper").first().copied();
                 }
                 pause(delay % 16);
-                found.is_some_and(slay)
+                found.is_some_and(kill_process)
             }
             "supervisor" => {
                 pause(delay);
-                slay(before.supervisor)
+                kill_process(before.supervisor)
             }
             "worker" => {
                 pause(delay);
-                slay(before.worker)
+                kill_process(before.worker)
             }
             _ => {
                 pause(delay);
@@ -370,8 +370,8 @@ fn whoever_dies_in_it() {
         thawed += 1;
         println!("round {round}: {} {who} killed after {delay} ms ({hit}): {status}", args[0]);
         let done = || match snapshots {
-            true => disk.descriptor().shots.iter().any(|s| s.guid.to_string() == new),
-            false => disk.descriptor().shot(&lower).is_none(),
+            true => disk.descriptor().snapshots.iter().any(|s| s.guid.to_string() == new),
+            false => disk.descriptor().snapshot(&lower).is_none(),
         };
         assert!(!status.success() || done());
         // The server may be at it without the caller.
@@ -452,7 +452,7 @@ fn beside_the_running_disk() {
     run(ploop().args(["replace", "-u", &taken[1].0.to_string(), "-k", "-i"]).arg(&again).arg(&disk.dd));
     assert_eq!(fs::metadata(&copy).unwrap().ino(), inode);
     assert!(!again.exists());
-    assert_eq!(disk.device().record.ids[1].1, inode);
+    assert_eq!(disk.device().record.ids[1].ino, inode);
     assert_eq!(disk.content(&taken[2].0), taken[2].2);
     // By device.
     fs::copy(&taken[0].1, &again).unwrap();
@@ -473,11 +473,11 @@ fn beside_the_running_disk() {
     run(ploop().args(["tsnapshot", "-u", &id, "-c", "backup", "-m"]).arg(&side).arg(&disk.dd));
     fs::write(disk.target.join("after"), "x").unwrap();
     assert!(side.join("before").exists() && !side.join("after").exists());
-    assert_eq!(disk.descriptor().shots.iter().filter(|s| s.temporary).count(), 1);
+    assert_eq!(disk.descriptor().snapshots.iter().filter(|s| s.temporary).count(), 1);
     run(ploop().args(["umount", "-m"]).arg(&side));
     // It goes with the next operation.
     let last = disk.snapshot();
-    assert!(disk.descriptor().shots.iter().all(|s| !s.temporary), "{:?}", disk.descriptor().shots);
+    assert!(disk.descriptor().snapshots.iter().all(|s| !s.temporary), "{:?}", disk.descriptor().snapshots);
     assert_eq!(disk.descriptor().images.len(), 5);
     run(ploop().args(["snapshot-delete", "-u", &last.to_string()]).arg(&disk.dd));
     assert_eq!(disk.descriptor().images.len(), 4);

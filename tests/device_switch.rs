@@ -19,6 +19,7 @@ use ploop::image::check::read_header;
 use ploop::image::create::create_delta;
 use ploop::server::proto::{Command, CommitNames, LevelName, Marked, ProcessId, Swap, SwapLevel};
 use ploop::server::{control, runtime};
+use ploop::sys::file_id::FileId;
 use ploop::units::ClusterSize;
 
 #[test]
@@ -73,7 +74,7 @@ fn grow(t: &Bench) {
     // The way back: the same chain without a level below, which holds nothing that is not above it, cannot be told from
     // here; but a chain that is not running is refused.
     let mut stale = now(&again);
-    stale.record.ids[0].1 += 1;
+    stale.record.ids[0].ino += 1;
     let path = new_delta(t, &files[0], "never");
     let spec = SwitchSpec { levels: with_new_top(&stale, &path), commit: None, linger: 0 };
     let e = device::switch(&stale, &spec, &mut |_| panic!("served")).unwrap_err();
@@ -225,15 +226,15 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
                 pause(offset as u64);
                 let next = successor(before.supervisor, before.worker);
                 match (victim, next) {
-                    (Worker, _) => slay(before.worker),
-                    (Supervisor, _) => slay(before.supervisor),
-                    (Successor, Some(next)) => slay(next),
+                    (Worker, _) => kill_process(before.worker),
+                    (Supervisor, _) => kill_process(before.supervisor),
+                    (Successor, Some(next)) => kill_process(next),
                     (SupervisorAndSuccessor, Some(next)) => {
-                        slay(before.supervisor);
+                        kill_process(before.supervisor);
                         // It may just have ended the retired worker: without that one the disk would be lost.
                         pause(2);
                         match runtime::alive(before.worker) {
-                            true => slay(next),
+                            true => kill_process(next),
                             false => late += 1,
                         }
                     }
@@ -312,8 +313,8 @@ fn both_of_the_new_chain_killed_with_slots() {
             let asked = s.spawn(|| device::switch(&device, &spec, &mut |_| {}));
             pause(offset as u64);
             let next = successor(before.supervisor, before.worker);
-            slay(before.supervisor);
-            next.into_iter().for_each(slay);
+            kill_process(before.supervisor);
+            next.into_iter().for_each(kill_process);
             retired = runtime::alive(before.worker);
             let _ = asked.join().unwrap();
         });
@@ -355,7 +356,7 @@ fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -
         kept.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
     let meta = fs::metadata(path).unwrap();
     let name = LevelName { path: path.into(), raw: false };
-    levels.push(SwapLevel { name, id: (meta.dev(), meta.ino()), from: None });
+    levels.push(SwapLevel { name, id: FileId::from(&meta), from: None });
     let names = CommitNames { tmp: tmp.file_name().unwrap().into(), name: dd.file_name().unwrap().into() };
     let swap = Swap {
         levels,

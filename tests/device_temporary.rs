@@ -44,7 +44,7 @@ impl Disk {
     }
 
     fn there(&self, guid: &Guid) -> bool {
-        Descriptor::read(&self.dd).unwrap().shot(guid).is_some()
+        Descriptor::read(&self.dd).unwrap().snapshot(guid).is_some()
     }
 
     fn snapshot(&self) -> Guid {
@@ -65,7 +65,7 @@ fn held_snapshots_go_after_their_holder() {
     write_at(&disk.node, 5 << 20, &old);
     run(std::process::Command::new("sync").arg("-d").arg(&disk.node));
     let guid = Guid::generate();
-    let params = TemporaryParams { guid, target: None, snap_dir: None, hold: true };
+    let params = TemporaryParams { guid, target: None, snap_dir: None, with_holder: true };
     assert_eq!(snapshot::create_temporary(&disk.dd, "", &params).unwrap_err().kind(), Kind::Param);
     let taken = snapshot::create_temporary(&disk.dd, "backup", &params).unwrap();
     assert!(taken.holder.is_some());
@@ -91,7 +91,7 @@ fn held_snapshots_go_after_their_holder() {
 fn others_live_until_they_are_unmounted() {
     let Some(disk) = Disk::new("until-unmounted") else { return };
     let guid = Guid::generate();
-    let params = TemporaryParams { guid, target: None, snap_dir: None, hold: false };
+    let params = TemporaryParams { guid, target: None, snap_dir: None, with_holder: false };
     let taken = snapshot::create_temporary(&disk.dd, "backup", &params).unwrap();
     assert!(taken.holder.is_none());
     assert_eq!(device::by_node(&taken.device).unwrap().unwrap().component(), "~backup");

@@ -154,7 +154,7 @@ pub unsafe extern "C" fn ploop_find_top_delta_name_and_format(
         let Some(device) = unsafe { convert::optional_string(device, "device") }? else {
             bail!(Param, "device is NULL or empty; give its path, /dev/ploopN");
         };
-        let found = ops::levels::device(&device)?;
+        let found = ops::device_chain::device(&device)?;
         let raw = found.record.levels.last().is_some_and(|l| l.raw);
         let texts = [
             (image, image_size, found.top().as_os_str()),

@@ -340,9 +340,9 @@ fn fill_mirror(mirror: &mut ploop_disk_images_data, descriptor: &Descriptor) -> 
         }
     }
 
-    mirror.snapshots = allocate(descriptor.shots.len())?;
-    mirror.nsnapshots = descriptor.shots.len() as c_int;
-    for (i, from) in descriptor.shots.iter().enumerate() {
+    mirror.snapshots = allocate(descriptor.snapshots.len())?;
+    mirror.nsnapshots = descriptor.snapshots.len() as c_int;
+    for (i, from) in descriptor.snapshots.iter().enumerate() {
         let to: *mut ploop_snapshot_data = allocate(1)?;
         // SAFETY: as above.
         unsafe {
@@ -377,7 +377,7 @@ fn duplicate(text: &OsStr) -> Result<*mut c_char> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::descriptor::{Image, Shot};
+    use crate::descriptor::{Image, Snapshot};
     use crate::format::guid::{self, Guid};
     use crate::units::ClusterSize;
     use std::ffi::CStr;
@@ -387,10 +387,10 @@ mod tests {
         let mut d = Descriptor::new_base(&base, 1 << 21, ClusterSize::DEFAULT, ImageMode::Preallocated).expect("base");
         let snapshot = Guid::parse("{11111111-2222-3333-4444-555555555555}").expect("GUID");
         d.images[0].guid = snapshot;
-        d.shots[0].guid = snapshot;
-        d.shots[0].temporary = true;
+        d.snapshots[0].guid = snapshot;
+        d.snapshots[0].temporary = true;
         d.images.push(Image { guid: guid::TOP, file: dir.join("delta") });
-        d.shots.push(Shot { guid: guid::TOP, parent: snapshot, temporary: false, reverse_merge: None });
+        d.snapshots.push(Snapshot { guid: guid::TOP, parent: snapshot, temporary: false, reverse_merge: None });
         d.max_delta_size = 77;
         d
     }

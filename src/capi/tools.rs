@@ -142,7 +142,7 @@ pub unsafe extern "C" fn find_level_by_delta(device: *const c_char, delta: *cons
         if level.is_null() {
             bail!(Param, "find_level_by_delta: place for the level is NULL");
         }
-        let found = ops::levels::level_of(&device, &delta)?;
+        let found = ops::device_chain::level_of(&device, &delta)?;
         // SAFETY: not NULL, and the caller's place for the number.
         unsafe { *level = found as c_int };
         Ok(())
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_
             0 => None,
             n => Some(usize::try_from(n).unwrap_or_default()),
         };
-        let range = ops::levels::merge_range(&device, low, high)?;
+        let range = ops::device_chain::merge_range(&device, low, high)?;
         info.names = handle::string_array(&range.files)?;
         info.end_level = range.high as c_int;
         info.top_level = range.top as c_int;
@@ -182,7 +182,7 @@ pub unsafe extern "C" fn create_snapshot(device: *const c_char, delta: *const c_
     boundary::call("create_snapshot", || {
         // SAFETY: the caller's strings, NULL or NUL-terminated.
         let (device, delta) = unsafe { (device_name(device)?, convert::path(delta, "delta")?) };
-        ops::levels::put_on_top(&device, &delta, syncfs != 0)
+        ops::device_chain::put_on_top(&device, &delta, syncfs != 0)
     })
 }
 
@@ -195,7 +195,7 @@ pub unsafe extern "C" fn replace_delta(device: *const c_char, level: c_int, imag
         let Ok(level) = usize::try_from(level) else {
             bail!(Param, "level {level}: levels start with 0");
         };
-        ops::levels::replace(&device, level, &image)
+        ops::device_chain::replace(&device, level, &image)
     })
 }
 
@@ -231,7 +231,7 @@ pub unsafe extern "C" fn merge_image(
                 if low >= high {
                     bail!(Param, "levels {low}..{high}: the lower one comes first");
                 }
-                ops::levels::merge(&device, low, Some(high), new_delta.as_deref())
+                ops::device_chain::merge(&device, low, Some(high), new_delta.as_deref())
             }
         }
     })

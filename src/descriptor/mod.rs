@@ -12,7 +12,7 @@ mod xml;
 
 pub use commit::{rename_new, sync_parent};
 pub use lock::{LockedDescriptor, lock_path};
-pub use model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Shot};
+pub use model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Snapshot};
 
 /// Name of the descriptor in an image's folder.
 pub const FILE_NAME: &str = "DiskDescriptor.xml";

@@ -48,10 +48,10 @@ pub enum ReverseMerge {
 
 /// A snapshot: a node of the tree, with the image of the same GUID.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Shot {
+pub struct Snapshot {
     pub guid: Guid,
     pub parent: Guid,
-    /// To be removed when nobody uses it.
+    /// To be removed once no process uses it.
     pub temporary: bool,
     /// Set with `temporary`.
     pub reverse_merge: Option<ReverseMerge>,
@@ -74,7 +74,7 @@ pub struct Descriptor {
     pub max_delta_size: u64,
     /// In the file's order; the first is taken for the base.
     pub images: Vec<Image>,
-    pub shots: Vec<Shot>,
+    pub snapshots: Vec<Snapshot>,
     /// The writable top; in old files not the constant [`guid::TOP`].
     pub top: Guid,
 }
@@ -96,7 +96,7 @@ impl Descriptor {
             mode,
             max_delta_size: 0,
             images: vec![Image { guid: guid::TOP, file: image.to_owned() }],
-            shots: vec![Shot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None }],
+            snapshots: vec![Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None }],
             top: guid::TOP,
         })
     }
@@ -110,30 +110,30 @@ impl Descriptor {
         self.images.iter().find(|i| i.guid == *guid)
     }
 
-    pub fn shot(&self, guid: &Guid) -> Option<&Shot> {
-        self.shots.iter().find(|s| s.guid == *guid)
+    pub fn snapshot(&self, guid: &Guid) -> Option<&Snapshot> {
+        self.snapshots.iter().find(|s| s.guid == *guid)
     }
 
     /// Whether another delta stands on this one.
     pub fn has_children(&self, guid: &Guid) -> bool {
-        self.shots.iter().any(|s| s.parent == *guid)
+        self.snapshots.iter().any(|s| s.parent == *guid)
     }
 
     /// Whether an image is raw in this disk: only the base can be, whatever `Type` all of them carry.
     pub fn is_raw(&self, image: &Image) -> bool {
-        self.mode == ImageMode::Raw && self.shot(&image.guid).is_some_and(|s| s.parent.is_none())
+        self.mode == ImageMode::Raw && self.snapshot(&image.guid).is_some_and(|s| s.parent.is_none())
     }
 
     /// The images from the base to `guid`.
     pub fn chain(&self, guid: &Guid) -> Result<Vec<&Image>> {
-        if self.shot(guid).is_none() {
+        if self.snapshot(guid).is_none() {
             bail!(NoSnap, "no snapshot {guid} in the descriptor in {}", self.dir.display());
         }
         let mut chain = Vec::new();
         let mut at = *guid;
         loop {
-            let mut shots = self.shots.iter().filter(|s| s.guid == at);
-            let Some(shot) = shots.next() else {
+            let mut snapshots = self.snapshots.iter().filter(|s| s.guid == at);
+            let Some(snapshot) = snapshots.next() else {
                 bail!(
                     DiskDescr,
                     "descriptor in {}: snapshot {at}, a parent in the chain of {guid}, is missing",
@@ -144,10 +144,10 @@ impl Descriptor {
             let Some(image) = images.next() else {
                 bail!(DiskDescr, "descriptor in {}: snapshot {at} has no image", self.dir.display());
             };
-            if shots.next().is_some() || images.next().is_some() {
+            if snapshots.next().is_some() || images.next().is_some() {
                 bail!(DiskDescr, "descriptor in {}: snapshot {at} is there twice", self.dir.display());
             }
-            if shot.reverse_merge.is_some() {
+            if snapshot.reverse_merge.is_some() {
                 bail!(
                     DiskDescr,
                     "descriptor in {}: snapshot {at} is marked TemporaryZero, half merged by another program: that program \
@@ -156,13 +156,13 @@ impl Descriptor {
                 );
             }
             chain.push(image);
-            if chain.len() > self.shots.len() {
+            if chain.len() > self.snapshots.len() {
                 bail!(DiskDescr, "descriptor in {}: the chain of {guid} runs in a circle", self.dir.display());
             }
-            if shot.parent.is_none() {
+            if snapshot.parent.is_none() {
                 break;
             }
-            at = shot.parent;
+            at = snapshot.parent;
         }
         if chain.len() > MAX_CHAIN {
             bail!(
@@ -179,9 +179,9 @@ impl Descriptor {
     /// The whole tree: every snapshot has one image and a way to the base, no file is named twice.
     pub fn check_tree(&self) -> Result<()> {
         let mut guids = HashSet::new();
-        for shot in &self.shots {
-            if !guids.insert(shot.guid) {
-                bail!(DiskDescr, "descriptor in {}: snapshot {} is there twice", self.dir.display(), shot.guid);
+        for snapshot in &self.snapshots {
+            if !guids.insert(snapshot.guid) {
+                bail!(DiskDescr, "descriptor in {}: snapshot {} is there twice", self.dir.display(), snapshot.guid);
             }
         }
         let mut files = HashSet::new();
@@ -203,7 +203,7 @@ impl Descriptor {
                 bail!(DiskDescr, "descriptor in {}: file {} is named twice", self.dir.display(), image.file.display());
             }
         }
-        let bases = self.shots.iter().filter(|s| s.parent.is_none()).count();
+        let bases = self.snapshots.iter().filter(|s| s.parent.is_none()).count();
         if bases != 1 {
             bail!(
                 DiskDescr,
@@ -211,8 +211,8 @@ impl Descriptor {
                 self.dir.display()
             );
         }
-        for shot in &self.shots {
-            self.chain(&shot.guid)?;
+        for snapshot in &self.snapshots {
+            self.chain(&snapshot.guid)?;
         }
         Ok(())
     }
@@ -223,7 +223,7 @@ impl Descriptor {
         if old == guid::TOP {
             return Ok(());
         }
-        if self.shot(&guid::TOP).is_some() || self.image(&guid::TOP).is_some() {
+        if self.snapshot(&guid::TOP).is_some() || self.image(&guid::TOP).is_some() {
             bail!(
                 DiskDescr,
                 "descriptor in {}: TopGUID is {old}, and {} is another snapshot's",
@@ -234,12 +234,12 @@ impl Descriptor {
         for image in self.images.iter_mut().filter(|i| i.guid == old) {
             image.guid = guid::TOP;
         }
-        for shot in &mut self.shots {
-            if shot.guid == old {
-                shot.guid = guid::TOP;
+        for snapshot in &mut self.snapshots {
+            if snapshot.guid == old {
+                snapshot.guid = guid::TOP;
             }
-            if shot.parent == old {
-                shot.parent = guid::TOP;
+            if snapshot.parent == old {
+                snapshot.parent = guid::TOP;
             }
         }
         self.top = guid::TOP;

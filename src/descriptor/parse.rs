@@ -11,7 +11,7 @@ use crate::format::geometry;
 use crate::format::guid::{self, Guid};
 use crate::units::ClusterSize;
 
-use super::model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Shot};
+use super::model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Snapshot};
 use super::xml::{self, Element, cut};
 
 /// Largest file that is read.
@@ -65,8 +65,7 @@ impl Descriptor {
             (false, true) => ImageMode::Preallocated,
             (false, false) => ImageMode::Expanded,
         };
-        let snapshots = required(&root, "Snapshots", "the root element")?;
-        let (shots, top) = shots(snapshots, images.len())?;
+        let (snapshots, top) = parse_snapshots(required(&root, "Snapshots", "the root element")?, images.len())?;
         Ok(Descriptor {
             dir: dir.to_owned(),
             layout,
@@ -77,7 +76,7 @@ impl Descriptor {
             mode,
             max_delta_size: number("Max_delta_size"),
             images,
-            shots,
+            snapshots,
             top,
         })
     }
@@ -197,9 +196,9 @@ fn file_name(text: &str) -> &str {
     if text.contains('\n') { text.trim() } else { text }
 }
 
-fn shots(snapshots: &Element, images: usize) -> Result<(Vec<Shot>, Guid)> {
-    let mut shots = Vec::new();
-    for element in from_first(snapshots, "Shot") {
+fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Guid)> {
+    let mut snapshots = Vec::new();
+    for element in from_first(parent, "Shot") {
         let temporary = |name| element.children.iter().rposition(|c| c.name == name);
         // The one that stands last counts.
         let stages = [
@@ -208,39 +207,39 @@ fn shots(snapshots: &Element, images: usize) -> Result<(Vec<Shot>, Guid)> {
             (temporary("TemporaryZeroSwap"), Some(ReverseMerge::Swapped)),
         ];
         let stage = stages.into_iter().filter(|s| s.0.is_some()).max_by_key(|s| s.0);
-        shots.push(Shot {
+        snapshots.push(Snapshot {
             guid: parse_guid(required(element, "GUID", "Shot")?)?,
             parent: parse_guid(required(element, "ParentGUID", "Shot")?)?,
             temporary: stage.is_some(),
             reverse_merge: stage.and_then(|s| s.1),
         });
     }
-    let mut top = match snapshots.child("TopGUID") {
+    let mut top = match parent.child("TopGUID") {
         Some(element) => Some(parse_guid(element)?),
         None => None,
     };
-    let has_top = |shots: &[Shot]| shots.iter().any(|s| s.guid == guid::TOP);
-    if shots.len() != images {
+    let has_top = |snapshots: &[Snapshot]| snapshots.iter().any(|s| s.guid == guid::TOP);
+    if snapshots.len() != images {
         // Descriptors older than snapshots.
-        shots.push(Shot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None });
+        snapshots.push(Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None });
         top = top.or(Some(guid::TOP));
     }
-    if top.is_none() && has_top(&shots) {
+    if top.is_none() && has_top(&snapshots) {
         top = Some(guid::TOP);
     }
     let Some(top) = top else {
         bail!(DiskDescr, "element TopGUID is missing in Snapshots, and no Shot has {}", guid::TOP);
     };
-    let Some(shot) = shots.iter().find(|s| s.guid == top) else {
+    let Some(snapshot) = snapshots.iter().find(|s| s.guid == top) else {
         bail!(DiskDescr, "element TopGUID is {top}: no Shot has that GUID");
     };
-    if shot.temporary {
+    if snapshot.temporary {
         bail!(DiskDescr, "element TopGUID is {top}, a temporary snapshot: the top must not be one");
     }
-    if shots.len() != images {
-        bail!(DiskDescr, "{images} elements Image and {} elements Shot: must be as many", shots.len());
+    if snapshots.len() != images {
+        bail!(DiskDescr, "{images} elements Image and {} elements Shot: must be as many", snapshots.len());
     }
-    Ok((shots, top))
+    Ok((snapshots, top))
 }
 
 fn parse_guid(element: &Element) -> Result<Guid> {

@@ -57,7 +57,7 @@ fn chains_and_children() {
     assert_eq!(names(&b).len(), 2);
     assert!(!d.has_children(&b));
     assert!(d.has_children(&d.images[0].guid));
-    assert!(d.shot(&d.images[2].guid).unwrap().temporary);
+    assert!(d.snapshot(&d.images[2].guid).unwrap().temporary);
     let unknown = Guid::generate();
     assert_eq!(d.chain(&unknown).unwrap_err().kind(), Kind::NoSnap);
     assert_eq!(d.chain(&guid::NONE).unwrap_err().kind(), Kind::NoSnap);
@@ -73,12 +73,12 @@ fn broken_trees() {
         d.chain(&guid::TOP).map(|c| c.len())
     };
     // A circle, a parent that is not there, a snapshot twice, an image that is not there.
-    assert_eq!(with(&|d| d.shots[0].parent = d.shots[2].guid).unwrap_err().kind(), Kind::DiskDescr);
-    assert_eq!(with(&|d| d.shots[2].parent = Guid::generate()).unwrap_err().kind(), Kind::DiskDescr);
-    assert_eq!(with(&|d| d.shots.push(d.shots[2].clone())).unwrap_err().kind(), Kind::DiskDescr);
+    assert_eq!(with(&|d| d.snapshots[0].parent = d.snapshots[2].guid).unwrap_err().kind(), Kind::DiskDescr);
+    assert_eq!(with(&|d| d.snapshots[2].parent = Guid::generate()).unwrap_err().kind(), Kind::DiskDescr);
+    assert_eq!(with(&|d| d.snapshots.push(d.snapshots[2].clone())).unwrap_err().kind(), Kind::DiskDescr);
     assert_eq!(with(&|d| d.images.truncate(2)).unwrap_err().kind(), Kind::DiskDescr);
     // Damage elsewhere does not keep the top from being mounted.
-    assert!(with(&|d| d.shots[1].parent = Guid::generate()).is_ok());
+    assert!(with(&|d| d.snapshots[1].parent = Guid::generate()).is_ok());
     assert!(with(&|d| d.images[1].file = d.images[0].file.clone()).is_ok());
 }
 
@@ -217,7 +217,7 @@ fn hostile_xml() {
 fn reverse_merge_is_recognised() {
     let xml = BRANCHED.replace("<Temporary/>", "<Temporary/><TemporaryZero/>");
     let d = parse(&xml).unwrap();
-    assert_eq!(d.shots[2].reverse_merge, Some(ReverseMerge::Zeroing));
+    assert_eq!(d.snapshots[2].reverse_merge, Some(ReverseMerge::Zeroing));
     assert!(d.chain(&guid::TOP).unwrap_err().to_string().contains("TemporaryZero"));
     let b = d.images[1].guid;
     assert_eq!(d.chain(&b).unwrap().len(), 2);
@@ -226,7 +226,7 @@ fn reverse_merge_is_recognised() {
     assert_eq!(e.kind(), Kind::DiskDescr);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let swapped = parse(&BRANCHED.replace("<Temporary/>", "<TemporaryZeroSwap/>")).unwrap();
-    assert_eq!(swapped.shots[2].reverse_merge, Some(ReverseMerge::Swapped));
+    assert_eq!(swapped.snapshots[2].reverse_merge, Some(ReverseMerge::Swapped));
     assert!(swapped.to_xml().unwrap().contains("      <TemporaryZeroSwap/>\n"));
 }
 
@@ -322,7 +322,7 @@ fn storing_replaces_leftovers_and_keeps_owner_and_mode() {
     let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
     let read = Descriptor::read(&path).unwrap();
-    assert_eq!(read.shots, d.shots);
+    assert_eq!(read.snapshots, d.snapshots);
     assert_eq!(read.dir, dir.path().canonicalize().unwrap());
 }
 
@@ -425,7 +425,7 @@ proptest! {
             if let Ok(xml) = d.to_xml() {
                 let again = Descriptor::parse(xml.as_bytes(), Path::new("/d")).unwrap();
                 prop_assert_eq!(again.images, d.images);
-                prop_assert_eq!(again.shots, d.shots);
+                prop_assert_eq!(again.snapshots, d.snapshots);
             }
         }
     }

@@ -8,12 +8,12 @@ use crate::error::{Error, Kind, Result};
 use crate::format::guid::{self, Guid};
 use crate::units::MAX_CHAIN;
 
-use super::model::{Descriptor, Image, Shot};
+use super::model::{Descriptor, Image, Snapshot};
 
 impl Descriptor {
     /// Snapshots that stand directly on this one.
     pub fn children(&self, guid: &Guid) -> Vec<Guid> {
-        self.shots.iter().filter(|s| s.parent == *guid).map(|s| s.guid).collect()
+        self.snapshots.iter().filter(|s| s.parent == *guid).map(|s| s.guid).collect()
     }
 
     /// The snapshot below; none for the base. `NoSnap` if `guid` is unknown.
@@ -22,9 +22,9 @@ impl Descriptor {
     }
 
     /// A GUID that must be there. `NoSnap`.
-    pub fn known(&self, guid: &Guid) -> Result<&Shot> {
-        self.shot(guid).ok_or_else(|| {
-            let known: Vec<String> = self.shots.iter().map(|s| s.guid.to_string()).collect();
+    pub fn known(&self, guid: &Guid) -> Result<&Snapshot> {
+        self.snapshot(guid).ok_or_else(|| {
+            let known: Vec<String> = self.snapshots.iter().map(|s| s.guid.to_string()).collect();
             Error::new(
                 Kind::NoSnap,
                 format!("no snapshot {guid} in the disk in {}; there are {}", self.dir.display(), known.join(", ")),
@@ -40,12 +40,12 @@ impl Descriptor {
 
     /// Deltas half merged by the newer line's programs are theirs to finish. `DiskDescr`.
     pub fn check_storable(&self) -> Result<()> {
-        match self.shots.iter().find(|s| s.reverse_merge.is_some()) {
-            Some(shot) => bail!(
+        match self.snapshots.iter().find(|s| s.reverse_merge.is_some()) {
+            Some(snapshot) => bail!(
                 DiskDescr,
                 "snapshot {} is marked TemporaryZero, half merged by another program: that program must finish it \
                  before this disk is changed",
-                shot.guid
+                snapshot.guid
             ),
             None => Ok(()),
         }
@@ -72,7 +72,7 @@ impl Descriptor {
         if *guid == guid::TOP {
             bail!(Param, "snapshot {guid}: this GUID belongs to the writable top; give another one");
         }
-        if self.shot(guid).is_some() || self.image(guid).is_some() {
+        if self.snapshot(guid).is_some() || self.image(guid).is_some() {
             bail!(Param, "snapshot {guid} exists already; give another GUID");
         }
         Ok(())
@@ -113,18 +113,18 @@ impl Descriptor {
     /// becomes the top. The old top is kept as snapshot `keep`, or removed: answers its file then.
     pub fn switch(&mut self, to: &Guid, file: Option<PathBuf>, keep: Option<Guid>) -> Result<Option<PathBuf>> {
         self.check_form()?;
-        let Some(shot) = self.shot(to) else {
+        let Some(snapshot) = self.snapshot(to) else {
             bail!(
                 Param,
                 "no snapshot {to} to switch to in the disk in {}; ploop snapshot-list shows them",
                 self.dir.display()
             );
         };
-        let to = shot.guid;
+        let to = snapshot.guid;
         if to == guid::TOP {
             bail!(Param, "the disk is on {to} already, the writable top");
         }
-        if shot.temporary {
+        if snapshot.temporary {
             bail!(Param, "snapshot {to} is temporary: it goes away by itself, the disk cannot be switched to it");
         }
         let mut next = self.clone();
@@ -171,12 +171,12 @@ impl Descriptor {
     /// Removes a snapshot on which nothing stands; answers its file. Removing the top makes its parent the top.
     pub fn delete_leaf(&mut self, guid: &Guid) -> Result<PathBuf> {
         self.check_form()?;
-        let shot = self.known(guid)?;
-        let (guid, parent) = (shot.guid, shot.parent);
+        let snapshot = self.known(guid)?;
+        let (guid, parent) = (snapshot.guid, snapshot.parent);
         if self.has_children(&guid) {
             bail!(Param, "snapshot {guid} has children: it can only be merged");
         }
-        let Some(below) = self.shot(&parent) else {
+        let Some(below) = self.snapshot(&parent) else {
             bail!(Param, "snapshot {guid} is the base, the last image of the disk: it cannot be deleted");
         };
         if guid == guid::TOP {
@@ -208,7 +208,7 @@ impl Descriptor {
 
     /// The snapshots that disappear when `descendant` is merged down into `ancestor`: from the ancestor up to the one below
     /// the descendant, in this order. `Param` if it is no ancestor, or if anything else stands on one of them.
-    pub fn swallowed(&self, descendant: &Guid, ancestor: &Guid) -> Result<Vec<Guid>> {
+    pub fn removed_by_merge(&self, descendant: &Guid, ancestor: &Guid) -> Result<Vec<Guid>> {
         self.known(ancestor)?;
         let chain: Vec<Guid> = self.chain(descendant)?.iter().map(|i| i.guid).collect();
         if descendant == ancestor {
@@ -238,7 +238,7 @@ impl Descriptor {
     /// takes its place): one entry stays, with the ancestor's place and the descendant's GUID and mark. Answers the files
     /// that are no longer named.
     pub fn collapse(&mut self, descendant: &Guid, ancestor: &Guid, file: Option<PathBuf>) -> Result<Vec<PathBuf>> {
-        let gone = self.swallowed(descendant, ancestor)?;
+        let gone = self.removed_by_merge(descendant, ancestor)?;
         let descendant = self.known(descendant)?.clone();
         let mut next = self.clone();
         let mut files = Vec::new();
@@ -255,9 +255,9 @@ impl Descriptor {
         for image in next.images.iter_mut().filter(|i| i.guid == *ancestor) {
             image.guid = descendant.guid;
         }
-        for shot in next.shots.iter_mut().filter(|s| s.guid == *ancestor) {
-            shot.guid = descendant.guid;
-            shot.temporary = descendant.temporary;
+        for snapshot in next.snapshots.iter_mut().filter(|s| s.guid == *ancestor) {
+            snapshot.guid = descendant.guid;
+            snapshot.temporary = descendant.temporary;
         }
         *self = next;
         Ok(files)
@@ -265,8 +265,8 @@ impl Descriptor {
 
     /// Sets or clears the mark of snapshots that are to go away by themselves.
     pub fn mark_temporary(&mut self, guids: &[Guid], temporary: bool) {
-        for shot in self.shots.iter_mut().filter(|s| guids.contains(&s.guid)) {
-            shot.temporary = temporary;
+        for snapshot in self.snapshots.iter_mut().filter(|s| guids.contains(&s.guid)) {
+            snapshot.temporary = temporary;
         }
     }
 
@@ -285,25 +285,25 @@ impl Descriptor {
         for image in self.images.iter_mut().filter(|i| i.guid == *from) {
             image.guid = to;
         }
-        for shot in &mut self.shots {
-            if shot.guid == *from {
-                shot.guid = to;
+        for snapshot in &mut self.snapshots {
+            if snapshot.guid == *from {
+                snapshot.guid = to;
             }
-            if shot.parent == *from {
-                shot.parent = to;
+            if snapshot.parent == *from {
+                snapshot.parent = to;
             }
         }
     }
 
     fn remove(&mut self, guid: &Guid) -> Option<PathBuf> {
-        self.shots.retain(|s| s.guid != *guid);
+        self.snapshots.retain(|s| s.guid != *guid);
         let at = self.images.iter().position(|i| i.guid == *guid)?;
         Some(self.images.remove(at).file)
     }
 
     fn push_top(&mut self, file: PathBuf, parent: Guid) {
         self.images.push(Image { guid: guid::TOP, file });
-        self.shots.push(Shot { guid: guid::TOP, parent, temporary: false, reverse_merge: None });
+        self.snapshots.push(Snapshot { guid: guid::TOP, parent, temporary: false, reverse_merge: None });
         self.top = guid::TOP;
     }
 }
@@ -411,7 +411,7 @@ mod tests {
     fn ranges_collapse_into_the_lowest_file() {
         let mut d = disk();
         d.add_snapshot(file("z"), g(3), false).unwrap();
-        assert_eq!(d.swallowed(&g(3), &g(1)).unwrap(), [g(1), g(2)]);
+        assert_eq!(d.removed_by_merge(&g(3), &g(1)).unwrap(), [g(1), g(2)]);
         assert_eq!(d.collapse(&g(3), &g(1), None).unwrap(), [file("x"), file("y")]);
         assert_eq!(chain(&d, &guid::TOP), [(g(3), file("b")), (guid::TOP, file("z"))]);
         assert_eq!(d.collapse(&guid::TOP, &g(3), Some(file("new"))).unwrap(), [file("z"), file("b")]);
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn branches_are_not_swallowed() {
+    fn branches_are_not_merged() {
         let mut d = disk();
         d.switch(&g(1), Some(file("z")), None).unwrap();
         for (descendant, ancestor, kind) in [
@@ -430,7 +430,7 @@ mod tests {
             (g(9), g(1), Kind::NoSnap),
             (g(2), g(9), Kind::NoSnap),
         ] {
-            assert_eq!(d.swallowed(&descendant, &ancestor).unwrap_err().kind(), kind);
+            assert_eq!(d.removed_by_merge(&descendant, &ancestor).unwrap_err().kind(), kind);
         }
         // Several children of the descendant are no obstacle.
         let mut d = disk();
@@ -438,6 +438,6 @@ mod tests {
         d.mark_temporary(&[g(2)], true);
         assert_eq!(d.collapse(&g(2), &g(1), None).unwrap(), [file("x")]);
         assert_eq!(chain(&d, &g(4)), [(g(2), file("b")), (g(4), file("y"))]);
-        assert!(d.shot(&g(2)).unwrap().temporary);
+        assert!(d.snapshot(&g(2)).unwrap().temporary);
     }
 }

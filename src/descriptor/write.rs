@@ -47,11 +47,11 @@ impl Descriptor {
         out.close("StorageData");
         out.open("Snapshots");
         out.leaf("TopGUID", self.top);
-        for shot in &self.shots {
+        for snapshot in &self.snapshots {
             out.open("Shot");
-            out.leaf("GUID", shot.guid);
-            out.leaf("ParentGUID", shot.parent);
-            match (shot.temporary, shot.reverse_merge) {
+            out.leaf("GUID", snapshot.guid);
+            out.leaf("ParentGUID", snapshot.parent);
+            match (snapshot.temporary, snapshot.reverse_merge) {
                 (_, Some(ReverseMerge::Zeroing)) => out.empty("TemporaryZero"),
                 (_, Some(ReverseMerge::Swapped)) => out.empty("TemporaryZeroSwap"),
                 (true, None) => out.empty("Temporary"),

@@ -1,9 +1,7 @@
 //! Attaching: a server is started and says when the device is there.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use crate::bail;
@@ -12,6 +10,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::report;
 use crate::server::proto::{AttachRequest, LevelName, Marked};
 use crate::server::{runtime, spawn};
+use crate::sys::file_id::FileId;
 use crate::units::{ClusterSize, MAX_CHAIN};
 
 /// Attempts to find a name that nobody else takes at the same time.
@@ -71,11 +70,8 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
     }
     let mut ids = Vec::new();
     for level in &spec.levels {
-        // A duplicate, because metadata is asked of a File.
-        let file = level.fd.try_clone().map(File::from);
-        let meta = file.and_then(|f| f.metadata());
-        let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
-        ids.push((meta.dev(), meta.ino()));
+        let id = FileId::of(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
+        ids.push(id);
     }
     let mut request = AttachRequest {
         levels: spec.levels.iter().map(|l| LevelName { path: l.path.clone(), raw: l.raw }).collect(),

@@ -13,6 +13,7 @@ use crate::device::{Device, State};
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{Answer, Command, DeviceRecord};
 use crate::server::{control, nodes, partitions, runtime};
+use crate::sys::file_id::FileId;
 use crate::sys::partition;
 
 /// Longest wait for a supervisor's word about its state.
@@ -135,11 +136,10 @@ fn verify_node(device: &Device) -> Result<()> {
 /// Devices whose base is this very file (device and inode number, not the name); with a component: only those that were
 /// attached with it (empty: without any).
 pub fn by_base(base: &Path, component: Option<&str>) -> Result<Vec<Device>> {
-    let meta = match fs::metadata(base) {
+    let id = match FileId::at(base) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.ctx(Kind::Fstat, || format!("cannot look at {}", base.display()))?,
     };
-    let id = (meta.dev(), meta.ino());
     list_of(|r| r.ids.first() == Some(&id) && component.is_none_or(|c| c == r.component))
 }
 

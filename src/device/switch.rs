@@ -1,9 +1,9 @@
 //! Changing the chain that a running device serves, and the program that serves it.
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use crate::report;
 use crate::server::helper::{Go, remote_error};
 use crate::server::proto::{Answer, Command, CommitNames, DeviceRecord, LevelName, Swap, SwapLevel};
 use crate::server::{control, frame, runtime, spawn};
+use crate::sys::file_id::FileId;
 
 /// A change waits for what the device writes, completing a former top writes what was left out of it, and a merge copies
 /// disks. A supervisor that dies closes the connection.
@@ -101,11 +102,10 @@ impl SwitchSpec {
             levels.push(match level {
                 NewLevel::Kept(i) => kept(record, *i)?,
                 NewLevel::File { path, raw, fd } => {
-                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
-                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
+                    let id = FileId::of(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
                     fds.push(fd.as_fd());
                     let name = LevelName { path: path.clone(), raw: *raw };
-                    SwapLevel { name, id: (meta.dev(), meta.ino()), from: None }
+                    SwapLevel { name, id, from: None }
                 }
             });
         }

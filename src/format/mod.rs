@@ -1,9 +1,10 @@
-//! Bytes only: header, BAT, geometry, limits, GUIDs. No files, no clocks.
+//! Bytes only: header, BAT, GPT, geometry, limits, GUIDs. No files, no clocks.
 
 #![forbid(unsafe_code)]
 
 pub mod bat;
 pub mod geometry;
+pub mod gpt;
 pub mod guid;
 pub mod header;
 pub mod limits;

@@ -202,6 +202,32 @@ fn show(program: &str, args: &[&OsStr]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::gpt::Gpt;
+    use crate::units::{ClusterSize, SECTOR};
+    use std::ffi::OsStr;
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn parted_finds_no_fault_in_a_table_of_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(65536 * SECTOR).unwrap();
+        for piece in Gpt::single(65536, ClusterSize::DEFAULT).unwrap().encode().unwrap() {
+            file.write_all_at(&piece.bytes, piece.offset).unwrap();
+        }
+        let args = ["-s", "-m"].map(OsStr::new);
+        let args = [&args[..], &[path.as_os_str(), "unit".as_ref(), "s".as_ref(), "print".as_ref()]].concat();
+        let seen = run("parted", &args).unwrap();
+        if seen.status == NOT_STARTED {
+            println!("SKIP: parted is not installed");
+            return;
+        }
+        assert_eq!((seen.status, seen.err.as_str()), (0, ""), "{}", seen.out);
+        assert!(seen.out.contains(":65536s:") && seen.out.contains(":gpt:"), "{}", seen.out);
+        assert!(seen.out.contains("1:2048s:63487s:61440s::primary:;"), "{}", seen.out);
+    }
 
     #[test]
     fn missing_program_is_127() {

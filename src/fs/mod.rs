@@ -1,10 +1,9 @@
-//! What is inside a disk: the partition table, file systems made and checked by helper programs, mounts, the balloon
+//! What is inside a disk: file systems made and checked by helper programs, mounts, the balloon
 //! file.
 
 #![forbid(unsafe_code)]
 
 pub mod balloon;
-pub mod gpt;
 pub mod helper;
 pub mod mkfs;
 pub mod mount;

@@ -37,6 +37,9 @@ impl Found {
     }
 }
 
+/// Reads bytes of a disk at a byte offset, all or nothing.
+pub type ReadAt<'a> = dyn FnMut(u64, &mut [u8]) -> io::Result<()> + 'a;
+
 /// Looks at the superblocks of a device or file.
 pub fn device(path: &Path) -> io::Result<Option<Found>> {
     let file: File = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
@@ -44,7 +47,7 @@ pub fn device(path: &Path) -> io::Result<Option<Found>> {
 }
 
 /// The same through any reader; what lies beyond the end is not there.
-pub fn find(read_at: &mut super::gpt::ReadAt<'_>) -> io::Result<Option<Found>> {
+pub fn find(read_at: &mut ReadAt<'_>) -> io::Result<Option<Found>> {
     let mut block = [0; 1024];
     if read(read_at, 1024, &mut block)? && block[56..58] == [0x53, 0xEF] {
         // s_feature_incompat, bit RECOVER.
@@ -59,7 +62,7 @@ pub fn find(read_at: &mut super::gpt::ReadAt<'_>) -> io::Result<Option<Found>> {
     Ok(None)
 }
 
-fn read(read_at: &mut super::gpt::ReadAt<'_>, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+fn read(read_at: &mut ReadAt<'_>, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
     match read_at(offset, buf) {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
         other => other.map(|()| true),

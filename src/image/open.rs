@@ -1,9 +1,7 @@
 //! Opening image files that strangers may have made or named.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
@@ -121,10 +119,4 @@ fn check_owner(fd: &OwnedFd, folder: &OwnedFd, path: &Path, dir: &Path) -> Resul
         );
     }
     Ok(())
-}
-
-/// Device and inode number of an open file.
-pub fn identity(file: &File) -> std::io::Result<(u64, u64)> {
-    let m = file.metadata()?;
-    Ok((m.dev(), m.ino()))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{deltas, find, online, orphans};
+use super::{find, image_set, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device;
@@ -135,7 +135,7 @@ fn tell(found: &CheckReport) {
 
 /// A server that writes to the file would be fooled by any change.
 fn refuse_attached(path: &Path) -> Result<()> {
-    match deltas::users(path)?.first() {
+    match image_set::users(path)?.first() {
         Some(device) => bail!(
             InUse,
             "{} is part of {}; unmount that first, or look without writing (-r)",

@@ -10,7 +10,7 @@ use super::replace::{Which, replace};
 use super::snapshot::{self, SnapshotParams};
 use super::switch::{SwitchParams, switch};
 use super::testkit::{content, files, g, make_disk, put, sizes, small};
-use super::{recover, temporary};
+use super::{recovery, temporary_snapshot};
 use crate::descriptor::{Descriptor, FILE_NAME, ImageMode, LockedDescriptor};
 use crate::error::{Kind, Result};
 use crate::format::guid::{self, Guid};
@@ -25,7 +25,7 @@ type Disk = BTreeMap<String, BTreeMap<u32, u8>>;
 /// Of the snapshots that are to stay.
 fn all_content(dd: &Path) -> Disk {
     let d = Descriptor::read(dd).unwrap();
-    let kept = d.shots.iter().filter(|s| !s.temporary);
+    let kept = d.snapshots.iter().filter(|s| !s.temporary);
     kept.map(|s| (s.guid.to_string(), content(dd, &s.guid))).collect()
 }
 
@@ -63,8 +63,8 @@ impl Coins {
 fn open_again(dd: &Path) {
     let mut disk = LockedDescriptor::open(dd).unwrap();
     let top = disk.top;
-    recover::before_mount(&mut disk, &top, false).unwrap();
-    temporary::merge_unused(&mut disk).unwrap();
+    recovery::before_mount(&mut disk, &top, false).unwrap();
+    temporary_snapshot::merge_unused(&mut disk).unwrap();
 }
 
 struct Case<'a> {
@@ -93,11 +93,11 @@ impl Case<'_> {
         let now = all_content(dd);
         assert!(now == self.before || now == self.after, "{} {when}: {now:?}", self.name);
         let d = Descriptor::read(dd).unwrap();
-        let marks = |side: &Disk| d.shots.iter().all(|s| side.contains_key(&s.guid.to_string()) || s.temporary);
+        let marks = |side: &Disk| d.snapshots.iter().all(|s| side.contains_key(&s.guid.to_string()) || s.temporary);
         assert!(marks(&self.before) || marks(&self.after));
         check_disk(dd, None).unwrap_or_else(|e| panic!("{} {when}: {e}", self.name));
-        for shot in &d.shots {
-            check_disk(dd, Some(&shot.guid)).unwrap_or_else(|e| panic!("{} {when}: {e}", self.name));
+        for snapshot in &d.snapshots {
+            check_disk(dd, Some(&snapshot.guid)).unwrap_or_else(|e| panic!("{} {when}: {e}", self.name));
         }
         let (image, descriptor) = sizes(dd);
         assert_eq!(image, descriptor, "{} {when}", self.name);

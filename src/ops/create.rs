@@ -4,21 +4,22 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::scratch::Scratch;
 use crate::bail;
 use crate::descriptor::{self, Descriptor, ImageMode};
 use crate::error::{IoContext, Kind, Result};
+use crate::format::gpt::Gpt;
 use crate::format::header::{self, Header, Version};
 use crate::format::limits;
-use crate::fs::gpt::Layout;
 use crate::fs::mkfs::{self, FsSpec, FsType};
 use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
 use crate::image::open;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::units::{ClusterSize, SECTOR};
 
 /// Block size of a file system when none is asked for.
@@ -56,8 +57,8 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let target = Target::find(&params.image)?;
     let params = CreateParams { image: target.image.clone(), sectors: size(params)?, ..params.clone() };
-    let layout = match params.fs.is_some() && !params.without_partition {
-        true => Some(Layout::single(params.sectors, params.cluster)?),
+    let table = match params.fs.is_some() && !params.without_partition {
+        true => Some(Gpt::single(params.sectors, params.cluster)?),
         false => None,
     };
     if exists(&target.descriptor)? {
@@ -97,7 +98,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
             kind_of_image(&params)
         ),
     );
-    fill(&scratch, &params, layout.as_ref())?;
+    fill(&scratch, &params, table.as_ref())?;
     target.place(&scratch)?;
     target.commit(&params).inspect_err(|_| {
         // It is the file that we gave this name a moment ago.
@@ -149,7 +150,7 @@ fn image_params(params: &CreateParams) -> Params {
 }
 
 /// Builds the whole image under its temporary name, durable.
-fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Result<()> {
+fn fill(scratch: &Scratch, params: &CreateParams, table: Option<&Gpt>) -> Result<()> {
     let mut progress = |_, _| match report::cancel::requested() {
         true => bail!(Creat, "making {} was cancelled", params.image.display()),
         false => Ok(()),
@@ -157,7 +158,10 @@ fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Re
     let Some(fs) = params.fs else {
         return build::create(&scratch.image(), &image_params(params), &mut progress).map(drop);
     };
-    let (first, sectors) = layout.map_or((0, params.sectors), |l| (l.first, l.sectors()));
+    let (start, length) = match table.and_then(|t| t.partitions().next()) {
+        Some(only) => (only.start, only.length),
+        None => (0, params.sectors * SECTOR),
+    };
     let content_path = scratch.content();
     let content = OpenOptions::new()
         .read(true)
@@ -167,14 +171,14 @@ fn fill(scratch: &Scratch, params: &CreateParams, layout: Option<&Layout>) -> Re
         .open(&content_path)
         .ctx(Kind::Creat, || format!("{} cannot be made", content_path.display()))?;
     content
-        .set_len(sectors * SECTOR)
-        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), sectors * SECTOR))?;
+        .set_len(length)
+        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), length))?;
     let block_size = if fs.block_size == 0 { FS_BLOCK } else { fs.block_size };
     let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy };
     report::say(0, format_args!("Making file system {}", fs.fstype.name()));
     mkfs::make(&content_path, &spec, scratch.path())?;
-    let table = layout.map(Layout::pieces);
-    let mut pieces = vec![Piece::file(first * SECTOR, &content, sectors * SECTOR)];
+    let table = table.map(Gpt::encode).transpose()?;
+    let mut pieces = vec![Piece::file(start, &content, length)];
     pieces.extend(table.iter().flatten().map(|p| Piece::bytes(p.offset, &p.bytes)));
     build::build(&scratch.image(), &image_params(params), &pieces, &mut progress)?;
     fs::remove_file(&content_path).ctx(Kind::Unlink, || content_path.display().to_string())
@@ -265,8 +269,8 @@ fn exists(path: &Path) -> Result<bool> {
 }
 
 fn same_file(a: &Path, b: &Path) -> Result<bool> {
-    let id = |p: &Path| match fs::symlink_metadata(p) {
-        Ok(m) => Ok(Some((m.dev(), m.ino()))),
+    let id = |p: &Path| match FileId::at_nofollow(p) {
+        Ok(id) => Ok(Some(id)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).ctx(Kind::Fstat, || p.display().to_string()),
     };

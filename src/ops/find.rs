@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{self, Path, PathBuf};
 
 use crate::bail;
@@ -13,6 +12,7 @@ use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
 use crate::server::proto::DeviceRecord;
 use crate::server::{nodes, partitions, runtime};
+use crate::sys::file_id::FileId;
 
 /// A component name that is longer would be found by nobody.
 pub const COMPONENT_MAX: usize = 63;
@@ -30,10 +30,8 @@ pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
     Ok(device::by_base(base, Some(component))?.into_iter().next())
 }
 
-type Id = (u64, u64);
-
-fn id(path: &Path) -> Option<Id> {
-    fs::metadata(path).map(|m| (m.dev(), m.ino())).ok()
+fn id(path: &Path) -> Option<FileId> {
+    FileId::at(path).ok()
 }
 
 /// Refuses a disk whose base has the name, but not the identity, of a file that a device runs from: what took the place of
@@ -156,7 +154,7 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
         None => {
             // The table names it differently (a chroot): by identity.
             let this = id(&wanted);
-            let dev = this.map(|(dev, _)| dev);
+            let dev = this.map(|id| id.dev);
             let here = |m: &&Mount| Some(m.dev) == dev && id(&m.target) == this;
             mounts.iter().rev().filter(here).collect()
         }

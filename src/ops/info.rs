@@ -14,6 +14,7 @@ use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat::{self, Entry};
+use crate::format::gpt::Gpt;
 use crate::format::header::{self, Header};
 use crate::format::limits;
 use crate::fs::probe::{self, Found};
@@ -21,7 +22,6 @@ pub use crate::fs::stat::FsInfo;
 use crate::image::open;
 use crate::image::scan::{self, Problem, Visitor};
 use crate::report;
-use crate::server::partitions;
 use crate::sys::reopen::{Access, reopen};
 use crate::units::{ClusterSize, SECTOR};
 
@@ -185,11 +185,11 @@ pub fn image_info(path: &Path) -> Result<ImageInfo> {
 
     let disk = |offset: u64, buf: &mut [u8]| read_disk(&file, &header, offset, buf);
     let bytes = header.sectors * SECTOR;
-    let mut entries = Vec::new();
-    let table = partitions::read_gpt(bytes, |buf, at| disk(at, buf)).inspect(|found| entries.clone_from(found));
+    let table = Gpt::parse(bytes, |buf, at| disk(at, buf));
     let mut signature = [0; 8];
     let gpt = table.is_ok() && disk(SECTOR, &mut signature).is_ok() && &signature == b"EFI PART";
-    let starts = entries.iter().map(|p| p.start).chain([0]);
+    let partitions = table.iter().flatten().flat_map(Gpt::partitions);
+    let starts = partitions.map(|p| p.start).chain([0]);
     let found = starts.into_iter().find_map(|start| {
         let mut from = |at: u64, buf: &mut [u8]| disk(start + at, buf);
         Some((start, probe::find(&mut from).ok()??))

@@ -5,10 +5,9 @@
 //! without them is stored; only then are they removed. A merge that was interrupted is finished by doing it again.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, online, recover, temporary};
+use super::{image_set, online, recovery, temporary_snapshot};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, LockedDescriptor};
 use crate::device::{self, Device};
@@ -20,6 +19,7 @@ use crate::image::merge::{BATCH, Failed, Level, Merge, MergeOptions, Merged};
 use crate::image::open::Access;
 use crate::image::{complete, create};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 
 /// What to merge. Nothing given: the top into its parent.
@@ -45,8 +45,8 @@ const WRITE: Access = Access { write: true, direct: false };
 pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
-    deltas::running(&disk, component)?;
-    recover::before_change(&mut disk)?;
+    image_set::running(&disk, component)?;
+    recovery::before_change(&mut disk)?;
     let top = disk.top;
     let (descendant, ancestor) = match (params.guid, params.guid2, params.all) {
         (None, Some(_), _) => bail!(Param, "a merge down to a snapshot needs the snapshot where it starts, too"),
@@ -83,7 +83,7 @@ fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
 fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let meta = fs::metadata(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
-    Ok(device.record.ids.contains(&(meta.dev(), meta.ino())))
+    Ok(device.record.ids.contains(&FileId::from(&meta)))
 }
 
 fn running(
@@ -97,7 +97,7 @@ fn running(
     let device = match new_delta {
         None => device,
         Some(new) => {
-            disk.swallowed(descendant, ancestor)?;
+            disk.removed_by_merge(descendant, ancestor)?;
             moved = move_to(disk, device, ancestor, &new_file(new)?)?;
             &moved
         }
@@ -127,8 +127,8 @@ fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path
         // Ours: made exclusively.
         let _ = store::unlink(&tmp);
     })?;
-    online::replace(disk, device, &image, new, false).inspect_err(|_| deltas::undo_new(disk, new))?;
-    deltas::remove(&[image.file]);
+    online::replace(disk, device, &image, new, false).inspect_err(|_| image_set::undo_new(disk, new))?;
+    image_set::remove(&[image.file]);
     match device::by_node(device.name())? {
         Some(device) => Ok(device),
         None => bail!(Device, "{} is gone", device.node().display()),
@@ -136,7 +136,7 @@ fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path
 }
 
 fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Path) -> Result<()> {
-    let held = deltas::hold(disk, from, READ, Others::Readers)?;
+    let held = image_set::lock_image(disk, from, READ, Others::Readers)?;
     copy_raw(level(&held, false), to)?;
     let shown = to.display();
     let file = File::options().read(true).write(true).open(to).ctx(Kind::Open, || format!("cannot open {shown}"))?;
@@ -153,31 +153,31 @@ pub(super) fn range(
     ancestor: &Guid,
     new_delta: Option<&Path>,
 ) -> Result<()> {
-    if let Some(device) = deltas::writer(disk)?
+    if let Some(device) = image_set::writer(disk)?
         && on_device(disk, &device, descendant)?
     {
         return running(disk, &device, descendant, ancestor, new_delta);
     }
-    let gone = disk.swallowed(descendant, ancestor)?;
-    for guid in gone.iter().filter(|g| disk.shot(g).is_some_and(|s| s.temporary)) {
+    let gone = disk.removed_by_merge(descendant, ancestor)?;
+    for guid in gone.iter().filter(|g| disk.snapshot(g).is_some_and(|s| s.temporary)) {
         // If somebody does use it the locks say so.
-        temporary::end_idle(disk, guid)?;
+        temporary_snapshot::end_idle(disk, guid)?;
     }
-    recover::check_files(disk, descendant)?;
+    recovery::check_files(disk, descendant)?;
     let is_top = *descendant == disk.top;
-    let parts = Parts::hold(disk, descendant, gone.len(), new_delta.is_some())?;
+    let locked = LockedChain::lock(disk, descendant, gone.len(), new_delta.is_some())?;
     let mut next = disk.descriptor.clone();
     let merged = match new_delta {
         None => {
             let files = next.collapse(descendant, ancestor, None)?;
-            let merge = parts.prepare()?;
+            let merge = locked.prepare()?;
             let merged = merge_down(disk, &gone, merge)?;
             (files, merged, None)
         }
         Some(new) => {
             let new = new_file(new)?;
             let files = next.collapse(descendant, ancestor, Some(new.clone()))?;
-            let merged = parts.write_new(&new)?;
+            let merged = locked.write_new(&new)?;
             (files, merged, Some(new))
         }
     };
@@ -187,18 +187,18 @@ pub(super) fn range(
     }
     disk.commit_as(next).inspect_err(|_| {
         if let Some(new) = &new {
-            deltas::undo_new(disk, new);
+            image_set::undo_new(disk, new);
         }
     })?;
-    drop(parts);
-    deltas::remove(&files);
+    drop(locked);
+    image_set::remove(&files);
     report::say(0, format_args!("{ancestor} is merged: its place has snapshot {descendant}"));
     Ok(())
 }
 
 /// The copy, between the marks in the descriptor.
 fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> Result<Merged> {
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.shot(g).is_some_and(|s| !s.temporary)).collect();
+    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
     if !unmarked.is_empty() {
         let mut marked = disk.descriptor.clone();
         marked.mark_temporary(&unmarked, true);
@@ -218,7 +218,7 @@ fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> R
         }
         Err(Failed { error, untouched: false }) => {
             report::warn(
-                "the merge was begun and stays so: the disk is as it was, the snapshots that it swallows are marked \
+                "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
                  temporary; the next merge, snapshot or mount finishes it",
             );
             Err(error)
@@ -243,44 +243,44 @@ fn run(merge: Merge<'_>) -> Result<Merged, Failed> {
 }
 
 /// The images of a merge, locked, and those below.
-struct Parts {
+struct LockedChain {
     /// Topmost first.
     sources: Vec<Held>,
     target: Held,
     target_raw: bool,
-    /// None: nobody knows what they are.
+    /// None: the caller named only the files of the merge.
     below: Option<Vec<(Held, bool)>>,
 }
 
-impl Parts {
-    /// `swallowed`: how many images below `descendant` belong to the merge. `keep_target`: it is only read.
-    fn hold(disk: &LockedDescriptor, descendant: &Guid, swallowed: usize, keep_target: bool) -> Result<Parts> {
+impl LockedChain {
+    /// `removed`: how many images below `descendant` belong to the merge. `keep_target`: it is only read.
+    fn lock(disk: &LockedDescriptor, descendant: &Guid, removed: usize, keep_target: bool) -> Result<LockedChain> {
         let chain = disk.chain(descendant)?;
-        let at = chain.len().saturating_sub(swallowed + 1);
+        let at = chain.len().saturating_sub(removed + 1);
         let (below, range) = chain.split_at(at);
         let Some((target, sources)) = range.split_first().filter(|(_, sources)| !sources.is_empty()) else {
             bail!(Param, "snapshot {descendant}: nothing to merge it into");
         };
-        let mut parts = Parts {
+        let mut locked = LockedChain {
             sources: Vec::new(),
-            target: deltas::hold(disk, &target.file, if keep_target { READ } else { WRITE }, Others::Nobody)?,
+            target: image_set::lock_image(disk, &target.file, if keep_target { READ } else { WRITE }, Others::Nobody)?,
             target_raw: disk.is_raw(target),
             below: None,
         };
         for image in sources.iter().rev() {
-            let held = deltas::hold(disk, &image.file, READ, Others::Nobody)?;
+            let held = image_set::lock_image(disk, &image.file, READ, Others::Nobody)?;
             // Lower ones were looked at when the disk was opened.
             if read_header(&image.file, Some(&disk.dir))?.is_marked() {
-                deltas::tidy(disk, &image.file)?;
+                image_set::repair_in_place(disk, &image.file)?;
             }
-            parts.sources.push(held);
+            locked.sources.push(held);
         }
         let below = below
             .iter()
-            .map(|image| Ok((deltas::hold(disk, &image.file, READ, Others::Readers)?, disk.is_raw(image))))
+            .map(|image| Ok((image_set::lock_image(disk, &image.file, READ, Others::Readers)?, disk.is_raw(image))))
             .collect::<Result<_>>()?;
-        parts.below = Some(below);
-        Ok(parts)
+        locked.below = Some(below);
+        Ok(locked)
     }
 
     /// Sources, target, and what is below.
@@ -400,8 +400,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
     };
     let mut ids = Vec::new();
     for image in images {
-        let meta = fs::metadata(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
-        let id = (meta.dev(), meta.ino());
+        let id = FileId::at(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
         if ids.contains(&id) {
             bail!(Param, "image {} is named twice", image.display());
         }
@@ -409,22 +408,22 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
     }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-        lock::hold(&path, None, access, others).map_err(|e| deltas::named(e, &path))
+        lock::hold(&path, None, access, others).map_err(|e| image_set::named(e, &path))
     };
     let (access, others) = match new_delta {
         None => (WRITE, Others::Nobody),
         Some(_) => (READ, Others::Readers),
     };
-    let parts = Parts {
+    let locked = LockedChain {
         target: hold(target, access, others)?,
         target_raw: raw,
         sources: sources.iter().map(|s| hold(s, READ, Others::Readers)).collect::<Result<_>>()?,
         below: None,
     };
     match new_delta {
-        Some(new) => parts.write_new(&new_file(new)?).map(drop),
+        Some(new) => locked.write_new(&new_file(new)?).map(drop),
         None => {
-            let merge = parts.prepare()?;
+            let merge = locked.prepare()?;
             if merge.target_marked() {
                 bail!(
                     Open,

@@ -4,24 +4,24 @@
 
 pub mod check;
 pub mod create;
-mod deltas;
+pub mod device_chain;
 pub mod doctor;
 pub mod find;
+mod image_set;
 pub mod info;
-pub mod levels;
 pub mod list;
 pub mod merge;
 pub mod mount;
 pub mod online;
 mod orphans;
-mod recover;
+mod recovery;
 pub mod reload;
 pub mod replace;
 mod scratch;
 pub mod snapshot;
 pub mod snapshot_list;
 pub mod switch;
-mod temporary;
+mod temporary_snapshot;
 pub mod tour;
 pub mod umount;
 pub mod umount_all;

@@ -7,10 +7,9 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::fstat;
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
-use super::{find, recover, temporary};
+use super::{find, recovery, temporary_snapshot};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -24,6 +23,7 @@ use crate::fs::{mounts, stat};
 use crate::image::open::{self, Access};
 use crate::report;
 use crate::server::proto::DeviceRecord;
+use crate::sys::file_id::FileId;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -72,12 +72,12 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
     let running = find::of_base(&disk.first_image()?.file, component)?.is_some();
     if !running {
         find::refuse_replaced(&disk)?;
-        recover::before_mount(&mut disk, &guid, params.read_only)?;
+        recovery::before_mount(&mut disk, &guid, params.read_only)?;
     }
     if !running && component.is_empty() && !params.read_only && guid == disk.top {
         // Merges that were interrupted go to their end, snapshots that only a backup needed go; the disk is as good
         // with them.
-        if let Err(e) = temporary::merge_unused(&mut disk) {
+        if let Err(e) = temporary_snapshot::merge_unused(&mut disk) {
             report::warn(format_args!("a temporary snapshot stays: {e}"));
         }
     }
@@ -209,7 +209,7 @@ fn check_target(target: Option<&Path>) -> Result<()> {
 /// The snapshot meant by a GUID or the word `base`. `NoSnap`.
 fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
     let unknown = |text: &str| {
-        let known: Vec<String> = disk.shots.iter().map(|s| s.guid.to_string()).collect();
+        let known: Vec<String> = disk.snapshots.iter().map(|s| s.guid.to_string()).collect();
         Error::new(
             Kind::NoSnap,
             format!("no snapshot {text} in the disk in {}; there are {}", disk.dir.display(), known.join(", ")),
@@ -217,12 +217,12 @@ fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
     };
     match guid {
         None => Ok(disk.top),
-        Some("base") => match disk.shots.iter().find(|s| s.parent.is_none()) {
-            Some(shot) => Ok(shot.guid),
+        Some("base") => match disk.snapshots.iter().find(|s| s.parent.is_none()) {
+            Some(first) => Ok(first.guid),
             None => bail!(DiskDescr, "no snapshot without a parent, so no base, in this disk"),
         },
         Some(text) => match Guid::parse(text) {
-            Ok(guid) => disk.shot(&guid).map(|s| s.guid).ok_or_else(|| unknown(text)),
+            Ok(guid) => disk.snapshot(&guid).map(|s| s.guid).ok_or_else(|| unknown(text)),
             Err(_) => Err(unknown(text)),
         },
     }
@@ -275,10 +275,8 @@ fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
     Ok(Level { path: path.to_owned(), raw, fd })
 }
 
-/// Device and inode number of an image.
-fn identity(level: &Level) -> Result<(u64, u64)> {
-    let stat = fstat(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))?;
-    Ok((stat.st_dev, stat.st_ino))
+fn identity(level: &Level) -> Result<FileId> {
+    FileId::of(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))
 }
 
 /// A file is one level of a chain, whatever it is called there.
@@ -474,7 +472,7 @@ pub(super) fn drop_cache(disk: &LockedDescriptor) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::descriptor::{Image, ImageMode, Shot};
+    use crate::descriptor::{Image, ImageMode, Snapshot};
     use crate::format::guid;
 
     #[test]
@@ -485,9 +483,9 @@ mod tests {
         assert_eq!(wanted(&disk, Some("base")).unwrap(), guid::TOP);
         let first = Guid::parse("{aaaaaaaa-2222-4333-8444-555555555555}").unwrap();
         disk.images[0].guid = first;
-        disk.shots[0].guid = first;
+        disk.snapshots[0].guid = first;
         disk.images.push(Image { guid: guid::TOP, file: "/d/root.hdd.1".into() });
-        disk.shots.push(Shot { guid: guid::TOP, parent: first, temporary: false, reverse_merge: None });
+        disk.snapshots.push(Snapshot { guid: guid::TOP, parent: first, temporary: false, reverse_merge: None });
         assert_eq!(wanted(&disk, None).unwrap(), guid::TOP);
         assert_eq!(wanted(&disk, Some("base")).unwrap(), first);
         assert_eq!(wanted(&disk, Some("AAAAAAAA-2222-4333-8444-555555555555")).unwrap(), first);

@@ -2,12 +2,11 @@
 //! removed only if the user asks for that.
 
 use std::ffi::OsStr;
-use std::fs::{self, Metadata};
+use std::fs::{self};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, merge};
+use super::{image_set, merge};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -17,6 +16,7 @@ use crate::image::lock::{self, Others};
 use crate::image::open::{Access, open_level, reopen};
 use crate::image::scan::{self, Visitor};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 
 /// Tells of all leftovers beside the first image; orphan deltas are removed if `remove` says so. One that may belong to
@@ -67,20 +67,17 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
         let text = rest.and_then(|r| std::str::from_utf8(r).ok());
         text.is_some_and(|t| t.starts_with('{') && Guid::parse(t).is_ok())
     };
-    let own: Vec<_> = disk.images.iter().filter_map(|i| fs::metadata(&i.file).ok()).map(|m| id(&m)).collect();
+    let own: Vec<_> = disk.images.iter().filter_map(|i| FileId::at(&i.file).ok()).collect();
     let strange = |path: &PathBuf| {
         let there = fs::symlink_metadata(path);
-        there.is_ok_and(|m| m.is_file() && !own.contains(&id(&m))) && !disk.images.iter().any(|i| i.file == *path)
+        there.is_ok_and(|m| m.is_file() && !own.contains(&FileId::from(&m)))
+            && !disk.images.iter().any(|i| i.file == *path)
     };
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut found: Vec<PathBuf> =
         entries.filter(|e| is_delta(&e.file_name())).map(|e| e.path()).filter(strange).collect();
     found.sort();
     found
-}
-
-fn id(meta: &Metadata) -> (u64, u64) {
-    (meta.dev(), meta.ino())
 }
 
 /// What there is to lose, for people.
@@ -115,7 +112,7 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     if path.parent() != Some(&disk.dir) {
         bail!(Param, "{shown} stays: only files in the descriptor's own folder can be told from another disk's");
     }
-    if let Some(device) = deltas::users(path)?.first() {
+    if let Some(device) = image_set::users(path)?.first() {
         bail!(InUse, "{shown} stays: it is part of {}, which the descriptor does not tell", device.node().display());
     }
     let held = lock::hold(path, Some(&disk.dir), Access::default(), Others::Nobody)

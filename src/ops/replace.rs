@@ -1,10 +1,8 @@
 //! Replacing an image of a disk by a copy of it, in another place perhaps.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{deltas, online, recover};
+use super::{image_set, online, recovery};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
 use crate::device::Device;
@@ -15,6 +13,7 @@ use crate::image::lock::{self, Held, Others};
 use crate::image::open::Access;
 use crate::image::same::{same_content, same_shape};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 use crate::units::Level;
 
@@ -36,8 +35,8 @@ const READ: Access = Access { write: false, direct: false };
 pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, keep_name: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
-    recover::before_change(&mut disk)?;
-    let device = deltas::running(&disk, component)?;
+    recovery::before_change(&mut disk)?;
+    let device = image_set::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;
     let new = new.canonicalize().ctx(Kind::Param, || format!("cannot open image {}", new.display()))?;
     let id = id_of(&new)?;
@@ -54,7 +53,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
         report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
         return Ok(());
     }
-    let old_held = deltas::hold(&disk, &image.file, READ, Others::Nobody)?;
+    let old_held = image_set::lock_image(&disk, &image.file, READ, Others::Nobody)?;
     let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Others::Nobody)?;
     if keep_name {
         store::rename(&new, &image.file).ctx(Kind::Rename, || {
@@ -71,14 +70,13 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     Ok(())
 }
 
-fn id_of(path: &Path) -> Result<(u64, u64)> {
-    let meta = fs::metadata(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-    Ok((meta.dev(), meta.ino()))
+fn id_of(path: &Path) -> Result<FileId> {
+    FileId::at(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))
 }
 
 /// The image that is meant. `Param`: there is none such.
 fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Image> {
-    let of_id = |id: (u64, u64)| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
+    let of_id = |id: FileId| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
     let found = match which {
         Which::Guid(guid) => disk.image(guid),
         Which::File(file) => match id_of(file).or_else(|_| id_of(&disk.dir.join(file))) {
@@ -103,7 +101,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
 /// Makes sure that `new` can stand in for the image `old`, and that it is durable; `others` may use it meanwhile.
 pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: &Path, others: Others) -> Result<Held> {
     let dir = disk.map(|d| d.dir.as_path());
-    let held = lock::hold(new, dir, READ, others).map_err(|e| deltas::named(e, new))?;
+    let held = lock::hold(new, dir, READ, others).map_err(|e| image_set::named(e, new))?;
     let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
     check_file(new, dir, &options)?;
     same_shape(image, new)?;
@@ -115,6 +113,8 @@ pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::descriptor::ImageMode;
     use crate::format::guid;

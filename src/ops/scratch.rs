@@ -14,6 +14,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fs::mkfs;
 use crate::report;
+use crate::sys::file_id::FileId;
 
 /// Name of the folder. One is enough: a folder holds one disk made by us, because it holds one DiskDescriptor.xml.
 pub const NAME: &str = ".ploop-init";
@@ -74,8 +75,8 @@ impl Scratch {
                     return Err(errno).ctx(Kind::Lock, || format!("{} cannot be locked", lock_path.display()));
                 }
             };
-            let held = lock.metadata().ctx(Kind::Fstat, || lock_path.display().to_string())?;
-            if fs::symlink_metadata(&lock_path).is_ok_and(|m| (m.dev(), m.ino()) == (held.dev(), held.ino())) {
+            let locked = FileId::of(&*lock).ctx(Kind::Fstat, || lock_path.display().to_string())?;
+            if FileId::at_nofollow(&lock_path).is_ok_and(|id| id == locked) {
                 return Ok(Scratch { path, keep: false, _lock: lock });
             }
         }

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use super::mount::{self, MountParams};
-use super::{deltas, merge, online, recover, temporary, umount};
+use super::{image_set, merge, online, recovery, temporary_snapshot, umount};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
@@ -22,7 +22,7 @@ pub struct SnapshotParams {
     pub guid: Guid,
     /// Folder for the new delta; none: beside the first image.
     pub snap_dir: Option<PathBuf>,
-    /// It goes away by itself when nobody uses it.
+    /// The next operation removes it once no process uses it.
     pub temporary: bool,
 }
 
@@ -34,8 +34,8 @@ pub struct TemporaryParams {
     pub snap_dir: Option<PathBuf>,
     /// Where to mount its file system; none: only the device is made.
     pub target: Option<PathBuf>,
-    /// The snapshot lives while the answered file is open; else until it is unmounted.
-    pub hold: bool,
+    /// The snapshot stays while the returned `holder` is open; else until it is unmounted.
+    pub with_holder: bool,
 }
 
 /// A temporary snapshot, mounted.
@@ -43,12 +43,12 @@ pub struct TemporaryParams {
 pub struct TemporarySnapshot {
     /// Its device, `/dev/ploopN`.
     pub device: String,
-    /// The open device, if the snapshot is to live as long as that.
+    /// The open device: the snapshot stays until the caller closes it.
     pub holder: Option<File>,
 }
 
-/// Prefix of the components of temporary snapshots that live until they are unmounted.
-pub const HELD: char = '~';
+/// Prefix of the components of temporary snapshots that stay until they are unmounted.
+pub const UNTIL_UMOUNT: char = '~';
 
 /// Takes a snapshot: the top becomes snapshot `guid`, an empty delta the new top. Of a running disk, if it runs under
 /// this component.
@@ -59,15 +59,15 @@ pub fn create(descriptor: &Path, component: &str, params: &SnapshotParams) -> Re
 }
 
 fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &SnapshotParams) -> Result<()> {
-    recover::before_change(disk)?;
+    recovery::before_change(disk)?;
     // Everything that can be refused is, before anything changes.
-    disk.descriptor.clone().add_snapshot(deltas::new_name(disk, None)?, params.guid, params.temporary)?;
-    recover::check_files(disk, &guid::TOP)?;
-    deltas::running(disk, component)?;
-    temporary::merge_unused(disk)?;
+    disk.descriptor.clone().add_snapshot(image_set::new_name(disk, None)?, params.guid, params.temporary)?;
+    recovery::check_files(disk, &guid::TOP)?;
+    image_set::running(disk, component)?;
+    temporary_snapshot::merge_unused(disk)?;
     // Its chain may be shorter by now.
-    let device = deltas::running(disk, component)?;
-    let path = deltas::new_name(disk, params.snap_dir.as_deref())?;
+    let device = image_set::running(disk, component)?;
+    let path = image_set::new_name(disk, params.snap_dir.as_deref())?;
     match device {
         Some(device) => running(disk, &device, params, path)?,
         None => offline(disk, params, path)?,
@@ -80,16 +80,16 @@ fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) 
     let Some(top) = disk.image(&guid::TOP).cloned() else {
         bail!(DiskDescr, "descriptor: the top has no image");
     };
-    let held = deltas::hold(disk, &top.file, Access::default(), Others::Readers)?;
+    let held = image_set::lock_image(disk, &top.file, Access::default(), Others::Readers)?;
     if !disk.is_raw(&top) {
         // From now on it is a lower delta: closed, and without anything half done.
-        deltas::tidy(disk, &top.file)?;
+        image_set::repair_in_place(disk, &top.file)?;
     }
-    let shape = deltas::Shape::above(disk, &top)?;
+    let shape = image_set::Shape::above(disk, &top)?;
     let mut next = disk.descriptor.clone();
     next.add_snapshot(path.clone(), params.guid, params.temporary)?;
     next.size_sectors = shape.make(&path)?;
-    disk.commit_as(next).inspect_err(|_| deltas::undo_new(disk, &path))?;
+    disk.commit_as(next).inspect_err(|_| image_set::undo_new(disk, &path))?;
     drop(held);
     Ok(())
 }
@@ -99,7 +99,7 @@ fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams
         bail!(DiskDescr, "descriptor: the top has no image");
     };
     online::check_chain(disk, device)?;
-    let shape = deltas::Shape::above(disk, &top)?;
+    let shape = image_set::Shape::above(disk, &top)?;
     let mut next = disk.descriptor.clone();
     next.add_snapshot(path.clone(), params.guid, params.temporary)?;
     next.size_sectors = shape.make(&path)?;
@@ -123,12 +123,12 @@ pub fn delete_top(descriptor: &Path) -> Result<()> {
 }
 
 fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
-    recover::before_change(disk)?;
+    recovery::before_change(disk)?;
     let guid = disk.known(guid)?.guid;
     match disk.children(&guid).as_slice() {
         [] => delete_leaf(disk, &guid)?,
         [child] => merge::range(disk, child, &guid, None)?,
-        children if disk.shot(&guid).is_some_and(|s| s.temporary) => bail!(
+        children if disk.snapshot(&guid).is_some_and(|s| s.temporary) => bail!(
             Param,
             "snapshot {guid} is deleted already: it stays for the {} snapshots on it, until only one of them is left",
             children.len()
@@ -147,7 +147,7 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
         }
     }
     report::say(0, format_args!("snapshot {guid} is deleted"));
-    if let Err(e) = temporary::merge_unused(disk) {
+    if let Err(e) = temporary_snapshot::merge_unused(disk) {
         report::warn(format_args!("a temporary snapshot stays: {e}"));
     }
     Ok(())
@@ -157,7 +157,7 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
 pub(super) fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     let mut next = disk.descriptor.clone();
     let file = next.delete_leaf(guid)?;
-    let held = match deltas::hold(disk, &file, Access::default(), Others::Nobody) {
+    let held = match image_set::lock_image(disk, &file, Access::default(), Others::Nobody) {
         Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
             return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
         }
@@ -168,11 +168,11 @@ pub(super) fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()
     if *guid == disk.top
         && let Some(top) = next.image(&guid::TOP)
     {
-        next.size_sectors = deltas::Shape::above(&next, top)?.sectors;
+        next.size_sectors = image_set::Shape::above(&next, top)?.sectors;
     }
     disk.commit_as(next)?;
     drop(held);
-    deltas::remove(&[file]);
+    image_set::remove(&[file]);
     Ok(())
 }
 
@@ -188,8 +188,8 @@ pub fn create_temporary(descriptor: &Path, component: &str, params: &TemporaryPa
     create_locked(&mut disk, "", &snapshot)?;
     let taken = mount_temporary(&mut disk, component, params);
     if taken.is_err() {
-        // Nobody uses it, so it goes again.
-        if let Err(e) = temporary::merge_unused(&mut disk) {
+        // No process uses it yet, so it can be removed.
+        if let Err(e) = temporary_snapshot::merge_unused(&mut disk) {
             report::warn(format_args!("the temporary snapshot {} stays for now: {e}", params.guid));
         }
     }
@@ -201,9 +201,9 @@ fn mount_temporary(
     component: &str,
     params: &TemporaryParams,
 ) -> Result<TemporarySnapshot> {
-    let component = match params.hold {
+    let component = match params.with_holder {
         true => component.to_owned(),
-        false => format!("{HELD}{component}"),
+        false => format!("{UNTIL_UMOUNT}{component}"),
     };
     let how = MountParams {
         read_only: true,
@@ -213,9 +213,9 @@ fn mount_temporary(
     };
     let mounted = mount::mount_locked(disk, &component, &how)?;
     let node = mounted.device.node().to_owned();
-    let holder = match params.hold {
+    let holder = match params.with_holder {
         false => None,
-        true => match hold_device(&mounted.device) {
+        true => match open_holder(&mounted.device) {
             Ok(file) => Some(file),
             Err(e) => {
                 if let Err(undo) = umount::umount_device(mounted.device.name(), None) {
@@ -228,7 +228,7 @@ fn mount_temporary(
     Ok(TemporarySnapshot { device: node.display().to_string(), holder })
 }
 
-fn hold_device(device: &Device) -> Result<File> {
+fn open_holder(device: &Device) -> Result<File> {
     let node = device.node();
     let file =
         OpenOptions::new().read(true).open(node).ctx(Kind::Device, || format!("cannot open {}", node.display()))?;

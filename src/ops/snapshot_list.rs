@@ -40,7 +40,7 @@ pub fn snapshots(descriptor: &Path, params: &ListParams) -> Result<Vec<Row>> {
         Some(guid) => disk.chain(guid).map_err(|e| e.context(descriptor.display()))?.into_iter().rev().collect(),
         None => disk.images.iter().collect(),
     };
-    let parent = |guid: &Guid| disk.shot(guid).map_or(guid::NONE, |s| s.parent);
+    let parent = |guid: &Guid| disk.snapshot(guid).map_or(guid::NONE, |s| s.parent);
     let current = if params.snapshots_only { parent(&disk.top) } else { disk.top };
     let rows = images.into_iter().filter(|i| !params.snapshots_only || i.guid != disk.top).map(|image| Row {
         guid: image.guid,
@@ -67,7 +67,7 @@ mod tests {
 
         let only = snapshots(&path, &ListParams { guid: None, snapshots_only: true }).unwrap();
         assert_eq!(only.len(), all.len() - 1);
-        let parent = disk.shot(&disk.top).unwrap().parent;
+        let parent = disk.snapshot(&disk.top).unwrap().parent;
         assert_eq!(only.iter().filter(|r| r.current).map(|r| r.guid).collect::<Vec<_>>(), [parent]);
 
         let chain = snapshots(&path, &ListParams { guid: Some(disk.top), snapshots_only: false }).unwrap();

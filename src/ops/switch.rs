@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{deltas, mount, recover};
+use super::{image_set, mount, recovery};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::error::{Kind, Result};
@@ -27,29 +27,29 @@ pub struct SwitchParams {
 pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = deltas::running(&disk, component)? {
+    if let Some(device) = image_set::running(&disk, component)? {
         bail!(
             Param,
             "the disk runs as {}: unmount it before it is switched to another snapshot",
             device.node().display()
         );
     }
-    recover::before_change(&mut disk)?;
+    recovery::before_change(&mut disk)?;
     let keep = params.keep_top.then(|| params.guid_old.unwrap_or_else(Guid::generate));
     let path = match params.no_new_top {
         true => None,
-        false => Some(deltas::new_name(&disk, None)?),
+        false => Some(image_set::new_name(&disk, None)?),
     };
     let mut next = disk.descriptor.clone();
     let gone = next.switch(&params.guid, path.clone(), keep)?;
-    recover::check_files(&disk, &params.guid)?;
+    recovery::check_files(&disk, &params.guid)?;
 
     // The old top: nobody may be writing to it, and if it goes nobody may be reading it.
     let (Some(old), Some(to)) = (disk.image(&guid::TOP).cloned(), disk.image(&params.guid).cloned()) else {
         bail!(DiskDescr, "descriptor: a snapshot has no image");
     };
     let others = if gone.is_some() { Others::Nobody } else { Others::Readers };
-    let held = match deltas::hold(&disk, &old.file, Access::default(), others) {
+    let held = match image_set::lock_image(&disk, &old.file, Access::default(), others) {
         Err(e) if gone.is_some() && e.errno() == Some(libc::ENOENT) => None,
         other => Some(other.map_err(|e| match e.kind() {
             Kind::Busy => e.as_kind(Kind::Param),
@@ -57,21 +57,21 @@ pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Resu
         })?),
     };
     if keep.is_some() && !disk.is_raw(&old) {
-        deltas::tidy(&disk, &old.file)?;
+        image_set::repair_in_place(&disk, &old.file)?;
     }
-    let shape = deltas::Shape::above(&disk, &to)?;
+    let shape = image_set::Shape::above(&disk, &to)?;
     next.size_sectors = match &path {
         Some(path) => shape.make(path)?,
         None => shape.sectors,
     };
     disk.commit_as(next).inspect_err(|_| {
         if let Some(path) = &path {
-            deltas::undo_new(&disk, path);
+            image_set::undo_new(&disk, path);
         }
     })?;
     drop(held);
     mount::drop_cache(&disk);
-    deltas::remove(gone.as_slice());
+    image_set::remove(gone.as_slice());
     report::say(0, format_args!("the disk is on snapshot {} now", params.guid));
     if let Some(keep) = keep {
         report::say(0, format_args!("the old top is kept as snapshot {keep}"));

@@ -107,12 +107,12 @@ fn ranges_and_everything() {
             }
             let d = Descriptor::read(&dd).unwrap();
             for (guid, content_before) in [g(4), g(5), guid::TOP].iter().zip(before) {
-                if d.shot(guid).is_some() {
+                if d.snapshot(guid).is_some() {
                     assert_eq!(content(&dd, guid), content_before, "{kind:?} {range:?} {guid}");
                 }
             }
             assert_eq!(files(&dd).len(), d.images.len());
-            assert!(d.shots.iter().all(|s| !s.temporary));
+            assert!(d.snapshots.iter().all(|s| !s.temporary));
             check_disk(&dd, None).unwrap();
         }
     }
@@ -121,7 +121,7 @@ fn ranges_and_everything() {
 #[test]
 fn merging_into_a_new_file() {
     for kind in KINDS {
-        for swallow_base in [true, false] {
+        for into_base in [true, false] {
             let (dir, dd) = disk(kind);
             put(&dd, &guid::TOP, 3, 1);
             snap(&dd, 1);
@@ -131,13 +131,13 @@ fn merging_into_a_new_file() {
             put(&dd, &guid::TOP, 9, 4);
             let want = content(&dd, &guid::TOP);
             let new = dir.path().join("merged.hdd");
-            let params = MergeParams { all: swallow_base, new_delta: Some(new.clone()), ..Default::default() };
+            let params = MergeParams { all: into_base, new_delta: Some(new.clone()), ..Default::default() };
             std::fs::write(&new, "x").unwrap();
             assert_eq!(merge_snapshot(&dd, "", &params).unwrap_err().kind(), Kind::Param);
             std::fs::remove_file(&new).unwrap();
             merge_snapshot(&dd, "", &params).unwrap();
             assert_eq!(content(&dd, &guid::TOP), want, "{kind:?}");
-            let kept: &[&str] = if swallow_base { &["merged.hdd"] } else { &["merged.hdd", "root.hdd"] };
+            let kept: &[&str] = if into_base { &["merged.hdd"] } else { &["merged.hdd", "root.hdd"] };
             assert_eq!(files(&dd), kept);
             check_disk(&dd, None).unwrap();
         }
@@ -162,10 +162,10 @@ fn switching_and_deleting() {
         assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2)]));
         // A middle one with several children stays until one is left.
         snapshot::delete(&dd, &g(1)).unwrap();
-        assert!(Descriptor::read(&dd).unwrap().shot(&g(1)).unwrap().temporary);
+        assert!(Descriptor::read(&dd).unwrap().snapshot(&g(1)).unwrap().temporary);
         snapshot::delete(&dd, &g(3)).unwrap();
         let d = Descriptor::read(&dd).unwrap();
-        assert!(d.shot(&g(1)).is_none());
+        assert!(d.snapshot(&g(1)).is_none());
         assert_eq!(content(&dd, &g(2)), map(&[(3, 2)]));
         switch(&dd, "", &SwitchParams { no_new_top: true, ..to(2) }).unwrap();
         assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2)]));

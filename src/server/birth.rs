@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, FuseSession
 use crate::server::supervisor::Supervisor;
 use crate::server::workers::{Descriptors, Worker};
 use crate::server::{control, daemon, frame, fuse, mounts, runtime, shm};
+use crate::sys::file_id::FileId;
 use crate::sys::process;
 
 /// The first message must come at once.
@@ -74,7 +75,7 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
     for ((fd, name), id) in levels.iter().zip(&request.levels).zip(&request.ids) {
         let file = fd.try_clone().map(File::from).and_then(|f| f.metadata());
         let meta = file.ctx(Kind::Fstat, || format!("cannot look at {}", name.path.display()))?;
-        if !meta.is_file() || (meta.dev(), meta.ino()) != *id {
+        if !meta.is_file() || FileId::from(&meta) != *id {
             bail!(Open, "{} is not the regular file that was asked for", name.path.display());
         }
     }

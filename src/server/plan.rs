@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
@@ -12,6 +11,7 @@ use crate::server::proto::{Marked, Succession, Swap, WorkerStart};
 use crate::server::supervisor::Supervisor;
 use crate::server::worker::commit;
 use crate::server::workers::Descriptors;
+use crate::sys::file_id::FileId;
 use crate::units::MAX_CHAIN;
 
 /// What the worker that takes over gets.
@@ -55,7 +55,7 @@ impl Supervisor {
                     let Some(fd) = rest.next() else { bail!(Protocol, "{shown} was not sent") };
                     let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
                     let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
-                    if !meta.is_file() || (meta.dev(), meta.ino()) != level.id {
+                    if !meta.is_file() || FileId::from(&meta) != level.id {
                         bail!(Open, "{shown} is not the regular file that was asked for");
                     }
                     levels.push(clone(fd)?);

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::sys::file_id::FileId;
 use serde::{Deserialize, Serialize};
 
 pub use crate::chain::Marked;
@@ -35,7 +36,7 @@ pub struct AttachRequest {
     #[serde(default)]
     pub slots: bool,
     /// Device and inode number of each level's file, base first.
-    pub ids: Vec<(u64, u64)>,
+    pub ids: Vec<FileId>,
     /// Made up by the library, to know the device by if the answer gets lost.
     #[serde(default)]
     pub token: String,
@@ -69,7 +70,7 @@ pub struct DeviceRecord {
     pub worker: ProcessId,
     pub levels: Vec<LevelName>,
     /// Device and inode number of each level's file.
-    pub ids: Vec<(u64, u64)>,
+    pub ids: Vec<FileId>,
     pub descriptor: Option<PathBuf>,
     pub component: String,
     pub read_only: bool,
@@ -196,7 +197,7 @@ pub struct Swap {
     /// The chain afterwards, base first.
     pub levels: Vec<SwapLevel>,
     /// Device and inode numbers of the chain that must be running.
-    pub expected: Vec<(u64, u64)>,
+    pub expected: Vec<FileId>,
     /// What makes the change permanent.
     pub commit: Option<CommitNames>,
     /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
@@ -212,7 +213,7 @@ pub struct Swap {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SwapLevel {
     pub name: LevelName,
-    pub id: (u64, u64),
+    pub id: FileId,
     /// The level of the running chain that it is; none: a new one.
     pub from: Option<usize>,
 }

@@ -6,6 +6,7 @@ pub mod cache;
 pub mod calendar;
 pub mod calm;
 pub mod fiemap;
+pub mod file_id;
 pub mod freeze;
 pub mod inode_flags;
 pub mod loopdev;

@@ -4,24 +4,19 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 
+use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// A mapping of a memfd as atomic words; unmapped when dropped.
 #[derive(Debug)]
 pub struct Words {
-    base: NonNull<AtomicU64>,
+    map: MmapRaw,
     count: usize,
 }
-
-// SAFETY: the mapping is reached through shared references to atomics only, and belongs to no thread.
-unsafe impl Send for Words {}
-// SAFETY: see above.
-unsafe impl Sync for Words {}
 
 /// Makes a memfd of `count` zero words that can neither shrink nor grow any more.
 pub fn create(name: &CStr, count: usize) -> io::Result<OwnedFd> {
@@ -43,44 +38,24 @@ impl Words {
                 "shared memory of {found} bytes with seals {seals:#x}: {wanted} bytes, sealed against shrinking, wanted"
             )));
         }
-        // SAFETY: a fresh mapping at a place that the kernel chooses; its file is sealed and long enough, so that no
-        // access can meet its end.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                count * 8,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_POPULATE,
-                fd.as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        match NonNull::new(base.cast::<AtomicU64>()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Words { base, count }),
-            _ => Err(io::Error::last_os_error()),
-        }
+        // The file is sealed and long enough, so that no access can meet its end.
+        Ok(Words { map: MmapOptions::new().len(count * 8).populate().map_raw(&fd)?, count })
     }
 }
 
 impl Deref for Words {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping has `count` words, is page-aligned, lives until drop, and whoever else has it mapped
-        // changes it by whole atomic words only.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.count) }
-    }
-}
-
-impl Drop for Words {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `map`; no reference outlives `self`.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.count * 8) };
+        // SAFETY: the mapping has `count` words, is page-aligned and lives as long as `self`; every process that has it
+        // mapped changes it by whole atomic words only.
+        unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast::<AtomicU64>(), self.count) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
     use std::sync::atomic::Ordering::SeqCst;
 
     #[test]

@@ -123,7 +123,8 @@ pub fn now_or(device: &Device) -> Device {
     device::by_node(device.name()).unwrap().unwrap_or_else(|| device.clone())
 }
 
-pub fn slay(id: ProcessId) {
+/// Sends SIGKILL to exactly this process if it runs, and does not wait for its exit: tests kill two in a row.
+pub fn kill_process(id: ProcessId) {
     if runtime::alive(id) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL);
     }

@@ -208,13 +208,13 @@ fn examine(host: &Host, story: &Story, mark: u64, what: &str) -> usize {
     let disk = Descriptor::read(&dd).unwrap_or_else(|e| panic!("{what}: {e}"));
     for (guid, taken) in &story.taken {
         let kept = *taken <= mark && story.going.get(guid).is_none_or(|going| *going > mark);
-        let there = disk.shot(guid).is_some_and(|s| !s.temporary);
-        assert!(there || !kept, "{what}: snapshot {guid} is lost: {:?}", disk.shots);
+        let there = disk.snapshot(guid).is_some_and(|s| !s.temporary);
+        assert!(there || !kept, "{what}: snapshot {guid} is lost: {:?}", disk.snapshots);
     }
     let mut seen = 0;
-    for shot in disk.shots.iter().filter(|s| !s.temporary) {
-        let Some(calm) = story.shots.get(&shot.guid) else { continue };
-        let said = run(ploop().args(["mount", "-r", "-c", "old", "-u", &shot.guid.to_string()]).arg(&dd));
+    for snapshot in disk.snapshots.iter().filter(|s| !s.temporary) {
+        let Some(calm) = story.shots.get(&snapshot.guid) else { continue };
+        let said = run(ploop().args(["mount", "-r", "-c", "old", "-u", &snapshot.guid.to_string()]).arg(&dd));
         let file = File::open(node_of(&said)).expect("the device");
         for (block, number) in calm.iter().enumerate() {
             let mut buf = vec![0; BLOCK as usize];
@@ -222,7 +222,7 @@ fn examine(host: &Host, story: &Story, mark: u64, what: &str) -> usize {
             assert!(
                 buf == data(block as u64, *number),
                 "{what}: snapshot {}: block {block} is not write {number}",
-                shot.guid
+                snapshot.guid
             );
         }
         drop(file);

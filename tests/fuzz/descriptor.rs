@@ -71,9 +71,9 @@ impl Target for Descriptors {
         };
         assert!(disk.images.iter().all(|i| i.file.is_absolute() || !dir.is_absolute()), "a path that leads anywhere");
         let _ = disk.first_image();
-        for shot in &disk.shots {
-            let _ = disk.chain(&shot.guid);
-            let _ = disk.has_children(&shot.guid);
+        for snapshot in &disk.snapshots {
+            let _ = disk.chain(&snapshot.guid);
+            let _ = disk.has_children(&snapshot.guid);
         }
         let tree = disk.check_tree();
         if tree.is_ok() {
@@ -104,7 +104,7 @@ impl Descriptors {
             Err(e) => panic!("stored, and cannot be read: {e}"),
         };
         assert_eq!(got.images, want.images);
-        assert_eq!(got.shots, want.shots);
+        assert_eq!(got.snapshots, want.snapshots);
         assert_eq!((got.top, got.mode, got.blocksize), (want.top, want.mode, want.blocksize));
     }
 }

@@ -57,7 +57,7 @@ impl Target for Messages {
     const WORDS: usize = 9;
 
     fn seeds(&self) -> Vec<Vec<u8>> {
-        let record = DeviceRecord { name: "ploop0".into(), ids: vec![(1, 2)], ..DeviceRecord::default() };
+        let record = DeviceRecord { name: "ploop0".into(), ids: vec![(1, 2).into()], ..DeviceRecord::default() };
         let record = String::from_utf8(encode(&record)).expect("text");
         let info = format!("{{\"Info\":{{\"record\":{record},\"no_space\":true,\"failed\":false}}}}");
         let mut seeds: Vec<Vec<u8>> =

@@ -111,7 +111,7 @@ impl Rig {
             .map(|(i, p)| LevelName { path: p.clone(), raw: options.raw_base && i == 0 })
             .collect();
         let attach = AttachRequest {
-            ids: vec![(0, 0); levels.len()],
+            ids: vec![Default::default(); levels.len()],
             levels,
             raw_cluster: options.raw_base.then_some(2048),
             read_only: options.read_only,

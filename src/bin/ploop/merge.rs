@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use ploop::descriptor::ImageMode;
-use ploop::ops::levels;
+use ploop::ops::device_chain;
 use ploop::ops::merge::{self, MergeParams};
 
 use crate::getopt::Parsed;
@@ -117,5 +117,5 @@ fn levels_of(value: &OsStr) -> Result<(usize, usize), Fail> {
 
 fn on_device(device: &str, range: Option<(usize, usize)>, new_delta: Option<PathBuf>) -> Result<(), Fail> {
     let (low, high) = range.map_or((0, None), |(low, high)| (low, Some(high)));
-    Ok(levels::merge(device, low, high, new_delta.as_deref())?)
+    Ok(device_chain::merge(device, low, high, new_delta.as_deref())?)
 }

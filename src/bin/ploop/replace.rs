@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ploop::ops::replace::{self, Which};
-use ploop::ops::{find, levels};
+use ploop::ops::{device_chain, find};
 use ploop::units::Level;
 
 use crate::getopt::Parsed;
@@ -86,9 +86,9 @@ fn mounted_on(folder: &Path) -> Result<String, Fail> {
 
 fn on_device(device: &str, which: &Which, new: &Path) -> Result<(), Fail> {
     let level = match which {
-        Which::File(current) => levels::level_of(device, current)?,
+        Which::File(current) => device_chain::level_of(device, current)?,
         Which::Level(level) => usize::from(*level),
         Which::Guid(_) => return misuse(),
     };
-    Ok(levels::replace(device, level, new)?)
+    Ok(device_chain::replace(device, level, new)?)
 }

@@ -94,7 +94,7 @@ fn take(parsed: Parsed) -> Result<(), Fail> {
     }
     if let Some(device) = device {
         let [file] = &parsed.operands[..] else { return misuse() };
-        return Ok(ploop::ops::levels::put_on_top(&device, Path::new(file), sync)?);
+        return Ok(ploop::ops::device_chain::put_on_top(&device, Path::new(file), sync)?);
     }
     let params = SnapshotParams { guid: guid.unwrap_or_else(Guid::generate), snap_dir: None, temporary: false };
     Ok(snapshot::create(descriptor(&parsed.operands)?, "", &params)?)
@@ -113,7 +113,7 @@ fn take_temporary(parsed: Parsed) -> Result<(), Fail> {
         }
     }
     let (Some(guid), Some(component)) = (guid, component) else { return misuse() };
-    let params = TemporaryParams { guid, snap_dir: None, target, hold: false };
+    let params = TemporaryParams { guid, snap_dir: None, target, with_holder: false };
     let taken = snapshot::create_temporary(descriptor(&parsed.operands)?, &component, &params)?;
     result(format_args!("{guid} is mounted as {}", taken.device))
 }

@@ -7,13 +7,14 @@ use crate::device::merge::{Unmerged, Watch, merge_levels as merge_levels_of, mer
 use crate::device::{self, Device, NewLevel, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
-use crate::ops::deltas;
+use crate::ops::image_set;
 use crate::report;
+use crate::sys::file_id::FileId;
 
 /// Merges `descendant` and all between into `ancestor`, all of which the device runs. I/O goes on. What was begun is
 /// finished by doing it again: the snapshots that disappear are marked temporary before anything is written.
 pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
-    let gone = disk.swallowed(descendant, ancestor)?;
+    let gone = disk.removed_by_merge(descendant, ancestor)?;
     check_chain(disk, device)?;
     if *descendant != disk.top {
         return step(disk, device, descendant, ancestor, &gone);
@@ -37,7 +38,7 @@ pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, an
 fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid, gone: &[Guid]) -> Result<()> {
     let ids = &device.record.ids;
     let level = |disk: &Descriptor, guid: &Guid| {
-        let image = disk.image(guid).map(|i| super::identity(&i.file));
+        let image = disk.image(guid).map(|i| FileId::at_nofollow(&i.file));
         let found = image.and_then(std::io::Result::ok).and_then(|id| ids.iter().position(|i| *i == id));
         found.ok_or_else(|| {
             Error::new(Kind::Param, format!("snapshot {guid} is no level of {}", device.node().display()))
@@ -47,7 +48,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     let mut next = disk.descriptor.clone();
     let files = next.collapse(descendant, ancestor, None)?;
 
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.shot(g).is_some_and(|s| !s.temporary)).collect();
+    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
     mark(disk, &unmarked, true)?;
     let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &unmarked))?;
     let is_top = *descendant == disk.top;
@@ -58,14 +59,14 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     };
     match outcome(disk, spec, &tmp, next, result) {
         Ended::Changed(result) => {
-            deltas::remove(&files);
+            image_set::remove(&files);
             result
         }
         Ended::Not(e) => {
             match untouched {
                 true => unmark(disk, &unmarked),
                 false => report::warn(
-                    "the merge was begun and stays so: the disk is as it was, the snapshots that it swallows are marked \
+                    "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
                      temporary; the next merge or snapshot finishes it",
                 ),
             }

@@ -6,9 +6,7 @@ mod merge;
 mod replace;
 mod snapshot;
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -16,6 +14,7 @@ use crate::device::{self, CommitFile, Device, NewLevel, State, SwitchSpec};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::open::open_level;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 
 pub use merge::{merge, merge_levels};
@@ -29,7 +28,7 @@ pub fn check_chain(disk: &Descriptor, device: &Device) -> Result<()> {
     let chain = disk.chain(&disk.top)?;
     let mut ids = Vec::with_capacity(chain.len());
     for image in &chain {
-        ids.push(identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?);
+        ids.push(FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?);
     }
     if ids != device.record.ids {
         bail!(
@@ -55,15 +54,11 @@ fn check_state(device: &Device) -> Result<()> {
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|m| (m.dev(), m.ino()))
-}
-
 /// The levels of `next`'s chain, taken from the running chain where they are in it.
 fn levels_of(next: &Descriptor, device: &Device) -> Result<Vec<NewLevel>> {
     let mut levels = Vec::new();
     for image in next.chain(&next.top)? {
-        let id = identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
+        let id = FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
         levels.push(match device.record.ids.iter().position(|i| *i == id) {
             Some(level) => NewLevel::Kept(level),
             None => NewLevel::File {

@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Ended, change, check_chain, check_state, identity};
+use super::{Ended, change, check_chain, check_state};
 use crate::bail;
 use crate::descriptor::{Image, LockedDescriptor};
 use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::image::lock::{Others, hold};
 use crate::image::open::{Access, open_level};
-use crate::ops::{deltas, replace as offline};
+use crate::ops::{image_set, replace as offline};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 
 const READ: Access = Access { write: false, direct: false };
@@ -19,12 +20,12 @@ const READ: Access = Access { write: false, direct: false };
 /// the old one, which goes. After an error the disk has the old one, and `new` its name.
 pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new: &Path, keep_name: bool) -> Result<()> {
     check_chain(disk, device)?;
-    let id = identity(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
+    let id = FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
     let Some(level) = device.record.ids.iter().position(|i| *i == id) else {
         bail!(Param, "{} is no image of {}", image.file.display(), device.node().display());
     };
     check_level(device, level)?;
-    let old_held = deltas::hold(disk, &image.file, READ, Others::Readers)?;
+    let old_held = image_set::lock_image(disk, &image.file, READ, Others::Readers)?;
     let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Others::Readers)?;
     if !keep_name {
         let mut next = disk.descriptor.clone();
@@ -58,13 +59,13 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
         bail!(Param, "{} has no level {level}", device.node().display());
     };
     let new = new.canonicalize().ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
-    let id = identity(&new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
+    let id = FileId::at_nofollow(&new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
     if device.record.ids.contains(&id) {
         bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
     }
     // What runs there, whatever has its name by now.
-    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| deltas::named(e, &name.path))?;
-    let running = identity(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
+    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| image_set::named(e, &name.path))?;
+    let running = FileId::at_nofollow(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
     if !running {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
     }

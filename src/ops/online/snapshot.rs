@@ -1,7 +1,6 @@
 //! Snapshots of running devices.
 
 use std::cell::RefCell;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::freeze::Frozen;
@@ -14,6 +13,7 @@ use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::image::open::open_level;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 use crate::units::ClusterSize;
 
@@ -58,7 +58,7 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     create_delta(file, version, cluster, record.size_sectors)?;
     put_on(device, file, sync).inspect_err(|e| {
         // The server may have gone on without us.
-        let id = std::fs::metadata(file).ok().map(|m| (m.dev(), m.ino()));
+        let id = FileId::at(file).ok();
         let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.record.ids.last() == id.as_ref());
         match runs || e.kind() == Kind::Protocol {
             true => report::warn(format_args!("{} stays: it may be in use", file.display())),

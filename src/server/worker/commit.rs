@@ -9,15 +9,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::{AtFlags, renameat};
-use nix::sys::stat::{fstat, fstatat};
+use nix::sys::stat::fstatat;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::CommitNames;
+use crate::sys::file_id::FileId;
 
 /// Device and inode number.
-type Id = (u64, u64);
-
 /// The file `name` in the folder is the new one: the change has been made.
 pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Result<bool> {
     check(&names.tmp)?;
@@ -50,14 +49,13 @@ fn check(name: &Path) -> Result<()> {
     }
 }
 
-fn identity(fd: &OwnedFd) -> Result<Id> {
-    let stat = fstat(fd).ctx(Kind::Fstat, || "cannot look at the new descriptor")?;
-    Ok((stat.st_dev, stat.st_ino))
+fn identity(fd: &OwnedFd) -> Result<FileId> {
+    FileId::of(fd).ctx(Kind::Fstat, || "cannot look at the new descriptor")
 }
 
-fn entry(folder: &OwnedFd, name: &Path) -> Result<Option<Id>> {
+fn entry(folder: &OwnedFd, name: &Path) -> Result<Option<FileId>> {
     match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some((stat.st_dev, stat.st_ino))),
+        Ok(stat) => Ok(Some(stat.into())),
         Err(nix::Error::ENOENT) => Ok(None),
         Err(e) => Err(e).ctx(Kind::Fstat, || format!("cannot look at {}", name.display())),
     }

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::deltas;
+use super::image_set;
 use crate::bail;
 use crate::descriptor::{Descriptor, Image, ImageMode, LockedDescriptor};
 use crate::error::{Kind, Result};
@@ -22,9 +22,9 @@ use crate::sys::store;
 /// in the middle of anything.
 pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     disk.check_storable()?;
-    stored_half(disk)?;
+    finish_pending_descriptor(disk)?;
     disk.check_tree()?;
-    let all: Vec<Guid> = disk.shots.iter().map(|s| s.guid).filter(|g| *g != disk.top).collect();
+    let all: Vec<Guid> = disk.snapshots.iter().map(|s| s.guid).filter(|g| *g != disk.top).collect();
     clear_marks(disk, &all)
 }
 
@@ -34,7 +34,7 @@ pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -
     if disk.check_storable().is_err() {
         return Ok(());
     }
-    stored_half(disk)?;
+    finish_pending_descriptor(disk)?;
     if read_only {
         return Ok(());
     }
@@ -50,7 +50,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Descriptors under temporary names: the lock tells that nobody is storing them.
-fn stored_half(disk: &mut LockedDescriptor) -> Result<()> {
+fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
     let tmp = with_suffix(&disk.path, ".tmp");
     let twice = with_suffix(&tmp, ".tmp");
     if fs::symlink_metadata(&tmp).is_ok_and(|m| m.is_file()) {
@@ -92,14 +92,14 @@ fn replaces_missing(old: &Descriptor, new: &Descriptor) -> bool {
     let there = |i: &Image| fs::symlink_metadata(&i.file).is_ok_and(|m| m.is_file());
     let missing: Vec<&Image> = old.images.iter().filter(|i| !there(i)).collect();
     let fresh: Vec<&Image> = new.images.iter().filter(|n| !old.images.iter().any(|o| o.file == n.file)).collect();
-    let known = |g: &Guid| old.shot(g).is_some();
+    let known = |g: &Guid| old.snapshot(g).is_some();
     !missing.is_empty()
         && fresh.len() == 1
         && missing.iter().all(|m| !new.images.iter().any(|n| n.file == m.file))
         && new.images.len() < old.images.len()
         && (new.blocksize, new.mode, new.top) == (old.blocksize, old.mode, old.top)
         && new.check_tree().is_ok()
-        && new.shots.iter().all(|s| known(&s.guid))
+        && new.snapshots.iter().all(|s| known(&s.guid))
         && new.images.iter().all(there)
         && fresh.iter().all(|f| read_header(&f.file, Some(&old.dir)).is_ok_and(|h| h.in_use == 0))
 }
@@ -122,11 +122,11 @@ fn clear_marks(disk: &LockedDescriptor, guids: &[Guid]) -> Result<()> {
             continue;
         }
         let access = Access { write: true, direct: false };
-        let held = match deltas::hold(disk, &image.file, access, Others::Nobody) {
+        let held = match image_set::lock_image(disk, &image.file, access, Others::Nobody) {
             Err(e) if e.kind() == Kind::Busy => continue,
             other => other?,
         };
-        deltas::tidy(disk, &image.file)?;
+        image_set::repair_in_place(disk, &image.file)?;
         drop(held);
         report::say(
             0,

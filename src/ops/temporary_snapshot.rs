@@ -1,25 +1,26 @@
 //! Temporary snapshots go away when nobody uses them: those taken for a backup, those whose children were the reason to
-//! keep them, and those that an interrupted merge had begun to swallow.
+//! keep them, and those that an interrupted merge had begun to merge.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::unistd::geteuid;
 
-use super::{deltas, merge, snapshot, umount};
+use super::{image_set, merge, snapshot, umount};
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::Device;
 use crate::error::{Kind, Result};
 use crate::format::guid::Guid;
 use crate::report;
 use crate::server::partitions;
+use crate::sys::file_id::FileId;
 
 /// Removes all temporary snapshots that nobody uses. What is in use stays, and is no error.
 pub fn merge_unused(disk: &mut LockedDescriptor) -> Result<()> {
     // Removing one can make another one removable.
     let mut kept: Vec<Guid> = Vec::new();
     loop {
-        let next = disk.shots.iter().find(|s| s.temporary && !kept.contains(&s.guid)).map(|s| s.guid);
+        let next = disk.snapshots.iter().find(|s| s.temporary && !kept.contains(&s.guid)).map(|s| s.guid);
         let Some(guid) = next else { return Ok(()) };
         match remove(disk, &guid) {
             Ok(true) => {
@@ -55,9 +56,8 @@ fn remove(disk: &mut LockedDescriptor, guid: &Guid) -> Result<bool> {
 /// devices it can be merged.
 pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
-    let Ok(meta) = fs::metadata(&image.file) else { return Ok(false) };
-    let id = (meta.dev(), meta.ino());
-    for device in deltas::users(&image.file)?.iter().filter(|d| d.record.ids.last() == Some(&id)) {
+    let Ok(id) = FileId::at(&image.file) else { return Ok(false) };
+    for device in image_set::users(&image.file)?.iter().filter(|d| d.record.ids.last() == Some(&id)) {
         let node = device.node().display();
         if !idle(device) {
             return Ok(false);
@@ -79,7 +79,7 @@ pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
 /// unmounted. What cannot be found out counts as use.
 fn idle(device: &Device) -> bool {
     let record = &device.record;
-    if !record.read_only || device.component().is_empty() || device.component().starts_with(snapshot::HELD) {
+    if !record.read_only || device.component().is_empty() || device.component().starts_with(snapshot::UNTIL_UMOUNT) {
         return false;
     }
     if !geteuid().is_root() {

@@ -1,5 +1,5 @@
-//! Lives of a disk in which somebody is killed at a random moment: at mount, in I/O, in a takeover, at umount; the worker, the
-//! supervisor, both, a helper, or the caller.
+//! Random kills: in each life of a disk the worker, the supervisor, both, a helper or the caller is killed at a random moment, at
+//! mount, in I/O, in a takeover or at umount.
 //!
 //! Nothing hangs, nothing is left over, no byte is wrong. I/O fails only where worker and supervisor are dead at once;
 //! even then all that was flushed is there again after the next mount. `PLOOP_TEST=full` 800 lives, `ci` 40, else 20;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use device_common::load::slay;
+use device_common::load::kill_process;
 use device_common::*;
 use ploop::device::{self, Device, State};
 use ploop::server::proto::{DeviceRecord, ProcessId};
@@ -208,7 +208,7 @@ impl Disk {
         let hit = |id: ProcessId| {
             let alive = id.pid > 0 && runtime::alive(id);
             if alive {
-                slay(id);
+                kill_process(id);
             }
             usize::from(alive)
         };

@@ -16,6 +16,7 @@ use crate::image::create::create_delta;
 use crate::image::lock::{self, Held, Others};
 use crate::image::open::{self, Access};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -126,8 +127,7 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
 
 /// Devices with this file among their levels.
 pub fn users(path: &Path) -> Result<Vec<Device>> {
-    let Ok(meta) = fs::metadata(path) else { return Ok(Vec::new()) };
-    let id = (meta.dev(), meta.ino());
+    let Ok(id) = FileId::at(path) else { return Ok(Vec::new()) };
     let mut found = match device::list_of(|r| r.ids.contains(&id)) {
         // Who is not root may not be allowed to ask, and the locks still tell.
         Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
@@ -138,7 +138,7 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
 }
 
 /// Locks an image of the disk; if somebody uses it the error (17) names the device.
-pub fn hold(disk: &Descriptor, path: &Path, access: Access, others: Others) -> Result<Held> {
+pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Others) -> Result<Held> {
     lock::hold(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
 }
 
@@ -165,7 +165,7 @@ fn describe(device: &Device) -> String {
 }
 
 /// The options with which images of a disk that nobody uses are brought in order: what a crash left goes.
-pub const TIDY: CheckOptions = CheckOptions {
+pub const REPAIR_IN_PLACE: CheckOptions = CheckOptions {
     force: false,
     hard_force: false,
     drop_inuse: true,
@@ -177,8 +177,8 @@ pub const TIDY: CheckOptions = CheckOptions {
 };
 
 /// Checks an image that the caller holds locked, and clears its mark.
-pub fn tidy(disk: &Descriptor, path: &Path) -> Result<()> {
-    for note in check_file(path, Some(&disk.dir), &TIDY)?.notes {
+pub fn repair_in_place(disk: &Descriptor, path: &Path) -> Result<()> {
+    for note in check_file(path, Some(&disk.dir), &REPAIR_IN_PLACE)?.notes {
         report::say(0, format_args!("{}: {note}", path.display()));
     }
     Ok(())

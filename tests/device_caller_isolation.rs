@@ -1,4 +1,4 @@
-//! A device outlives what it was started from.
+//! A server is isolated from its caller: it outlives the process, session and namespaces that started it.
 
 mod device_common;
 
@@ -36,8 +36,8 @@ fn child() {
 }
 
 #[test]
-fn the_callers_world_is_left() {
-    let Some(t) = Bench::new("the_callers_world_is_left") else { return };
+fn server_is_isolated_from_its_caller() {
+    let Some(t) = Bench::new("server_is_isolated_from_its_caller") else { return };
     let image = t.image("a.hdd", "64M");
     // A session with its own limits, open files and ignored signals, which is killed as a whole afterwards.
     let secret = t.dir.path().join("secret");

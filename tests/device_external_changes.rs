@@ -1,7 +1,7 @@
-//! What others do to the image files of a running device behind its back: cut them, replace them, remove them.
+//! Other processes cut, replace and remove the image files of a running device.
 //!
-//! The device never makes up data: what is gone reads as an error, never as zeroes. It serves the files that it opened,
-//! whatever names lead to by now, and never touches others that took their place.
+//! The worker never makes up data: reads of what is gone fail with EIO, never return zeroes. It serves the files that it
+//! opened, whatever the names lead to by now, and never touches files that took their place.
 
 mod device_common;
 
@@ -90,7 +90,7 @@ fn a_top_that_is_cut_reads_as_errors() {
     }
     write(device.node(), 3 * MIB, &pattern(33, 8192)).unwrap();
     assert_eq!(read(device.node(), 3 * MIB, 8192).unwrap(), pattern(33, 8192));
-    // Nothing was made of it: zeroes at most where somebody wrote behind the end, and nobody did.
+    // Nothing was made of it: zeroes are allowed only where a process wrote past the end, and none did.
     is_eio(read(device.node(), 15 * MIB + MIB / 2, 4096), "the same again");
     // A new worker does not take it for whole: the device waits, failed, until it is given up.
     another_worker(&device);

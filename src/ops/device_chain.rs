@@ -2,7 +2,6 @@
 //! descriptor.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{find, online};
@@ -11,6 +10,7 @@ use crate::descriptor::{self, Descriptor};
 use crate::device::{self, Device};
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
+use crate::sys::file_id::FileId;
 
 /// Levels to merge: `low` takes what those above it have, up to `high`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,8 +92,7 @@ fn warn_of_descriptor(device: &Device) {
 /// file; `Param`: not a level of it.
 pub fn level_of(node: &str, image: &Path) -> Result<usize> {
     let device = device(node)?;
-    let meta = fs::metadata(image).ctx(Kind::Fstat, || format!("cannot look at image {}", image.display()))?;
-    let id = (meta.dev(), meta.ino());
+    let id = FileId::at(image).ctx(Kind::Fstat, || format!("cannot look at image {}", image.display()))?;
     match device.record.ids.iter().position(|i| *i == id) {
         Some(level) => Ok(level),
         None => bail!(Param, "{} is no image of {}", image.display(), device.node().display()),
