@@ -37,6 +37,10 @@ impl Shared for Slots {
     fn sync_state(&self) -> SyncState {
         self.with(|s| s.1)
     }
+    fn progress(&self, _: usize) -> u64 {
+        0
+    }
+    fn set_progress(&self, _: usize, _: u64) {}
 }
 
 const BOUNCE: usize = 64 * 1024;
@@ -69,7 +73,7 @@ impl<'a> Drive<'a> {
             map_pages: 2,
             bat_age: 5,
             failed: false,
-            merge: None,
+            background: None,
         };
         Drive {
             engine: Engine::new(config, Vec::new(), slots),
@@ -161,7 +165,6 @@ impl<'a> Drive<'a> {
     }
 
     fn perform(&mut self, action: Action) {
-        let top = (self.files.len() - 1) as u8;
         let end = |r: std::io::Result<()>| r.map_err(|e| e.raw_os_error().unwrap_or(5));
         match action {
             Action::Read { op, level, file_off, len, to } => {
@@ -188,8 +191,8 @@ impl<'a> Drive<'a> {
                 let read = end(self.file(level).read_exact_at(&mut bytes, u64::from(page) * 4096));
                 self.feed(Event::BatRead { op, result: read.map(|()| &bytes[..]) });
             }
-            Action::WriteBat { op, page, data } => {
-                let result = end(self.file(top).write_all_at(&data[..], u64::from(page) * 4096));
+            Action::WriteBat { op, level, page, data } => {
+                let result = end(self.file(level).write_all_at(&data[..], u64::from(page) * 4096));
                 self.feed(Event::Done { op, result });
             }
             Action::Fallocate { op, level, file_off, len } => {
@@ -206,7 +209,7 @@ impl<'a> Drive<'a> {
                 let result = end(self.file(level).write_all_at(&vec![0; len as usize], file_off));
                 self.feed(Event::Done { op, result });
             }
-            Action::Sync { op } => self.feed(Event::Done { op, result: Ok(()) }),
+            Action::Sync { op, .. } => self.feed(Event::Done { op, result: Ok(()) }),
             other => panic!("{other:?} is not to be carried out"),
         }
     }
