@@ -37,6 +37,11 @@ impl Shared for Slots {
     fn sync_state(&self) -> SyncState {
         self.with(|s| s.1)
     }
+    /// This engine does no background work.
+    fn progress(&self, _: usize) -> u64 {
+        0
+    }
+    fn set_progress(&self, _: usize, _: u64) {}
 }
 
 const BOUNCE: usize = 64 * 1024;
@@ -69,7 +74,7 @@ impl<'a> Drive<'a> {
             map_pages: 2,
             bat_age: 5,
             failed: false,
-            merge: None,
+            background: None,
         };
         Drive {
             engine: Engine::new(config, Vec::new(), slots),
@@ -188,7 +193,7 @@ impl<'a> Drive<'a> {
                 let read = end(self.file(level).read_exact_at(&mut bytes, u64::from(page) * 4096));
                 self.feed(Event::BatRead { op, result: read.map(|()| &bytes[..]) });
             }
-            Action::WriteBat { op, page, data } => {
+            Action::WriteBat { op, page, data, .. } => {
                 let result = end(self.file(top).write_all_at(&data[..], u64::from(page) * 4096));
                 self.feed(Event::Done { op, result });
             }
@@ -206,7 +211,7 @@ impl<'a> Drive<'a> {
                 let result = end(self.file(level).write_all_at(&vec![0; len as usize], file_off));
                 self.feed(Event::Done { op, result });
             }
-            Action::Sync { op } => self.feed(Event::Done { op, result: Ok(()) }),
+            Action::Sync { op, .. } => self.feed(Event::Done { op, result: Ok(()) }),
             other => panic!("{other:?} is not to be carried out"),
         }
     }
