@@ -58,7 +58,8 @@ pub struct OpenOptions {
     pub carried: Option<Vec<(usize, u32, u32)>>,
     /// At a takeover: a sync has failed before, so that the BAT that is read need not be the durable one.
     pub failed: bool,
-    /// The levels below the top were scanned by an earlier worker of the same device, and nobody has written them since.
+    /// The levels below the top were scanned by an earlier worker of the same device; no program has written them
+    /// since.
     pub known_below: bool,
     /// Bytes to allocate ahead at once; at least one cluster is.
     pub ahead: u64,

@@ -290,8 +290,8 @@ pub(super) fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
 pub(super) fn alloc_config(header: &Header, scan: &Scan, ahead: u64) -> AllocConfig {
     AllocConfig {
         end: scan.end,
-        free: scan.places.gaps(header.first_data(), scan.end),
+        free: scan.used.gaps(header.first_data(), scan.end),
         ahead: (ahead / header.cluster.bytes()).clamp(1, u64::from(u32::MAX)) as u32,
-        limit: bat::place_limit(header.version, header.cluster),
+        limit: bat::host_cluster_limit(header.version, header.cluster),
     }
 }

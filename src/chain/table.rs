@@ -21,11 +21,11 @@ struct Strict<'a> {
 }
 
 impl Visitor for Strict<'_> {
-    fn entry(&mut self, cluster: u32, place: u32) {
+    fn entry(&mut self, cluster: u32, host_cluster: u32) {
         if !self.wanted.is_empty()
             && let Some(durable) = self.wanted.get_mut(&cluster)
         {
-            *durable = place;
+            *durable = host_cluster;
         }
     }
 
@@ -52,13 +52,13 @@ pub fn scan_pages(level: &LevelFile, header: &Header, file_len: u64, top: bool, 
         top: bool,
     }
     impl Visitor for Pages<'_> {
-        fn entry(&mut self, cluster: u32, _place: u32) {
+        fn entry(&mut self, cluster: u32, _host_cluster: u32) {
             self.pages.insert(bat::page_of(cluster));
         }
 
         fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
             if self.top && found.cluster < u64::from(self.strict.header.clusters()) {
-                // Told when it is read.
+                // The engine reports it when it reads the page.
                 self.pages.insert(bat::page_of(found.cluster as u32));
                 return Ok(());
             }
@@ -82,7 +82,7 @@ pub fn scan_carried(
     let mut found = scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))?;
     let file_clusters = file_len / header.cluster.bytes();
     let mut out = Vec::with_capacity(carried.len());
-    for &(slot, cluster, place) in carried {
+    for &(slot, cluster, host_cluster) in carried {
         if cluster >= header.clusters() {
             bail!(
                 Protocol,
@@ -92,27 +92,27 @@ pub fn scan_carried(
             );
         }
         let durable = visitor.wanted.get(&cluster).copied().unwrap_or(0);
-        if place != 0 {
-            if place < header.first_data() || u64::from(place) >= file_clusters {
+        if host_cluster != 0 {
+            if host_cluster < header.first_data() || u64::from(host_cluster) >= file_clusters {
                 bail!(
                     Protocol,
-                    "slot {slot} of the shared table puts cluster {cluster} at place {place}: image {} has data at {} \
-                     to {file_clusters}",
+                    "slot {slot} of the shared table puts cluster {cluster} at host cluster {host_cluster}: image {} has \
+                     data at {} to {file_clusters}",
                     level.name.display(),
                     header.first_data()
                 );
             }
-            if place != durable && !found.places.insert(place) {
+            if host_cluster != durable && !found.used.insert(host_cluster) {
                 bail!(
                     Protocol,
-                    "slot {slot} of the shared table puts cluster {cluster} of image {} at place {place}, which \
-                     another cluster has",
+                    "slot {slot} of the shared table puts cluster {cluster} of image {} at host cluster {host_cluster}, \
+                     which another cluster has",
                     level.name.display()
                 );
             }
-            found.end = found.end.max(place + 1);
+            found.end = found.end.max(host_cluster + 1);
         }
-        out.push(Carried { slot, cluster, host_cluster: place, durable });
+        out.push(Carried { slot, cluster, host_cluster, durable });
     }
     Ok((found, out))
 }

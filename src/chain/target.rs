@@ -12,11 +12,12 @@ use super::open::{HEAD, alloc_config, cut, write_header};
 use super::table::{scan_level, scan_pages};
 use super::{Chain, LevelFile};
 
-/// Makes a level of an opened chain ready to take what the levels above it up to `high` have. Its file must be writable and
-/// ours alone. The first thing written is its in-use mark, durable before anything else changes; a smaller image takes the
-/// size of the disk of `high` with it (its table must have room for that), a raw one becomes as long as that disk.
+/// Makes a level of an opened chain ready to take what the levels above it up to `high` have. Its file must be writable
+/// and locked for this worker. The first thing written is its in-use mark, durable before anything else changes; a
+/// smaller image takes the size of the disk of `high` with it (its table must have room for that), a raw one becomes as
+/// long as that disk.
 ///
-/// `chain` is changed accordingly. To be used again after the death of the process that did so before.
+/// `chain` is changed accordingly. To be used again after the exit of the worker that did so before.
 pub fn open_target(
     levels: &[LevelFile],
     chain: &mut Chain,
@@ -108,7 +109,8 @@ fn header_of(level: &LevelFile) -> Result<(Header, u64)> {
     Ok((header, len))
 }
 
-/// The BAT pages in which any of these levels has entries; with the entries of the top that are in the shared table alone.
+/// The BAT pages in which any of these levels has entries; with the entries of the top that are in the shared table
+/// alone.
 pub fn used_pages(levels: &[LevelFile], chain: &Chain, sources: std::ops::RangeInclusive<usize>) -> Result<PageSet> {
     let mut pages = PageSet::new();
     for level in sources {

@@ -15,7 +15,8 @@ mod target;
 const BS: u32 = 64;
 const CLUSTER: u64 = 32768;
 
-/// An image made by hand: `entries` are (cluster, place), each place filled with the cluster's number plus one.
+/// An image made by hand: `entries` are (cluster, host cluster), each host cluster filled with the cluster's number
+/// plus one.
 struct Maker {
     version: Version,
     cluster: ClusterSize,
@@ -52,11 +53,11 @@ impl Maker {
         f.write_all_at(&vec![0; (u64::from(l1) * size) as usize], 0).unwrap();
         f.write_all_at(&h.encode(), 0).unwrap();
         let mut end = l1;
-        for &(c, place) in &self.entries {
-            let entry = bat::encode(self.version, self.cluster, place).unwrap();
+        for &(c, host_cluster) in &self.entries {
+            let entry = bat::encode(self.version, self.cluster, host_cluster).unwrap();
             f.write_all_at(&entry.to_le_bytes(), bat::entry_offset(c)).unwrap();
-            f.write_all_at(&vec![c as u8 + 1; size as usize], u64::from(place) * size).unwrap();
-            end = end.max(place + 1);
+            f.write_all_at(&vec![c as u8 + 1; size as usize], u64::from(host_cluster) * size).unwrap();
+            end = end.max(host_cluster + 1);
         }
         f.set_len(u64::from(end) * size + self.tail).unwrap();
         path.to_owned()
@@ -368,7 +369,7 @@ fn takeovers() {
         ..Maker::default()
     };
     let p = maker.make(&d.path().join("a"));
-    // Cluster 4 got a place that is not durable, 3 was dropped, 1 is durable as carried.
+    // Cluster 4 got a host cluster that is not durable, 3 was dropped, 1 is durable as carried.
     let carried = vec![(7, 4, 8), (9, 3, 0), (11, 1, 1)];
     let options = OpenOptions_ { carried: Some(carried), ..writable() };
     let chain = open(&[level(&p, true)], &options).unwrap();
@@ -377,7 +378,7 @@ fn takeovers() {
     assert_eq!(chain.alloc.end, 9);
     assert_eq!(chain.alloc.free, [3..5, 6..8]);
     assert_eq!(std::fs::metadata(&p).unwrap().len(), 9 * CLUSTER);
-    // A place outside the file, in the table, or somebody else's; a cluster that is not there.
+    // A host cluster outside the file, in the table, or of another cluster; a cluster that is not there.
     for bad in [(0, 4, 9), (0, 4, 0x7fff_ffff), (0, 4, 2), (0, 100, 8)] {
         let e = refused(&[&p], &[], &OpenOptions_ { carried: Some(vec![bad]), ..writable() });
         assert_eq!(e.kind(), Kind::Protocol, "{e}");

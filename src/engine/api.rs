@@ -1,4 +1,4 @@
-//! What the engine is told and what it asks for.
+//! The engine's events and actions, and the state that it shares with the worker that takes over.
 //!
 //! The caller (a worker with real files, or the simulation) owns the request buffers, the bounce buffers and the files.
 //! It feeds [`Event`]s and carries out the [`Action`]s, in any order and concurrently, except that `ZeroFill`,
@@ -26,7 +26,7 @@ pub type Errno = i32;
 
 /// Bytes of one BAT page: the unit in which a BAT is read and written. Page `p` is the file range
 /// `[p * 4096, (p + 1) * 4096)`; page 0 begins with the 64-byte header.
-pub const BAT_PAGE: usize = 4096;
+pub const BAT_PAGE: usize = crate::format::bat::PAGE_BYTES;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RequestKind {
@@ -63,7 +63,7 @@ pub enum Event<'a> {
     /// About once a second: ages changes of the BAT, retries what met ENOSPC.
     Tick,
     /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
-    HoldForSpace(bool),
+    WaitForSpace(bool),
     Background(BackgroundControl),
     /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
     Close,
@@ -107,12 +107,12 @@ pub enum Action {
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
     /// Data and length of a level's file, as far as written by operations completed before now, on stable storage.
     Sync { op: OpId, level: u8 },
-    /// The range of one level's file shows up in another's, sharing its space. Where the files cannot do that it fails, and
-    /// nothing has changed.
+    /// The range of one level's file shows up in another's, sharing its space. Where the files cannot do that it fails,
+    /// and nothing has changed.
     Clone { op: OpId, from: u8, from_off: u64, level: u8, file_off: u64, len: u64 },
-    /// Background work: all is done and durable (a merged top is kept equal to its target from now on, until the engine is
-    /// closed), or it has ended before its time (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]). Can come
-    /// twice: a top that agreed with its target can fail later.
+    /// Background work: all is done and durable (a merged top is kept equal to its target from now on, until the engine
+    /// is closed), or it has ended before its time (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]).
+    /// Can come twice: a top that agreed with its target can fail later.
     BackgroundDone { result: Result<(), Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
@@ -174,8 +174,8 @@ pub struct Config {
     pub background: Option<BackgroundConfig>,
 }
 
-/// Long work on the clusters of the chain while the device is in use; see [`background`](super::background). A successor
-/// is given the same, and goes on where the shared table says.
+/// Long work on the clusters of the chain while the device is in use; see [`background`](super::background). The worker
+/// that takes over gets the same configuration, and goes on where the shared table says.
 #[derive(Clone, Debug)]
 pub struct BackgroundConfig {
     pub work: BackgroundWork,
@@ -186,8 +186,8 @@ pub enum BackgroundWork {
     /// The writable top into the level below it. `pages`: the BAT pages of the top that have entries, on disk or in the
     /// shared table.
     MergeTop { target: TargetConfig, pages: PageSet },
-    /// The levels above the target up to `high`, all of them frozen, into the target. `pages`: the BAT pages in which any of
-    /// them has entries.
+    /// The levels above the target up to `high`, all of them frozen, into the target. `pages`: the BAT pages in which
+    /// any of them has entries.
     MergeFrozen { high: u8, target: TargetConfig, pages: PageSet },
     /// Clusters of the top from this host cluster on to free ones before it.
     Relocate { from: u32 },
@@ -196,8 +196,8 @@ pub enum BackgroundWork {
 /// The level that a merge writes to.
 #[derive(Clone, Debug)]
 pub struct TargetConfig {
-    /// Below the levels that are merged into it. Its file is writable, marked in use and ours alone. A raw one is as long as
-    /// the disk of the highest of them, an image has entries for all of it.
+    /// Below the levels that are merged into it. Its file is writable, marked in use and locked for this worker. A raw
+    /// one is as long as the disk of the highest of them, an image has entries for all of it.
     pub level: u8,
     /// Space in that file, as for the top.
     pub alloc: AllocConfig,
@@ -216,10 +216,11 @@ pub enum BackgroundControl {
 /// Words of the shared table for the progress of background work.
 pub const PROGRESS_WORDS: usize = 128;
 
-/// What must survive the death of the worker: the changes of the BAT that are not durable yet, and the fate of syncs.
+/// What must survive the worker's exit: the changes of the BAT that are not durable yet, and the outcome of syncs.
 ///
 /// A slot holds `cluster << 32 | entry`: "the entry of `cluster` is `entry`" (0: not allocated), or [`Shared::FREE`].
-/// A successor reads the BAT from disk, lays the slots over it, and has the dead worker's map.
+/// The worker that takes over reads the BAT from disk and lays the slots over it: that is the map of the one that
+/// exited.
 pub trait Shared: Send {
     /// An unused slot.
     const FREE: u64 = u64::MAX;
@@ -236,12 +237,12 @@ pub trait Shared: Send {
     fn set_progress(&self, word: usize, value: u64);
 }
 
-/// Fate of the last cycle of syncs.
+/// Outcome of the last cycle of syncs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum SyncState {
     Idle = 0,
-    /// Issued, not ended: a successor must find out whether it worked, or count it as failed.
+    /// Issued, not ended: the worker that takes over must find out whether it worked, or count it as failed.
     Running = 1,
     Failed = 2,
 }

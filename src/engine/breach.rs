@@ -35,7 +35,7 @@ pub enum Breach {
     SwallowBatWrite,
     /// A failed cycle fails its own flushes; the next ones are tried again.
     ForgetFailure,
-    /// A successor does not lay the dead worker's changes over the BAT that it reads.
+    /// A worker that takes over does not lay the carried updates over the BAT that it reads.
     DropCarried,
     /// A change leaves the shared table when its cycle begins, not when it is durable.
     SlotFreedEarly,
@@ -67,7 +67,7 @@ pub enum Breach {
     ProgressBeforeSync,
     /// A cluster that comes into the top behind a merge's cursor is not named in the shared table.
     RevisitNotRecorded,
-    /// Entries of the target are held against the length that its file had when the merge began.
+    /// Entries of the target are checked against the length that its file had when the merge began.
     StaleTargetEnd,
     /// What came last into a merge's target is not published when the engine closes.
     UnpublishedEnd,

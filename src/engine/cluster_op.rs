@@ -1,8 +1,9 @@
-//! Jobs: what has to happen to a whole cluster before it is published, under its lock.
+//! Cluster operations: what has to happen to a whole cluster before it is published, under its lock.
 //!
-//! A first write to a cluster that the top lacks takes a host cluster there. If that host cluster reads as zero and no lower level has
-//! the cluster, the write goes straight to it (no cluster operation). Else the host cluster is made right first: copied up from the lower
-//! level with the new bytes laid over, zeroed, or written whole. Until then reads see the old cluster; writes wait.
+//! A first write to a cluster that the top lacks allocates a host cluster there. If that reads as zero and no lower
+//! level has the cluster, the write goes straight to it, without a cluster operation. Else the host cluster is made
+//! right first: copied up from the lower level with the new bytes laid over, zeroed, or written whole. Until then reads
+//! see the old cluster, and writes wait.
 
 use super::api::{Action, BounceId, Buf, Errno, LevelConfig, OpId, ReqId, RequestKind, Shared};
 use super::breach::{Breach, breaks};
@@ -127,7 +128,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// From now on the cluster is in the top, at `host cluster`.
+    /// From now on the cluster is in the top, at `host_cluster`.
     fn publish(&mut self, cluster: u32, host_cluster: u32, ready: bool, slot: Option<u32>) {
         self.merge_sees_new(cluster);
         if let Ok(freed) = self.pending.set(cluster, host_cluster, ready, 0, slot) {
@@ -200,7 +201,8 @@ impl<S: Shared> Engine<S> {
         self.cluster_ops.insert(cluster, op);
     }
 
-    /// The cluster is copied from its host cluster in the top to one in the target of the merge, once nothing is in flight on it.
+    /// The cluster is copied from its host cluster in the top to one in the target of the merge, once nothing is in
+    /// flight on it.
     pub(super) fn begin_merge_copy(
         &mut self,
         cluster: u32,
@@ -277,8 +279,8 @@ impl<S: Shared> Engine<S> {
 
     /// Copies that wait for space have all bounce buffers: zeroings that need one must not wait with them.
     pub(super) fn refuse_starved_zeroings(&mut self, out: &mut Vec<Action>) {
-        let held = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::ClusterOp { .. }));
-        if !self.bounces.is_empty() || !self.waiting_for_space.iter().any(held) {
+        let copies = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::ClusterOp { .. }));
+        if !self.bounces.is_empty() || !self.waiting_for_space.iter().any(copies) {
             return;
         }
         let starved = |c: &u32| self.cluster_ops.get(c).is_some_and(|op| op.zero && op.purpose == Purpose::Request);
@@ -366,7 +368,7 @@ impl<S: Shared> Engine<S> {
                 return;
             }
         };
-        self.cluster_op_op(cluster, out);
+        self.start_step(cluster, out);
     }
 
     /// Bytes of the chunk that a copy is at.
@@ -401,7 +403,7 @@ impl<S: Shared> Engine<S> {
             self.chunk_read(cluster, out);
         } else if let Some(op) = self.cluster_ops.get_mut(&cluster) {
             op.step = Step::Reading;
-            self.cluster_op_op(cluster, out);
+            self.start_step(cluster, out);
         }
     }
 
@@ -421,17 +423,17 @@ impl<S: Shared> Engine<S> {
         }
         if let Some(op) = self.cluster_ops.get_mut(&cluster) {
             op.step = Step::Writing;
-            self.cluster_op_op(cluster, out);
+            self.start_step(cluster, out);
         }
     }
 
-    fn cluster_op_op(&mut self, cluster: u32, out: &mut Vec<Action>) {
+    fn start_step(&mut self, cluster: u32, out: &mut Vec<Action>) {
         let op = self.start(Op::ClusterOp { cluster });
-        self.cluster_op_again(cluster, op, out);
+        self.repeat_step(cluster, op, out);
     }
 
     /// Asks for the operation of the cluster operation's step; also after it met ENOSPC.
-    pub(super) fn cluster_op_again(&mut self, cluster: u32, op: OpId, out: &mut Vec<Action>) {
+    pub(super) fn repeat_step(&mut self, cluster: u32, op: OpId, out: &mut Vec<Action>) {
         let Some(work) = self.cluster_ops.get(&cluster) else { return };
         let to = self.file_off(work.host_cluster);
         let within = work.piece.off & ((1 << self.config.cluster_shift) - 1);
@@ -456,7 +458,7 @@ impl<S: Shared> Engine<S> {
         });
     }
 
-    pub(super) fn cluster_op_step_done(&mut self, cluster: u32, result: Result<(), Errno>, out: &mut Vec<Action>) {
+    pub(super) fn step_done(&mut self, cluster: u32, result: Result<(), Errno>, out: &mut Vec<Action>) {
         if let Err(errno) = result {
             self.cluster_op_failed(cluster, errno, out);
             return;
@@ -476,7 +478,7 @@ impl<S: Shared> Engine<S> {
             }
             (Kind::Fill, Step::Filling) if !op.zero => {
                 op.step = Step::Writing;
-                self.cluster_op_op(cluster, out);
+                self.start_step(cluster, out);
             }
             _ => self.cluster_op_complete(cluster, out),
         }

@@ -4,7 +4,7 @@ use super::api::{Action, BAT_PAGE, Errno, LevelConfig, ReqId, Shared, SyncState}
 use super::breach::{Breach, breaks};
 use super::map::MapEntry;
 use super::{Engine, IO, Op};
-use crate::format::bat::{clusters_of, index_of, page_of};
+use crate::format::bat::{self, clusters_of, index_of, page_of};
 
 /// BAT pages written at the same time.
 const PAGES_AT_ONCE: usize = 32;
@@ -183,7 +183,7 @@ impl<S: Shared> Engine<S> {
             data[..64].copy_from_slice(&self.config.header);
         }
         let Some(&LevelConfig::Ploop { v1, clusters, .. }) = self.config.levels.last() else { return data };
-        let per_entry = if v1 { 1 << (self.config.cluster_shift - 9) } else { 1 };
+        let unit = bat::Unit::of(v1, self.config.cluster_shift);
         let range = clusters_of(page);
         for c in range.start..range.end.min(u64::from(clusters)) {
             let cluster = c as u32;
@@ -198,8 +198,7 @@ impl<S: Shared> Engine<S> {
                 }
                 _ => self.durable_host_cluster(entry),
             };
-            let at = index_of(cluster) * 4;
-            data[at..at + 4].copy_from_slice(&(host_cluster * per_entry).to_le_bytes());
+            bat::store(&mut data[..], index_of(cluster), unit.entry(host_cluster));
         }
         data
     }

@@ -22,7 +22,7 @@ pub(super) struct Extent {
     pub count: u32,
 }
 
-/// Read, write or zeroing in host cluster, in flight.
+/// Read, write or zeroing of allocated clusters, in flight.
 #[derive(Clone, Copy)]
 pub(super) struct Io {
     req: ReqId,
@@ -262,8 +262,8 @@ impl<S: Shared> Engine<S> {
     }
 
     pub(super) fn io_done(&mut self, io: Io, mut result: Result<(), Errno>, out: &mut Vec<Action>) {
-        // A write that failed was answered so; what it left of the zeroes in a new host cluster is its content. Were the entry
-        // held back for ever, its slot in the shared table would be lost.
+        // A failed write is ready, too: its request fails, and the content is whatever is in the new host cluster,
+        // zeroes or new bytes. Were the entry kept back, its slot in the shared table would never become free.
         let wrote = io.kind != RequestKind::Read && io.extent.level == self.top;
         for cluster in io.clusters() {
             let entry = self.map.leave(cluster);
@@ -301,8 +301,8 @@ impl<S: Shared> Engine<S> {
         for (level, config) in self.config.levels.iter().enumerate() {
             match *config {
                 LevelConfig::Raw { bytes } => {
-                    let held = bytes.div_ceil(1 << self.config.cluster_shift).min(clusters.end);
-                    for c in clusters.start..held {
+                    let end = bytes.div_ceil(1 << self.config.cluster_shift).min(clusters.end);
+                    for c in clusters.start..end {
                         let entry = content.entry(c as u32);
                         entry.set_location(Some((level as u8, c as u32)));
                         entry.mark(MapEntry::LOWER, (level as u8) < self.top);
@@ -376,19 +376,15 @@ impl<S: Shared> Engine<S> {
         // The target of a merge has grown since the chain was opened.
         let grown = self.target_end(level).filter(|_| !breaks(Breach::StaleTargetEnd));
         let limit = if writable_top { u32::MAX } else { grown.unwrap_or(file_clusters) };
-        let per_entry = if v1 { 1u32 << (self.config.cluster_shift - 9) } else { 1 };
+        let unit = bat::Unit::of(v1, self.config.cluster_shift);
         let range = clusters_of(page);
         let Some(loading) = self.map.loading(page) else { return Err(IO) };
-        debug_assert_eq!(bytes.len(), bat::ENTRIES * 4);
+        debug_assert_eq!(bytes.len(), BAT_PAGE);
         for c in range.start..range.end.min(u64::from(clusters)) {
-            let slot = bat::index_of(c as u32) * 4;
-            let raw = u32::from_le_bytes([bytes[slot], bytes[slot + 1], bytes[slot + 2], bytes[slot + 3]]);
-            if raw == 0 {
+            let raw = bat::load(bytes, bat::index_of(c as u32));
+            let host_cluster = unit.decode_within(raw, first_data, limit).ok_or(IO)?;
+            if host_cluster == 0 {
                 continue;
-            }
-            let host_cluster = raw / per_entry;
-            if !raw.is_multiple_of(per_entry) || host_cluster < first_data || host_cluster >= limit {
-                return Err(IO);
             }
             let entry = loading.page.entry(c as u32);
             match entry.location() {

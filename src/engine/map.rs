@@ -1,9 +1,10 @@
-//! The chain as one map: cluster -> (level, host cluster), two levels, filled on demand from the BATs of all levels, so that
-//! a lookup costs the same whatever the depth. A page of the map covers the clusters of one BAT page.
+//! The chain as one map: cluster -> (level, host cluster). It has a directory and pages, filled on demand from the BATs
+//! of all levels, so that a lookup costs the same whatever the depth of the chain. A page covers the clusters of one
+//! BAT page.
 
 use super::api::Errno;
 use super::request::Fragment;
-use crate::format::bat::{ENTRIES, index_of, page_of};
+use crate::format::bat::{ENTRIES, index_of, page_of, pages_for};
 
 const LEVEL_SHIFT: u32 = 32;
 const COUNT_SHIFT: u32 = 40;
@@ -14,9 +15,9 @@ const NO_LEVEL: u64 = 0xFF;
 pub struct MapEntry(u64);
 
 impl MapEntry {
-    /// A job has the cluster: see `cluster operation`.
+    /// A cluster operation has locked the cluster: see `cluster_op`.
     pub const LOCKED: u64 = 1 << 56;
-    /// The top's entry differs from the durable one: see `dirty`.
+    /// The top's entry differs from the durable one: see `pending`.
     pub const PENDING: u64 = 1 << 57;
     /// A level below the top has the cluster too.
     pub const LOWER: u64 = 1 << 58;
@@ -55,7 +56,7 @@ impl MapEntry {
 /// One page of the map in memory.
 pub struct Page {
     entry: Box<[MapEntry; ENTRIES]>,
-    /// Operations, cluster_ops and changes that need the page to stay.
+    /// Operations in flight, cluster operations and pending updates that need the page to stay.
     pins: u32,
     used: bool,
 }
@@ -100,9 +101,8 @@ pub struct Map {
 impl Map {
     /// For so many clusters; at most about `limit` idle pages stay in memory.
     pub fn new(clusters: u64, limit: usize) -> Map {
-        let pages = clusters.checked_sub(1).map_or(0, |last| page_of(last as u32) as usize + 1);
         Map {
-            dir: std::iter::repeat_with(|| Slot::Absent).take(pages).collect(),
+            dir: std::iter::repeat_with(|| Slot::Absent).take(pages_for(clusters)).collect(),
             resident: Vec::new(),
             hand: 0,
             limit: limit.max(1),

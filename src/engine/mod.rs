@@ -1,18 +1,20 @@
 #![forbid(unsafe_code)]
 //! The I/O engine: read, write, zero, flush, allocation, copy-on-write.
 //!
-//! A machine without threads, clocks or files: [`api`] says what goes in and what comes out. The rules it keeps:
+//! The engine has no threads, clocks or files: its caller, a worker or the simulation, feeds it events and carries out
+//! the actions that it asks for ([`api`]). The rules that it keeps:
 //!
 //! - Data before entry: a BAT page written by a flush holds only entries whose data writes had completed before that
 //!   flush's data sync began; a later change keeps its last durable value in it ([`pending`], [`flush`]).
 //! - A flush joins only a cycle that starts after it arrived.
-//! - Nothing is given out twice: a host cluster is reused when neither the durable BAT nor a page on its way to the disk names
-//!   it and nothing is in flight on it ([`pending`], [`space`]).
-//! - An entry is published when the whole cluster's content is right: a host cluster allocated in this run and never written
-//!   reads as zero; any other is zeroed, copied up or wholly written first ([`cluster operation`]).
-//! - A failed sync or BAT write is final: no more cycles, every flush fails.
+//! - No host cluster is allocated twice: it is reused when neither the durable BAT nor a page on its way to the disk
+//!   names it and nothing is in flight on it ([`pending`], [`space`]).
+//! - An entry is published when the whole cluster's content is right: a host cluster allocated in this run and never
+//!   written reads as zero; any other is zeroed, copied up or wholly written first ([`cluster_op`]).
+//! - A failed sync or BAT write is final: the engine begins no more cycles, and every flush fails.
 //!
-//! Reads and writes of mapped clusters take one look at the [`map`] and end in one file operation.
+//! A read or write of mapped clusters takes one lookup in the [`map`] and one file operation. Merges and relocation
+//! work on the same clusters meanwhile ([`background`]).
 
 pub mod api;
 mod background;
@@ -51,7 +53,7 @@ enum Op {
         page: u32,
         level: u8,
     },
-    /// Step of the cluster operation that holds this cluster.
+    /// Step of the cluster operation that has locked this cluster.
     ClusterOp {
         cluster: u32,
     },
@@ -75,13 +77,13 @@ pub struct Engine<S: Shared> {
     reqs: IntMap<ReqId, Req>,
     ops: Slab<Op>,
     cluster_ops: IntMap<u32, ClusterOp>,
-    /// Segments to be worked on in this step.
+    /// Fragments to be worked on in this step.
     ready: VecDeque<Fragment>,
-    /// Operations that met ENOSPC and wait for the next tick, with the number of their retry.
+    /// Operations that met ENOSPC: each is repeated at the next tick.
     waiting_for_space: Vec<OpId>,
     bounces: Vec<BounceId>,
     bounce_wait: VecDeque<u32>,
-    /// Segments that wait for a slot of the shared table.
+    /// Fragments that wait for a slot of the shared table.
     slot_wait: Vec<Fragment>,
     /// Ticks after which writes do not wait for space any longer.
     enospc_limit: Option<u32>,
@@ -105,7 +107,8 @@ const TOO_BIG: Errno = 27;
 const CANCELED: Errno = 125;
 
 impl<S: Shared> Engine<S> {
-    /// An engine over an opened chain. `carried` is what a dead worker's shared table held that the disk does not.
+    /// An engine over an opened chain. `carried`: the updates of the shared table of a worker that exited which are not
+    /// on disk.
     pub fn new(config: Config, carried: Vec<Carried>, shared: S) -> Self {
         let clusters = config.device_bytes.div_ceil(1 << config.cluster_shift);
         let top = config.levels.len().saturating_sub(1) as u8;
@@ -142,7 +145,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Writes that find no space wait for so many ticks; `None`, as at first: for ever.
+    /// Writes that find no space wait for so many ticks, then fail; `None`, the default: without limit.
     pub fn set_enospc_limit(&mut self, ticks: Option<u32>) {
         self.enospc_limit = ticks;
     }
@@ -154,7 +157,7 @@ impl<S: Shared> Engine<S> {
             Event::Done { op, result } => self.done(op, result, out),
             Event::BatRead { op, result } => self.bat_read(op, result, out),
             Event::Tick => self.tick(out),
-            Event::HoldForSpace(hold) => self.hold_for_space(hold, out),
+            Event::WaitForSpace(allowed) => self.set_wait_for_space(allowed, out),
             Event::Background(control) => self.control_background(control, out),
             Event::Close => self.close(out),
         }
@@ -253,7 +256,7 @@ impl<S: Shared> Engine<S> {
         }
         match self.ops.remove(op.0) {
             Some(Op::Io(io)) => self.io_done(io, result, out),
-            Some(Op::ClusterOp { cluster }) => self.cluster_op_step_done(cluster, result, out),
+            Some(Op::ClusterOp { cluster }) => self.step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),
             Some(Op::Background(op)) => self.background_op_done(op, result, out),
             Some(Op::Sync) => self.sync_done(result, out),
@@ -263,24 +266,24 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Writes may wait for space now.
-    fn holds(&self) -> bool {
+    /// Whether a write that finds no space may wait.
+    fn may_wait_for_space(&self) -> bool {
         self.wait_for_space && !self.closing && self.enospc_limit.is_none_or(|p| self.waited < p)
     }
 
-    /// A write that met ENOSPC waits for the next tick if that is allowed; what must not be held fails.
+    /// A write that met ENOSPC waits for the next tick if that is allowed. False: the operation fails.
     fn defer_for_space(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
-        let held = match self.ops.get(op.0) {
-            _ if !self.holds() => None,
+        let waits = match self.ops.get(op.0) {
+            _ if !self.may_wait_for_space() => None,
             Some(Op::Io(io)) if io.is_write() && io.level() == self.top => Some((io.clusters(), false)),
             Some(&Op::ClusterOp { cluster }) if self.cluster_ops.get(&cluster).is_some_and(ClusterOp::may_wait) => {
                 Some((cluster..cluster + 1, true))
             }
             _ => None,
         };
-        let Some((clusters, locked)) = held else { return false };
+        let Some((clusters, locked)) = waits else { return false };
         if matches!(self.ops.get(op.0), Some(Op::Io(io)) if io.is_half()) {
-            // Others to the same sectors would wait with it.
+            // Other writes to the same sectors would wait with it.
             self.abort_background(NO_SPACE, out);
         }
         self.waiting_for_space.push(op);
@@ -311,7 +314,7 @@ impl<S: Shared> Engine<S> {
         for op in std::mem::take(&mut self.waiting_for_space) {
             match self.ops.get(op.0) {
                 Some(Op::Io(io)) => out.push(io.action(op)),
-                Some(&Op::ClusterOp { cluster }) => self.cluster_op_again(cluster, op, out),
+                Some(&Op::ClusterOp { cluster }) => self.repeat_step(cluster, op, out),
                 _ => {}
             }
         }
@@ -326,14 +329,14 @@ impl<S: Shared> Engine<S> {
         self.let_waiting_fail(out);
     }
 
-    fn hold_for_space(&mut self, hold: bool, out: &mut Vec<Action>) {
-        self.wait_for_space = hold;
-        if !hold {
+    fn set_wait_for_space(&mut self, allowed: bool, out: &mut Vec<Action>) {
+        self.wait_for_space = allowed;
+        if !allowed {
             self.let_waiting_fail(out);
         }
     }
 
-    /// What waits for space is tried once more, and fails if there is none.
+    /// Every operation that waits for space is tried once more, and fails if there is none.
     fn let_waiting_fail(&mut self, out: &mut Vec<Action>) {
         for op in std::mem::take(&mut self.waiting_for_space) {
             self.done(op, Err(NO_SPACE), out);
@@ -373,8 +376,8 @@ impl<S: Shared> Engine<S> {
                 self.ready.extend(std::mem::take(&mut self.space.waiters));
             }
             Err(NO_SPACE) if self.space.not_grown() => {}
-            Err(NO_SPACE) if self.holds() => {
-                // Writes wait for space. A zeroing must not be held: on a loop device it would stop all other I/O.
+            Err(NO_SPACE) if self.may_wait_for_space() => {
+                // Writes wait for space. A zeroing must not wait: on a loop device it would stop all other I/O.
                 for fragment in std::mem::take(&mut self.space.waiters) {
                     if self.is_write(fragment.req) || breaks(Breach::HoldZeroings) {
                         self.space.waiters.push(fragment);

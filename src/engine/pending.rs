@@ -1,7 +1,7 @@
-//! Changes of the top's BAT that are not durable yet.
+//! Pending BAT updates: changes of the top's BAT that are not durable yet.
 //!
-//! Each is kept in the shared table too, so that a worker's successor has it. A host cluster may be used again only when
-//! neither the durable BAT nor a BAT page on its way to the disk can name it.
+//! Each is in the shared table, too, so that the worker that takes over has it. A host cluster may be used again only
+//! when neither the durable BAT nor a BAT page on its way to the disk can name it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::api::{Carried, Shared};
 use super::breach::{Breach, breaks};
 
-/// The entry of one cluster: what it is to be, and what the disk may say. Places are image clusters, 0: none.
+/// The entry of one cluster: what it is to be, and what the disk may say. Values are host clusters, 0: none.
 #[derive(Clone, Copy, Debug)]
 pub struct Change {
     pub current: u32,
@@ -22,8 +22,9 @@ pub struct Change {
 }
 
 impl Change {
-    /// What a cycle that starts now may write: a host cluster only with its data. Until then the cluster was in no host cluster (only
-    /// such a change is not ready), and an older entry on disk must not outlive that either.
+    /// What a cycle that starts now may write: a host cluster only once its data is written. A change that is not ready
+    /// is the first of a cluster that was not mapped, so that 0 is written for it: an older entry must not stay on
+    /// disk.
     fn writable(&self) -> u32 {
         if self.ready || breaks(Breach::EntryWithoutData) { self.current } else { 0 }
     }
@@ -51,7 +52,7 @@ fn pack(cluster: u32, host_cluster: u32) -> u64 {
 }
 
 impl<S: Shared> PendingUpdates<S> {
-    /// Takes over what a dead worker left; every other slot is cleared.
+    /// Takes over the updates that a worker left when it exited, and clears every other slot.
     pub fn new(shared: S, carried: &[Carried]) -> Self {
         let mut changes = BTreeMap::new();
         let mut taken = vec![false; shared.slots()];
@@ -117,9 +118,9 @@ impl<S: Shared> PendingUpdates<S> {
         !self.free_slots.is_empty() || self.changes.contains_key(&cluster)
     }
 
-    /// The entry of `cluster` becomes `host cluster`. `durable` is what the disk says if there is no change yet, `slot` one
-    /// taken before (else one is taken here; see [`has_slot_for`](Self::has_slot_for)). Returns a host cluster that nothing
-    /// names any more.
+    /// The entry of `cluster` becomes `host_cluster`. `durable`: what the disk says if there is no change yet. `slot`:
+    /// one taken before, else one is taken here; see [`has_slot_for`](Self::has_slot_for). Returns a host cluster that
+    /// neither memory nor disk names any more.
     pub fn set(
         &mut self,
         cluster: u32,
@@ -152,7 +153,7 @@ impl<S: Shared> PendingUpdates<S> {
         }
     }
 
-    /// What a cycle that starts now takes along; each is marked as being written.
+    /// The changes that a cycle which starts now writes; each is marked as being written.
     pub fn start(&mut self) -> Vec<u32> {
         let mut going = Vec::new();
         for (cluster, change) in &mut self.changes {
@@ -167,8 +168,8 @@ impl<S: Shared> PendingUpdates<S> {
         going
     }
 
-    /// The cycle made the cluster's written value durable. Returns whether the change is over, and a host cluster that is
-    /// free now.
+    /// The cycle made the cluster's written value durable. Returns whether the change is over, and a host
+    /// cluster that is free now.
     pub fn made_durable(&mut self, cluster: u32) -> (bool, Option<u32>) {
         let Some(change) = self.changes.get_mut(&cluster) else { return (false, None) };
         let Some(written) = change.writing.take() else { return (false, None) };

@@ -41,7 +41,7 @@ pub struct Fragment {
 pub struct Req {
     pub kind: RequestKind,
     pub offset: u64,
-    /// Segments waiting and operations in flight.
+    /// Fragments waiting and operations in flight.
     pub pending: u32,
     pub error: Option<Errno>,
 }

@@ -28,7 +28,7 @@ pub struct Space {
     /// The last attempt met ENOSPC: smaller steps until it works again.
     step: u32,
     pub no_space: bool,
-    /// Until the next tick no other attempt is made.
+    /// No further attempt to grow the file is made until the next tick.
     pub blocked: bool,
     pub waiters: Vec<Fragment>,
 }

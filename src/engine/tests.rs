@@ -329,7 +329,7 @@ fn waiting_for_space_has_an_end() {
             r.run();
             assert_eq!(r.replies.get(&write), None);
         }
-        r.event(if by_command { Event::HoldForSpace(false) } else { Event::Tick });
+        r.event(if by_command { Event::WaitForSpace(false) } else { Event::Tick });
         r.run();
         assert_eq!(r.replies[&write], Err(28));
         // The next one waits again, or fails at once while the device is being stopped.
@@ -338,7 +338,7 @@ fn waiting_for_space_has_an_end() {
         r.run();
         assert_eq!(r.replies.get(&next), by_command.then_some(&Err(28)));
         r.no_space = false;
-        r.event(Event::HoldForSpace(true));
+        r.event(Event::WaitForSpace(true));
         r.event(Event::Tick);
         r.run();
         r.write(0, 512, 2);

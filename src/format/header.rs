@@ -259,7 +259,7 @@ impl Header {
         self.cluster
     }
 
-    /// Not closed cleanly: in use, or in a state that nobody documents. "v2.1" is a clean state.
+    /// Not closed cleanly: in use, or in a state that no document knows. "v2.1" is a clean state.
     pub fn is_marked(&self) -> bool {
         self.in_use != 0 && self.in_use != CLOSED_V21
     }

@@ -83,10 +83,10 @@ fn places_of_entries() {
     assert_eq!(bat::decode(Version::V1, cluster(128), u32::MAX), Entry::Misaligned);
     assert_eq!(bat::decode(Version::V2, cluster(128), 641), Entry::At(641));
     assert_eq!(bat::encode(Version::V1, cluster(128), 5), Some(640));
-    let limit = bat::place_limit(Version::V1, cluster(128));
+    let limit = bat::host_cluster_limit(Version::V1, cluster(128));
     assert!(bat::encode(Version::V1, cluster(128), limit - 1).is_some());
     assert!(bat::encode(Version::V1, cluster(128), limit).is_none());
-    assert_eq!(bat::place_limit(Version::V1, cluster(131_072)), 32768);
+    assert_eq!(bat::host_cluster_limit(Version::V1, cluster(131_072)), 32768);
 }
 
 #[test]
@@ -216,12 +216,28 @@ proptest! {
     }
 
     #[test]
-    fn entries_come_back(place in 1u32.., shift in 6u32..18, v1 in any::<bool>()) {
+    fn entries_come_back(host_cluster in 1u32.., shift in 6u32..18, v1 in any::<bool>()) {
         let version = if v1 { Version::V1 } else { Version::V2 };
         let c = cluster(1 << shift);
-        match bat::encode(version, c, place) {
-            Some(entry) => prop_assert_eq!(bat::decode(version, c, entry), Entry::At(place)),
-            None => prop_assert!(place >= bat::place_limit(version, c)),
+        match bat::encode(version, c, host_cluster) {
+            Some(entry) => prop_assert_eq!(bat::decode(version, c, entry), Entry::At(host_cluster)),
+            None => prop_assert!(host_cluster >= bat::host_cluster_limit(version, c)),
         }
+    }
+}
+
+#[test]
+fn pages_of_a_table() {
+    assert_eq!([0, 1, 1008, 1009, 1 << 32].map(bat::pages_for), [0, 1, 1, 2, 4_194_305]);
+    assert_eq!((bat::clusters_of(0), bat::clusters_of(1)), (0..1008, 1008..2032));
+    let unit = bat::Unit::of(true, 16);
+    let mut page = [0; bat::PAGE_BYTES];
+    bat::store(&mut page, 1023, unit.entry(7));
+    assert_eq!((bat::load(&page, 1023), &page[4092..]), (7 * 128, &[0x80, 3, 0, 0][..]));
+    assert_eq!(bat::load(&page[..100], 25), 0);
+    assert_eq!(unit.decode_within(7 * 128, 1, 8), Some(7));
+    assert_eq!(unit.decode_within(0, 1, 8), Some(0));
+    for damaged in [7 * 128 + 1, 8 * 128, 128] {
+        assert_eq!(unit.decode_within(damaged, 2, 8), None);
     }
 }

@@ -56,8 +56,8 @@ pub struct CheckReport {
 /// At most so many findings are told one by one.
 const TOLD: usize = 16;
 
-/// Checks the image at `path`; `dir` is the folder of the descriptor that names it, see [`open_level`]. The caller has made
-/// sure that nobody has it open for writing.
+/// Checks the image at `path`; `dir` is the folder of the descriptor that names it, see [`open_level`]. The caller has
+/// made sure that no program has it open for writing.
 ///
 /// Errors carry the classic's codes: 4 cannot be opened, 6 too short, 7 would need writing and may not, 11 damaged or
 /// sparse, 17 conversion interrupted, 37 marked in use, 38 wrong flags.
@@ -231,7 +231,7 @@ impl Check<'_> {
     }
 
     fn note_unused(&mut self, header: &Header, found: &Scan) {
-        let gaps = found.places.gaps(header.first_data(), found.end);
+        let gaps = found.used.gaps(header.first_data(), found.end);
         let count: u64 = gaps.iter().map(|g| u64::from(g.end - g.start)).sum();
         if let Some(first) = gaps.first() {
             self.notes
@@ -246,9 +246,9 @@ impl Check<'_> {
         }
         let file = self.writable()?;
         let sync = |file: &File| store::sync_all(file).ctx(Kind::Fsync, || "cannot sync");
-        for slot in &findings.drop {
-            write_all(&file, &[0; 4], bat::HEADER_BYTES + 4 * slot)
-                .ctx(Kind::Write, || format!("cannot write the BAT entry of cluster {slot}"))?;
+        for index in &findings.drop {
+            write_all(&file, &[0; 4], bat::offset_of(*index))
+                .ctx(Kind::Write, || format!("cannot write the BAT entry of cluster {index}"))?;
         }
         if !findings.drop.is_empty() {
             sync(&file)?;

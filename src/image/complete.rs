@@ -21,7 +21,8 @@ const CHUNK: u64 = 1 << 20;
 /// extents anew.
 const ROUNDS: usize = 8;
 
-/// Completes the part `[0, len)` of a file that nobody else writes. `len` is a multiple of the cluster. Does not sync.
+/// Completes the part `[0, len)` of a file that no other program writes. `len` is a multiple of the cluster. Does not
+/// sync.
 ///
 /// Errors leave the content as it was: out of space, for one, only means that the image stays sparse. Nothing is filled
 /// if not all can be, so that a full host is not made fuller.
@@ -29,8 +30,8 @@ pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
     fill_gaps(file, cluster, len, true)
 }
 
-/// The same for a raw file, whose holes are its owner's choice and stay: only unwritten space off cluster borders, which
-/// zeroing leaves, is filled. `len` may be any.
+/// The same for a raw file, whose holes are its owner's choice and stay: only unwritten space off cluster borders,
+/// which zeroing leaves, is filled. `len` may be any.
 pub fn complete_raw(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
     fill_gaps(file, cluster, len, false)
 }

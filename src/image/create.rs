@@ -47,8 +47,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 /// Bytes written at once, or a cluster if that is more.
 const WINDOW: u64 = 4 << 20;
 
-/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up to
-/// a cluster. A file of that name is an error (38) and stays; after any error nothing of ours is left.
+/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up
+/// to a cluster. A file of that name is an error (38) and stays; after any error nothing of ours is left.
 pub fn create_delta(path: &Path, version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
     let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
     let built = create(path, &params, &mut |_, _| Ok(()))?;
@@ -105,7 +105,7 @@ fn plan(params: &Params, sectors: u64) -> Result<Plan> {
     let header = Header::new(params.version, params.cluster, sectors)?;
     if params.mode == ImageMode::Preallocated {
         let end = u64::from(header.first_data()) + u64::from(header.clusters());
-        if end > u64::from(bat::place_limit(params.version, params.cluster)) {
+        if end > u64::from(bat::host_cluster_limit(params.version, params.cluster)) {
             bail!(
                 Param,
                 "disk size {sectors} sectors: a preallocated version {} image cannot name so many clusters",
@@ -153,7 +153,7 @@ impl Work<'_> {
         let (version, cluster) = (self.params.version, self.params.cluster);
         let table = u64::from(header.first_data()) * size;
         self.total = table + self.content.bytes();
-        let mut place = header.first_data();
+        let mut host_cluster = header.first_data();
         let mut entries: Vec<(u32, u32)> = Vec::new();
         self.windows(&mut |work, at, window| {
             let clusters = window.len() as u64 / size;
@@ -164,14 +164,14 @@ impl Work<'_> {
                     i += 1;
                     continue;
                 }
-                work.write(part(window, i, run, size), u64::from(place) * size)?;
+                work.write(part(window, i, run, size), u64::from(host_cluster) * size)?;
                 for n in i..i + run {
-                    let entry = bat::encode(version, cluster, place).filter(|_| place < u32::MAX);
+                    let entry = bat::encode(version, cluster, host_cluster).filter(|_| host_cluster < u32::MAX);
                     let Some(entry) = entry else {
-                        bail!(Param, "version {} cannot name image cluster {place}", version.number());
+                        bail!(Param, "version {} cannot name image cluster {host_cluster}", version.number());
                     };
                     entries.push(((at / size + n) as u32, entry));
-                    place += 1;
+                    host_cluster += 1;
                 }
                 i += run;
             }
@@ -191,10 +191,10 @@ impl Work<'_> {
             }
         })?;
         self.plan.header = Some(header);
-        Ok(u64::from(place) * size)
+        Ok(u64::from(host_cluster) * size)
     }
 
-    /// Every cluster has its place from the start, reserved and reading as zero where nothing is written.
+    /// Every cluster has a host cluster from the start, reserved and reading as zero where nothing is written.
     fn preallocated(&mut self) -> Result<u64> {
         let mut header = self.header()?;
         // All of them are data clusters.
@@ -260,7 +260,7 @@ impl Work<'_> {
         Ok(true)
     }
 
-    /// Content at its place on the disk plus `shift`, whole clusters.
+    /// Content at its position on the disk plus `shift`, whole clusters.
     fn content_in_place(&mut self, shift: u64) -> Result<()> {
         self.windows(&mut |work, at, window| {
             if is_zero(window) { Ok(()) } else { work.write(window, shift + at) }

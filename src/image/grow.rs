@@ -14,8 +14,8 @@ use super::target::Target;
 const CHUNK: u64 = 4 << 20;
 
 /// Grows the disk of an image that is marked in use to `sectors` (rounded up to a cluster). The content is the same at
-/// every instant: the old header stays valid until the new one is written, what moves is named at its new place before
-/// its old one is cleared. Added clusters read as unallocated. Smaller is `Param`, equal changes nothing.
+/// every instant: the old header stays valid until the new one is written, what moves is named at its new position
+/// before its old one is cleared. Added clusters read as unallocated. Smaller is `Param`, equal changes nothing.
 pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     let old = target.header;
     let name = target.name.display().to_string();
@@ -30,10 +30,10 @@ pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     }
     let new = Header { in_use: old.in_use, flags: old.flags, ..Header::new(old.version, old.cluster, sectors)? };
     let (old_first, first) = (old.first_data(), new.first_data());
-    // Slots that were no cluster's become one's.
+    // Entries behind the old disk's last cluster become those of clusters.
     let stale: Vec<u64> = target.table.beyond.drain(..).collect();
-    for slot in &stale {
-        write_all(target.file, &[0; 4], bat::HEADER_BYTES + 4 * slot)
+    for index in &stale {
+        write_all(target.file, &[0; 4], bat::offset_of(*index))
             .ctx(Kind::Write, || format!("cannot write the BAT of {name}"))?;
     }
     if !stale.is_empty() {
@@ -51,7 +51,7 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
     let name = target.name.display().to_string();
     let size = target.cluster().bytes();
     let old_first = target.header.first_data();
-    // Places before the new border are not given out any more.
+    // Host clusters before the new border are not given out any more.
     for gap in &mut target.table.free {
         gap.start = gap.start.max(first).min(gap.end.max(first));
         gap.end = gap.end.max(gap.start);
@@ -67,26 +67,26 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
     target.table.end = target.table.end.max(first);
 
     let moving: Vec<(usize, u32, u32)> = (target.table.entries.iter().enumerate())
-        .filter(|(_, (_, place))| *place < first)
-        .map(|(i, (cluster, place))| (i, *cluster, *place))
+        .filter(|(_, (_, host_cluster))| *host_cluster < first)
+        .map(|(i, (cluster, host_cluster))| (i, *cluster, *host_cluster))
         .collect();
     target.check_room(moving.len() as u64)?;
     // Clusters that the file does not have yet: what is behind the old end is zeroed, what moves there is written.
     zero(target, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
     let mut moved = Vec::with_capacity(moving.len());
-    for &(index, cluster, place) in &moving {
+    for &(index, cluster, host_cluster) in &moving {
         let to = target.allocate(1)?.start;
-        copy(target, u64::from(place) * size, u64::from(to) * size)?;
+        copy(target, u64::from(host_cluster) * size, u64::from(to) * size)?;
         moved.push((index, cluster, to));
     }
-    let places: Vec<(u32, u32)> = moved.iter().map(|(_, cluster, to)| (*cluster, *to)).collect();
-    target.publish(&places)?;
+    let entries: Vec<(u32, u32)> = moved.iter().map(|(_, cluster, to)| (*cluster, *to)).collect();
+    target.publish(&entries)?;
     for (index, _, to) in moved {
         if let Some(entry) = target.table.entries.get_mut(index) {
             entry.1 = to;
         }
     }
-    // Only now does nothing name the old places any more.
+    // Only now does nothing name the old host clusters any more.
     zero(target, u64::from(old_first) * size..whole.min(u64::from(first) * size))?;
     target.sync()
 }

@@ -1,8 +1,8 @@
-//! Locks that prove who uses an image file: those that a server holds, and those that other programs (qemu, the newer
-//! line) look at.
+//! Locks on an image file that show which program uses it: those that a worker takes, and those that qemu and the newer
+//! line look at.
 //!
 //! Who writes to an image holds an exclusive flock on it. Who only reads a delta of a running chain shares bytes with
-//! other readers, so that an operation that is to change a lower delta can know that nobody reads it.
+//! other readers, so that an operation that is to change a lower delta can know that no program reads it.
 
 use std::fs::File;
 use std::io;
@@ -21,8 +21,8 @@ use crate::sys::calm;
 use super::open::{Access, open_level, reopen};
 
 /// Bytes that tell other programs what is done with an image, as qemu does it: a shared lock on 100 + n says "I use
-/// permission n", on 200 + n "nobody else may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock on
-/// 200 to 204 for "in use", too.
+/// permission n", on 200 + n "no other program may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock
+/// on 200 to 204 for "in use", too.
 const USES_READ: i64 = 100;
 const USES_WRITE: i64 = 101;
 const USES_RESIZE: i64 = 103;
@@ -30,38 +30,39 @@ const NO_OTHER_WRITE: i64 = 201;
 const NO_OTHER_RESIZE: i64 = 203;
 const WRITING: [i64; 4] = [USES_WRITE, USES_RESIZE, NO_OTHER_WRITE, NO_OTHER_RESIZE];
 
-/// Who else may use the file meanwhile.
+/// What other programs may do with the file while it is locked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Others {
-    /// Its content is only read: others may read it, too.
+pub enum Sharing {
+    /// The operation only reads the content: other programs may read it, too.
     Readers,
-    /// Its content changes, or the file goes.
-    Nobody,
+    /// The operation changes the content, or removes the file: no other program may read or write it.
+    Exclusive,
 }
 
-/// An image file that nobody else writes to while this lives.
+/// An image file, locked: no other program writes to it until this is dropped.
 #[derive(Debug)]
-pub struct Held {
+pub struct LockedImage {
     pub file: File,
     pub path: PathBuf,
 }
 
-/// Opens an image and makes sure that nobody else writes to it, or reads it if `others` says so, for as long as the
-/// answer lives. `Busy` if somebody does. `dir`: folder of the descriptor that names it, see [`open_level`].
-pub fn hold(path: &Path, dir: Option<&Path>, access: Access, others: Others) -> Result<Held> {
-    hold_open(&open_level(path, dir)?, path, access, others)
+/// Opens an image and locks it: no other program writes to it, or with [`Sharing::Exclusive`] reads it, until the
+/// result is dropped. Fails with `Busy` if another program does. `dir`: folder of the descriptor that names it, see
+/// [`open_level`].
+pub fn lock_image(path: &Path, dir: Option<&Path>, access: Access, sharing: Sharing) -> Result<LockedImage> {
+    lock_open(&open_level(path, dir)?, path, access, sharing)
 }
 
 /// The same for an image that is known by a descriptor, and called `path`.
-pub fn hold_open(fd: &OwnedFd, path: &Path, access: Access, others: Others) -> Result<Held> {
+pub fn lock_open(fd: &OwnedFd, path: &Path, access: Access, sharing: Sharing) -> Result<LockedImage> {
     let (file, _) = reopen(fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-    let held = Held { file, path: path.to_owned() };
-    held.lock(others)?;
-    Ok(held)
+    let image = LockedImage { file, path: path.to_owned() };
+    image.lock(sharing)?;
+    Ok(image)
 }
 
-impl Held {
-    fn lock(&self, others: Others) -> Result<()> {
+impl LockedImage {
+    fn lock(&self, sharing: Sharing) -> Result<()> {
         match retry(|| calm::flock_exclusive(&self.file, false)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 bail!(Busy, "image {} is in use by a program that writes to it", self.path.display())
@@ -70,9 +71,9 @@ impl Held {
             Err(_) => {}
             Ok(()) => {}
         }
-        let told = match others {
-            Others::Readers => tell_reading(&self.file),
-            Others::Nobody => tell_alone(&self.file),
+        let told = match sharing {
+            Sharing::Readers => tell_reading(&self.file),
+            Sharing::Exclusive => tell_alone(&self.file),
         };
         told.map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
@@ -83,17 +84,18 @@ impl Held {
     }
 }
 
-/// Tells others that the file is read, for as long as its description is open. `WouldBlock` if somebody writes to it.
+/// Shows other programs that the file is read, until its description is closed. `WouldBlock` if one of them writes to
+/// it.
 pub fn tell_reading(file: &File) -> io::Result<()> {
     share(file, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])
 }
 
-/// Tells others that the file is written to. `WouldBlock` if somebody else uses it in a way that forbids that.
+/// Shows other programs that the file is written to. `WouldBlock` if one of them uses it in a way that forbids that.
 pub fn tell_writing(file: &File) -> io::Result<()> {
     share(file, &WRITING, &WRITING)
 }
 
-/// The same, and nobody may read it either.
+/// The same, and no other program may read it either.
 pub fn tell_alone(file: &File) -> io::Result<()> {
     share(file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(file))
 }
@@ -114,9 +116,9 @@ fn byte_lock(kind: i32, byte: i64) -> libc::flock {
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
 }
 
-/// Takes shared locks on `bytes`, then looks that nobody else has one on `against`: of two that do so at the same time
-/// at least one notices. `WouldBlock`: somebody has. Where the file system has no such locks they are left out: they
-/// guard against other programs.
+/// Takes shared locks on `bytes`, then checks that no other program has one on `against`: of two that do so at the same
+/// time at least one notices. `WouldBlock`: another program has. Where the file system has no such locks they are left
+/// out: they guard against other programs.
 fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
     let lock = byte_lock;
     for byte in bytes {
@@ -160,22 +162,22 @@ mod tests {
         let path = dir.path().join("image");
         std::fs::write(&path, "x").unwrap();
         let write = Access { write: true, direct: false };
-        let get = |access, others| hold(&path, None, access, others).map_err(|e| e.kind());
-        let alone = get(write, Others::Nobody).unwrap();
-        assert_eq!(get(Access::default(), Others::Readers).unwrap_err(), Kind::Busy);
+        let get = |access, sharing| lock_image(&path, None, access, sharing).map_err(|e| e.kind());
+        let alone = get(write, Sharing::Exclusive).unwrap();
+        assert_eq!(get(Access::default(), Sharing::Readers).unwrap_err(), Kind::Busy);
         drop(alone);
         // A server's reader.
         let reader = File::open(&path).unwrap();
         tell_reading(&reader).unwrap();
-        drop(get(Access::default(), Others::Readers).unwrap());
-        assert_eq!(get(write, Others::Nobody).unwrap_err(), Kind::Busy);
-        // It lets others write for a while.
+        drop(get(Access::default(), Sharing::Readers).unwrap());
+        assert_eq!(get(write, Sharing::Exclusive).unwrap_err(), Kind::Busy);
+        // It lets other programs write for a while.
         tell_nothing(&reader).unwrap();
-        let writer = get(write, Others::Nobody).unwrap();
+        let writer = get(write, Sharing::Exclusive).unwrap();
         assert!(tell_reading(&reader).is_err());
         tell_nothing(&reader).unwrap();
         drop(writer);
         drop(reader);
-        get(write, Others::Nobody).unwrap();
+        get(write, Sharing::Exclusive).unwrap();
     }
 }

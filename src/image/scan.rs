@@ -22,20 +22,20 @@ const SEGMENT_BITS: u32 = 1 << 16;
 /// A set of image clusters. Memory comes for what is set, in segments of 8 KiB, so that neither a file's length nor a
 /// single wild entry costs more.
 #[derive(Default)]
-pub struct Places {
+pub struct HostClusters {
     segments: Vec<Option<Box<[u64; (SEGMENT_BITS / 64) as usize]>>>,
 }
 
-impl Places {
+impl HostClusters {
     /// Adds a cluster; false if it was in the set.
-    pub fn insert(&mut self, place: ImageCluster) -> bool {
-        let segment = (place / SEGMENT_BITS) as usize;
+    pub fn insert(&mut self, host_cluster: ImageCluster) -> bool {
+        let segment = (host_cluster / SEGMENT_BITS) as usize;
         if segment >= self.segments.len() {
             self.segments.resize_with(segment + 1, || None);
         }
         let Some(slot) = self.segments.get_mut(segment) else { return false };
         let words = slot.get_or_insert_with(|| Box::new([0; (SEGMENT_BITS / 64) as usize]));
-        let bit = place % SEGMENT_BITS;
+        let bit = host_cluster % SEGMENT_BITS;
         let word = &mut words[(bit / 64) as usize];
         let mask = 1 << (bit % 64);
         let new = *word & mask == 0;
@@ -43,9 +43,9 @@ impl Places {
         new
     }
 
-    pub fn contains(&self, place: ImageCluster) -> bool {
-        let bit = place % SEGMENT_BITS;
-        match self.segments.get((place / SEGMENT_BITS) as usize) {
+    pub fn contains(&self, host_cluster: ImageCluster) -> bool {
+        let bit = host_cluster % SEGMENT_BITS;
+        match self.segments.get((host_cluster / SEGMENT_BITS) as usize) {
             Some(Some(words)) => words[(bit / 64) as usize] >> (bit % 64) & 1 == 1,
             _ => false,
         }
@@ -72,9 +72,9 @@ impl Places {
                 None | Some(0) => add(at, stop),
                 Some(u64::MAX) => {}
                 Some(word) => {
-                    for place in at..stop {
-                        if word >> (place % 64) & 1 == 0 {
-                            add(place, place + 1);
+                    for host_cluster in at..stop {
+                        if word >> (host_cluster % 64) & 1 == 0 {
+                            add(host_cluster, host_cluster + 1);
                         }
                     }
                 }
@@ -112,7 +112,7 @@ pub struct Found {
 /// What a scan knows at its end.
 pub struct Scan {
     /// Clusters named by entries that lie inside the file, the table's own clusters not among them.
-    pub places: Places,
+    pub used: HostClusters,
     /// One more than the highest of them, at least `l1`.
     pub end: ImageCluster,
     /// How many entries of the disk's own clusters are not 0.
@@ -122,7 +122,7 @@ pub struct Scan {
 /// What a scan meets.
 pub trait Visitor {
     /// A sound entry of one of the disk's clusters.
-    fn entry(&mut self, _cluster: VirtCluster, _place: ImageCluster) {}
+    fn entry(&mut self, _cluster: VirtCluster, _host_cluster: ImageCluster) {}
     /// A bad one; an error ends the scan.
     fn problem(&mut self, found: Found, problem: Problem) -> Result<()>;
 }
@@ -144,7 +144,7 @@ pub fn scan(file: &File, header: &Header, file_len: u64, visitor: &mut dyn Visit
         header,
         file_clusters: file_len / cluster.bytes(),
         visitor,
-        out: Scan { places: Places::default(), end: first_data, mapped: 0 },
+        out: Scan { used: HostClusters::default(), end: first_data, mapped: 0 },
         failed: None,
     };
     let mut buf = AlignedBuf::new(CHUNK.min(table) as usize);
@@ -186,10 +186,10 @@ impl Work<'_> {
                 continue;
             }
             let first = at / 4 + (i * PAGE / 4) as u64;
-            for (slot, word) in (first..).zip(page.as_chunks::<4>().0) {
+            for (index, word) in (first..).zip(page.as_chunks::<4>().0) {
                 let entry = u32::from_le_bytes(*word);
-                if entry != 0 && slot >= bat::HEADER_SLOTS {
-                    self.entry(slot - bat::HEADER_SLOTS, entry)?;
+                if entry != 0 && index >= bat::HEADER_ENTRIES {
+                    self.entry(index - bat::HEADER_ENTRIES, entry)?;
                 }
             }
         }
@@ -202,20 +202,20 @@ impl Work<'_> {
         if beyond {
             self.visitor.problem(found, Problem::BeyondDisk)?;
         }
-        let place = match bat::decode(self.header.version, self.header.cluster, entry) {
-            Entry::At(place) => place,
+        let host_cluster = match bat::decode(self.header.version, self.header.cluster, entry) {
+            Entry::At(host_cluster) => host_cluster,
             // A slot that is no cluster's was reported; what it says does not matter then.
             _ if beyond => return Ok(()),
             _ => return self.visitor.problem(found, Problem::Misaligned),
         };
-        if u64::from(place) >= self.file_clusters {
+        if u64::from(host_cluster) >= self.file_clusters {
             return if beyond { Ok(()) } else { self.visitor.problem(found, Problem::BeyondFile) };
         }
-        if place < self.header.first_data() {
+        if host_cluster < self.header.first_data() {
             return if beyond { Ok(()) } else { self.visitor.problem(found, Problem::InTable) };
         }
-        self.out.end = self.out.end.max(place + 1);
-        let new = self.out.places.insert(place);
+        self.out.end = self.out.end.max(host_cluster + 1);
+        let new = self.out.used.insert(host_cluster);
         if beyond {
             return Ok(());
         }
@@ -223,14 +223,14 @@ impl Work<'_> {
             return self.visitor.problem(found, Problem::Twice);
         }
         self.out.mapped += 1;
-        self.visitor.entry(cluster as u32, place);
+        self.visitor.entry(cluster as u32, host_cluster);
         Ok(())
     }
 }
 
 /// Entry, value and rule in words.
 pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) -> String {
-    let at = bat::HEADER_BYTES + 4 * found.cluster;
+    let at = bat::offset_of(found.cluster);
     let value = found.entry;
     let head = format!("BAT entry of cluster {} (offset {at}) is {value}", found.cluster);
     match problem {

@@ -8,10 +8,10 @@ use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
 
 /// Pages are written in stretches of up to so many bytes.
 const STRETCH: u64 = 1 << 20;
-const PAGE: u64 = bat::PAGE_SLOTS * 4;
+const PAGE: u64 = bat::PAGE_BYTES as u64;
 
-/// Writes entries given as (cluster, value), ascending by cluster. Neighbouring pages go in one write, everything else in
-/// them stays as it is. Does not sync.
+/// Writes entries given as (cluster, value), ascending by cluster. Neighbouring pages go in one write, everything else
+/// in them stays as it is. Does not sync.
 pub fn write_entries(file: &File, entries: &[(u32, u32)]) -> io::Result<()> {
     let mut rest = entries;
     let mut buf = None;
@@ -34,8 +34,8 @@ pub fn write_entries(file: &File, entries: &[(u32, u32)]) -> io::Result<()> {
         read_exact(file, bytes, start)?;
         for &(cluster, entry) in now {
             let at = (bat::entry_offset(cluster) - start) as usize;
-            if let Some(slot) = bytes.get_mut(at..at + 4) {
-                slot.copy_from_slice(&entry.to_le_bytes());
+            if let Some(bytes) = bytes.get_mut(at..at + 4) {
+                bytes.copy_from_slice(&entry.to_le_bytes());
             }
         }
         write_all(file, bytes, start)?;

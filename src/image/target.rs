@@ -1,5 +1,5 @@
-//! An image that an operation writes into while nobody else uses it: marked first, its table written after its data, the
-//! mark taken away last.
+//! An image that an operation writes into while no other program uses it: marked first, its table written after its
+//! data, the mark taken away last.
 
 use std::fs::File;
 use std::ops::Range;
@@ -41,8 +41,8 @@ struct Collect<'a> {
 }
 
 impl Visitor for Collect<'_> {
-    fn entry(&mut self, cluster: VirtCluster, place: ImageCluster) {
-        self.entries.push((cluster, place));
+    fn entry(&mut self, cluster: VirtCluster, host_cluster: ImageCluster) {
+        self.entries.push((cluster, host_cluster));
     }
 
     fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
@@ -70,7 +70,7 @@ pub fn read_table(file: &File, name: &Path) -> Result<(Header, Table)> {
     let table = Table {
         entries: collect.entries,
         beyond: collect.beyond,
-        free: found.places.gaps(header.first_data(), found.end),
+        free: found.used.gaps(header.first_data(), found.end),
         end: found.end,
     };
     Ok((header, table))
@@ -121,38 +121,40 @@ impl<'a> Target<'a> {
         store::sync_data(self.file).ctx(Kind::Fsync, || format!("cannot sync image {}", self.name.display()))
     }
 
-    /// Makes the data durable, then publishes these places (ascending by cluster), durably.
-    pub fn publish(&mut self, places: &[(VirtCluster, ImageCluster)]) -> Result<()> {
+    /// Makes the data durable, then publishes these host clusters (ascending by cluster), durably.
+    pub fn publish(&mut self, entries: &[(VirtCluster, ImageCluster)]) -> Result<()> {
         self.sync()?;
-        if places.is_empty() {
+        if entries.is_empty() {
             return Ok(());
         }
-        let mut values = Vec::with_capacity(places.len());
-        for &(cluster, place) in places {
-            values.push((cluster, self.value(place)?));
+        let mut values = Vec::with_capacity(entries.len());
+        for &(cluster, host_cluster) in entries {
+            values.push((cluster, self.value(host_cluster)?));
         }
         write_entries(self.file, &values)
             .ctx(Kind::Write, || format!("cannot write the BAT of {}", self.name.display()))?;
         self.sync()
     }
 
-    /// What an entry says that names this place.
-    fn value(&self, place: ImageCluster) -> Result<u32> {
+    /// What an entry says that names this host cluster.
+    fn value(&self, host_cluster: ImageCluster) -> Result<u32> {
         let (version, cluster) = (self.header.version, self.header.cluster);
-        match bat::encode(version, cluster, place).filter(|_| place < bat::place_limit(version, cluster)) {
+        match bat::encode(version, cluster, host_cluster)
+            .filter(|_| host_cluster < bat::host_cluster_limit(version, cluster))
+        {
             Some(value) => Ok(value),
             None => bail!(
                 Param,
-                "image {}: version {} cannot name image cluster {place}",
+                "image {}: version {} cannot name image cluster {host_cluster}",
                 self.name.display(),
                 version.number()
             ),
         }
     }
 
-    /// Places for so many new clusters exist. `Param`.
+    /// Host clusters for so many new clusters exist. `Param`.
     pub fn check_room(&self, clusters: u64) -> Result<()> {
-        let limit = u64::from(bat::place_limit(self.header.version, self.header.cluster));
+        let limit = u64::from(bat::host_cluster_limit(self.header.version, self.header.cluster));
         let end = u64::from(self.table.end) + clusters;
         if end > limit {
             bail!(

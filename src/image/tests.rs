@@ -9,7 +9,7 @@ use super::complete::{complete, first_gap};
 use super::content::{Piece, Source};
 use super::create::{Built, Params, build, create};
 use super::open::{lexical, open_level};
-use super::scan::Places;
+use super::scan::HostClusters;
 use crate::descriptor::ImageMode;
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{self, Entry};
@@ -43,8 +43,8 @@ fn disk(path: &Path, raw: bool) -> Vec<u8> {
     for c in 0..h.clusters() {
         let at = bat::entry_offset(c) as usize;
         let entry = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        if let Entry::At(place) = bat::decode(h.version, h.cluster, entry) {
-            out[c as usize * size..][..size].copy_from_slice(&bytes[place as usize * size..][..size]);
+        if let Entry::At(host_cluster) = bat::decode(h.version, h.cluster, entry) {
+            out[c as usize * size..][..size].copy_from_slice(&bytes[host_cluster as usize * size..][..size]);
         }
     }
     out
@@ -103,7 +103,7 @@ fn preallocated_and_raw_images() {
     assert_eq!(std::fs::read(&p).unwrap(), vec![0; 65536]);
     let raw = CheckOptions { raw: true, raw_blocksize: Some(64), ..Default::default() };
     check_file(&p, None, &raw).unwrap();
-    // Version 1 cannot name the last clusters of its largest disk when all of them have a place.
+    // Version 1 cannot name the last clusters of its largest disk when all of them have a host cluster.
     let huge = Params { version: Version::V1, sectors: 0xffff_ffff, ..params(ImageMode::Preallocated) };
     assert_eq!(create(&d.path().join("huge"), &huge, &mut quiet).unwrap_err().kind(), Kind::Param);
     assert!(!d.path().join("huge").exists());
@@ -346,7 +346,7 @@ fn sparse_images() {
 
 #[test]
 fn places() {
-    let mut p = Places::default();
+    let mut p = HostClusters::default();
     for n in [0, 1, 63, 64, 65, 70_000, 200_000, u32::MAX] {
         assert!(!p.contains(n));
         assert!(p.insert(n));
@@ -358,7 +358,7 @@ fn places() {
     assert_eq!(p.gaps(1, 200_001), [2..63, 66..70_000, 70_001..200_000]);
     assert_eq!(p.gaps(200_000, u32::MAX), one(200_001..u32::MAX));
     assert_eq!(p.gaps(5, 5), []);
-    assert_eq!(Places::default().gaps(1, 200_000), one(1..200_000));
+    assert_eq!(HostClusters::default().gaps(1, 200_000), one(1..200_000));
 }
 
 #[test]

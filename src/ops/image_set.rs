@@ -13,7 +13,7 @@ use crate::format::guid::Guid;
 use crate::format::header::Version;
 use crate::image::check::{CheckOptions, check_file, read_header};
 use crate::image::create::create_delta;
-use crate::image::lock::{self, Held, Others};
+use crate::image::lock::{self, LockedImage, Sharing};
 use crate::image::open::{self, Access};
 use crate::report;
 use crate::sys::file_id::FileId;
@@ -138,8 +138,8 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
 }
 
 /// Locks an image of the disk; if somebody uses it the error (17) names the device.
-pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Others) -> Result<Held> {
-    lock::hold(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
+pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
+    lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
 }
 
 /// Adds the devices that use the image to an error that says it is busy.

@@ -14,8 +14,8 @@ use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::read_header;
-use crate::image::lock::{self, Held, Others};
-use crate::image::merge::{BATCH, Failed, Level, Merge, MergeOptions, Merged};
+use crate::image::lock::{self, LockedImage, Sharing};
+use crate::image::merge::{BATCH, Failed, Merge, MergeLevel, MergeOptions, Merged};
 use crate::image::open::Access;
 use crate::image::{complete, create};
 use crate::report;
@@ -136,7 +136,7 @@ fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path
 }
 
 fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Path) -> Result<()> {
-    let held = image_set::lock_image(disk, from, READ, Others::Readers)?;
+    let held = image_set::lock_image(disk, from, READ, Sharing::Readers)?;
     copy_raw(level(&held, false), to)?;
     let shown = to.display();
     let file = File::options().read(true).write(true).open(to).ctx(Kind::Open, || format!("cannot open {shown}"))?;
@@ -245,11 +245,11 @@ fn run(merge: Merge<'_>) -> Result<Merged, Failed> {
 /// The images of a merge, locked, and those below.
 struct LockedChain {
     /// Topmost first.
-    sources: Vec<Held>,
-    target: Held,
+    sources: Vec<LockedImage>,
+    target: LockedImage,
     target_raw: bool,
     /// None: the caller named only the files of the merge.
-    below: Option<Vec<(Held, bool)>>,
+    below: Option<Vec<(LockedImage, bool)>>,
 }
 
 impl LockedChain {
@@ -263,12 +263,17 @@ impl LockedChain {
         };
         let mut locked = LockedChain {
             sources: Vec::new(),
-            target: image_set::lock_image(disk, &target.file, if keep_target { READ } else { WRITE }, Others::Nobody)?,
+            target: image_set::lock_image(
+                disk,
+                &target.file,
+                if keep_target { READ } else { WRITE },
+                Sharing::Exclusive,
+            )?,
             target_raw: disk.is_raw(target),
             below: None,
         };
         for image in sources.iter().rev() {
-            let held = image_set::lock_image(disk, &image.file, READ, Others::Nobody)?;
+            let held = image_set::lock_image(disk, &image.file, READ, Sharing::Exclusive)?;
             // Lower ones were looked at when the disk was opened.
             if read_header(&image.file, Some(&disk.dir))?.is_marked() {
                 image_set::repair_in_place(disk, &image.file)?;
@@ -277,14 +282,14 @@ impl LockedChain {
         }
         let below = below
             .iter()
-            .map(|image| Ok((image_set::lock_image(disk, &image.file, READ, Others::Readers)?, disk.is_raw(image))))
+            .map(|image| Ok((image_set::lock_image(disk, &image.file, READ, Sharing::Readers)?, disk.is_raw(image))))
             .collect::<Result<_>>()?;
         locked.below = Some(below);
         Ok(locked)
     }
 
     /// Sources, target, and what is below.
-    fn levels(&self) -> (Vec<Level<'_>>, Level<'_>, Option<Vec<Level<'_>>>) {
+    fn levels(&self) -> (Vec<MergeLevel<'_>>, MergeLevel<'_>, Option<Vec<MergeLevel<'_>>>) {
         let sources = self.sources.iter().map(|h| level(h, false)).collect();
         let below = self.below.as_ref().map(|all| all.iter().map(|(h, raw)| level(h, *raw)).collect());
         (sources, level(&self.target, self.target_raw), below)
@@ -323,14 +328,14 @@ impl LockedChain {
                 sources.push(target);
             }
         }
-        let held = lock::hold(tmp, None, WRITE, Others::Nobody)?;
+        let held = lock::lock_image(tmp, None, WRITE, Sharing::Exclusive)?;
         let merge = Merge::prepare(&sources, level(&held, self.target_raw), below.as_deref())?;
         run(merge).map_err(|f| f.error)
     }
 }
 
-fn level(held: &Held, raw: bool) -> Level<'_> {
-    Level { file: &held.file, name: &held.path, raw }
+fn level(held: &LockedImage, raw: bool) -> MergeLevel<'_> {
+    MergeLevel { file: &held.file, name: &held.path, raw }
 }
 
 /// The path of a file to be made, resolved: its folder must exist (`Creat`), itself must not (`Param`).
@@ -353,7 +358,7 @@ fn scratch_name(new: &Path) -> Result<PathBuf> {
     name.push(SCRATCH);
     let tmp = PathBuf::from(name);
     if fs::symlink_metadata(&tmp).is_ok() {
-        let held = lock::hold(&tmp, None, READ, Others::Nobody)?;
+        let held = lock::lock_image(&tmp, None, READ, Sharing::Exclusive)?;
         store::unlink(&tmp).ctx(Kind::Unlink, || format!("cannot remove {}", tmp.display()))?;
         drop(held);
     }
@@ -361,7 +366,7 @@ fn scratch_name(new: &Path) -> Result<PathBuf> {
 }
 
 /// A raw image once more.
-fn copy_raw(from: Level<'_>, to: &Path) -> Result<()> {
+fn copy_raw(from: MergeLevel<'_>, to: &Path) -> Result<()> {
     let shown = to.display();
     let len = from.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", from.name.display()))?.len();
     let file = store::create_new(to, 0o600).ctx(Kind::Creat, || format!("cannot create image {shown}"))?;
@@ -408,16 +413,16 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
     }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-        lock::hold(&path, None, access, others).map_err(|e| image_set::named(e, &path))
+        lock::lock_image(&path, None, access, others).map_err(|e| image_set::named(e, &path))
     };
     let (access, others) = match new_delta {
-        None => (WRITE, Others::Nobody),
-        Some(_) => (READ, Others::Readers),
+        None => (WRITE, Sharing::Exclusive),
+        Some(_) => (READ, Sharing::Readers),
     };
     let locked = LockedChain {
         target: hold(target, access, others)?,
         target_raw: raw,
-        sources: sources.iter().map(|s| hold(s, READ, Others::Readers)).collect::<Result<_>>()?,
+        sources: sources.iter().map(|s| hold(s, READ, Sharing::Readers)).collect::<Result<_>>()?,
         below: None,
     };
     match new_delta {

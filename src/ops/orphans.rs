@@ -12,7 +12,7 @@ use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::read_header;
-use crate::image::lock::{self, Others};
+use crate::image::lock::{self, Sharing};
 use crate::image::open::{Access, open_level, reopen};
 use crate::image::scan::{self, Visitor};
 use crate::report;
@@ -115,7 +115,7 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     if let Some(device) = image_set::users(path)?.first() {
         bail!(InUse, "{shown} stays: it is part of {}, which the descriptor does not tell", device.node().display());
     }
-    let held = lock::hold(path, Some(&disk.dir), Access::default(), Others::Nobody)
+    let held = lock::lock_image(path, Some(&disk.dir), Access::default(), Sharing::Exclusive)
         .map_err(|e| e.as_kind(Kind::InUse).context("an orphan stays"))?;
     let header = read_header(path, Some(&disk.dir)).map_err(|e| e.context("an orphan stays, it is no sound image"))?;
     if header.cluster != disk.blocksize {
@@ -182,7 +182,8 @@ mod tests {
         fs::write(named(4), "mine").unwrap();
         std::os::unix::fs::symlink(named(0), named(5)).unwrap();
         fs::write(folder.join("root.hdd.bak"), "x").unwrap();
-        let lock = lock::hold(&named(2), None, Access { write: true, direct: false }, Others::Nobody).unwrap();
+        let lock =
+            lock::lock_image(&named(2), None, Access { write: true, direct: false }, Sharing::Exclusive).unwrap();
 
         let disk = LockedDescriptor::open(&dd).unwrap();
         assert_eq!(orphans(&disk, &first), [named(0), named(1), named(2), named(3), named(4)]);

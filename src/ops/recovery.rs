@@ -12,7 +12,7 @@ use crate::error::{Kind, Result};
 use crate::format::guid::Guid;
 use crate::format::header;
 use crate::image::check::read_header;
-use crate::image::lock::Others;
+use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
 use crate::sys::store;
@@ -122,7 +122,7 @@ fn clear_marks(disk: &LockedDescriptor, guids: &[Guid]) -> Result<()> {
             continue;
         }
         let access = Access { write: true, direct: false };
-        let held = match image_set::lock_image(disk, &image.file, access, Others::Nobody) {
+        let held = match image_set::lock_image(disk, &image.file, access, Sharing::Exclusive) {
             Err(e) if e.kind() == Kind::Busy => continue,
             other => other?,
         };

@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::{CheckOptions, check_file};
-use crate::image::lock::{self, Held, Others};
+use crate::image::lock::{self, LockedImage, Sharing};
 use crate::image::open::Access;
 use crate::image::same::{same_content, same_shape};
 use crate::report;
@@ -53,8 +53,8 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
         report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
         return Ok(());
     }
-    let old_held = image_set::lock_image(&disk, &image.file, READ, Others::Nobody)?;
-    let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Others::Nobody)?;
+    let old_held = image_set::lock_image(&disk, &image.file, READ, Sharing::Exclusive)?;
+    let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Sharing::Exclusive)?;
     if keep_name {
         store::rename(&new, &image.file).ctx(Kind::Rename, || {
             format!("cannot give {} the name of {}, on the same file system", new.display(), image.file.display())
@@ -99,9 +99,15 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
 }
 
 /// Makes sure that `new` can stand in for the image `old`, and that it is durable; `others` may use it meanwhile.
-pub(super) fn copy_of(disk: Option<&Descriptor>, image: &Path, old: &Held, new: &Path, others: Others) -> Result<Held> {
+pub(super) fn copy_of(
+    disk: Option<&Descriptor>,
+    image: &Path,
+    old: &LockedImage,
+    new: &Path,
+    others: Sharing,
+) -> Result<LockedImage> {
     let dir = disk.map(|d| d.dir.as_path());
-    let held = lock::hold(new, dir, READ, others).map_err(|e| image_set::named(e, new))?;
+    let held = lock::lock_image(new, dir, READ, others).map_err(|e| image_set::named(e, new))?;
     let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
     check_file(new, dir, &options)?;
     same_shape(image, new)?;

@@ -11,7 +11,7 @@ use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::{self, Guid};
-use crate::image::lock::Others;
+use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
 
@@ -80,7 +80,7 @@ fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) 
     let Some(top) = disk.image(&guid::TOP).cloned() else {
         bail!(DiskDescr, "descriptor: the top has no image");
     };
-    let held = image_set::lock_image(disk, &top.file, Access::default(), Others::Readers)?;
+    let held = image_set::lock_image(disk, &top.file, Access::default(), Sharing::Readers)?;
     if !disk.is_raw(&top) {
         // From now on it is a lower delta: closed, and without anything half done.
         image_set::repair_in_place(disk, &top.file)?;
@@ -157,7 +157,7 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
 pub(super) fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     let mut next = disk.descriptor.clone();
     let file = next.delete_leaf(guid)?;
-    let held = match image_set::lock_image(disk, &file, Access::default(), Others::Nobody) {
+    let held = match image_set::lock_image(disk, &file, Access::default(), Sharing::Exclusive) {
         Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
             return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
         }

@@ -7,7 +7,7 @@ use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::error::{Kind, Result};
 use crate::format::guid::{self, Guid};
-use crate::image::lock::Others;
+use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
 
@@ -48,7 +48,7 @@ pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Resu
     let (Some(old), Some(to)) = (disk.image(&guid::TOP).cloned(), disk.image(&params.guid).cloned()) else {
         bail!(DiskDescr, "descriptor: a snapshot has no image");
     };
-    let others = if gone.is_some() { Others::Nobody } else { Others::Readers };
+    let others = if gone.is_some() { Sharing::Exclusive } else { Sharing::Readers };
     let held = match image_set::lock_image(&disk, &old.file, Access::default(), others) {
         Err(e) if gone.is_some() && e.errno() == Some(libc::ENOENT) => None,
         other => Some(other.map_err(|e| match e.kind() {

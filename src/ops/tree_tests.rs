@@ -13,7 +13,7 @@ use crate::error::Kind;
 use crate::format::guid::{self, Guid};
 use crate::format::header::{self, Version};
 use crate::image::grow::grow;
-use crate::image::merge::{Level, Merge, MergeOptions};
+use crate::image::merge::{Merge, MergeLevel, MergeOptions};
 use crate::image::target::Target;
 
 const KINDS: [(Version, ImageMode); 4] = [
@@ -299,9 +299,9 @@ fn a_cancelled_merge_is_finished_by_the_next_one() {
             let (low, top) = (&d.images[0], &d.images[1]);
             let target = std::fs::OpenOptions::new().read(true).write(true).open(&low.file).unwrap();
             let source = std::fs::File::open(&top.file).unwrap();
-            let target = Level { file: &target, name: &low.file, raw: d.is_raw(low) };
-            let merge =
-                Merge::prepare(&[Level { file: &source, name: &top.file, raw: false }], target, Some(&[])).unwrap();
+            let target = MergeLevel { file: &target, name: &low.file, raw: d.is_raw(low) };
+            let merge = Merge::prepare(&[MergeLevel { file: &source, name: &top.file, raw: false }], target, Some(&[]))
+                .unwrap();
             let size = small().bytes();
             let mut progress = |done: u64, _| match done >= after * size {
                 true => Err(crate::error::Error::new(Kind::Sys, "cancelled")),

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::image::lock::{Held, Others, hold_open};
-use crate::image::merge::{BATCH, Level, Merge, MergeOptions};
+use crate::image::lock::{LockedImage, Sharing, lock_open};
+use crate::image::merge::{BATCH, Merge, MergeLevel, MergeOptions};
 use crate::image::open::{Access, reopen};
 use crate::server::frame;
 use crate::server::helper::JobEvent;
@@ -46,15 +46,15 @@ fn work(job: &MergeJob, fds: &[OwnedFd], owner: BorrowedFd, untouched: &mut bool
     let mut held = Vec::with_capacity(fds.len());
     for (i, (fd, name)) in fds.iter().zip(&job.levels).enumerate() {
         let target = i == job.low;
-        let others = if target { Others::Nobody } else { Others::Readers };
+        let others = if target { Sharing::Exclusive } else { Sharing::Readers };
         // What lies below is looked at alone, by others as well.
         held.push(match i < job.low {
             true => below(fd, name)?,
-            false => hold_open(fd, &name.path, Access { write: target, direct: false }, others)?,
+            false => lock_open(fd, &name.path, Access { write: target, direct: false }, others)?,
         });
     }
     let level = |i: usize| match (held.get(i), job.levels.get(i)) {
-        (Some(held), Some(name)) => Ok(Level { file: &held.file, name: &held.path, raw: name.raw }),
+        (Some(held), Some(name)) => Ok(MergeLevel { file: &held.file, name: &held.path, raw: name.raw }),
         _ => Err(Error::new(Kind::Protocol, format!("there is no level {i}"))),
     };
     let sources = (job.low + 1..fds.len()).rev().map(level).collect::<Result<Vec<_>>>()?;
@@ -79,8 +79,8 @@ fn work(job: &MergeJob, fds: &[OwnedFd], owner: BorrowedFd, untouched: &mut bool
     })
 }
 
-fn below(fd: &OwnedFd, name: &LevelName) -> Result<Held> {
+fn below(fd: &OwnedFd, name: &LevelName) -> Result<LockedImage> {
     let (file, _) =
         reopen(fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", name.path.display()))?;
-    Ok(Held { file, path: name.path.clone() })
+    Ok(LockedImage { file, path: name.path.clone() })
 }

@@ -94,7 +94,7 @@ impl World {
         self.bounces[bounce.0 as usize][to].copy_from_slice(&values);
     }
 
-    /// The place in the file (sectors) that an operation transfers to or from.
+    /// The range of the file (sectors) that an operation transfers to or from.
     fn extent(act: &Action) -> (u64, u64) {
         match act {
             Action::Read { file_off, len, .. }

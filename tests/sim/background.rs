@@ -101,7 +101,7 @@ impl World {
                 let target = TargetConfig { level: level as u8, alloc: self.prepare_target(level, high)? };
                 let mut pages = PageSet::new();
                 for source in level + 1..=high {
-                    for (cluster, _) in self.chain.places(&self.shape, source) {
+                    for (cluster, _) in self.chain.host_clusters(&self.shape, source) {
                         pages.insert(ploop::format::bat::page_of(cluster));
                     }
                 }
@@ -143,7 +143,7 @@ impl World {
         }
         self.shape.levels[level].clusters = self.shape.levels[high].clusters;
         let first = self.shape.levels[level].first_data;
-        let mut used: Vec<u32> = self.chain.places(&self.shape, level).into_iter().map(|(_, p)| p).collect();
+        let mut used: Vec<u32> = self.chain.host_clusters(&self.shape, level).into_iter().map(|(_, p)| p).collect();
         used.sort_unstable();
         let end = used.last().map_or(first, |p| p + 1);
         self.serial += 1;
@@ -237,16 +237,18 @@ impl World {
             self.fail(format!("rubbish for the target at its sector {}: {:#x}", first + i as u64, values[i]));
         }
         let spc = self.shape.spc;
-        let owner = |w: &World, place: u32| match w.shape.levels[level].raw {
-            Some(_) => Some(place),
-            None => w.chain.places(&w.shape, level).into_iter().find(|(_, p)| *p == place).map(|(c, _)| c),
+        let owner = |w: &World, host_cluster: u32| match w.shape.levels[level].raw {
+            Some(_) => Some(host_cluster),
+            None => {
+                w.chain.host_clusters(&w.shape, level).into_iter().find(|(_, p)| *p == host_cluster).map(|(c, _)| c)
+            }
         };
         let mut known = None;
         for (i, v) in values.iter().enumerate() {
             let sector = first + i as u64;
-            let place = (sector / spc) as u32;
-            if known.is_none_or(|(p, _)| p != place) {
-                known = Some((place, owner(self, place)));
+            let host_cluster = (sector / spc) as u32;
+            if known.is_none_or(|(p, _)| p != host_cluster) {
+                known = Some((host_cluster, owner(self, host_cluster)));
             }
             let Some((_, Some(cluster))) = known else { continue };
             let at = u64::from(cluster) * spc + sector % spc;
@@ -259,7 +261,12 @@ impl World {
                 Kind::Frozen { .. } => {}
                 _ if at < self.shape.sectors => {
                     let horizon = self.oracle.flushed;
-                    self.must_admit(at, *v, horizon, format_args!("write to place {place} of the target"));
+                    self.must_admit(
+                        at,
+                        *v,
+                        horizon,
+                        format_args!("write to host cluster {host_cluster} of the target"),
+                    );
                 }
                 _ => {}
             }
@@ -276,7 +283,7 @@ impl World {
             self.fail("WriteBat of the target's page 0 with another header");
         }
         let skip = if page == 0 { HEADER_WORDS } else { 0 };
-        let owned: Vec<(u32, u32)> = self.chain.places(&self.shape, level);
+        let owned: Vec<(u32, u32)> = self.chain.host_clusters(&self.shape, level);
         for word in skip..1024 {
             let at = word as usize * 4;
             let entry = u32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
@@ -291,17 +298,19 @@ impl World {
             if entry == before {
                 continue;
             }
-            let Some(place) = self.shape.place(entry).filter(|_| entry != 0) else {
+            let Some(host_cluster) = self.shape.host_cluster(entry).filter(|_| entry != 0) else {
                 self.fail(format!("WriteBat of the target drops or spoils the entry of cluster {cluster}: {entry}"));
             };
-            if before != 0 || owned.iter().any(|(c, p)| *p == place && *c != cluster) {
+            if before != 0 || owned.iter().any(|(c, p)| *p == host_cluster && *c != cluster) {
                 self.fail(format!(
-                    "WriteBat of the target gives place {place} to cluster {cluster}, which had {before}"
+                    "WriteBat of the target gives host cluster {host_cluster} to cluster {cluster}, which had {before}"
                 ));
             }
-            let begin = u64::from(place) * spc;
+            let begin = u64::from(host_cluster) * spc;
             if begin + spc > self.chain.files[level].least_len() {
-                self.fail(format!("WriteBat of the target names place {place} outside the (stable) file"));
+                self.fail(format!(
+                    "WriteBat of the target names host cluster {host_cluster} outside the (stable) file"
+                ));
             }
             let mut values = Vec::new();
             for i in 0..spc {
@@ -310,14 +319,14 @@ impl World {
                 let sector = u64::from(cluster) * spc + i;
                 if let Some(v) = values.iter().find(|v| **v & POISON != 0) {
                     self.fail(format!(
-                        "data before entry (target): cluster {cluster}, rubbish {v:#x} may be in place {place}"
+                        "data before entry (target): cluster {cluster}, rubbish {v:#x} may be in host cluster {host_cluster}"
                     ));
                 }
                 if let Kind::Frozen { high } = kind {
                     let right = self.in_sources(level, high, sector);
                     if let Some(v) = values.iter().find(|v| Some(**v) != right) {
                         self.fail(format!(
-                            "data before entry (target): sector {sector} may be {} in place {place}, its sources have {right:?}",
+                            "data before entry (target): sector {sector} may be {} in host cluster {host_cluster}, its sources have {right:?}",
                             self.name(*v)
                         ));
                     }
@@ -351,8 +360,8 @@ impl World {
         entries.sort_unstable();
         entries.dedup();
         for entry in entries {
-            match self.shape.place(entry).filter(|_| entry != 0) {
-                Some(place) => self.possible_in(level, u64::from(place) * spc + sector % spc, out),
+            match self.shape.host_cluster(entry).filter(|_| entry != 0) {
+                Some(host_cluster) => self.possible_in(level, u64::from(host_cluster) * spc + sector % spc, out),
                 None => out.push(self.chain.read_below(&self.shape, level, sector)),
             }
         }

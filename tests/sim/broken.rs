@@ -20,9 +20,9 @@ pub enum Break {
     NoBarrier,
     /// The successor does not look at the shared table.
     LoseCarried,
-    /// The successor takes a place for free that the entry on disk still names.
+    /// The successor takes a host cluster for free that the entry on disk still names.
     ReuseTooEarly,
-    /// A place in use is handed out as free.
+    /// A host cluster in use is handed out as free.
     UsedAsFree,
     /// The successor does not hear of a failed sync.
     ForgetFailure,
@@ -42,7 +42,7 @@ pub enum Break {
     SwallowBatError,
     /// BAT writes do nothing.
     NoBatWrite,
-    /// A free place is not zeroed.
+    /// A free host cluster is not zeroed.
     NoZeroRange,
     /// An answer is lost.
     LoseReply,
@@ -125,7 +125,7 @@ pub struct Broken {
     /// Flushes that the engine knows under another id, answered when a sync ends.
     joined: Vec<ReqId>,
     /// Flushes that the engine does not know yet.
-    held: Vec<Request>,
+    kept_back: Vec<Request>,
 }
 
 impl Broken {
@@ -146,7 +146,7 @@ impl Broken {
             bats: HashMap::new(),
             reads: HashMap::new(),
             joined: Vec::new(),
-            held: Vec::new(),
+            kept_back: Vec::new(),
         })
     }
 
@@ -206,11 +206,11 @@ impl Broken {
                     data[44..48].fill(0);
                 }
                 if self.how == Break::EntryBeforeData {
-                    for (_, cluster, place) in self.table.used() {
+                    for (_, cluster, host_cluster) in self.table.used() {
                         let word = cluster + 16;
                         if word / 1024 == page {
                             let at = (word % 1024 * 4) as usize;
-                            data[at..at + 4].copy_from_slice(&(place * self.v1_scale).to_le_bytes());
+                            data[at..at + 4].copy_from_slice(&(host_cluster * self.v1_scale).to_le_bytes());
                         }
                     }
                 }
@@ -260,7 +260,7 @@ impl Machine for Broken {
             Event::Request(r)
                 if self.how == Break::HoldFlush && r.kind == RequestKind::Flush && self.inner.status().no_space =>
             {
-                self.held.push(r);
+                self.kept_back.push(r);
             }
             Event::Tick if self.how == Break::NoTick => {}
             Event::Done { op, result } => {
@@ -277,7 +277,7 @@ impl Machine for Broken {
             other => self.inner(other, out),
         }
         if !self.inner.status().no_space {
-            for r in std::mem::take(&mut self.held) {
+            for r in std::mem::take(&mut self.kept_back) {
                 self.inner(Event::Request(r), out);
             }
         }
@@ -286,7 +286,7 @@ impl Machine for Broken {
     fn status(&self) -> Status {
         let mut s = self.inner.status();
         s.requests = s.requests.saturating_sub(self.early.len() as u32);
-        s.requests += (self.joined.len() + self.held.len()) as u32;
+        s.requests += (self.joined.len() + self.kept_back.len()) as u32;
         s
     }
 }

@@ -55,7 +55,7 @@ impl World {
         entries
     }
 
-    /// Which clusters the BAT may name each place for, after a power cut.
+    /// Which clusters the BAT may name each host cluster for, after a power cut.
     pub fn owners(&mut self) -> &HashMap<u32, Vec<u32>> {
         if self.owners.is_none() {
             let mut owners: HashMap<u32, Vec<u32>> = HashMap::new();
@@ -71,9 +71,9 @@ impl World {
                     for s in &stamps {
                         let entry = if *s == 0 { 0 } else { self.chain.entry_in(*s, cluster) };
                         if entry != 0
-                            && let Some(place) = self.shape.place(entry)
+                            && let Some(host_cluster) = self.shape.host_cluster(entry)
                         {
-                            let list = owners.entry(place).or_default();
+                            let list = owners.entry(host_cluster).or_default();
                             if !list.contains(&cluster) {
                                 list.push(cluster);
                             }
@@ -145,12 +145,14 @@ impl World {
             }
             return;
         }
-        let Some(place) = self.shape.place(entry) else {
+        let Some(host_cluster) = self.shape.host_cluster(entry) else {
             self.fail(format!("{what}: entry {entry} of cluster {cluster} lies within a cluster"));
         };
-        let begin = u64::from(place) * spc;
+        let begin = u64::from(host_cluster) * spc;
         if begin < self.first_data_sector() || begin + spc > self.chain.files[top].least_len() {
-            self.fail(format!("{what}: entry {entry} of cluster {cluster} names a place outside the (stable) file"));
+            self.fail(format!(
+                "{what}: entry {entry} of cluster {cluster} names a host cluster outside the (stable) file"
+            ));
         }
         let mut values = Vec::new();
         let device = self.sectors_of(cluster);
@@ -160,9 +162,11 @@ impl World {
             let sector = u64::from(cluster) * spc + i;
             for v in &values {
                 if sector < device.end {
-                    self.must_admit(sector, *v, horizon, format_args!("{what}, place {place}"));
+                    self.must_admit(sector, *v, horizon, format_args!("{what}, host cluster {host_cluster}"));
                 } else if v & POISON != 0 {
-                    self.fail(format!("{what}: rubbish beyond the device's end in place {place}: {v:#x}"));
+                    self.fail(format!(
+                        "{what}: rubbish beyond the device's end in host cluster {host_cluster}: {v:#x}"
+                    ));
                 }
             }
         }
@@ -181,16 +185,16 @@ impl World {
         zeroings.map(|r| r.what.offset / 512..(r.what.offset + r.what.len) / 512).collect()
     }
 
-    /// A place that the step since `begun` gave to a cluster, and which is being written for the first time: no BAT
-    /// page may hold its entry unless that write ends before the page's data sync begins. (Places published by a job
-    /// that just ended, or by a zeroing, hold what they should already.)
+    /// A host cluster that the step since `begun` gave to a cluster, and which is being written for the first time: no BAT
+    /// page may hold its entry unless that write ends before the page's data sync begins. (Host clusters published by a
+    /// cluster operation that just ended, or by a zeroing, hold what they should already.)
     pub fn note_first_writes(&mut self, begun: u64, zeroed: &[Range<u64>]) {
         let (spc, used) = (self.shape.spc, self.table.used());
         for slot in self.table.changed_slots() {
-            let Some((_, cluster, place)) = used.iter().copied().find(|(s, ..)| *s == slot) else { continue };
-            let (at, device) = (u64::from(place) * spc, self.sectors_of(cluster));
+            let Some((_, cluster, host_cluster)) = used.iter().copied().find(|(s, ..)| *s == slot) else { continue };
+            let (at, device) = (u64::from(host_cluster) * spc, self.sectors_of(cluster));
             let overlaps = |r: &Range<u64>| r.start < at + spc && at < r.end;
-            if place == 0
+            if host_cluster == 0
                 || overlaps(&self.ended)
                 || zeroed.iter().any(|z| z.start <= device.start && device.end <= z.end)
             {
@@ -202,7 +206,7 @@ impl World {
                 matches!(f.act, Action::Write { .. }) && top && f.issued >= begun && overlaps(&range)
             });
             if first {
-                self.unwritten.insert(place);
+                self.unwritten.insert(host_cluster);
             }
         }
     }
@@ -232,33 +236,33 @@ impl World {
             if entry == 0 && before == 0 {
                 continue;
             }
-            if let Some(place) = view.get(&cluster) {
-                let later = self.shape.entry(*place) != entry;
+            if let Some(host_cluster) = view.get(&cluster) {
+                let later = self.shape.entry(*host_cluster) != entry;
                 self.cover.hit_if(later, "flush with changes after its data sync");
             }
             if entry != before {
-                if entry != 0 && self.shape.place(entry).is_some_and(|p| self.unwritten_at_sync.contains(&p)) {
+                if entry != 0 && self.shape.host_cluster(entry).is_some_and(|p| self.unwritten_at_sync.contains(&p)) {
                     self.fail(format!(
                         "data before entry: cluster {cluster}'s first write was in flight when the data sync began"
                     ));
                 }
                 self.check_entry(cluster, entry, "data before entry (WriteBat)");
                 self.cover.hit_if(entry == 0, "cluster freed");
-                let place = self.shape.place(entry).unwrap_or(0);
-                if entry != 0 && self.last_owner.insert(place, cluster).is_some_and(|old| old != cluster) {
+                let host_cluster = self.shape.host_cluster(entry).unwrap_or(0);
+                if entry != 0 && self.last_owner.insert(host_cluster, cluster).is_some_and(|old| old != cluster) {
                     self.cover.hit("freed cluster reused");
                 }
             }
             if entry == 0 {
                 continue;
             }
-            let place = self.shape.place(entry).unwrap_or(u32::MAX);
-            let twice = seen.insert(place, cluster);
+            let host_cluster = self.shape.host_cluster(entry).unwrap_or(u32::MAX);
+            let twice = seen.insert(host_cluster, cluster);
             let other =
-                self.owners.as_ref().and_then(|o| o.get(&place)).and_then(|l| l.iter().find(|c| **c != cluster));
+                self.owners.as_ref().and_then(|o| o.get(&host_cluster)).and_then(|l| l.iter().find(|c| **c != cluster));
             if let Some(other) = twice.as_ref().or(other) {
                 self.fail(format!(
-                    "WriteBat gives place {place} to cluster {cluster}, cluster {other} may have it on disk"
+                    "WriteBat gives host cluster {host_cluster} to cluster {cluster}, cluster {other} may have it on disk"
                 ));
             }
         }
@@ -278,8 +282,8 @@ impl World {
         }
         for (i, v) in values.iter().enumerate() {
             let sector = first + i as u64;
-            let place = (sector / spc) as u32;
-            let Some(clusters) = self.owners().get(&place).cloned() else { continue };
+            let host_cluster = (sector / spc) as u32;
+            let Some(clusters) = self.owners().get(&host_cluster).cloned() else { continue };
             for cluster in clusters {
                 let at = u64::from(cluster) * spc + sector % spc;
                 if at < self.shape.sectors && !self.admits_power(at, *v) {
@@ -287,7 +291,7 @@ impl World {
                         at,
                         *v,
                         self.oracle.flushed,
-                        format_args!("write to place {place}, which may be durable"),
+                        format_args!("write to host cluster {host_cluster}, which may be durable"),
                     );
                 }
             }
@@ -323,11 +327,11 @@ impl World {
             return;
         }
         for entry in self.takeover_entries(cluster) {
-            let place = self.shape.place(entry).unwrap_or(u32::MAX);
-            let begin = u64::from(place) * spc;
+            let host_cluster = self.shape.host_cluster(entry).unwrap_or(u32::MAX);
+            let begin = u64::from(host_cluster) * spc;
             if entry != 0 && begin + spc > self.chain.files[top].len() {
                 self.fail(format!(
-                    "{what}: a takeover would find place {place} for cluster {cluster}, beyond the file"
+                    "{what}: a takeover would find host cluster {host_cluster} for cluster {cluster}, beyond the file"
                 ));
             }
             for s in sectors.clone() {
@@ -340,7 +344,7 @@ impl World {
                     self.in_flight(at, &mut values);
                 }
                 for v in &values {
-                    self.must_admit(s, *v, now, format_args!("{what}, place {place}"));
+                    self.must_admit(s, *v, now, format_args!("{what}, host cluster {host_cluster}"));
                 }
             }
         }
@@ -349,12 +353,12 @@ impl World {
     /// A slot of the shared table was stored to.
     pub fn check_slot(&mut self, slot: usize) {
         let used = self.table.used();
-        let Some((_, cluster, place)) = used.iter().copied().find(|(s, ..)| *s == slot) else { return };
+        let Some((_, cluster, host_cluster)) = used.iter().copied().find(|(s, ..)| *s == slot) else { return };
         if used.iter().filter(|(_, c, _)| *c == cluster).count() > 1 {
             self.fail(format!("two slots of the shared table speak of cluster {cluster}"));
         }
-        if place != 0 && used.iter().any(|(_, c, p)| *p == place && *c != cluster) {
-            self.fail(format!("two slots of the shared table name place {place}"));
+        if host_cluster != 0 && used.iter().any(|(_, c, p)| *p == host_cluster && *c != cluster) {
+            self.fail(format!("two slots of the shared table name host cluster {host_cluster}"));
         }
         let sectors = self.sectors_of(cluster);
         self.check_takeover(cluster, sectors, "entry in the shared table");

@@ -100,7 +100,7 @@ pub const WANTED: &[&str] = &[
     "tail cut at open",
     "second session in one run",
     "change refused: the file cannot grow",
-    "nothing held but writes while waiting for space",
+    "nothing but writes waits for space",
     "all quiet",
     "write refused while being stopped",
 ];

@@ -86,13 +86,13 @@ impl Shape {
         (self.levels[level].clusters + HEADER_WORDS).div_ceil(1024)
     }
 
-    /// From the place of a cluster to the entry on disk.
-    pub fn entry(&self, place: u32) -> u32 {
-        if self.v1 { place * self.spc as u32 } else { place }
+    /// From the host cluster of a cluster to the entry on disk.
+    pub fn entry(&self, host_cluster: u32) -> u32 {
+        if self.v1 { host_cluster * self.spc as u32 } else { host_cluster }
     }
 
-    /// From the entry on disk to the place; an entry that lies within a cluster has none.
-    pub fn place(&self, entry: u32) -> Option<u32> {
+    /// From the entry on disk to the host cluster; an entry that lies within a cluster has none.
+    pub fn host_cluster(&self, entry: u32) -> Option<u32> {
         match self.v1 {
             true if !entry.is_multiple_of(self.spc as u32) => None,
             true => Some(entry / self.spc as u32),
@@ -141,7 +141,7 @@ pub struct Chain {
     pub arena: Rc<RefCell<Arena>>,
 }
 
-/// A value that names its writer and its place, so that a wrong one explains itself.
+/// A value that names its writer and its position, so that a wrong one explains itself.
 pub fn stamp(serial: u64, sector: u64) -> Stamp {
     (serial << 24) | sector
 }
@@ -195,12 +195,12 @@ impl Chain {
         if entry == 0 {
             return None;
         }
-        let Some(place) = shape.place(entry) else { return Some(POISON | 0xbad1) };
-        Some(read(u64::from(place) * shape.spc + sector % shape.spc))
+        let Some(host_cluster) = shape.host_cluster(entry) else { return Some(POISON | 0xbad1) };
+        Some(read(u64::from(host_cluster) * shape.spc + sector % shape.spc))
     }
 
-    /// Places that the entries of an image name now, in the order of its clusters.
-    pub fn places(&self, shape: &Shape, level: usize) -> Vec<(u32, u32)> {
+    /// Host clusters that the entries of an image name now, in the order of its clusters.
+    pub fn host_clusters(&self, shape: &Shape, level: usize) -> Vec<(u32, u32)> {
         let file = &self.files[level];
         let arena = self.arena.borrow();
         let mut out = Vec::new();
@@ -213,7 +213,7 @@ impl Chain {
             let at = (word % 128 * 4) as usize;
             let entry = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
             if entry != 0 {
-                out.push((cluster, shape.place(entry).unwrap_or(u32::MAX)));
+                out.push((cluster, shape.host_cluster(entry).unwrap_or(u32::MAX)));
             }
         }
         out
@@ -261,21 +261,21 @@ fn build_image(shape: &Shape, level: usize, arena: &mut Arena, rng: &mut Rng) ->
     }
     mapped.sort_unstable();
     mapped.dedup();
-    // The places: in any order, with gaps that nothing names.
+    // The host clusters: in any order, with gaps that nothing names.
     let gaps = if rng.coin() { rng.below(6) } else { 0 };
-    let mut places: Vec<u32> = (first_data..first_data + mapped.len() as u32 + gaps as u32).collect();
-    for i in (1..places.len()).rev() {
-        places.swap(i, rng.index(i + 1));
+    let mut host_clusters: Vec<u32> = (first_data..first_data + mapped.len() as u32 + gaps as u32).collect();
+    for i in (1..host_clusters.len()).rev() {
+        host_clusters.swap(i, rng.index(i + 1));
     }
     let tail = if top && rng.below(3) == 0 { rng.below(3 * shape.spc) } else { 0 };
-    let end = places.iter().max().map_or(first_data, |m| m + 1);
+    let end = host_clusters.iter().max().map_or(first_data, |m| m + 1);
     let mut f = SimFile::new(u64::from(end) * shape.spc + tail);
     for s in 0..u64::from(end) * shape.spc + tail {
         f.preset(s, POISON | rng.below(1 << 30));
     }
     let mut bat = vec![0u8; (u64::from(first_data) * shape.spc * SECTOR) as usize];
     bat[..64].copy_from_slice(&header_bytes(shape, clusters, first_data));
-    for (c, p) in mapped.iter().zip(&places) {
+    for (c, p) in mapped.iter().zip(&host_clusters) {
         let at = 4 * (c + HEADER_WORDS) as usize;
         bat[at..at + 4].copy_from_slice(&shape.entry(*p).to_le_bytes());
         let blank = rng.below(8) == 0;

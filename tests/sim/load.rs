@@ -63,7 +63,7 @@ impl World {
             serial,
             faults,
             sent: false,
-            refusable: !self.hold,
+            refusable: !self.wait_for_space,
             starved: self.no_space || self.was_waiting,
         });
     }
@@ -313,10 +313,10 @@ impl World {
                     4 => self.quiet = true,
                     6 if self.engine.is_some() => self.control_background(),
                     5 if self.engine.is_some() => {
-                        self.hold = !self.hold;
-                        self.say(|w| format!("HoldForSpace({})", w.hold));
-                        self.reqs.iter_mut().flatten().for_each(|r| r.refusable |= !self.hold);
-                        self.feed(Event::HoldForSpace(self.hold));
+                        self.wait_for_space = !self.wait_for_space;
+                        self.say(|w| format!("WaitForSpace({})", w.wait_for_space));
+                        self.reqs.iter_mut().flatten().for_each(|r| r.refusable |= !self.wait_for_space);
+                        self.feed(Event::WaitForSpace(self.wait_for_space));
                     }
                     _ => return false,
                 }
@@ -387,14 +387,14 @@ impl World {
             return;
         }
         self.idle_ticks += 1;
-        let patience = self.settings.bat_age + 6;
-        if self.idle_ticks < patience {
+        let most = self.settings.bat_age + 6;
+        if self.idle_ticks < most {
             return;
         }
         self.quiet = false;
         if self.no_space {
             self.check_held();
-            self.cover.hit("nothing held but writes while waiting for space");
+            self.cover.hit("nothing but writes waits for space");
             self.no_space = self.issued < self.settings.operations && self.rng.coin();
             self.say(|w| format!("still no space: {}", w.no_space));
             self.idle_ticks = 0;
@@ -430,7 +430,9 @@ impl World {
             *age += 1;
             if *age > self.settings.bat_age + 30 {
                 let age = *age;
-                self.fail(format!("entry (slot, cluster, place) {slot:?} has not become durable for {age} ticks"));
+                self.fail(format!(
+                    "entry (slot, cluster, host cluster) {slot:?} has not become durable for {age} ticks"
+                ));
             }
         }
     }
@@ -441,7 +443,7 @@ impl World {
             return;
         }
         if let Some(r) = self.reqs.iter().flatten().find(|r| r.what.kind != RequestKind::Write) {
-            self.fail(format!("{:?} is held for want of space", r.what));
+            self.fail(format!("{:?} waits for space", r.what));
         }
     }
 

@@ -22,9 +22,9 @@ mod load;
 mod naive;
 mod oracle;
 mod recover;
-/// The engine names the library's formats so.
+/// The engine, compiled here as a part of this crate, finds the library's formats under this path.
 mod format {
-    pub use ploop::format::bat;
+    pub use ploop::format::*;
 }
 mod rest;
 mod rng;

@@ -24,16 +24,16 @@ enum Todo {
         len: u64,
         off: u64,
     },
-    /// Content of the levels below, into a new place.
+    /// Content of the levels below, into a new host cluster.
     CopyUp {
         cluster: u32,
-        place: u32,
+        host_cluster: u32,
         at: u64,
     },
     Op(Action),
     Publish {
         cluster: u32,
-        place: u32,
+        host_cluster: u32,
     },
     Cycle,
     WritePage(u32),
@@ -45,19 +45,19 @@ enum Todo {
 pub struct Naive {
     c: Config,
     table: Table,
-    /// Places by level and cluster.
+    /// Host clusters by level and cluster.
     maps: Vec<Vec<u32>>,
     slots: HashMap<u32, usize>,
     free: Vec<u32>,
-    /// Places that the entry on disk may still name.
+    /// Host clusters that the entry on disk may still name.
     limbo: Vec<u32>,
     end: u32,
     queue: VecDeque<Request>,
     current: Option<Request>,
     todo: VecDeque<Todo>,
     waiting: Option<(OpId, Todo)>,
-    /// The place that the current write gets, until its entry is published.
-    new_place: Option<u32>,
+    /// The host cluster that the current write gets, until its entry is published.
+    new_host_cluster: Option<u32>,
     blocked: bool,
     failed: bool,
     closing: bool,
@@ -83,7 +83,7 @@ pub fn make(config: Config, carried: Vec<Carried>, table: Table) -> Box<dyn Mach
         current: None,
         todo: VecDeque::new(),
         waiting: None,
-        new_place: None,
+        new_host_cluster: None,
         blocked: false,
         failed: config.failed,
         closing: false,
@@ -174,8 +174,8 @@ impl Naive {
     fn part(&mut self, r: Request, cluster: u32, at: u64, len: u64, off: u64, out: &mut Vec<Action>) {
         let (size, top, op) = (self.cluster(), self.top(), OpId(0));
         let raw = matches!(self.c.levels[top], LevelConfig::Raw { .. });
-        let place = if raw { cluster } else { self.maps[top][cluster as usize] };
-        let mapped = (raw || place != 0).then_some(u64::from(place) * size);
+        let host_cluster = if raw { cluster } else { self.maps[top][cluster as usize] };
+        let mapped = (raw || host_cluster != 0).then_some(u64::from(host_cluster) * size);
         let file_off = mapped.unwrap_or(0) + at;
         match (r.kind, mapped) {
             (RequestKind::Read, _) => {
@@ -194,7 +194,7 @@ impl Naive {
                 self.todo.push_front(Todo::Op(Action::Write { op, level: self.top() as u8, file_off, len, from }));
             }
             (RequestKind::Zero, Some(_)) if !raw && len == size && self.source(top, cluster, 0).is_none() => {
-                self.todo.push_front(Todo::Publish { cluster, place: 0 });
+                self.todo.push_front(Todo::Publish { cluster, host_cluster: 0 });
             }
             (RequestKind::Zero, Some(_)) => {
                 self.todo.push_front(Todo::Op(Action::ZeroRange { op, level: self.top() as u8, file_off, len }));
@@ -207,16 +207,16 @@ impl Naive {
     fn allocate(&mut self, r: Request, cluster: u32, at: u64, len: u64, off: u64) {
         let (size, op) = (self.cluster(), OpId(0));
         let mut plan = Vec::new();
-        let place = self.free.pop().unwrap_or(self.end);
-        let base = u64::from(place) * size;
-        if place == self.end {
+        let host_cluster = self.free.pop().unwrap_or(self.end);
+        let base = u64::from(host_cluster) * size;
+        if host_cluster == self.end {
             plan.push(Todo::Op(Action::Fallocate { op, level: self.top() as u8, file_off: base, len: size }));
         } else {
             plan.push(Todo::Op(Action::ZeroRange { op, level: self.top() as u8, file_off: base, len: size }));
         }
-        self.new_place = Some(place);
+        self.new_host_cluster = Some(host_cluster);
         if len < size && self.source(self.top(), cluster, 0).is_some() {
-            plan.push(Todo::CopyUp { cluster, place, at: 0 });
+            plan.push(Todo::CopyUp { cluster, host_cluster, at: 0 });
         }
         plan.push(Todo::Op(match r.kind {
             RequestKind::Zero => Action::ZeroRange { op, level: self.top() as u8, file_off: base + at, len },
@@ -228,13 +228,13 @@ impl Naive {
                 from: Buf::Request { req: r.id, off },
             },
         }));
-        plan.push(Todo::Publish { cluster, place });
+        plan.push(Todo::Publish { cluster, host_cluster });
         for t in plan.into_iter().rev() {
             self.todo.push_front(t);
         }
     }
 
-    fn copy_up(&mut self, cluster: u32, place: u32, at: u64, out: &mut Vec<Action>) {
+    fn copy_up(&mut self, cluster: u32, host_cluster: u32, at: u64, out: &mut Vec<Action>) {
         let (op, size) = (OpId(0), self.cluster());
         let Some((level, file_off)) = self.source(self.top(), cluster, at).filter(|_| at < size) else { return };
         let len = u64::from(self.c.bounce_bytes).min(size - at);
@@ -243,25 +243,25 @@ impl Naive {
         if n < len {
             out.push(Action::Overlay { bounce: BounceId(0), at: n as u32, from: None, len: (len - n) as u32 });
         }
-        self.todo.push_front(Todo::CopyUp { cluster, place, at: at + len });
-        let to = u64::from(place) * size + at;
+        self.todo.push_front(Todo::CopyUp { cluster, host_cluster, at: at + len });
+        let to = u64::from(host_cluster) * size + at;
         self.todo.push_front(Todo::Op(Action::Write { op, level: self.top() as u8, file_off: to, len, from: bounce }));
         self.todo.push_front(Todo::Op(Action::Read { op, level: level as u8, file_off, len: n, to: bounce }));
     }
 
     /// False: no slot, and a cycle has to come first.
-    fn publish(&mut self, cluster: u32, place: u32) -> bool {
+    fn publish(&mut self, cluster: u32, host_cluster: u32) -> bool {
         let slot = self.slots.get(&cluster).copied();
         let slot = slot.or_else(|| (0..self.table.slots()).find(|s| self.table.load(*s) == Table::FREE));
         let Some(slot) = slot else { return false };
-        self.table.store(slot, u64::from(cluster) << 32 | u64::from(place));
+        self.table.store(slot, u64::from(cluster) << 32 | u64::from(host_cluster));
         self.slots.insert(cluster, slot);
         let top = self.top();
-        let old = std::mem::replace(&mut self.maps[top][cluster as usize], place);
+        let old = std::mem::replace(&mut self.maps[top][cluster as usize], host_cluster);
         if old != 0 {
             self.limbo.push(old);
         }
-        self.new_place = None;
+        self.new_host_cluster = None;
         true
     }
 
@@ -269,8 +269,8 @@ impl Naive {
         let mut data = Box::new([0; BAT_PAGE]);
         for i in 0..1024 {
             let cluster = (page * 1024 + i as u32).wrapping_sub(16) as usize;
-            let place = self.maps[self.top()].get(cluster).copied().unwrap_or(0);
-            data[i * 4..i * 4 + 4].copy_from_slice(&(place * self.scale()).to_le_bytes());
+            let host_cluster = self.maps[self.top()].get(cluster).copied().unwrap_or(0);
+            data[i * 4..i * 4 + 4].copy_from_slice(&(host_cluster * self.scale()).to_le_bytes());
         }
         if page == 0 {
             data[..64].copy_from_slice(&self.c.header);
@@ -296,7 +296,7 @@ impl Naive {
     }
 
     fn fail(&mut self, e: Errno, out: &mut Vec<Action>) {
-        if let Some(p) = self.new_place.take().filter(|p| *p != self.end) {
+        if let Some(p) = self.new_host_cluster.take().filter(|p| *p != self.end) {
             self.free.push(p);
         }
         let closing = self.todo.iter().any(|t| matches!(t, Todo::Closed));
@@ -352,7 +352,7 @@ impl Naive {
                     self.part(r, cluster, at, len, off, out);
                 }
             }
-            Todo::CopyUp { cluster, place, at } => self.copy_up(cluster, place, at, out),
+            Todo::CopyUp { cluster, host_cluster, at } => self.copy_up(cluster, host_cluster, at, out),
             Todo::Op(mut action) => {
                 match &mut action {
                     Action::Read { op, .. } | Action::Write { op, .. } | Action::Fallocate { op, .. } => *op = id,
@@ -362,8 +362,8 @@ impl Naive {
                 self.waiting = Some((id, t));
                 out.push(action);
             }
-            Todo::Publish { cluster, place } => {
-                if !self.publish(cluster, place) {
+            Todo::Publish { cluster, host_cluster } => {
+                if !self.publish(cluster, host_cluster) {
                     self.todo.push_front(t);
                     self.todo.push_front(Todo::Cycle);
                 }
@@ -446,7 +446,7 @@ impl Machine for Naive {
                 self.age += u32::from(!self.slots.is_empty() && !self.failed);
             }
             // Never sent to this one: it holds writes for ever, and does no background work.
-            Event::HoldForSpace(_) | Event::Background(_) => {}
+            Event::WaitForSpace(_) | Event::Background(_) => {}
             Event::Close => self.closing = true,
         }
         self.pump(out);

@@ -339,20 +339,20 @@ impl World {
     /// BAT on disk, overlaid with the shared table; both values count as used.
     fn scan(&mut self, takeover: bool) -> (Vec<Carried>, AllocConfig) {
         let top = self.shape.top();
-        let disk = self.chain.places(&self.shape, top);
+        let disk = self.chain.host_clusters(&self.shape, top);
         let mut used: Vec<u32> = disk.iter().map(|(_, p)| *p).collect();
         let mut carried = Vec::new();
         if takeover && self.broken != Break::LoseCarried {
-            for (slot, cluster, place) in self.table.used() {
+            for (slot, cluster, host_cluster) in self.table.used() {
                 let durable = disk.iter().find(|(c, _)| *c == cluster).map_or(0, |(_, p)| *p);
-                if self.broken == Break::ReuseTooEarly && place != durable {
+                if self.broken == Break::ReuseTooEarly && host_cluster != durable {
                     used.retain(|p| *p != durable);
                 }
-                if place != 0 {
-                    used.push(place);
+                if host_cluster != 0 {
+                    used.push(host_cluster);
                 }
-                carried.push(Carried { slot, cluster, host_cluster: place, durable });
-                self.cover.hit_if(place == 0, "takeover with a carried free entry");
+                carried.push(Carried { slot, cluster, host_cluster, durable });
+                self.cover.hit_if(host_cluster == 0, "takeover with a carried free entry");
             }
             self.cover.hit_if(!carried.is_empty(), "takeover with carried entries");
         }
@@ -410,7 +410,7 @@ impl World {
         self.say(|_| format!("engine starts: {:?}, carried {carried:?}, failed {failed}", config.alloc));
         self.table.begin_step();
         self.idle_ticks = 0;
-        self.hold = true;
+        self.wait_for_space = true;
         self.ages.clear();
         self.unwritten.clear();
         self.unwritten_at_sync.clear();

@@ -37,13 +37,15 @@ impl World {
         let top = self.shape.top();
         let first = self.shape.levels[top].first_data;
         let end = (self.chain.files[top].len() / self.shape.spc) as u32;
-        let mut places = self.chain.places(&self.shape, top);
-        if let Some((c, p)) = places.iter().find(|(_, p)| *p < first || *p >= end) {
-            self.fail(format!("{what}: cluster {c} is at place {p} of a file with places {first}..{end}"));
+        let mut host_clusters = self.chain.host_clusters(&self.shape, top);
+        if let Some((c, p)) = host_clusters.iter().find(|(_, p)| *p < first || *p >= end) {
+            self.fail(format!(
+                "{what}: cluster {c} is at host cluster {p} of a file with host clusters {first}..{end}"
+            ));
         }
-        places.sort_unstable_by_key(|(_, p)| *p);
-        if let Some(w) = places.windows(2).find(|w| w[0].1 == w[1].1) {
-            self.fail(format!("{what}: clusters {} and {} share place {}", w[0].0, w[1].0, w[0].1));
+        host_clusters.sort_unstable_by_key(|(_, p)| *p);
+        if let Some(w) = host_clusters.windows(2).find(|w| w[0].1 == w[1].1) {
+            self.fail(format!("{what}: clusters {} and {} share host cluster {}", w[0].0, w[1].0, w[0].1));
         }
     }
 
@@ -99,18 +101,24 @@ impl World {
         }
     }
 
-    /// At rest every place of the file is used or free.
+    /// At rest every host cluster of the file is used or free.
     fn check_rest(&mut self, status: &Status) {
         let top = self.shape.top();
         let first = self.shape.levels[top].first_data;
-        let places = self.chain.places(&self.shape, top);
-        let used = places.len() as u32;
+        let host_clusters = self.chain.host_clusters(&self.shape, top);
+        let used = host_clusters.len() as u32;
         if used + status.free != status.alloc_end.saturating_sub(first) {
-            self.fail(format!("at rest {used} places used + {} free, but {first}..{}", status.free, status.alloc_end));
+            self.fail(format!(
+                "at rest {used} host clusters used + {} free, but {first}..{}",
+                status.free, status.alloc_end
+            ));
         }
-        let end = places.iter().map(|(_, p)| p + 1).max().unwrap_or(first);
+        let end = host_clusters.iter().map(|(_, p)| p + 1).max().unwrap_or(first);
         if end != status.alloc_end {
-            self.fail(format!("at rest the last place in use is before {end}, but the end is {}", status.alloc_end));
+            self.fail(format!(
+                "at rest the last host cluster in use is before {end}, but the end is {}",
+                status.alloc_end
+            ));
         }
         if u64::from(status.alloc_end) * self.shape.spc > self.chain.files[top].len() {
             self.fail(format!("the end {} lies beyond the file", status.alloc_end));

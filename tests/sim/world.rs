@@ -43,7 +43,7 @@ pub struct Settings {
     pub bat_age: u32,
     pub ahead: u32,
     pub slots: usize,
-    /// The file cannot grow by more than so many places (as version 1 at 2^32 sectors).
+    /// The file cannot grow by more than so many host clusters (as version 1 at 2^32 sectors).
     pub growth: Option<u32>,
     pub operations: u64,
     pub max_in_flight: usize,
@@ -112,7 +112,7 @@ pub struct Req {
     pub serial: u64,
     /// Faults injected before it arrived: without a new one it must not fail.
     pub faults: u64,
-    /// Writes were not held for space at some time of its life.
+    /// Writes did not wait for space at some time of its life.
     pub refusable: bool,
     /// There was no space at some time of its life.
     pub starved: bool,
@@ -144,7 +144,7 @@ pub struct World {
     pub origin: (Shape, Chain),
     /// The background work of this session.
     pub background: Option<Session>,
-    /// Of each lower level: which cluster lives at a place.
+    /// Of each lower level: which cluster lives at a host cluster.
     pub lower_owner: Vec<HashMap<u32, u32>>,
     pub oracle: Oracle,
     pub table: Table,
@@ -155,7 +155,7 @@ pub struct World {
     pub engine: Option<Box<dyn Machine>>,
     pub flights: Vec<Flight>,
     pub bounces: Vec<Vec<Stamp>>,
-    /// No place at or beyond this.
+    /// No host cluster at or beyond this.
     pub limit: u32,
     /// The header that the engine was given.
     pub header: [u8; 64],
@@ -180,7 +180,7 @@ pub struct World {
     pub bat_read_error: bool,
     pub no_space: bool,
     /// Writes wait for space (the device is not being stopped).
-    pub hold: bool,
+    pub wait_for_space: bool,
     /// No new requests until everything has come to rest.
     pub quiet: bool,
     /// The engine was waiting for space after its last step.
@@ -192,14 +192,14 @@ pub struct World {
     pub witness_saw: u64,
     /// Clusters that requests changed since the last check of all that a power cut may leave.
     pub touched: BTreeSet<u32>,
-    /// Cluster that an entry gave each place to, last.
+    /// Cluster that an entry gave each host cluster to, last.
     pub last_owner: HashMap<u32, u32>,
     /// Operations of dead workers that a broken barrier lets through.
     pub ghosts: Vec<(u64, Stamp)>,
     /// Who may be named by the BAT after a power cut; rebuilt when the BAT moved.
     pub owners: Option<HashMap<u32, Vec<u32>>>,
     pub idle_ticks: u32,
-    /// Places no data write to which has ended yet, though one is in flight; and those that were so when the last sync
+    /// Host clusters no data write to which has ended yet, though one is in flight; and those that were so when the last sync
     /// began.
     pub unwritten: HashSet<u32>,
     pub unwritten_at_sync: HashSet<u32>,
@@ -251,7 +251,7 @@ impl World {
             bad_pages: Vec::new(),
             bat_read_error: false,
             no_space: false,
-            hold: true,
+            wait_for_space: true,
             quiet: false,
             was_waiting: false,
             took_over: false,
@@ -275,7 +275,7 @@ impl World {
         w
     }
 
-    /// Of each lower level: which cluster lives at a place.
+    /// Of each lower level: which cluster lives at a host cluster.
     pub fn owners_below(&self) -> Vec<HashMap<u32, u32>> {
         owners_below(&self.shape, &self.chain)
     }
@@ -370,7 +370,7 @@ impl World {
     fn after_step(&mut self) {
         let changed = self.table.changed_slots();
         if !changed.is_empty() {
-            self.say(|w| format!("  table (slot, cluster, place): {:?}", w.table.used()));
+            self.say(|w| format!("  table (slot, cluster, host cluster): {:?}", w.table.used()));
         }
         for slot in changed {
             self.check_slot(slot);
@@ -417,7 +417,7 @@ fn owners_below(shape: &Shape, chain: &Chain) -> Vec<HashMap<u32, u32>> {
     (0..shape.top())
         .map(|l| match shape.levels[l].raw {
             Some(_) => HashMap::new(),
-            None => chain.places(shape, l).into_iter().map(|(c, p)| (p, c)).collect(),
+            None => chain.host_clusters(shape, l).into_iter().map(|(c, p)| (p, c)).collect(),
         })
         .collect()
 }

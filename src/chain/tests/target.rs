@@ -122,8 +122,8 @@ fn first_byte(path: &Path, version: Version, c: u32) -> Option<u8> {
     let bytes = std::fs::read(path).unwrap();
     let at = bat::entry_offset(c) as usize;
     let entry = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-    let place = u64::from(entry) * if version == Version::V1 { 512 } else { CLUSTER };
-    (entry != 0).then(|| bytes[place as usize])
+    let at = u64::from(entry) * if version == Version::V1 { 512 } else { CLUSTER };
+    (entry != 0).then(|| bytes[at as usize])
 }
 
 #[test]

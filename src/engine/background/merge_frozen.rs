@@ -1,9 +1,9 @@
 //! Merging frozen levels into the lowest of them while the device is in use.
 //!
-//! Nobody reads what is written: a source above the target has each of these clusters, and the map names the highest level
-//! that has one. So no request is ever in the way, and no cluster is locked. The BAT pages of the sources are read when the
-//! work reaches them; clusters that stand side by side in source and target are moved in one piece: shared where the files'
-//! system can, else copied through bounce buffers.
+//! No request reads what is written: a source above the target has each of these clusters, and the map names the
+//! highest level that has one. So no request is ever in the way, and no cluster is locked. The BAT pages of the sources
+//! are read when the work reaches them; clusters that stand side by side in source and target are moved in one piece:
+//! shared where the files' system can, else copied through bounce buffers.
 
 use std::collections::VecDeque;
 
@@ -167,8 +167,8 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// The sources' BAT pages of the cursor are loaded; the cursor skips the pages without entries. False: they are being
-    /// read, or nothing is left.
+    /// The sources' BAT pages of the cursor are loaded; the cursor skips the pages without entries. False: they are
+    /// being read, or nothing is left.
     fn need_source_page(&mut self, out: &mut Vec<Action>) -> bool {
         let low = self.background.as_ref().and_then(|b| b.target.as_ref()).map_or(0, |t| t.level);
         let clusters: Vec<(u8, u64)> = self
@@ -237,7 +237,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Begins to move as many neighbours as can go in one piece. False: no place for them yet, or no buffer.
+    /// Begins to move as many neighbours as can go in one piece. False: no host clusters for them yet, or no buffer.
     fn begin_frozen_copy(&mut self, cluster: u32, level: u8, from: u32, out: &mut Vec<Action>) -> bool {
         let shift = self.config.cluster_shift;
         let Some(merge) = self.merge_frozen() else { return false };
@@ -396,18 +396,15 @@ impl<S: Shared> Engine<S> {
 
 fn lay_over(source: &mut SourcePage, level: u8, config: &LevelConfig, shift: u32, bytes: &[u8]) -> Result<(), Errno> {
     let LevelConfig::Ploop { v1, clusters, first_data, file_clusters } = *config else { return Err(IO) };
-    let unit = if v1 { 1u32 << (shift - 9) } else { 1 };
+    debug_assert_eq!(bytes.len(), BAT_PAGE);
+    let unit = bat::Unit::of(v1, shift);
     let range = bat::clusters_of(source.page);
     for c in range.start..range.end.min(u64::from(clusters)) {
         let index = bat::index_of(c as u32);
-        let at = index * 4;
-        let raw = u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        if raw == 0 {
+        let raw = bat::load(bytes, index);
+        let host_cluster = unit.decode_within(raw, first_data, file_clusters).ok_or(IO)?;
+        if host_cluster == 0 {
             continue;
-        }
-        let host_cluster = raw / unit;
-        if !raw.is_multiple_of(unit) || host_cluster < first_data || host_cluster >= file_clusters {
-            return Err(IO);
         }
         let have = source.entries[index].0;
         if have == NO_LEVEL || (have < level) != breaks(Breach::LowerSourceWins) {

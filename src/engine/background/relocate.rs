@@ -19,12 +19,12 @@ pub(in super::super) struct Relocate {
     from: u32,
     cursor: u64,
     /// Some cluster behind the cursor has to be looked at again.
-    again: bool,
+    revisit: bool,
 }
 
 impl Relocate {
     pub fn new(from: u32) -> Relocate {
-        Relocate { from, cursor: 0, again: false }
+        Relocate { from, cursor: 0, revisit: false }
     }
 
     pub fn cursor(&self) -> u64 {
@@ -60,7 +60,7 @@ impl<S: Shared> Engine<S> {
                 if copying > 0 {
                     return;
                 }
-                if !std::mem::take(&mut relocate.again) {
+                if !std::mem::take(&mut relocate.revisit) {
                     self.background_done(out);
                     return;
                 }
@@ -150,7 +150,7 @@ impl<S: Shared> Engine<S> {
         }
         self.space.give(host_cluster);
         self.pending.give_slot_back(slot);
-        self.relocation().into_iter().for_each(|r| r.again = true);
+        self.relocation().into_iter().for_each(|r| r.revisit = true);
     }
 
     /// A cluster has come into the top.
@@ -159,7 +159,7 @@ impl<S: Shared> Engine<S> {
             && host_cluster >= relocate.from
             && u64::from(cluster) < relocate.cursor
         {
-            relocate.again = true;
+            relocate.revisit = true;
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The level that a merge writes to: its space, the pages of its BAT, and how what was copied becomes durable.
 //!
-//! Publishing is: sync the data, write the changed BAT pages, sync again, record the progress. The pages that are written
-//! are the ones that stood when the first sync began. The pages of a target that are needed are read one after another
-//! and dropped when they are clean; a raw target has none, each of its clusters is where it belongs.
+//! Publishing is: sync the data, write the changed BAT pages, sync again, record the progress. The pages that are
+//! written are the ones that stood when the first sync began. The pages of a target that are needed are read one after
+//! another and dropped when they are clean; a raw target has none, each of its clusters is where it belongs.
 
 use std::collections::VecDeque;
 
@@ -32,7 +32,7 @@ enum Phase {
 }
 
 /// A page of the target's BAT.
-struct Page {
+struct TargetPage {
     /// As on disk, with the entries of clusters copied since.
     bytes: Box<[u8; BAT_PAGE]>,
     loaded: bool,
@@ -51,14 +51,13 @@ pub(in super::super) struct Target {
     pub level: u8,
     /// Bytes of a raw file.
     raw: Option<u64>,
-    v1: bool,
+    unit: bat::Unit,
     first_data: u32,
     clusters: u32,
-    cluster_shift: u32,
     /// It has entries for every cluster that can be merged into it.
     fits: bool,
     space: Space,
-    pages: IntMap<u32, Page>,
+    pages: IntMap<u32, TargetPage>,
     order: VecDeque<u32>,
     changed_pages: usize,
     phase: Phase,
@@ -92,10 +91,9 @@ impl Target {
         Some(Target {
             level: config.level,
             raw,
-            v1,
+            unit: bat::Unit::of(v1, cluster_shift),
             first_data,
             clusters,
-            cluster_shift,
             fits: enough && usize::from(config.level) + 1 < levels.len(),
             space: Space::new(&config.alloc),
             pages: IntMap::default(),
@@ -140,23 +138,20 @@ impl Target {
         Some(self.entry(&page.bytes, cluster))
     }
 
-    fn unit(&self) -> u32 {
-        if self.v1 { 1 << (self.cluster_shift - 9) } else { 1 }
-    }
-
+    /// What the entry of a page whose entries are sound says of a cluster; 0: none.
     fn entry(&self, bytes: &[u8; BAT_PAGE], cluster: u32) -> u32 {
-        let at = bat::index_of(cluster) * 4;
-        u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]) / self.unit()
+        match self.unit.decode(bat::load(bytes, bat::index_of(cluster))) {
+            bat::Entry::At(host_cluster) => host_cluster,
+            _ => 0,
+        }
     }
 
     /// Every entry of a page names a cluster of the file.
     fn is_sound(&self, number: u32, bytes: &[u8; BAT_PAGE]) -> bool {
         let range = bat::clusters_of(number);
         (range.start..range.end.min(u64::from(self.clusters))).all(|c| {
-            let at = bat::index_of(c as u32) * 4;
-            let raw = u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-            let host = raw / self.unit();
-            raw == 0 || raw.is_multiple_of(self.unit()) && host >= self.first_data && host < self.file_end()
+            let raw = bat::load(bytes, bat::index_of(c as u32));
+            self.unit.decode_within(raw, self.first_data, self.file_end()).is_some()
         })
     }
 
@@ -179,18 +174,17 @@ impl Target {
         if self.raw.is_some() {
             return;
         }
-        let unit = self.unit();
-        let at = bat::index_of(cluster) * 4;
+        let index = bat::index_of(cluster);
+        let entry = self.unit.entry(host_cluster);
         let Some(page) = self.pages.get_mut(&bat::page_of(cluster)) else { return };
-        let entry = (host_cluster * unit).to_le_bytes();
-        if page.bytes[at..at + 4] != entry {
-            page.bytes[at..at + 4].copy_from_slice(&entry);
+        if bat::load(&page.bytes[..], index) != entry {
+            bat::store(&mut page.bytes[..], index, entry);
             self.changed_pages += usize::from(!std::mem::replace(&mut page.changed, true));
         }
         if breaks(Breach::LateTargetEntry)
             && let Some((_, data)) = self.writing.iter_mut().find(|(n, _)| *n == bat::page_of(cluster))
         {
-            data[at..at + 4].copy_from_slice(&entry);
+            bat::store(&mut data[..], index, entry);
         }
     }
 
@@ -269,7 +263,7 @@ impl<S: Shared> Engine<S> {
         }
         target.evict();
         let bytes = Box::new([0; BAT_PAGE]);
-        let page = Page { bytes, loaded: false, changed: false, publishing: false, pins: 0, waiters: Vec::new() };
+        let page = TargetPage { bytes, loaded: false, changed: false, publishing: false, pins: 0, waiters: Vec::new() };
         target.pages.insert(number, page);
         target.order.push_back(number);
         let level = target.level;
@@ -308,8 +302,8 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A host cluster of the target for a cluster whose page is loaded: its own or a new one. `None`: its file has to grow
-    /// first.
+    /// A host cluster of the target for a cluster whose page is loaded: its own or a new one. `None`: its file has to
+    /// grow first.
     pub(super) fn take_target_cluster(&mut self, cluster: u32, out: &mut Vec<Action>) -> Option<u32> {
         let target = self.target()?;
         let own = target.host_cluster(cluster)?;

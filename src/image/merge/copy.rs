@@ -1,5 +1,5 @@
-//! Moving the runs of a plan: shared where the file systems can, else copied by several threads, each with one large read
-//! or write under way.
+//! Moving the runs of a plan: shared where the file systems can, else copied by several threads, each with one large
+//! read or write under way.
 
 use std::fs::File;
 use std::ops::Range;
@@ -17,8 +17,8 @@ use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
 use crate::sys::{cache, store};
 use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 
-use super::plan::{Place, Plan, Run};
-use super::{Level, MergeOptions, Merged};
+use super::plan::{Destination, Extent, Plan};
+use super::{MergeLevel, MergeOptions, Merged};
 
 /// Bytes that a thread moves at once, or a cluster if that is more.
 const CHUNK: u64 = 2 << 20;
@@ -34,7 +34,7 @@ const TELL: Duration = Duration::from_millis(50);
 pub struct Sink<'t, 'f> {
     /// None: raw.
     target: Option<&'t mut Target<'f>>,
-    /// Places not published yet.
+    /// Host clusters not published yet.
     pending: Vec<(VirtCluster, ImageCluster)>,
     /// Bytes of a raw target.
     raw_bytes: u64,
@@ -48,7 +48,7 @@ impl<'t, 'f> Sink<'t, 'f> {
         Sink { target: Some(target), pending: Vec::new(), raw_bytes: 0, file, name }
     }
 
-    pub fn raw(level: Level<'f>, bytes: u64) -> Sink<'t, 'f> {
+    pub fn raw(level: MergeLevel<'f>, bytes: u64) -> Sink<'t, 'f> {
         Sink { target: None, pending: Vec::new(), raw_bytes: bytes, file: level.file, name: level.name.to_owned() }
     }
 
@@ -85,7 +85,7 @@ struct Io {
 }
 
 impl Io {
-    fn open(level: &Level<'_>, write: bool) -> Result<Io> {
+    fn open(level: &MergeLevel<'_>, write: bool) -> Result<Io> {
         let (file, _) = reopen(level.file, Access { write, direct: false })
             .ctx(Kind::Open, || format!("cannot open image {}", level.name.display()))?;
         Ok(Io { file, name: level.name.to_owned() })
@@ -138,8 +138,8 @@ pub struct Copier<'o, 'p> {
 
 impl<'o, 'p> Copier<'o, 'p> {
     pub fn new(
-        sources: &[Level<'_>],
-        target: Level<'_>,
+        sources: &[MergeLevel<'_>],
+        target: MergeLevel<'_>,
         cluster: ClusterSize,
         options: &'o mut MergeOptions<'p>,
     ) -> Result<Copier<'o, 'p>> {
@@ -162,14 +162,14 @@ impl<'o, 'p> Copier<'o, 'p> {
         let Some(target) = &sink.target else { return Ok(()) };
         let (end, free) = (u64::from(target.table.end), &target.table.free);
         for (index, source) in self.sources.iter().enumerate() {
-            let Some(run) = plan.runs.iter().find(|r| r.source == index && !r.hole) else { continue };
+            let Some(extent) = plan.extents.iter().find(|e| e.source == index && !e.hole) else { continue };
             // Behind the end, where nothing is: the first copy overwrites it, or it is cut at the end.
-            let from = u64::from(run.from) * size;
+            let from = u64::from(extent.from) * size;
             let shares = &mut self.shares[index];
             *shares = *shares && store::clone_range(&source.file, from, &self.target.file, end * size, size).is_ok();
         }
-        let copied = |r: &&Run| r.needs_room() && (r.hole || !self.shares[r.source]);
-        let new: u64 = plan.runs.iter().filter(copied).map(|r| u64::from(r.count)).sum();
+        let copied = |e: &&Extent| e.needs_room() && (e.hole || !self.shares[e.source]);
+        let new: u64 = plan.extents.iter().filter(copied).map(|e| u64::from(e.count)).sum();
         let inside: u64 = free.iter().map(|g| u64::from(g.end - g.start)).sum();
         let behind = new.saturating_sub(inside);
         target.check_room(plan.new.saturating_sub(inside))?;
@@ -186,22 +186,22 @@ impl<'o, 'p> Copier<'o, 'p> {
     }
 
     /// Moves all runs, in batches each of which is made durable and published.
-    pub fn all(&mut self, runs: &[Run], sink: &mut Sink<'_, '_>, touched: &mut bool) -> Result<()> {
+    pub fn all(&mut self, extents: &[Extent], sink: &mut Sink<'_, '_>, touched: &mut bool) -> Result<()> {
         let size = self.cluster.bytes();
         let spoiled = AtomicBool::new(*touched);
         let batch = (self.options.batch / size).max(1);
-        let mut rest = runs.iter().copied().peekable();
-        let mut held: Option<Run> = None;
+        let mut rest = extents.iter().copied().peekable();
+        let mut held: Option<Extent> = None;
         let result = loop {
             let mut now = Vec::new();
             let mut room = batch;
             while room > 0 {
-                let Some(run) = held.take().or_else(|| rest.next()) else { break };
-                let most = u64::from(run.count).min(room) as u32;
-                now.push(run.part(0, most));
+                let Some(extent) = held.take().or_else(|| rest.next()) else { break };
+                let most = u64::from(extent.count).min(room) as u32;
+                now.push(extent.part(0, most));
                 room -= u64::from(most);
-                if most < run.count {
-                    held = Some(run.part(most, u32::MAX));
+                if most < extent.count {
+                    held = Some(extent.part(most, u32::MAX));
                 }
             }
             if now.is_empty() {
@@ -216,21 +216,21 @@ impl<'o, 'p> Copier<'o, 'p> {
         result
     }
 
-    fn batch(&mut self, runs: &[Run], sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<()> {
+    fn batch(&mut self, extents: &[Extent], sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<()> {
         let mut copies = Vec::new();
-        for run in runs {
-            if run.hole || !self.shares[run.source] {
-                copies.push(*run);
+        for extent in extents {
+            if extent.hole || !self.shares[extent.source] {
+                copies.push(*extent);
                 continue;
             }
             let most = (SHARE / self.cluster.bytes()).max(1) as u32;
             let mut skip = 0;
-            while skip < run.count {
-                let part = run.part(skip, most);
+            while skip < extent.count {
+                let part = extent.part(skip, most);
                 let shared = self.share(&part, sink, touched)?;
                 if !shared {
-                    self.shares[run.source] = false;
-                    copies.push(run.part(skip, u32::MAX));
+                    self.shares[extent.source] = false;
+                    copies.push(extent.part(skip, u32::MAX));
                     break;
                 }
                 skip += part.count;
@@ -246,15 +246,15 @@ impl<'o, 'p> Copier<'o, 'p> {
     }
 
     /// False: the file systems do not do that.
-    fn share(&mut self, run: &Run, sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<bool> {
+    fn share(&mut self, extent: &Extent, sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<bool> {
         let size = self.cluster.bytes();
         let mut done = 0;
-        while done < run.count {
-            let part = run.part(done, u32::MAX);
+        while done < extent.count {
+            let part = extent.part(done, u32::MAX);
             let (to, count) = match part.to {
-                Place::Own(place) => (u64::from(place) * size, part.count),
-                Place::Raw => (u64::from(part.cluster) * size, part.count),
-                Place::New => {
+                Destination::Own(host_cluster) => (u64::from(host_cluster) * size, part.count),
+                Destination::Raw => (u64::from(part.cluster) * size, part.count),
+                Destination::New => {
                     let got = sink.allocate(part.count)?;
                     let clusters = part.cluster..;
                     sink.pending.extend(clusters.zip(got.clone()));
@@ -262,10 +262,10 @@ impl<'o, 'p> Copier<'o, 'p> {
                 }
             };
             let mut len = u64::from(count) * size;
-            if part.to == Place::Raw {
+            if part.to == Destination::Raw {
                 len = len.min(sink.raw_bytes.saturating_sub(to));
             }
-            if part.to != Place::New {
+            if part.to != Destination::New {
                 touched.store(true, Ordering::Relaxed);
             }
             let from = u64::from(part.from) * size;
@@ -287,15 +287,15 @@ impl<'o, 'p> Copier<'o, 'p> {
         Ok(true)
     }
 
-    fn copy(&mut self, runs: &[Run], sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<()> {
-        if runs.is_empty() {
+    fn copy(&mut self, extents: &[Extent], sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<()> {
+        if extents.is_empty() {
             return Ok(());
         }
         let pieces = (CHUNK / self.cluster.bytes()).max(1) as u32;
-        let all: u32 = runs.iter().map(|r| r.count.div_ceil(pieces)).fold(0, u32::saturating_add);
+        let all: u32 = extents.iter().map(|e| e.count.div_ceil(pieces)).fold(0, u32::saturating_add);
         let raw_bytes = sink.raw_bytes;
         let shared = Shared {
-            state: Mutex::new(State { runs, run: 0, skip: 0, taken: 0, turn: 0, sink, failed: None, running: 0 }),
+            state: Mutex::new(State { extents, extent: 0, skip: 0, taken: 0, turn: 0, sink, failed: None, running: 0 }),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             moved: AtomicU64::new(0),
@@ -345,11 +345,11 @@ impl<'o, 'p> Copier<'o, 'p> {
 }
 
 struct State<'s, 't, 'f> {
-    runs: &'s [Run],
+    extents: &'s [Extent],
     /// The next piece: a run, and how much of it is taken.
-    run: usize,
+    extent: usize,
     skip: u32,
-    /// Pieces taken, and whose turn it is to get places: in the order of the disk.
+    /// Pieces taken, and whose turn it is to get host clusters: in the order of the disk.
     taken: u64,
     turn: u64,
     sink: &'s mut Sink<'t, 'f>,
@@ -376,16 +376,16 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self) -> Option<(u64, Run)> {
+    fn take(&self) -> Option<(u64, Extent)> {
         let mut state = self.lock();
         if state.failed.is_some() || self.stop.load(Ordering::Relaxed) {
             return None;
         }
-        let run = *state.runs.get(state.run)?;
-        let part = run.part(state.skip, self.pieces);
+        let extent = *state.extents.get(state.extent)?;
+        let part = extent.part(state.skip, self.pieces);
         state.skip += part.count;
-        if state.skip >= run.count {
-            state.run += 1;
+        if state.skip >= extent.count {
+            state.extent += 1;
             state.skip = 0;
         }
         let turn = state.taken;
@@ -408,7 +408,7 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
         self.changed.notify_all();
     }
 
-    fn piece(&self, turn: u64, part: &Run, buf: &mut Option<AlignedBuf>) -> Result<()> {
+    fn piece(&self, turn: u64, part: &Extent, buf: &mut Option<AlignedBuf>) -> Result<()> {
         let size = self.size as usize;
         let len = part.count as usize * size;
         let mut bytes: &mut [u8] = &mut [];
@@ -422,12 +422,12 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
             (false, true) => vec![true; part.count as usize],
             (false, false) => bytes.chunks(size).map(is_zero).collect(),
         };
-        for (at, to, count) in self.places(turn, part, &skip)? {
+        for (at, to, count) in self.destinations(turn, part, &skip)? {
             let mut len = u64::from(count) * self.size;
-            if part.to == Place::Raw {
+            if part.to == Destination::Raw {
                 len = len.min(self.raw_bytes.saturating_sub(to));
             }
-            if part.to != Place::New {
+            if part.to != Destination::New {
                 self.touched.store(true, Ordering::Relaxed);
             }
             if part.hole {
@@ -444,7 +444,7 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
     }
 
     /// Where the clusters of a piece go that are written: (index in the piece, offset in the target, count).
-    fn places(&self, turn: u64, part: &Run, skip: &[bool]) -> Result<Vec<(u32, u64, u32)>> {
+    fn destinations(&self, turn: u64, part: &Extent, skip: &[bool]) -> Result<Vec<(u32, u64, u32)>> {
         let mut state = self.lock();
         while state.turn != turn {
             if state.failed.is_some() {
@@ -453,9 +453,9 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let placed = match part.to {
-            Place::Own(place) => Ok(vec![(0, u64::from(place) * self.size, part.count)]),
-            Place::Raw => Ok(vec![(0, u64::from(part.cluster) * self.size, part.count)]),
-            Place::New => self.allocate(&mut state, part, skip),
+            Destination::Own(host_cluster) => Ok(vec![(0, u64::from(host_cluster) * self.size, part.count)]),
+            Destination::Raw => Ok(vec![(0, u64::from(part.cluster) * self.size, part.count)]),
+            Destination::New => self.allocate(&mut state, part, skip),
         };
         state.turn += 1;
         drop(state);
@@ -463,7 +463,7 @@ impl<'s, 't, 'f> Shared<'s, 't, 'f> {
         placed
     }
 
-    fn allocate(&self, state: &mut State<'_, '_, '_>, part: &Run, skip: &[bool]) -> Result<Vec<(u32, u64, u32)>> {
+    fn allocate(&self, state: &mut State<'_, '_, '_>, part: &Extent, skip: &[bool]) -> Result<Vec<(u32, u64, u32)>> {
         let mut placed = Vec::new();
         let mut at = 0;
         while at < part.count {

@@ -1,7 +1,7 @@
 //! Moving the data of upper images down into a lower one.
 //!
-//! At every instant the chain reads as before: whatever is written into the target is shadowed by the source that it came
-//! from. So a merge that was interrupted is simply done again.
+//! At every instant the chain reads as before: whatever is written into the target is shadowed by the source that it
+//! came from. So a merge that was interrupted is simply done again.
 
 mod copy;
 mod plan;
@@ -27,7 +27,7 @@ use plan::Plan;
 /// An image file that takes part. Open for reading, and for writing if it is the target; the merge opens it again as it
 /// needs it.
 #[derive(Clone, Copy, Debug)]
-pub struct Level<'a> {
+pub struct MergeLevel<'a> {
     pub file: &'a File,
     pub name: &'a Path,
     pub raw: bool,
@@ -73,7 +73,7 @@ pub struct Failed {
 pub struct Merge<'a> {
     sources: Vec<Source<'a>>,
     target: Under<'a>,
-    target_level: Level<'a>,
+    target_level: MergeLevel<'a>,
     cluster: ClusterSize,
     sectors: u64,
     /// Clusters that any image below the target has; none if that is not known.
@@ -81,7 +81,7 @@ pub struct Merge<'a> {
 }
 
 struct Source<'a> {
-    level: Level<'a>,
+    level: MergeLevel<'a>,
     entries: Entries,
 }
 
@@ -91,10 +91,15 @@ enum Under<'a> {
 }
 
 impl<'a> Merge<'a> {
-    /// Reads headers and tables of the sources (topmost first), of the target, and of the images below it (any order; none
-    /// if they are not known, so that zeroes have to be written wherever a source has them), and checks that they fit together: cluster size and version are `Format`, a target larger than a source `Param`, a source
-    /// that is marked in use `Open`.
-    pub fn prepare(sources: &[Level<'a>], target: Level<'a>, below: Option<&[Level<'a>]>) -> Result<Merge<'a>> {
+    /// Reads headers and tables of the sources (topmost first), of the target, and of the images below it (any order;
+    /// none if they are not known, so that zeroes have to be written wherever a source has them). Checks that they fit
+    /// together: cluster size and version are `Format`, a target larger than a source `Param`, a source that is marked
+    /// in use `Open`.
+    pub fn prepare(
+        sources: &[MergeLevel<'a>],
+        target: MergeLevel<'a>,
+        below: Option<&[MergeLevel<'a>]>,
+    ) -> Result<Merge<'a>> {
         let mut tables: Vec<(Header, Source<'a>)> = Vec::with_capacity(sources.len());
         for level in sources {
             if level.raw {
@@ -105,7 +110,7 @@ impl<'a> Merge<'a> {
                 bail!(
                     Open,
                     "image {} is marked in use ({:#010x} at offset 44): it is open elsewhere or was not closed cleanly; \
-                     run `ploop check -d` on it once nobody has it open",
+                     run `ploop check -d` on it when no program has it open",
                     level.name.display(),
                     header.in_use
                 );
@@ -147,7 +152,7 @@ impl<'a> Merge<'a> {
         Ok(merge)
     }
 
-    fn look_below(&mut self, below: &[Level<'_>]) -> Result<()> {
+    fn look_below(&mut self, below: &[MergeLevel<'_>]) -> Result<()> {
         let mut all: Entries = Vec::new();
         for level in below {
             let found = match level.raw {
@@ -162,12 +167,12 @@ impl<'a> Merge<'a> {
         Ok(())
     }
 
-    /// Whether the target is marked in use: refused where nobody can say that it was a crash.
+    /// Whether the target is marked in use: refused where the caller cannot say that it was a crash.
     pub fn target_marked(&self) -> bool {
         matches!(&self.target, Under::Ploop(t) if t.header.is_marked())
     }
 
-    /// Whether data of the target has to make room for a longer table: then nobody may be reading it.
+    /// Whether data of the target has to make room for a longer table: then no worker may be reading it.
     pub fn moves_data(&self) -> bool {
         match &self.target {
             Under::Raw { .. } => false,
@@ -176,7 +181,7 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// Does it. The target must be used by nobody, and the sources written to by nobody.
+    /// Does it. No other program may use the target, and none may write to the sources.
     pub fn run(mut self, options: &mut MergeOptions<'_>) -> Result<Merged, Failed> {
         let mut touched = false;
         match self.work(options, &mut touched) {
@@ -214,10 +219,10 @@ impl<'a> Merge<'a> {
                 Sink::raw(self.target_level, wanted)
             }
         };
-        let levels: Vec<Level<'_>> = self.sources.iter().map(|s| s.level).collect();
+        let levels: Vec<MergeLevel<'_>> = self.sources.iter().map(|s| s.level).collect();
         let mut copier = Copier::new(&levels, self.target_level, cluster, options)?;
         copier.reserve(&plan, &mut sink)?;
-        copier.all(&plan.runs, &mut sink, touched)?;
+        copier.all(&plan.extents, &mut sink, touched)?;
         let done = copier.done;
         match &mut self.target {
             Under::Ploop(target) => target.close(options.stay_marked)?,
@@ -251,7 +256,7 @@ fn check_size(lower: &Path, lower_sectors: u64, upper: &Path, upper_sectors: u64
 }
 
 /// Size of a raw image; one that is none is refused.
-fn raw_bytes(level: &Level<'_>) -> Result<u64> {
+fn raw_bytes(level: &MergeLevel<'_>) -> Result<u64> {
     let shown = level.name.display();
     let mut head = [0; header::SIZE];
     let got = read_full(level.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {shown}"))?;
@@ -271,7 +276,7 @@ pub struct OpenLevel {
 }
 
 impl OpenLevel {
-    pub fn level(&self) -> Level<'_> {
-        Level { file: &self.file, name: &self.path, raw: self.raw }
+    pub fn level(&self) -> MergeLevel<'_> {
+        MergeLevel { file: &self.file, name: &self.path, raw: self.raw }
     }
 }

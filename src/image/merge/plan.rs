@@ -10,14 +10,14 @@ use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 
 /// Neighbouring clusters of the disk that stand side by side in one source.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Run {
+pub struct Extent {
     /// First cluster of the disk.
     pub cluster: VirtCluster,
     pub count: u32,
     /// Index of the source, and where the first cluster stands in it.
     pub source: usize,
     pub from: ImageCluster,
-    pub to: Place,
+    pub to: Destination,
     /// A hole of the source: reads as zero without being read.
     pub hole: bool,
     /// Zeroes must be written, because something below would show through.
@@ -26,7 +26,7 @@ pub struct Run {
 
 /// Where a run goes in the target.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum Destination {
     /// The target has these clusters, side by side from here on.
     Own(ImageCluster),
     /// The target lacks them.
@@ -38,7 +38,7 @@ pub enum Place {
 /// All runs, ascending by cluster.
 #[derive(Debug, Default)]
 pub struct Plan {
-    pub runs: Vec<Run>,
+    pub extents: Vec<Extent>,
     /// Of all runs.
     pub bytes: u64,
     /// Clusters that the target may have to get room for.
@@ -61,7 +61,7 @@ impl Cursor<'_> {
         while self.peek().is_some_and(|(c, _)| c < cluster) {
             self.at += 1;
         }
-        self.peek().filter(|(c, _)| *c == cluster).map(|(_, place)| place)
+        self.peek().filter(|(c, _)| *c == cluster).map(|(_, host_cluster)| host_cluster)
     }
 }
 
@@ -86,47 +86,47 @@ impl Plan {
         while let Some(next) = cursors.iter().filter_map(|c| c.peek().map(|(cluster, _)| cluster)).min() {
             let mut supplier = None;
             for (index, cursor) in cursors.iter_mut().enumerate() {
-                if let Some((at, place)) = cursor.peek().filter(|(c, _)| *c == next) {
-                    supplier = supplier.or(Some((index, place)));
+                if let Some((at, host_cluster)) = cursor.peek().filter(|(c, _)| *c == next) {
+                    supplier = supplier.or(Some((index, host_cluster)));
                     cursor.at += 1;
                     debug_assert_eq!(at, next);
                 }
             }
             let Some((source, from)) = supplier else { break };
             let to = match &mut own_at {
-                None => Place::Raw,
-                Some(own) => own.find(next).map_or(Place::New, Place::Own),
+                None => Destination::Raw,
+                Some(own) => own.find(next).map_or(Destination::New, Destination::Own),
             };
             let hole = holes.get(source).is_some_and(|d| d.is_hole(from));
-            plan.push(Run {
+            plan.push(Extent {
                 cluster: next,
                 count: 1,
                 source,
                 from,
                 to,
                 hole,
-                shadows: to != Place::New || below_at.as_mut().is_none_or(|b| b.find(next).is_some()),
+                shadows: to != Destination::New || below_at.as_mut().is_none_or(|b| b.find(next).is_some()),
             });
         }
-        plan.bytes = plan.runs.iter().map(|r| u64::from(r.count) * cluster.bytes()).sum();
-        let new = plan.runs.iter().filter(|r| r.needs_room());
+        plan.bytes = plan.extents.iter().map(|r| u64::from(r.count) * cluster.bytes()).sum();
+        let new = plan.extents.iter().filter(|r| r.needs_room());
         plan.new = new.map(|r| u64::from(r.count)).sum();
         Ok(plan)
     }
 
-    fn push(&mut self, next: Run) {
-        if let Some(last) = self.runs.last_mut()
+    fn push(&mut self, next: Extent) {
+        if let Some(last) = self.extents.last_mut()
             && last.continued_by(&next)
         {
             last.count += 1;
         } else {
-            self.runs.push(next);
+            self.extents.push(next);
         }
     }
 }
 
-impl Run {
-    fn continued_by(&self, next: &Run) -> bool {
+impl Extent {
+    fn continued_by(&self, next: &Extent) -> bool {
         let n = self.count;
         self.cluster.checked_add(n) == Some(next.cluster)
             && self.source == next.source
@@ -134,23 +134,29 @@ impl Run {
             && self.hole == next.hole
             && self.shadows == next.shadows
             && match (self.to, next.to) {
-                (Place::Own(a), Place::Own(b)) => a.checked_add(n) == Some(b),
+                (Destination::Own(a), Destination::Own(b)) => a.checked_add(n) == Some(b),
                 (a, b) => a == b,
             }
     }
 
     /// The target has to get room for it, as far as is known without reading.
     pub fn needs_room(&self) -> bool {
-        self.to == Place::New && (self.shadows || !self.hole)
+        self.to == Destination::New && (self.shadows || !self.hole)
     }
 
     /// The part of at most `most` clusters from `skip` on.
-    pub fn part(&self, skip: u32, most: u32) -> Run {
+    pub fn part(&self, skip: u32, most: u32) -> Extent {
         let to = match self.to {
-            Place::Own(place) => Place::Own(place.saturating_add(skip)),
+            Destination::Own(host_cluster) => Destination::Own(host_cluster.saturating_add(skip)),
             other => other,
         };
-        Run { cluster: self.cluster + skip, from: self.from + skip, count: (self.count - skip).min(most), to, ..*self }
+        Extent {
+            cluster: self.cluster + skip,
+            from: self.from + skip,
+            count: (self.count - skip).min(most),
+            to,
+            ..*self
+        }
     }
 }
 
@@ -176,10 +182,10 @@ impl Data {
         Ok(Data { ranges })
     }
 
-    fn is_hole(&self, place: ImageCluster) -> bool {
-        let place = u64::from(place);
-        let at = self.ranges.partition_point(|r| r.end <= place);
-        self.ranges.get(at).is_none_or(|r| r.start > place)
+    fn is_hole(&self, host_cluster: ImageCluster) -> bool {
+        let host_cluster = u64::from(host_cluster);
+        let at = self.ranges.partition_point(|r| r.end <= host_cluster);
+        self.ranges.get(at).is_none_or(|r| r.start > host_cluster)
     }
 }
 
@@ -197,17 +203,21 @@ mod tests {
         let cluster = ClusterSize::from_sectors(64).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &vec![1; 32 << 15], 0).unwrap();
         let plan = Plan::new(&[&top, &low], &[&file, &file], Some(&own), Some(&below), cluster).unwrap();
-        let seen: Vec<_> = plan.runs.iter().map(|r| (r.cluster, r.count, r.source, r.from, r.to, r.shadows)).collect();
+        let seen: Vec<_> =
+            plan.extents.iter().map(|r| (r.cluster, r.count, r.source, r.from, r.to, r.shadows)).collect();
         assert_eq!(
             seen,
             [
-                (1, 2, 0, 10, Place::New, true),
-                (3, 2, 1, 21, Place::Own(7), true),
-                (5, 1, 0, 12, Place::New, false),
-                (9, 1, 1, 24, Place::Own(2), true),
+                (1, 2, 0, 10, Destination::New, true),
+                (3, 2, 1, 21, Destination::Own(7), true),
+                (5, 1, 0, 12, Destination::New, false),
+                (9, 1, 1, 24, Destination::Own(2), true),
             ]
         );
         assert_eq!((plan.bytes, plan.new), (6 << 15, 3));
-        assert_eq!(plan.runs[1].part(1, 5), Run { cluster: 4, from: 22, count: 1, to: Place::Own(8), ..plan.runs[1] });
+        assert_eq!(
+            plan.extents[1].part(1, 5),
+            Extent { cluster: 4, from: 22, count: 1, to: Destination::Own(8), ..plan.extents[1] }
+        );
     }
 }

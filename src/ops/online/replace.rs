@@ -7,7 +7,7 @@ use crate::bail;
 use crate::descriptor::{Image, LockedDescriptor};
 use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
-use crate::image::lock::{Others, hold};
+use crate::image::lock::{Sharing, lock_image};
 use crate::image::open::{Access, open_level};
 use crate::ops::{image_set, replace as offline};
 use crate::report;
@@ -25,8 +25,8 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
         bail!(Param, "{} is no image of {}", image.file.display(), device.node().display());
     };
     check_level(device, level)?;
-    let old_held = image_set::lock_image(disk, &image.file, READ, Others::Readers)?;
-    let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Others::Readers)?;
+    let old_held = image_set::lock_image(disk, &image.file, READ, Sharing::Readers)?;
+    let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Sharing::Readers)?;
     if !keep_name {
         let mut next = disk.descriptor.clone();
         next.set_file(&image.guid, new.to_owned())?;
@@ -64,12 +64,12 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
         bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
     }
     // What runs there, whatever has its name by now.
-    let old = hold(&name.path, None, READ, Others::Readers).map_err(|e| image_set::named(e, &name.path))?;
+    let old = lock_image(&name.path, None, READ, Sharing::Readers).map_err(|e| image_set::named(e, &name.path))?;
     let running = FileId::at_nofollow(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
     if !running {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
     }
-    let held = offline::copy_of(None, &name.path, &old, &new, Others::Readers)?;
+    let held = offline::copy_of(None, &name.path, &old, &new, Sharing::Readers)?;
     let levels = levels_with(device, level, &new, &new)?;
     let switched = device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut warn);
     drop((old, held));

@@ -271,7 +271,7 @@ impl Core {
                 }
                 Pending::Bat { op, result: Err(e) } => engine.step(Event::BatRead { op, result: Err(e) }, actions),
                 Pending::Tick => engine.step(Event::Tick, actions),
-                Pending::HoldForSpace(hold) => engine.step(Event::HoldForSpace(hold), actions),
+                Pending::HoldForSpace(hold) => engine.step(Event::WaitForSpace(hold), actions),
                 Pending::Close => engine.step(Event::Close, actions),
             }
         }
