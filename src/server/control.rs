@@ -101,11 +101,11 @@ pub struct Client {
 }
 
 /// What a look at a client showed.
-pub enum Heard {
+pub enum ClientEvent {
     Nothing,
     Command(Command, Vec<OwnedFd>),
     /// Gone, or talking nonsense.
-    Over,
+    Closed,
 }
 
 impl Client {
@@ -121,11 +121,11 @@ impl Client {
         Some(Client { sock, since: Instant::now() })
     }
 
-    pub fn hear(&self) -> Heard {
+    pub fn receive(&self) -> ClientEvent {
         match frame::recv_within::<Command>(&self.sock, Duration::ZERO) {
-            Ok(Some((command, fds))) => Heard::Command(command, fds),
-            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => Heard::Nothing,
-            _ => Heard::Over,
+            Ok(Some((command, fds))) => ClientEvent::Command(command, fds),
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => ClientEvent::Nothing,
+            _ => ClientEvent::Closed,
         }
     }
 
@@ -166,19 +166,19 @@ mod tests {
         // The one that gave up.
         assert!(Client::accept(&listener).is_some());
         assert!(has_listener(&deep));
-        assert!(Client::accept(&listener).is_some_and(|c| matches!(c.hear(), Heard::Over)));
-        let asker = std::thread::spawn(move || ask(&deep, &Command::Stop, Duration::from_secs(10)).map(|a| a.0));
+        assert!(Client::accept(&listener).is_some_and(|c| matches!(c.receive(), ClientEvent::Closed)));
+        let initiator = std::thread::spawn(move || ask(&deep, &Command::Stop, Duration::from_secs(10)).map(|a| a.0));
         let client = Client::accept(&listener).unwrap();
         loop {
-            match client.hear() {
-                Heard::Command(Command::Stop, _) => break,
-                Heard::Nothing => std::thread::yield_now(),
+            match client.receive() {
+                ClientEvent::Command(Command::Stop, _) => break,
+                ClientEvent::Nothing => std::thread::yield_now(),
                 _ => panic!("unexpected"),
             }
         }
         answer(&client.sock, &Answer::Done);
-        assert!(matches!(asker.join().unwrap(), Ok(Answer::Done)));
-        assert!(matches!(client.hear(), Heard::Over));
+        assert!(matches!(initiator.join().unwrap(), Ok(Answer::Done)));
+        assert!(matches!(client.receive(), ClientEvent::Closed));
         drop(listener);
         assert!(!has_listener(dir.path()));
     }

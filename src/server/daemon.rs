@@ -26,7 +26,7 @@ const FILES: u64 = 4096;
 
 /// Leaves session, folder, namespaces, control group and limits of whoever started this process. For the first lines of
 /// a single-threaded program.
-pub fn leave_callers_world() -> Result<()> {
+pub fn detach_from_caller() -> Result<()> {
     // Fails only for the leader of a group, which a process just spawned is not.
     let _ = nix::unistd::setsid();
     process::reset_signals();

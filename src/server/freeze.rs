@@ -10,7 +10,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
 use crate::server::helper::{Go, JobEvent};
-use crate::sys::{calm, freeze};
+use crate::sys::{freeze, process_hardening};
 
 /// No freeze lasts longer, whatever its owner does.
 const LEASE: Duration = Duration::from_secs(60);
@@ -21,8 +21,8 @@ pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
     let mut fds = fds.into_iter();
     let Some(owner) = fds.next() else { bail!(Protocol, "nobody owns the freeze") };
     // What ends the owner must not end the one who thaws.
-    let _ = calm::ignore_signals();
-    let _ = calm::spare_from_oom();
+    let _ = process_hardening::ignore_signals();
+    let _ = process_hardening::exempt_from_oom_killer();
     let files: Vec<File> = fds.map(File::from).collect();
     let mut frozen = Vec::new();
     let event = match freeze_all(&files, &mut frozen) {

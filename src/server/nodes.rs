@@ -29,7 +29,7 @@ impl Nodes {
     }
 
     /// For a device whose former supervisor made nodes: block nodes of its names are its own.
-    pub fn adopt(dir: &Path, name: &str) -> Nodes {
+    pub fn existing(dir: &Path, name: &str) -> Nodes {
         let mut nodes = Nodes::new(dir, name);
         for (path, rdev) in existing(dir, name) {
             nodes.made.insert(path, rdev);
@@ -166,7 +166,7 @@ mod tests {
         let strange = dir.path().join("ploop3p1");
         fs::write(&strange, "mine").unwrap();
         assert_eq!(nodes.update(rdev, &[part(1, rdev + 1)]).unwrap_err().kind(), Kind::Mknod);
-        let mut adopted = Nodes::adopt(dir.path(), "ploop3");
+        let mut adopted = Nodes::existing(dir.path(), "ploop3");
         adopted.clear();
         assert_eq!(fs::read(&strange).unwrap(), b"mine");
         assert!(existing(dir.path(), "ploop3").is_empty() && probe.exists());

@@ -122,17 +122,17 @@ pub struct WorkerStart {
     /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors follow
     /// those of the levels.
     #[serde(default)]
-    pub retired: Option<Swap>,
+    pub retired: Option<ChainSwitch>,
     /// This level was the top before: it is to be completed and unmarked while the device runs.
     #[serde(default)]
     pub finish: Option<usize>,
-    /// [`Swap::token`] of the change that led to this chain.
+    /// [`ChainSwitch::token`] of the change that led to this chain.
     #[serde(default)]
     pub token: u64,
     /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those of
     /// its commit, come last.
     #[serde(default)]
-    pub merge: Option<Swap>,
+    pub merge: Option<ChainSwitch>,
     /// The levels that are merged, into the lowest of them; none: the top into the level below it.
     #[serde(default)]
     pub merge_range: Option<(usize, usize)>,
@@ -140,8 +140,8 @@ pub struct WorkerStart {
     #[serde(default)]
     pub merge_fds: usize,
     /// Another process writes to this level, where nothing is read from it.
-    #[serde(default)]
-    pub yielded: Option<usize>,
+    #[serde(default, rename = "yielded")]
+    pub released_level: Option<usize>,
     /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
     #[serde(default)]
     pub slot_fds: usize,
@@ -149,7 +149,7 @@ pub struct WorkerStart {
 
 impl WorkerStart {
     /// The merge under way: its target, and the highest level that is merged into it.
-    pub fn merge_levels(&self) -> Option<(usize, usize)> {
+    pub fn merged_levels(&self) -> Option<(usize, usize)> {
         self.merge.as_ref()?;
         let top = self.attach.levels.len().checked_sub(1)?;
         Some(self.merge_range.unwrap_or((top.checked_sub(1)?, top)))
@@ -169,7 +169,7 @@ impl WorkerStart {
             merge: None,
             merge_range: None,
             merge_fds: 0,
-            yielded: None,
+            released_level: None,
             slot_fds: 0,
         }
     }
@@ -192,16 +192,16 @@ pub struct Succession {
 /// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and the
 /// lock on the disk if there is one: it is held as long as somebody has it open.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Swap {
+pub struct ChainSwitch {
     /// The chain afterwards, base first.
-    pub levels: Vec<SwapLevel>,
+    pub levels: Vec<SwitchLevel>,
     /// Device and inode numbers of the chain that must be running.
     pub expected: Vec<(u64, u64)>,
     /// What makes the change permanent.
     pub commit: Option<CommitNames>,
     /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
     pub token: u64,
-    /// When everything is prepared the asker gets `Prepared`, and his `Go` is waited for.
+    /// When everything is prepared the initiator gets `Prepared`, and his `Go` is waited for.
     #[serde(default)]
     pub ask: bool,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
@@ -210,7 +210,7 @@ pub struct Swap {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SwapLevel {
+pub struct SwitchLevel {
     pub name: LevelName,
     pub id: (u64, u64),
     /// The level of the running chain that it is; none: a new one.
@@ -224,7 +224,8 @@ pub struct MergeOrder {
     pub low: usize,
     pub high: usize,
     /// The change to the chain without the others; its descriptors come with the order.
-    pub swap: Swap,
+    #[serde(rename = "swap")]
+    pub switch: ChainSwitch,
 }
 
 /// File names in the folder of a descriptor: the new content is renamed over the old.
@@ -246,11 +247,12 @@ pub enum ToWorker {
     HoldForSpace(bool),
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
     /// killed. With the descriptors of the change.
-    Retire(Swap),
+    Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
     /// Let others write to this level from now on, or to none; answer `Yielded`.
-    Yield(Option<usize>),
+    #[serde(rename = "Yield")]
+    ReleaseLevel(Option<usize>),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -270,7 +272,8 @@ pub enum FromWorker {
         warning: Option<String>,
     },
     /// The answer to `Yield`. An error: somebody else writes to the level that was to be taken back.
-    Yielded {
+    #[serde(rename = "Yielded")]
+    LevelReleased {
         error: Option<(i32, String)>,
     },
     /// The former top is complete and unmarked, or why it is not.
@@ -321,13 +324,13 @@ pub enum Command {
     Abort,
     /// Serve another chain. Answers: `Switched` as soon as I/O goes on, then `Done` once the former top is complete, or
     /// `Error` instead of either.
-    Switch(Swap),
+    Switch(ChainSwitch),
     /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
-    /// asker and the process that does it go on talking.
+    /// initiator and the process that does it go on talking.
     Freeze,
     /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
     /// again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
-    Merge(Swap),
+    Merge(ChainSwitch),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
@@ -350,7 +353,7 @@ pub enum Answer {
         #[serde(default)]
         merging: Option<(u64, u64)>,
     },
-    /// Requests are held as soon as the asker says `Go`.
+    /// Requests are held as soon as the initiator says `Go`.
     Prepared,
     Switched {
         warning: Option<String>,

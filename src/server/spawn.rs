@@ -17,7 +17,7 @@ use crate::sys::process;
 const ATTACH: Duration = Duration::from_secs(600);
 
 /// A worker finds another supervisor in much less.
-const ORPHAN: Duration = Duration::from_secs(30);
+const RECLAIM: Duration = Duration::from_secs(30);
 
 const PROGRAM: &str = "ploop-server";
 
@@ -90,7 +90,7 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
 /// What became of a device whose supervisor died before it answered: if it was complete, its worker has found another
 /// supervisor, and the attach has succeeded. If not, it is taken back.
 fn orphan(token: &str) -> Option<DeviceRecord> {
-    let end = Instant::now() + ORPHAN;
+    let end = Instant::now() + RECLAIM;
     let mut last = None;
     while Instant::now() < end {
         let records = runtime::names().unwrap_or_default();

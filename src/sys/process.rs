@@ -58,8 +58,8 @@ pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
 }
 
 /// Ends this process as soon as the thread that started it has ended; false: not any more.
-pub fn die_with_parent(die: bool) -> io::Result<()> {
-    let signal = if die { libc::SIGKILL } else { 0 };
+pub fn exit_with_parent(enable: bool) -> io::Result<()> {
+    let signal = if enable { libc::SIGKILL } else { 0 };
     // SAFETY: this prctl takes numbers only.
     match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) } {
         -1 => Err(io::Error::last_os_error()),
@@ -69,7 +69,7 @@ pub fn die_with_parent(die: bool) -> io::Result<()> {
 
 /// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor refers
 /// to /dev/null from here on, so that its number is nobody else's as long as `file` lives.
-pub fn hollow(file: &std::fs::File) -> io::Result<()> {
+pub fn replace_with_null(file: &std::fs::File) -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
     // SAFETY: both descriptors are open and owned by the two files, which stay their owners.
     match unsafe { libc::dup3(null.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } {

@@ -85,7 +85,7 @@ impl Supervisor {
                     None => {}
                 }
             };
-            self.retire(helper, result.is_err());
+            self.release_helper(helper, result.is_err());
             if let Err(e) = result {
                 if self.failed.is_none() && opened {
                     self.record.state = "running".into();
@@ -122,9 +122,9 @@ impl Supervisor {
                 && told != Some(id)
             {
                 told = Some(id);
-                self.tell_worker(&ToWorker::Close);
+                self.send_to_worker(&ToWorker::Close);
             }
-            self.turn(Instant::now() + Duration::from_secs(1), None);
+            self.poll_once(Instant::now() + Duration::from_secs(1), None);
         }
     }
 
@@ -167,7 +167,7 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let aborting = std::mem::take(&mut self.aborting);
-        if !self.record.backing.is_empty() && self.detach_dead(&detach) {
+        if !self.record.backing.is_empty() && self.detach_failed(&detach) {
             let _ = runtime::remove_dir(&self.dir);
         }
         let stopped = Error::new(Kind::Abort, format!("{} was given up", self.record.name));
@@ -175,7 +175,7 @@ impl Supervisor {
         aborting.iter().for_each(|c| control::answer(c, &Answer::Done));
     }
 
-    fn detach_dead(&mut self, job: &Job) -> bool {
+    fn detach_failed(&mut self, job: &Job) -> bool {
         let Ok(helper) = self.helper(job) else { return false };
         let end = Instant::now() + Duration::from_secs(20);
         let gone = loop {
@@ -191,7 +191,7 @@ impl Supervisor {
                 Some(_) => {}
             }
         };
-        self.retire(helper, true);
+        self.release_helper(helper, true);
         gone
     }
 

@@ -60,7 +60,7 @@ pub struct Worker {
     pub sock: Option<OwnedFd>,
     child: Option<Child>,
     /// Its end was noticed.
-    pub dead: bool,
+    pub exited: bool,
     pub ready: Option<WorkerReady>,
     /// Why it could not open the chain.
     pub refused: Option<(i32, String)>,
@@ -79,7 +79,7 @@ pub struct Worker {
     /// The merge has come to its end, or to an error.
     pub merged: Option<Option<(i32, String)>>,
     /// It has changed its lock on a level, or could not.
-    pub yielded: Option<Option<(i32, String)>>,
+    pub released: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -99,7 +99,7 @@ impl Worker {
     }
 
     /// One that has started this supervisor.
-    pub fn adopt(pid: i32, sock: OwnedFd) -> Result<Worker> {
+    pub fn attach_running(pid: i32, sock: OwnedFd) -> Result<Worker> {
         let gone = || std::io::Error::from_raw_os_error(libc::ESRCH);
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
         let id =
@@ -113,7 +113,7 @@ impl Worker {
             pidfd,
             sock: Some(sock),
             child,
-            dead: false,
+            exited: false,
             ready: None,
             refused: None,
             closed: None,
@@ -123,7 +123,7 @@ impl Worker {
             switched: None,
             finished: None,
             merged: None,
-            yielded: None,
+            released: None,
         }
     }
 
@@ -169,7 +169,7 @@ impl Worker {
 
 /// Deaths, and what follows from them.
 #[derive(Default)]
-pub struct Deaths {
+pub struct RestartPolicy {
     failed: VecDeque<Instant>,
     quick: u32,
 }
@@ -178,10 +178,10 @@ pub struct Deaths {
 const FAILED_STARTS: usize = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 
-impl Deaths {
+impl RestartPolicy {
     /// A worker died; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next one;
     /// `None`: never.
-    pub fn add(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
+    pub fn next_start(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
         if ready {
             self.quick = 0;
             return Some(now);
@@ -208,22 +208,22 @@ mod tests {
     #[test]
     fn five_failed_starts_are_enough() {
         let start = Instant::now();
-        let mut deaths = Deaths::default();
-        assert_eq!(deaths.add(start, true, false), Some(start));
+        let mut restarts = RestartPolicy::default();
+        assert_eq!(restarts.next_start(start, true, false), Some(start));
         let mut now = start;
         for _ in 0..4 {
-            now = deaths.add(now, false, false).unwrap();
+            now = restarts.next_start(now, false, false).unwrap();
         }
         assert!(now - start < Duration::from_secs(3));
-        assert_eq!(deaths.add(now, false, false), None);
+        assert_eq!(restarts.next_start(now, false, false), None);
         // Spread over a longer time they are not, and kills never are.
-        let mut deaths = Deaths::default();
+        let mut restarts = RestartPolicy::default();
         let mut now = start;
         for _ in 0..20 {
-            now = deaths.add(now, false, false).unwrap() + Duration::from_secs(3);
+            now = restarts.next_start(now, false, false).unwrap() + Duration::from_secs(3);
         }
         for _ in 0..20 {
-            now = deaths.add(now, false, true).unwrap();
+            now = restarts.next_start(now, false, true).unwrap();
         }
     }
 

@@ -16,7 +16,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
 use crate::server::proto::LevelName;
 use crate::sys::aligned::AlignedBuf;
-use crate::sys::calm;
+use crate::sys::file_lock;
 use crate::sys::statx::direct_align;
 
 /// Direct I/O must allow sectors: the device has blocks of so many bytes.
@@ -87,7 +87,7 @@ pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<Level
         )
     };
     lock_top(&level, wait).map_err(|e| if e.kind() == Kind::InUse { busy() } else { e })?;
-    lock::tell_alone(&level.file).map_err(|_| busy())?;
+    lock::lock_exclusive(&level.file).map_err(|_| busy())?;
     Ok(level)
 }
 
@@ -98,23 +98,23 @@ pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option
     for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {
             lock_top(level, takeover)?;
-            lock::tell_writing(&level.file).map_err(|_| in_use(level))?;
+            lock::lock_write(&level.file).map_err(|_| in_use(level))?;
         } else {
-            lock::tell_reading(&level.file).map_err(|_| in_use(level))?;
+            lock::lock_read(&level.file).map_err(|_| in_use(level))?;
         }
     }
     Ok(())
 }
 
 /// Locks a level that this process also reads, for writing.
-pub fn lock_alone(level: &LevelFile) -> Result<()> {
+pub fn lock_exclusive(level: &LevelFile) -> Result<()> {
     lock_top(level, false)
 }
 
 fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
     let taken = match takeover {
-        true => calm::flock_exclusive(&top.file, true),
-        false => lock::retry(|| calm::flock_exclusive(&top.file, false)),
+        true => file_lock::exclusive(&top.file, true),
+        false => lock::retry(|| file_lock::exclusive(&top.file, false)),
     };
     match taken {
         Ok(()) => Ok(()),

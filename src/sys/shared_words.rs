@@ -13,15 +13,15 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// A mapping of a memfd as atomic words; unmapped when dropped.
 #[derive(Debug)]
-pub struct Words {
+pub struct SharedWords {
     base: NonNull<AtomicU64>,
     count: usize,
 }
 
 // SAFETY: the mapping is reached through shared references to atomics only, and belongs to no thread.
-unsafe impl Send for Words {}
+unsafe impl Send for SharedWords {}
 // SAFETY: see above.
-unsafe impl Sync for Words {}
+unsafe impl Sync for SharedWords {}
 
 /// Makes a memfd of `count` zero words that can neither shrink nor grow any more.
 pub fn create(name: &CStr, count: usize) -> io::Result<OwnedFd> {
@@ -32,9 +32,9 @@ pub fn create(name: &CStr, count: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-impl Words {
+impl SharedWords {
     /// Maps a memfd made by [`create`] with the same count.
-    pub fn map(fd: BorrowedFd, count: usize) -> io::Result<Words> {
+    pub fn map(fd: BorrowedFd, count: usize) -> io::Result<SharedWords> {
         let wanted = (count * 8) as u64;
         let found = File::from(fd.try_clone_to_owned()?).metadata()?.len();
         let seals = fcntl(fd, FcntlArg::F_GET_SEALS)?;
@@ -56,13 +56,13 @@ impl Words {
             )
         };
         match NonNull::new(base.cast::<AtomicU64>()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Words { base, count }),
+            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(SharedWords { base, count }),
             _ => Err(io::Error::last_os_error()),
         }
     }
 }
 
-impl Deref for Words {
+impl Deref for SharedWords {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has `count` words, is page-aligned, lives until drop, and whoever else has it mapped
@@ -71,7 +71,7 @@ impl Deref for Words {
     }
 }
 
-impl Drop for Words {
+impl Drop for SharedWords {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `map`; no reference outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.count * 8) };
@@ -86,11 +86,11 @@ mod tests {
     #[test]
     fn two_mappings_see_one_memory() {
         let fd = create(c"test", 1024).unwrap();
-        let a = Words::map(fd.as_fd(), 1024).unwrap();
-        let b = Words::map(fd.as_fd(), 1024).unwrap();
+        let a = SharedWords::map(fd.as_fd(), 1024).unwrap();
+        let b = SharedWords::map(fd.as_fd(), 1024).unwrap();
         a[1023].store(42, SeqCst);
         assert_eq!(b[1023].load(SeqCst), 42);
-        assert!(Words::map(fd.as_fd(), 1025).is_err());
+        assert!(SharedWords::map(fd.as_fd(), 1025).is_err());
         assert!(nix::unistd::ftruncate(&fd, 10).is_err());
     }
 }
