@@ -33,7 +33,7 @@ const UNDO: Duration = Duration::from_secs(60);
 /// Reading the partition table.
 const TABLE: Duration = Duration::from_secs(20);
 
-/// Loop devices are numbered from here, out of the way of those who ask for the first free one.
+/// Loop devices are numbered from here, out of the way of programs that request the first free one.
 const FIRST_LOOP: u32 = 10_000;
 
 /// Mode `supervise`: one device, asked for by the socket on standard input.
@@ -50,7 +50,7 @@ pub fn supervise() -> i32 {
                 drop(sock);
                 supervisor.run();
             } else {
-                // Whoever asked has died, and nobody knows of this device.
+                // The caller has exited, so no process knows of this device.
                 supervisor.undo();
             }
             return 0;
@@ -189,7 +189,7 @@ impl Cleanup {
 impl Drop for Cleanup {
     fn drop(&mut self) {
         if let Some(dir) = &self.dir {
-            // Nothing is bound to the file yet, and the connection is closed, so this waits for nobody.
+            // Nothing is bound to the file yet, and the connection is closed, so this does not wait.
             let _ = umount2(&dir.join(runtime::DISK), MntFlags::MNT_DETACH);
             let _ = runtime::remove_dir(dir);
         }
@@ -202,7 +202,7 @@ impl Supervisor {
         self.start_worker(false);
         self.wait_ready(Instant::now() + OPEN)?;
         self.bind(disk)?;
-        // From here on the loop device alone holds the FUSE file, and nobody finds it by a name.
+        // From here on the loop device alone holds the FUSE file, and no process finds it by a name.
         umount2(disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot detach {}", disk.display()))?;
         let _ = std::fs::remove_file(disk);
         self.nodes.update(self.record.rdev, &[])?;
@@ -224,7 +224,7 @@ impl Supervisor {
                 None => bail!(Sys, "the server's worker cannot be started"),
             }
             if self.ending {
-                bail!(Sys, "the server's worker died while it opened the images");
+                bail!(Sys, "the server's worker exited while it opened the images");
             }
             if Instant::now() >= end {
                 bail!(Sys, "the images could not be opened within {} s", OPEN.as_secs());
@@ -247,7 +247,7 @@ impl Supervisor {
         let result = loop {
             match self.helper_event(&helper, end) {
                 Some(JobEvent::Chosen(binding)) => {
-                    // Known before it is bound: whoever cleans up after us needs it.
+                    // Recorded before it is bound: the process that cleans up after this supervisor needs it.
                     self.record.backing = binding.backing;
                     self.record.rdev = binding.rdev;
                     self.save();
@@ -300,7 +300,7 @@ impl Supervisor {
         false
     }
 
-    /// Takes everything back of a device that nobody has used.
+    /// Undoes the attach of a device that was never used.
     pub(super) fn undo(mut self) {
         self.nodes.clear();
         if !self.record.backing.is_empty() {
@@ -364,18 +364,18 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     supervisor.nodes = Nodes::existing(&runtime::dev_dir(), &name);
     supervisor.record.supervisor = me;
     supervisor.record.worker = worker.id;
-    // The old supervisor may have died before it could write them down.
+    // The old supervisor may have exited before it wrote them into the record.
     supervisor.record.levels = supervisor.start.attach.levels.clone();
     supervisor.record.ids = supervisor.start.attach.ids.clone();
     supervisor.worker = Some(worker);
     supervisor.assume_ready();
     if let Some((switch, fds)) = retired {
-        // Others who would start a supervisor look here.
+        // Another worker that is about to start a supervisor reads the record first.
         supervisor.save();
         supervisor.resume_change(switch, fds);
     }
     match supervisor.record.state.as_str() {
-        // Died while attaching: whoever asked for the device was told so.
+        // The supervisor exited while attaching: the caller got an error.
         "starting" => supervisor.undo(),
         "stopped" => {
             supervisor.lost = true;

@@ -1,13 +1,15 @@
 //! The running device changes its chain, or its program: one worker retires, another one takes over.
 //!
-//! The order, and who can die when:
+//! The order, and what follows when a process exits at each step:
 //! 1. The old worker reads no more requests, answers those it has, flushes, lets go of the images. The top stays marked
-//!    in use. Requests wait in the kernel meanwhile. If it dies, the chain is as it was.
-//! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in the
-//!    shared memory, serves. Until that note it dies with its supervisor. If it dies, the descriptor on disk tells
+//!    in use. Requests wait in the kernel meanwhile. If it exits, the chain is as it was.
+//! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in
+//! the
+//!    shared memory, serves. Until that note it exits with its supervisor. If it exits, the descriptor on disk tells
 //!    whether the next one goes on or the old chain comes back.
 //! 3. The old worker is killed. Until then it can start another supervisor: it does if it gets the lock on the new top,
-//!    which a successor that lives holds, and unless requests are kept in slots and were read by one that has died.
+//!    which a running successor holds, and unless requests are kept in the journal and were read by a successor that
+//! has exited.
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 
@@ -50,7 +52,7 @@ pub enum ChangeRequest {
     EndMerge(Error),
 }
 
-/// A change that was asked for.
+/// A requested change of the chain.
 #[derive(Debug)]
 pub struct PendingChange {
     pub request: ChangeRequest,
@@ -61,9 +63,9 @@ pub struct PendingChange {
 /// How the new worker began.
 enum HandoverOutcome {
     Serving(Option<String>),
-    /// It died or refused; there is no way back.
+    /// The new worker exited or refused after the commit; the change cannot be undone.
     Committed,
-    /// It died or refused, and nothing has changed.
+    /// The new worker exited or refused, and nothing has changed.
     Unchanged(Error, ExitReason),
 }
 
@@ -78,7 +80,7 @@ impl Supervisor {
         self.record.state == "running" && self.failed.is_none()
     }
 
-    /// Makes a change and answers whoever asked. True: this supervisor has done its work, the worker finds another one.
+    /// Makes a change and answers the client. True: this supervisor ends, and the new worker starts another one.
     pub(super) fn change(&mut self, change: PendingChange) -> bool {
         let PendingChange { request, fds, client } = change;
         let (switch, program) = match request {
@@ -114,7 +116,7 @@ impl Supervisor {
             },
         };
         let warning = match switch.token != 0 && switch.token == self.start.token {
-            // Asked for again by somebody who got no answer.
+            // A client that got no answer retries.
             true => Ok(None),
             false => {
                 self.initiator = client.as_ref().filter(|_| switch.ask).and_then(|c| c.try_clone().ok());
@@ -208,7 +210,7 @@ impl Supervisor {
         }
     }
 
-    /// Until whoever asked wants requests to be held, if that is how it was asked.
+    /// Waits until the client wants requests to be held, if the change says so.
     fn await_initiator(&mut self) -> Result<()> {
         let Some(initiator) = self.initiator.take() else { return Ok(()) };
         control::answer(&initiator, &Answer::Prepared);
@@ -218,11 +220,11 @@ impl Supervisor {
             if self.poll_once(end, Some(initiator.as_fd())) {
                 return match frame::recv_within::<Go>(&initiator, Duration::ZERO) {
                     Ok(Some(_)) => Ok(()),
-                    _ => bail!(Abort, "{}: whoever asked for the change has gone", self.record.name),
+                    _ => bail!(Abort, "{}: the client of the change has gone", self.record.name),
                 };
             }
         }
-        bail!(Abort, "{}: whoever asked for the change does not go on", self.record.name)
+        bail!(Abort, "{}: the client of the change did not send Go in time", self.record.name)
     }
 
     fn replace_worker(&mut self, switch: &ChainSwitch, fds: Vec<OwnedFd>, plan: Plan) -> Result<Option<String>> {
@@ -231,7 +233,7 @@ impl Supervisor {
             self.changing = true;
             match self.retire_worker(switch, &fds) {
                 Ok(Some(resting)) => return self.install(switch, plan, resting),
-                // It died, and with it what it had begun.
+                // The worker exited; nothing of the change is left.
                 Ok(None) => self.restore_chain(),
                 Err(e) => {
                     self.restore_chain();
@@ -241,7 +243,7 @@ impl Supervisor {
         }
         bail!(
             Device,
-            "{}: its worker died {TRIES} times in a change of the chain; nothing was changed",
+            "{}: its worker exited {TRIES} times in a change of the chain; nothing was changed",
             self.record.name
         )
     }
@@ -267,7 +269,7 @@ impl Supervisor {
         }
     }
 
-    /// The worker, retired; none: it died.
+    /// The retired worker; none: it exited.
     fn retire_worker(&mut self, switch: &ChainSwitch, fds: &[OwnedFd]) -> Result<Option<Worker>> {
         let sent: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
         if let Some(worker) = &mut self.worker {
@@ -316,7 +318,7 @@ impl Supervisor {
         }
     }
 
-    /// Starts the worker of the new chain. After an error the old one is served again, unless there is no way back.
+    /// Starts the worker of the new chain. After an error the old one is served again, unless the change is committed.
     fn install(&mut self, switch: &ChainSwitch, plan: Plan, mut resting: Worker) -> Result<Option<String>> {
         let mut tries = 0;
         let result = loop {
@@ -410,7 +412,7 @@ impl Supervisor {
         Ok(match refused {
             Some((code, message)) => HandoverOutcome::Unchanged(remote_error(code, message), ExitReason::Refused),
             None => HandoverOutcome::Unchanged(
-                Error::new(Kind::Device, "the worker of the new chain died"),
+                Error::new(Kind::Device, "the worker of the new chain exited"),
                 ExitReason::Killed,
             ),
         })
@@ -427,7 +429,7 @@ impl Supervisor {
         let Plan { mut start, mut fds } = plan;
         start.succeed = None;
         fds.extra.clear();
-        // Said before this was known.
+        // The message may have come before this point.
         let finished = self.worker.as_ref().is_some_and(|w| w.finished.is_some());
         if finished {
             start.finish = None;
@@ -461,10 +463,10 @@ impl Supervisor {
     }
 }
 
-/// Nobody needs the retired worker any more. It holds no image.
+/// Ends the retired worker, which is not needed any more and holds no image.
 fn end_retired_worker(resting: &mut Worker) {
     resting.kill();
-    // One that we did not start is reaped elsewhere.
+    // A worker that this supervisor did not start is reaped by its own parent.
     let end = Instant::now() + Duration::from_secs(5);
     while runtime::alive(resting.id) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));

@@ -91,7 +91,8 @@ impl Supervisor {
         }
     }
 
-    /// No worker could serve; perhaps one can by now. The client is answered when one has flushed, or when none can again.
+    /// No worker could serve; perhaps one can by now. The client is answered when one has flushed, or when none can
+    /// again.
     fn retry_failed_device(&mut self, program: Vec<OwnedFd>, client: OwnedFd) {
         if let (Some(fds), Some(program)) = (&mut self.fds, program.into_iter().next()) {
             fds.binary = program;

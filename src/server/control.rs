@@ -18,7 +18,7 @@ use crate::server::proto::{Answer, Command};
 
 /// Most clients at a time; more wait in the kernel's queue.
 pub const MAX_CLIENTS: usize = 32;
-/// A client that says nothing for so long is sent away.
+/// The connection of a client that sends nothing for so long is closed.
 const SILENCE: Duration = Duration::from_secs(5);
 
 fn new_socket() -> Result<OwnedFd> {
@@ -26,7 +26,8 @@ fn new_socket() -> Result<OwnedFd> {
         .ctx(Kind::Sys, || "cannot make a local socket")
 }
 
-/// Addresses hold about 100 bytes, folders of other namespaces more: through the folder's descriptor any length will do.
+/// Addresses hold about 100 bytes, folders of other namespaces more: through the folder's descriptor any length will
+/// do.
 fn address(dir: &Path, file: &str) -> Result<(OwnedFd, UnixAddr)> {
     use nix::fcntl::{OFlag, open};
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -49,7 +50,7 @@ pub fn listen_at(dir: &Path, file: &str) -> Result<OwnedFd> {
 }
 
 /// Asks a supervisor and waits for its answer no longer than `limit`. Returns the connection too, which stays open as
-/// long as the supervisor lives.
+/// long as the supervisor runs.
 pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, OwnedFd)> {
     ask_with(dir, command, &[], limit)
 }
@@ -86,7 +87,7 @@ pub fn send_command(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Du
     Ok(sock)
 }
 
-/// Somebody, supervisor or worker, holds the listening socket: the device is not dead. Holds in any PID namespace.
+/// The supervisor or the worker holds the listening socket: the device is served. Valid in any PID namespace.
 pub fn has_listener(dir: &Path) -> bool {
     let (Ok(sock), Ok((_dir, address))) = (new_socket(), address(dir, super::runtime::CONTROL)) else { return false };
     // Not waiting: a full queue has a listener too.
@@ -94,7 +95,7 @@ pub fn has_listener(dir: &Path) -> bool {
     matches!(connect(sock.as_raw_fd(), &address), Ok(()) | Err(nix::Error::EAGAIN))
 }
 
-/// A connection on which nothing was said yet.
+/// A connection on which no command has come yet.
 pub struct Client {
     pub sock: OwnedFd,
     since: Instant,

@@ -10,7 +10,7 @@ use crate::server::proto::{Answer, ToWorker, WorkerReady};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::{control, frame, runtime};
 
-/// How long others may keep the device busy.
+/// How long other processes may keep the device busy.
 const BUSY: Duration = Duration::from_secs(60);
 /// A mount does not go by waiting, except one that is being unmounted right now.
 const MOUNTED: Duration = Duration::from_secs(2);
@@ -20,13 +20,14 @@ const DETACH: Duration = Duration::from_secs(180);
 const EXIT: Duration = Duration::from_secs(10);
 
 impl Supervisor {
-    /// The clean end. True: the device is gone (the image's own error, if any, was told); false: it stays as it was.
+    /// The clean end. True: the device is gone (the image's own error, if any, was reported); false: it stays as it
+    /// was.
     pub(super) fn stop(&mut self) -> bool {
         let result = match self.unbind() {
             Ok(()) => self.close(),
             Err(e) => Err(e),
         };
-        // Given up meanwhile: the one who did that ends the device.
+        // Aborted meanwhile: the abort ends the device.
         if !self.aborting.is_empty() {
             let e = Error::new(Kind::Abort, format!("{} was given up by another process", self.record.name));
             self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&e)));
@@ -195,7 +196,7 @@ impl Supervisor {
         gone
     }
 
-    /// An adopted worker has long been ready; it does not say so again.
+    /// A worker that runs already does not send `Ready` again.
     pub(super) fn assume_ready(&mut self) {
         let r = &self.record;
         let ready = WorkerReady {

@@ -1,8 +1,10 @@
 //! Merging frozen levels of the running chain into the lowest of them, by a process of its own.
 //!
-//! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The end
-//! is a change of the chain like any other. If the supervisor dies, so does the process at its next word, and whoever
-//! asked asks again; if nobody does, the lock is taken back after a while and the next merge finishes it.
+//! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The
+//! end
+//! is a change of the chain like any other. If the supervisor exits, so does the process at its next message, and the
+//! client
+//! retries; if no client does, the lock is taken back after a while and the next merge finishes it.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,7 +22,7 @@ use crate::server::supervisor::{Supervisor, log};
 
 /// A process that merges and is killed is replaced so often.
 const TRIES: usize = 3;
-/// Time for whoever asked to ask again, after the supervisor died in a merge.
+/// Time for a client to retry after the supervisor exited in a merge.
 const RECLAIM: Duration = Duration::from_secs(20);
 /// A worker's answer about its locks.
 const RELEASE: Duration = Duration::from_secs(60);
@@ -32,9 +34,9 @@ const SAFE_POINT: Duration = Duration::from_secs(30);
 pub struct FrozenMerge {
     /// Bytes of all; none: there is none.
     pub progress: Option<(u64, u64)>,
-    /// Somebody wants it to end.
+    /// A client has cancelled it.
     pub cancel: bool,
-    /// When the lock of one that nobody has asked this supervisor for is taken back.
+    /// When the lock of a merge that no client has requested from this supervisor is taken back.
     reclaim_at: Option<Instant>,
 }
 
@@ -51,11 +53,11 @@ impl From<Error> for NotMerged {
 }
 
 impl Supervisor {
-    /// Merges and answers whoever asked.
+    /// Merges and answers the client.
     pub(super) fn merge_frozen(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
         self.frozen_merge = FrozenMerge::default();
         let result = match order.switch.token != 0 && order.switch.token == self.start.token {
-            // Asked for again by somebody who got no answer.
+            // A client that got no answer retries.
             true => Ok(None),
             false => {
                 self.frozen_merge.progress = Some((0, 0));
@@ -75,7 +77,7 @@ impl Supervisor {
         }
     }
 
-    /// Somebody wants the merge to end before its time.
+    /// Fails if the merge is to end before its time.
     fn check_wanted(&self) -> Result<()> {
         self.check_alive()?;
         if self.frozen_merge.cancel {
@@ -152,13 +154,14 @@ impl Supervisor {
                     self.release_helper(helper, false);
                     return Err(NotMerged { error: remote_error(code, message), untouched: untouched && !touched });
                 }
-                // It died.
+                // The helper exited.
                 Ok(_) => {
                     self.release_helper(helper, true);
                     touched = true;
                     exits += 1;
                     if exits >= TRIES {
-                        let error = Error::new(Kind::Sys, format!("the process that merges died {TRIES} times"));
+                        let error =
+                            Error::new(Kind::Sys, format!("the helper process of the merge exited {TRIES} times"));
                         return Err(NotMerged { error, untouched: false });
                     }
                 }
@@ -174,7 +177,7 @@ impl Supervisor {
         Helper::start_with(&fds.program(), &Job::Merge(MergeJob { levels, low: order.low }), &sent)
     }
 
-    /// Its last word; an error: it is not wanted any more.
+    /// The helper's last event; an error: the merge is not wanted any more.
     fn follow_merger(&mut self, helper: &Helper) -> Result<JobEvent> {
         loop {
             self.check_wanted()?;
@@ -188,7 +191,7 @@ impl Supervisor {
 
     /// Ends it at the next safe point; whether the target is untouched.
     fn end_merger(&mut self, mut helper: Helper) -> bool {
-        // It notices with its next word.
+        // The helper notices when it sends its next event.
         let _ = shutdown(helper.sock.as_raw_fd(), Shutdown::Read);
         let end = Instant::now() + SAFE_POINT;
         while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) && self.aborting.is_empty() {
@@ -198,7 +201,8 @@ impl Supervisor {
         false
     }
 
-    /// A new supervisor finds a merge that nobody asks for any more: its lock is taken back, so that others can use the
+    /// A new supervisor finds a merge that no client requests any more: its lock is taken back, so that other programs
+    /// can use the
     /// image.
     pub(super) fn reclaim_released_level(&mut self) {
         if self.start.released_level.is_none() {

@@ -23,7 +23,7 @@ pub struct MergeJob {
     pub low: usize,
 }
 
-/// Merges, telling `owner` how far it is; ends at the next safe point if nobody listens there any more.
+/// Merges, reporting progress to `owner`; ends at the next safe point once `owner` is closed.
 pub fn merge(job: &MergeJob, fds: &[OwnedFd], owner: BorrowedFd) -> JobEvent {
     let _ = process_hardening::ignore_signals();
     let mut untouched = true;
@@ -47,7 +47,7 @@ fn work(job: &MergeJob, fds: &[OwnedFd], owner: BorrowedFd, untouched: &mut bool
     for (i, (fd, name)) in fds.iter().zip(&job.levels).enumerate() {
         let target = i == job.low;
         let others = if target { Others::Nobody } else { Others::Readers };
-        // What lies below is looked at alone, by others as well.
+        // The levels below are only read, and other processes may read them too.
         held.push(match i < job.low {
             true => below(fd, name)?,
             false => hold_open(fd, &name.path, Access { write: target, direct: false }, others)?,

@@ -1,12 +1,15 @@
 //! Merging the top of a running device into the level below it.
 //!
-//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::merge`): the
-//!    chain stays what it was, and a worker that dies begins again.
-//! 2. When it says that the two agree, the chain is changed to the one without the top ([`chain_switch`](super::chain_switch)): the
+//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::merge`):
+//! the
+//!    chain stays what it was, and the successor of a worker that exits merges.
+//! 2. When it reports that the two agree, the chain is changed to the one without the top
+//!    ([`chain_switch`](super::chain_switch)): the
 //!    retiring worker makes everything durable in the level below first.
 //!
-//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor, and
-//! whoever asked need not wait.
+//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor,
+//! and
+//! the client need not wait.
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
@@ -35,7 +38,7 @@ impl Supervisor {
     pub(super) fn begin_merge(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
         let token = self.start.merge.as_ref().map(|m| m.token);
         if token == Some(switch.token) && switch.token != 0 {
-            // Asked for again by somebody who got no answer.
+            // A client that got no answer retries.
             self.merging.extend(client);
             return;
         }
@@ -80,7 +83,7 @@ impl Supervisor {
         ChainSwitch { levels, expected: attach.ids.clone(), commit: None, token, ask: false, linger: 0 }
     }
 
-    /// The worker says how its merge stands.
+    /// The worker reports the outcome of its merge.
     pub(super) fn on_merge_outcome(&mut self) {
         let told = self.worker.as_ref().and_then(|w| w.merged.clone());
         let (Some(_), Some(told), false) = (&self.start.merge, told, self.ending) else { return };
@@ -93,7 +96,7 @@ impl Supervisor {
 
     /// Top and target agree: the chain without the top follows.
     pub(super) fn finish_merge(&mut self) {
-        // Another worker may have begun again meanwhile.
+        // Another worker may have started the merge anew meanwhile.
         let agreed = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
         let Some(switch) = self.start.merge.clone().filter(|_| agreed) else { return };
         let fds = self.fds.iter().flat_map(|f| &f.merge).map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
@@ -106,7 +109,7 @@ impl Supervisor {
                     control::answer(&client, &Answer::Done);
                 }
             }
-            // The worker died, and its successor merges.
+            // The worker exited, and its successor merges.
             Err(e) if e.kind() == Kind::Abort && self.failed.is_none() && self.aborting.is_empty() => {}
             Err(e) => self.end_merge(e),
         }

@@ -64,7 +64,8 @@ fn known_in(disk: &Path) -> Vec<Known> {
     all
 }
 
-/// Tells the kernel of the partitions in the disk's GPT if it shows none: then it has no parser for it. Else whoever
+/// Tells the kernel of the partitions in the disk's GPT if it shows none: then it has no parser for it. Else the
+/// program that
 /// changes the table keeps the kernel informed, and we must not interfere.
 pub fn scan(backing: &str, disk: &File) -> io::Result<()> {
     if !known(backing).is_empty() {
@@ -73,7 +74,7 @@ pub fn scan(backing: &str, disk: &File) -> io::Result<()> {
     let size = partition::size(disk.as_fd())?;
     for entry in read_gpt(size, |buf, at| disk.read_exact_at(buf, at))? {
         match partition::add(disk.as_fd(), entry.number as i32, entry.start, entry.length) {
-            // Overlaps another entry, or somebody else was faster.
+            // Overlaps another entry, or another process was faster.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             other => other?,
         }

@@ -36,7 +36,7 @@ pub struct AttachRequest {
     pub slots: bool,
     /// Device and inode number of each level's file, base first.
     pub ids: Vec<(u64, u64)>,
-    /// Made up by the library, to know the device by if the answer gets lost.
+    /// Made up by the library, to find the device if the answer gets lost.
     #[serde(default)]
     pub token: String,
 }
@@ -48,7 +48,7 @@ pub enum AttachReply {
     Error { code: i32, message: String },
 }
 
-/// What /run/ploop/NAME/state holds, and what the control socket tells.
+/// What /run/ploop/NAME/state holds, and what the control socket reports.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 pub struct DeviceRecord {
     /// Layout of this record.
@@ -107,7 +107,7 @@ pub struct FuseSession {
 }
 
 /// Supervisor to worker, first frame. With it, in this order: /dev/fuse, the shared memory, the witness (a description
-/// of the top opened at attach and used for nothing but asking, after a worker's death, whether write-back failed; for
+/// of the top opened at attach and used only to find out, after a worker's exit, whether write-back failed; for
 /// a read-only device /dev/null), the server's binary, the listening control socket, and one O_PATH descriptor for each
 /// level, base first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,7 +119,8 @@ pub struct WorkerStart {
     /// The worker is to take over in a change of the chain. The descriptors of the commit follow those of the levels.
     #[serde(default)]
     pub succeed: Option<Succession>,
-    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors follow
+    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors
+    /// follow
     /// those of the levels.
     #[serde(default)]
     pub retired: Option<ChainSwitch>,
@@ -129,7 +130,8 @@ pub struct WorkerStart {
     /// [`ChainSwitch::token`] of the change that led to this chain.
     #[serde(default)]
     pub token: u64,
-    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those of
+    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those
+    /// of
     /// its commit, come last.
     #[serde(default)]
     pub merge: Option<ChainSwitch>,
@@ -181,7 +183,7 @@ pub struct Succession {
     /// Everything that needs no image is prepared first, and then `Go` is waited for.
     #[serde(default)]
     pub wait: bool,
-    /// The top is another file than before, which nobody has written yet.
+    /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
     #[serde(default)]
@@ -189,8 +191,9 @@ pub struct Succession {
 }
 
 /// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
-/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and the
-/// lock on the disk if there is one: it is held as long as somebody has it open.
+/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and
+/// the
+/// lock on the disk if there is one: it is held as long as a process has it open.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChainSwitch {
     /// The chain afterwards, base first.
@@ -199,9 +202,9 @@ pub struct ChainSwitch {
     pub expected: Vec<(u64, u64)>,
     /// What makes the change permanent.
     pub commit: Option<CommitNames>,
-    /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
+    /// Made up by the caller, not 0: a change that is requested twice is made once.
     pub token: u64,
-    /// When everything is prepared the initiator gets `Prepared`, and his `Go` is waited for.
+    /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
@@ -223,7 +226,7 @@ pub struct MergeOrder {
     /// Takes what those above it have, up to `high`, which is below a writable top.
     pub low: usize,
     pub high: usize,
-    /// The change to the chain without the others; its descriptors come with the order.
+    /// The change to the chain without the levels above `low`; its descriptors come with the order.
     #[serde(rename = "swap")]
     pub switch: ChainSwitch,
 }
@@ -245,12 +248,13 @@ pub enum ToWorker {
     Flush,
     /// Whether writes that find no space wait for it.
     HoldForSpace(bool),
-    /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
+    /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
+    /// be
     /// killed. With the descriptors of the change.
     Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
-    /// Let others write to this level from now on, or to none; answer `Yielded`.
+    /// Let another process write to this level from now on, or to none; answer `LevelReleased`.
     #[serde(rename = "Yield")]
     ReleaseLevel(Option<usize>),
 }
@@ -259,7 +263,7 @@ pub enum ToWorker {
 pub enum FromWorker {
     Ready(WorkerReady),
     /// Beside it the slots of this worker, a table and the data: from here on they, and no others, are what a successor
-    /// needs. Said before the first request is read, answered or executed.
+    /// needs. Sent before the first request is read, answered or executed.
     Slots,
     /// `Go` is waited for.
     Prepared,
@@ -271,7 +275,7 @@ pub enum FromWorker {
     Switched {
         warning: Option<String>,
     },
-    /// The answer to `Yield`. An error: somebody else writes to the level that was to be taken back.
+    /// The answer to `ReleaseLevel`. An error: another process writes to the level that was to be taken back.
     #[serde(rename = "Yielded")]
     LevelReleased {
         error: Option<(i32, String)>,
@@ -328,14 +332,16 @@ pub enum Command {
     /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
     /// initiator and the process that does it go on talking.
     Freeze,
-    /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
+    /// Merge the top into the level below it, then serve the chain without it. Goes on when the client is gone;
+    /// requested
     /// again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
     Merge(ChainSwitch),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
-    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no worker
+    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
+    /// worker
     /// could serve: try once more, and answer how that went.
     Reload {
         token: u64,
@@ -353,7 +359,7 @@ pub enum Answer {
         #[serde(default)]
         merging: Option<(u64, u64)>,
     },
-    /// Requests are held as soon as the initiator says `Go`.
+    /// Requests are held as soon as the initiator sends `Go`.
     Prepared,
     Switched {
         warning: Option<String>,

@@ -34,7 +34,7 @@ const AT_READING: usize = 7;
 const AT_COUNTERS: usize = 8;
 const AT_MARKS: usize = 32;
 const AT_POISON: usize = 128;
-/// Behind the strikes; a server that does not know these words leaves them alone.
+/// Behind the poison counts; a server that does not know these words leaves them alone.
 const AT_BACKGROUND: usize = 1664;
 const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
@@ -50,7 +50,7 @@ const MARK_WORDS: usize = 4;
 
 const POISON_ENTRIES: usize = 384;
 const POISON_WORDS: usize = 4;
-/// Workers that a request may kill before it is answered EIO.
+/// Worker exits that a request may cause before it is answered EIO.
 pub const MAX_WORKER_EXITS: u64 = 3;
 
 /// Makes the memory for a new device: no change, nothing failed.
@@ -119,7 +119,7 @@ impl Shm {
         self.words[AT_FAILED].load(Acquire) != 0
     }
 
-    /// This worker found a fault in itself and is about to die of it.
+    /// This worker panicked and is about to abort.
     pub fn set_panicked(&self) {
         self.words[AT_PANICKED].store(1, Release);
     }
@@ -150,12 +150,12 @@ impl Shm {
         if self.words[AT_BACKGROUND].load(Acquire) == token {
             return;
         }
-        // Word 0 first: a worker that dies in between leaves another token, so that its successor clears all again.
+        // Word 0 first: a worker that exits in between leaves another token, so that its successor clears all again.
         (0..PROGRESS_WORDS).for_each(|word| self.set_progress(word, 0));
         self.words[AT_BACKGROUND].store(token, Release);
     }
 
-    /// Shows the world where the engine stands.
+    /// Publishes the engine's status.
     pub fn publish(&self, s: &Status) {
         let w = &self.words;
         w[AT_NO_SPACE].store(u64::from(s.no_space), Relaxed);
@@ -226,8 +226,9 @@ impl Shm {
         }
     }
 
-    /// At a takeover, before the first request: gives a strike to the requests that the dead worker was working on.
-    /// Returns how the strikes of the requests that come back are to be counted.
+    /// At a takeover, before the first request: counts a worker exit for each request that the former worker was
+    /// working on.
+    /// Returns how requests that come back are to be counted.
     pub fn count_marked_requests(&self) -> PoisonCounts {
         let panicked = self.words[AT_PANICKED].swap(0, Acquire) != 0;
         let mut named = false;
@@ -255,7 +256,7 @@ impl Shm {
 
     fn add_poison(&self, key: RequestKey) {
         let at = self.poison_entry(key).unwrap_or_else(|| {
-            // The row with the fewest strikes gives way.
+            // The entry with the fewest exits is replaced.
             let at = (0..POISON_ENTRIES)
                 .map(|i| AT_POISON + i * POISON_WORDS)
                 .min_by_key(|&at| self.words[at].load(Relaxed))
@@ -270,7 +271,7 @@ impl Shm {
         self.words[at].store(n + 1, Release);
     }
 
-    /// Whether a request that came back has killed [`MAX_WORKER_EXITS`] workers and must be answered EIO.
+    /// Whether a request that came back has caused [`MAX_WORKER_EXITS`] worker exits and must be answered EIO.
     pub fn is_poisoned(&self, key: RequestKey, how: &PoisonCounts) -> bool {
         if how.all {
             self.add_poison(key);
@@ -278,7 +279,7 @@ impl Shm {
         self.poison_entry(key).is_some_and(|at| self.words[at].load(Relaxed) >= MAX_WORKER_EXITS)
     }
 
-    /// The request is answered: its strikes are forgotten.
+    /// The request is answered: its count is cleared.
     pub fn clear_poison(&self, key: RequestKey) {
         if let Some(at) = self.poison_entry(key) {
             self.words[at].store(0, Release);
@@ -286,10 +287,10 @@ impl Shm {
     }
 }
 
-/// How the strikes of requests that come back are counted; see [`Shm::count_marked_requests`].
+/// How worker exits are counted for requests that come back; see [`Shm::count_marked_requests`].
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct PoisonCounts {
-    /// The dead worker found a fault in itself but did not say in which request: every unanswered one is suspect.
+    /// The former worker panicked without naming a request: every unanswered request is suspect.
     pub all: bool,
 }
 

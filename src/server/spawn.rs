@@ -1,4 +1,4 @@
-//! Starting a server from a library that lives in anybody's process: no signal handlers, no inherited descriptors, and
+//! Starting a server from a library inside any program: no signal handlers, no inherited descriptors, and
 //! no trust in wait statuses, which the process may have taken for itself.
 #![forbid(unsafe_code)]
 
@@ -87,7 +87,7 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
     }
 }
 
-/// What became of a device whose supervisor died before it answered: if it was complete, its worker has found another
+/// What became of a device whose supervisor exited before it answered: if it was complete, its worker has found another
 /// supervisor, and the attach has succeeded. If not, it is taken back.
 fn orphan(token: &str) -> Option<DeviceRecord> {
     let end = Instant::now() + RECLAIM;

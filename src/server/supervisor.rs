@@ -1,8 +1,10 @@
-//! The supervisor: holds what keeps a device alive (the FUSE connection, the shared memory, the images' identities) and
-//! sees to it that somebody serves it. One thread, one poll loop, nothing that can wait for the device itself.
+//! The supervisor: holds what a device needs to exist (the FUSE connection, the shared memory, the images' identities)
+//! and
+//! keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
 //!
-//! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop with
-//! [`Supervisor::poll_once`], so that a worker's death is noticed and clients are answered at any time.
+//! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop
+//! with
+//! [`Supervisor::poll_once`], so that a worker's exit is noticed and clients are answered at any time.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -33,12 +35,13 @@ use crate::server::{frame, partitions, runtime, uevents};
 const TICK: Duration = Duration::from_secs(2);
 /// Partitions are looked at so often where the kernel's announcements do not arrive.
 const BLIND_TICK: Duration = Duration::from_millis(500);
-/// After the last change of a partition table, until it is read by us: whoever changes it may be telling the kernel.
+/// After the last change of a partition table, until the supervisor reads it: the program that changes it may inform
+/// the kernel itself.
 const TABLE_PAUSE: Duration = Duration::from_millis(300);
 /// A scan that does not end.
 const SCAN: Duration = Duration::from_secs(30);
 
-/// Who is being waited for in a turn of the loop.
+/// What one poll of the loop waits for.
 enum Source {
     Extra,
     Messages,
@@ -65,7 +68,7 @@ pub struct Supervisor {
     restart: Option<Instant>,
     /// No worker can serve the device: why.
     pub(super) failed: Option<String>,
-    /// A worker's end is expected: it has closed the image, or the device is given up.
+    /// The worker's exit is expected: it has closed the image, or the device is given up.
     pub(super) ending: bool,
     listener: UnixListener,
     clients: Vec<Client>,
@@ -74,9 +77,9 @@ pub struct Supervisor {
     pub(super) aborting: Vec<OwnedFd>,
     /// Changes of the chain that were asked for.
     pub(super) changes: VecDeque<PendingChange>,
-    /// A change is under way: a worker's death is for it to deal with.
+    /// A change is under way: the change handles a worker's exit.
     pub(super) changing: bool,
-    /// Who wants to be told when requests are about to be held.
+    /// The client that gets `Prepared` when requests are about to be held.
     pub(super) initiator: Option<OwnedFd>,
     /// The worker of the new chain, while the old one retires.
     pub(super) waiting: Option<Worker>,
@@ -100,7 +103,7 @@ pub struct Supervisor {
     scan: Option<(Helper, Instant)>,
     had_partitions: bool,
     pub(super) shm: Option<Shm>,
-    /// The block device went away without us.
+    /// Another process has detached the block device.
     pub(super) lost: bool,
     pub(super) released_helpers: Vec<Helper>,
     last_log: String,
@@ -241,10 +244,10 @@ impl Supervisor {
                 Source::WorkerExit | Source::Listener => {}
             }
         }
-        // Last, because the indices of the others change by it.
+        // Last, because the indices of the other clients change by it.
         self.on_clients(&readable);
         if ready.iter().any(|s| matches!(s, Source::WorkerExit)) {
-            // Its last words first.
+            // The worker's last messages first.
             self.on_worker_message();
             self.on_worker_exit();
         }
@@ -281,7 +284,7 @@ impl Supervisor {
     /// Keeps the nodes as the kernel's partitions are, and notices the end of the block device.
     fn follow(&mut self) {
         if !runtime::backing_is_ours(&self.record) {
-            // Somebody detached it. Its names must not outlive it: the next user of the number gets another's disk.
+            // Another process detached it. Its nodes must go at once: the number's next owner is another disk.
             self.nodes.clear();
             self.lost = true;
             return;
@@ -297,7 +300,7 @@ impl Supervisor {
     }
 
     fn log_once(&mut self, text: &str) {
-        // The same trouble comes back with every tick.
+        // The same error comes back with every tick.
         if self.last_log != text {
             log(&self.record.name, text);
             self.last_log = text.into();
@@ -318,7 +321,7 @@ impl Supervisor {
         }
     }
 
-    /// The next word of a helper, while the loop turns; `None`: not before `end`, or the device is being given up.
+    /// The next event of a helper, while the loop runs; `None`: none came before `end`, or the device is being aborted.
     pub(super) fn helper_event(&mut self, helper: &Helper, end: Instant) -> Option<JobEvent> {
         loop {
             let ready = self.poll_once(end, Some(helper.sock.as_fd()));
@@ -327,7 +330,7 @@ impl Supervisor {
                     Ok(Some((event, _))) => event,
                     _ => JobEvent::Error {
                         code: Kind::Sys.code(),
-                        message: "a helper process of ploop-server died".into(),
+                        message: "a helper process of ploop-server exited without an answer".into(),
                     },
                 });
             }
@@ -381,7 +384,7 @@ impl Supervisor {
         self.send_to_worker(&ToWorker::Flush);
     }
 
-    /// Sends without descriptors; a dying worker's successor is told again.
+    /// Sends without descriptors; the successor of a worker that exits gets the message too.
     pub(super) fn send_to_worker(&mut self, message: &ToWorker) {
         if let Some(worker) = &self.worker
             && worker.ready.is_some()
@@ -432,7 +435,7 @@ impl Supervisor {
         }
     }
 
-    /// The worker is dead: another one, unless that is how it should be.
+    /// The worker has exited: starts another one, unless the exit was expected.
     fn on_worker_exit(&mut self) {
         let Some(worker) = &mut self.worker else { return };
         let killed = worker.reap();
@@ -441,13 +444,13 @@ impl Supervisor {
             return;
         }
         let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
-        // Before the device exists nobody needs a successor; the one who waits for the first worker sees the end.
+        // Before the device exists no successor is needed; the attach that waits for the first worker sees the exit.
         if self.record.state == "starting" && !ready {
             self.ending = true;
             return;
         }
         self.worker = None;
-        let why = refused.map_or_else(|| "it died".into(), |(_, message)| message);
+        let why = refused.map_or_else(|| "it exited".into(), |(_, message)| message);
         match self.restarts.next_start(Instant::now(), ready, killed) {
             Some(at) => self.restart = Some(at),
             None => self.fail(format!("no worker can serve it: {why}")),
@@ -467,7 +470,7 @@ impl Supervisor {
         waiting.for_each(|c| control::answer(&c, &reply));
     }
 
-    /// Starts a worker; a failure counts as its death.
+    /// Starts a worker; a failure counts as a failed start.
     pub(super) fn start_worker(&mut self, takeover: bool) {
         let Some(fds) = &self.fds else { return };
         self.start.takeover = takeover;
@@ -484,7 +487,7 @@ impl Supervisor {
         }
     }
 
-    /// Writes the record. A failure costs only what others can learn of us.
+    /// Writes the record. After a failure only `ploop list` shows old data.
     pub(super) fn save(&mut self) {
         if self.dir.as_os_str().is_empty() {
             return;

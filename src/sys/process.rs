@@ -1,4 +1,4 @@
-//! What a daemon asks of the kernel about itself and others.
+//! What a daemon asks of the kernel about itself and other processes.
 
 use std::ffi::{CStr, OsStr};
 use std::io;
@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Privileges were raised at exec (setuid, file capabilities): the environment belongs to somebody else.
+/// Privileges were raised at exec (setuid, file capabilities): the environment belongs to another user.
 pub fn privileges_raised() -> bool {
     // SAFETY: getauxval only reads the auxiliary vector.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
@@ -16,7 +16,8 @@ pub fn privileges_raised() -> bool {
 /// The file that this code was loaded from: the shared library, or the executable.
 pub fn own_object() -> Option<PathBuf> {
     let mut info = MaybeUninit::<libc::Dl_info>::zeroed();
-    // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as long
+    // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as
+    // long
     // as the object, that is as long as this code.
     unsafe {
         if libc::dladdr(own_object as *const libc::c_void, info.as_mut_ptr()) == 0 {
@@ -30,8 +31,9 @@ pub fn own_object() -> Option<PathBuf> {
 /// Takes over what descriptor `fd` refers to, close-on-exec, and leaves `/dev/null` (or, without one, nothing) there.
 /// For the first lines of a program, when nothing else knows the standard descriptors.
 pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a standard
-    // descriptor that, by contract, nobody owns yet.
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a
+    // standard
+    // descriptor that, by contract, has no owner yet.
     unsafe {
         let taken = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10);
         if taken < 0 {
@@ -50,7 +52,7 @@ pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
 
 /// Makes `fd` known under the number `to`, close-on-exec; what was there is closed. For the first lines of a program.
 pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
-    // SAFETY: `fd` is ours; `to` is, by contract, nobody's.
+    // SAFETY: `fd` is ours; `to` has, by contract, no owner.
     match unsafe { libc::dup3(fd.as_raw_fd(), to, libc::O_CLOEXEC) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -67,8 +69,9 @@ pub fn exit_with_parent(enable: bool) -> io::Result<()> {
     }
 }
 
-/// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor refers
-/// to /dev/null from here on, so that its number is nobody else's as long as `file` lives.
+/// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor
+/// refers
+/// to /dev/null from here on, so that its number is not reused as long as `file` lives.
 pub fn replace_with_null(file: &std::fs::File) -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
     // SAFETY: both descriptors are open and owned by the two files, which stay their owners.
@@ -92,7 +95,8 @@ pub fn close_from(first: RawFd) {
 
 /// Default dispositions (those of ignored signals are inherited) and nothing blocked.
 pub fn reset_signals() {
-    // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the set
+    // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the
+    // set
     // is initialised by sigemptyset.
     unsafe {
         for signal in 1..=64 {
@@ -106,11 +110,13 @@ pub fn reset_signals() {
     }
 }
 
-/// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted stays
+/// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted
+/// stays
 /// as it is.
 pub fn reset_scheduling() {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-    // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the rest
+    // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the
+    // rest
     // takes numbers only.
     unsafe {
         let param = MaybeUninit::<libc::sched_param>::zeroed().assume_init();

@@ -1,10 +1,10 @@
-//! What keeps a process that serves a block device from waiting on that device: no reclaim through it, no page faults,
+//! Keeps a process that serves a block device from waiting on that device: no reclaim through it, no page faults,
 //! no core dump to it. All of it is best effort: what is not permitted is left out.
 
 use std::fs;
 use std::io;
 
-/// No core dump is written when this process dies.
+/// No core dump is written when this process crashes.
 pub fn not_dumpable() -> io::Result<()> {
     const NONE: libc::c_ulong = 0;
     // SAFETY: takes numbers only.
@@ -14,7 +14,7 @@ pub fn not_dumpable() -> io::Result<()> {
     }
 }
 
-/// The OOM killer takes others first.
+/// The OOM killer selects other processes first.
 pub fn exempt_from_oom_killer() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000").or_else(|_| fs::write("/proc/self/oom_score_adj", "-999"))
 }

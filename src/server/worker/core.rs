@@ -31,7 +31,7 @@ pub const BACKGROUND_THREAD: usize = THREADS + 3;
 /// The flush that the supervisor asked for; no request of the kernel's.
 pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
 
-/// What the main thread is told.
+/// What other threads report to the main thread.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Notice {
     Flushed(Result<(), Errno>),
@@ -53,7 +53,7 @@ pub enum AuxJob {
     Sync { op: OpId, level: u8 },
 }
 
-/// What the engine is to be told.
+/// An event for the engine.
 #[derive(Clone, Copy, Debug)]
 pub enum Pending {
     Request(Request),
@@ -130,11 +130,11 @@ pub struct Core {
     pub closing: AtomicBool,
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
-    /// The level that others may write to.
+    /// The level that another process may write to.
     pub released_level: Mutex<Option<usize>>,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
     pub finished: Mutex<Option<Option<(i32, String)>>>,
-    /// Somebody stopped reading /dev/fuse for want of buffers.
+    /// An I/O thread stopped reading /dev/fuse for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,
     pub poison_counts: PoisonCounts,
@@ -250,7 +250,7 @@ impl Core {
         whole.part(0, slot.len.load(Relaxed) as usize)
     }
 
-    /// Tells the engine everything in `pending` and appends its actions to `actions`, those that take effect at once
+    /// Feeds the engine everything in `pending` and appends its actions to `actions`, those that take effect at once
     /// being done. Nothing is left in `pending`.
     pub fn step(&self, thread: usize, pending: &mut Vec<Pending>, actions: &mut Vec<Action>) {
         let mut page = [0; BAT_PAGE];
@@ -275,7 +275,8 @@ impl Core {
                 Pending::Close => engine.step(Event::Close, actions),
             }
         }
-        // Another thread may be told to answer the request, or to write the bounce buffer, as soon as the lock is free.
+        // Another thread may get the order to answer the request, or to write the bounce buffer, as soon as the lock is
+        // free.
         for i in first..actions.len() {
             match actions[i] {
                 Action::ZeroFill { req, off, len } if !answered_next(&actions[i + 1..], req) => {
@@ -376,7 +377,7 @@ impl Core {
     fn sent(&self, unique: u64, result: std::io::Result<()>) {
         match result {
             Ok(()) => {}
-            // Nobody waits for it any more: the caller was killed, or the connection has ended.
+            // No request waits for it any more: the caller was killed, or the connection has ended.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) || fuse::is_over(&e) => {}
             Err(e) => self.log.line(format!("the answer to request {unique} was refused: {e}")),
         }
@@ -394,7 +395,7 @@ impl Core {
         locked(&self.engine).status()
     }
 
-    /// Tells the engine one thing, from a thread without a ring.
+    /// Feeds the engine one event, from a thread without a ring.
     pub fn submit_event(&self, thread: usize, event: Pending) {
         let mut pending = vec![event];
         let mut actions = Vec::new();
@@ -403,7 +404,7 @@ impl Core {
     }
 }
 
-/// The answer follows in the same batch, so that nobody else can have been told to send it.
+/// The answer follows in the same batch, so that no other thread can send it.
 fn answered_next(rest: &[Action], req: ReqId) -> bool {
     rest.iter()
         .find(|a| !matches!(a, Action::ZeroFill { req: r, .. } if *r == req))

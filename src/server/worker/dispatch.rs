@@ -14,7 +14,7 @@ use super::core::{Core, ReplyKind};
 const PUNCH: u32 = 0x03;
 const ZERO: u32 = 0x11;
 
-/// What the engine is to be asked.
+/// A request for the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct EngineRequest {
     pub kind: RequestKind,
@@ -81,7 +81,7 @@ pub fn dispatch(core: &Core, head: &Head, resent: bool) -> Result<Verdict, Errno
     }
     let key = RequestKey::new(unique, head.opcode, offset, len);
     if resent && core.shm.is_poisoned(key, &core.poison_counts) {
-        core.log.line(format!("request {unique} {:?} has killed several workers: it fails", head.op));
+        core.log.line(format!("request {unique} {:?} has caused several worker exits: it fails with EIO", head.op));
         core.shm.clear_poison(key);
         return Err(libc::EIO);
     }

@@ -10,7 +10,7 @@ use super::core::{Core, Notice};
 use super::init::Inherited;
 use super::{locked, open_files};
 
-/// Finishes the level that the start names, and tells the main thread.
+/// Finishes the level that the start names, and notifies the main thread.
 pub fn finish_thread(core: &Core, inherited: &Inherited, cluster: ClusterSize, level: usize) {
     let result = finish(inherited, cluster, level);
     if let Err(e) = &result {
@@ -25,7 +25,7 @@ fn finish(inherited: &Inherited, cluster: ClusterSize, level: usize) -> Result<(
     let (Some(fd), Some(name)) = (inherited.levels().get(level..=level), names.get(level..=level)) else {
         bail!(Protocol, "level {level} of {} is to be finished", names.len());
     };
-    // Until this is closed nobody else writes the file, as when it was the top.
+    // Until this is closed no other process writes the file, as when it was the top.
     let file = open_files::open(fd, name, true)?;
     open_files::lock_exclusive(&file[0])?;
     chain::finish(&file[0], cluster)

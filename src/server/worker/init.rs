@@ -29,7 +29,7 @@ use super::{commit, locked, log, open_files, supervisor_link};
 const MAP_PAGES: usize = 8192;
 /// Seconds after which a changed page of the BAT is written without a flush.
 const BAT_AGE: u32 = 5;
-/// The largest block size that STATFS tells: the loop device's discard granularity.
+/// The largest block size that STATFS reports: the loop device's discard granularity.
 const MAX_BLOCK: u64 = 1 << 20;
 
 /// The descriptors that came with [`WorkerStart`], kept in their order for a new supervisor.
@@ -108,12 +108,12 @@ pub struct Worker {
 pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
     let memory =
         Memory::new(THREADS, inherited.start.fuse.slots()).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
-    // Said where there is a log.
+    // The error is logged where there is a log.
     let _ = process_hardening::lock_memory();
     Ok(memory)
 }
 
-/// Opens everything. A successor waits here until the last operation of the dead worker is over. `memory`: of
+/// Opens everything. A successor waits here until the last operation of the former worker is over. `memory`: of
 /// [`allocate_memory`], if it was called before.
 pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker> {
     let attach = &inherited.start.attach;
@@ -145,7 +145,8 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let mut poison_counts = PoisonCounts::default();
     if takeover {
         poison_counts = shm.count_marked_requests();
-        // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit of it, after
+        // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may
+        // exit of it, after
         // which only the witness still knows.
         if writable && !synced(inherited.fds[WITNESS].as_fd()) {
             log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
@@ -200,7 +201,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         let fds = std::mem::take(&mut *locked(&inherited.commit));
         warning = commit::commit(names, &fds).inspect_err(|_| {
             if let (true, Some(top)) = (new_top && !takeover, files.last()) {
-                // It stays what it was: an empty image that nobody knows.
+                // It stays what it was: an empty image outside of every chain.
                 let _ = chain::close(top, &chain, chain.alloc.end);
             }
         })?;
@@ -234,7 +235,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         direct: files.iter().all(|f| f.direct),
     };
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
-    // The engine is told the time once a second.
+    // The engine gets a tick once a second.
     engine.set_enospc_limit(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
     let core = Core::new(CoreConfig {
         fuse,
@@ -261,7 +262,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
 }
 
-/// The level that others are merged into, opened for that. `wait` for the last operation of a dead worker.
+/// The target of the merge, opened for that. `wait` for the last operation of a dead worker.
 fn merge_target(inherited: &Inherited, level: usize, wait: bool) -> Result<(usize, LevelFile)> {
     let names = &inherited.start.attach.levels;
     let (Some(fd), Some(name)) = (inherited.levels().get(level), names.get(level)) else {
@@ -285,7 +286,7 @@ fn background(inherited: &Inherited, files: &[LevelFile], chain: &mut Chain, ahe
     })
 }
 
-/// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.
+/// Where a mark in use is refused, that error is more useful: the process that has the image locked has marked it.
 fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> Error {
     if attach.marked != Marked::Refuse {
         return locked;
@@ -298,7 +299,7 @@ fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> 
 }
 
 /// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
-/// opened is reported to its description once, whoever caused it.
+/// opened is reported to its description once, whichever process caused it.
 fn synced(witness: BorrowedFd) -> bool {
     let Ok(file) = witness.try_clone_to_owned().map(File::from) else { return false };
     loop {

@@ -1,9 +1,11 @@
-//! An I/O thread: reads requests from /dev/fuse, asks the engine, does the file I/O by its ring, answers.
+//! An I/O thread: reads requests from /dev/fuse, feeds the engine, does the file I/O by its ring, answers.
 //!
 //! One turn takes whatever is there: completions, requests, work from other threads; locks the engine once; and hands
 //! all new operations to the kernel in one system call, which also waits. No request lies unread while a thread with
-//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has come
-//! since; a thread that stops for want of buffers wakes the other one, and whoever frees a buffer then looks again.
+//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has
+//! come
+//! since; a thread that stops for want of buffers wakes the other one, and the thread that frees a buffer then looks
+//! again.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -115,7 +117,7 @@ impl<'a> IoThread<'a> {
         }
     }
 
-    /// Reads requests, and sees to it that somebody notices the next ones.
+    /// Reads requests, and makes sure that a thread notices the next ones.
     fn read_requests(&mut self) -> io::Result<()> {
         match self.drain() {
             Drained::Batch => {}
@@ -156,7 +158,7 @@ impl<'a> IoThread<'a> {
         Ok(())
     }
 
-    /// What waits for space must not keep others from being read.
+    /// What waits for space must not keep other requests from being read.
     fn grow(&mut self) {
         match self.core.common.grow(&self.core.memory) {
             Ok(_) => {}

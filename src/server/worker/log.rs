@@ -1,4 +1,4 @@
-//! What the worker has to say, written by a thread of its own: whoever serves I/O must not wait for a log.
+//! The worker's log, written by a thread of its own: a thread that serves I/O must not wait for a log.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -19,7 +19,7 @@ const FILE_LIMIT: u64 = 4 << 20;
 pub struct Log {
     lines: SyncSender<String>,
     lost: AtomicU64,
-    /// Every request is to be told.
+    /// Every request is logged.
     pub trace: bool,
 }
 

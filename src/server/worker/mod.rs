@@ -2,7 +2,7 @@
 //!
 //! It owns what can fail: the image files, the engine, the memory for I/O. The supervisor keeps what must not be lost.
 //! Two threads do the I/O ([`io`]), one syncs, one allocates and zeroes ([`blocking`]), one writes the log; the main
-//! thread talks to the supervisor ([`supervisor_link`]) and tells the engine the time.
+//! thread talks to the supervisor ([`supervisor_link`]) and feeds the engine its ticks.
 #![forbid(unsafe_code)]
 
 mod blocking;
@@ -56,7 +56,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing else
+/// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing
+/// else
 /// open but the standard ones.
 pub fn worker_main() -> ! {
     process_hardening::use_one_heap();
@@ -73,7 +74,7 @@ pub fn worker_main() -> ! {
     let mut link = link;
     let succeeds = inherited.start.succeed.is_some();
     if succeeds && (process::exit_with_parent(true).is_err() || link.is_closed()) {
-        // Whoever retired for us finds another supervisor.
+        // The retired worker starts another supervisor.
         exit(0);
     }
     let memory = match inherited.start.succeed.as_ref().is_some_and(|s| s.wait) {
@@ -94,7 +95,7 @@ pub fn worker_main() -> ! {
                 link.report_merge_failure(core, &e);
             }
             if heard.is_err() && !inherited.start.takeover && !succeeds {
-                // Nobody has used the device yet: the mark goes again.
+                // The device was never used: the in-use mark is cleared.
                 let closed = link.close_unused(core, inherited);
                 exit(i32::from(finish(core, &chain, closed).is_err()));
             }
@@ -123,7 +124,7 @@ pub fn worker_main() -> ! {
                     supervisor_link::pause(switch.linger);
                     let retired = result.is_ok().then_some((&switch, &fds[..]));
                     let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
-                    // Without a supervisor: the next one is told otherwise.
+                    // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
                     let _ = link.send(&FromWorker::Retired { error });
                     link.await_kill(core, inherited, retired)
                 }
@@ -162,7 +163,7 @@ fn start(
             Ok((core, chain, ready, no_merge))
         }
         Err(e) => {
-            // Nobody has used the device yet: the mark goes again.
+            // The device was never used: the in-use mark is cleared.
             if core.writable && !resend {
                 let _ = chain::close(core.top(), &chain, core.status().alloc_end);
             }
@@ -180,7 +181,8 @@ fn release_images(core: &Core) -> Result<()> {
     Ok(())
 }
 
-/// A half-dead worker is worse than a dead one. The message goes to the standard error; the successor is told.
+/// A worker that panicked must not go on serving. The message goes to the standard error; the shared memory tells the
+/// successor.
 fn abort_on_panic(shm: Option<Shm>) {
     std::panic::set_hook(Box::new(move |info| {
         if let Some(shm) = &shm {

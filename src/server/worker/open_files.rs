@@ -1,8 +1,8 @@
 //! The files of a chain, opened by the worker itself and locked.
 //!
-//! A description of its own matters: I/O of a dead worker lands for seconds after its death, and a lock on a description
-//! falls only when the last of it is over. Whoever takes over waits for that lock. So these descriptors are
-//! close-on-exec and never given to anybody.
+//! A description of its own matters: I/O of a worker lands for seconds after its exit, and a lock on a description
+//! falls only when the last of it is over. A successor waits for that lock. So these descriptors are
+//! close-on-exec and never passed to another process.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -75,15 +75,16 @@ fn takes_sectors(file: &File) -> bool {
     }
 }
 
-/// Opens a level for writing, too: the target of a merge, which must be nobody else's. `wait`: until the last operation of
-/// a dead worker is over.
+/// Opens a level for writing, too: the target of a merge, which no other process may use. `wait`: until the last
+/// operation of
+/// a former worker is over.
 pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<LevelFile> {
     let level = open_one(path, name, true)?;
     let busy = || {
         let shown = level.name.display();
         Error::new(
             Kind::Busy,
-            format!("image {shown} is to take what is merged, and somebody else uses it; unmount that first"),
+            format!("image {shown} is to take what is merged, and another process uses it; unmount that first"),
         )
     };
     lock_top(&level, wait).map_err(|e| if e.kind() == Kind::InUse { busy() } else { e })?;
@@ -91,8 +92,9 @@ pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<Level
     Ok(level)
 }
 
-/// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
-/// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
+/// Locks the files: the writable top exclusively, what is only read together with other readers. At a takeover this
+/// waits until the last operation of the former worker is over; otherwise a lock that another process holds is an
+/// error.
 /// `except`: a level that is locked already, or that another process writes to.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option<usize>) -> Result<()> {
     for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {

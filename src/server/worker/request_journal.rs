@@ -1,17 +1,20 @@
 //! Requests kept where a successor finds them, for kernels that cannot give them out again.
 //!
-//! There is a journal with a slot for every request, and the buffers are shared memory, too; the supervisor holds both. A
-//! request is read straight into its slot and a buffer, how it ended is stored before it is answered. A successor copies
-//! what it finds into a journal and buffers of its own, since reads of the dead worker may land in the old ones for a long
+//! There is a journal with a slot for every request, and the buffers are shared memory, too; the supervisor holds both.
+//! A
+//! request is read straight into its slot and a buffer, how it ended is stored before it is answered. A successor
+//! copies
+//! what it finds into a journal and buffers of its own, since reads of the former worker may land in the old ones for a
+//! long
 //! time yet, and has the supervisor take these instead of the old ones. Only then, and before it reads a request, it
 //! answers again what was done and executes what was not. So at any time there is one journal that holds everything:
 //!
-//! | a worker dies | its slot | the successor |
+//! | a worker exits | its slot | the successor |
 //! |---|---|---|
 //! | before a request was read | empty | does nothing; the kernel has it |
-//! | until it was executed | filled | executes it, perhaps for the second time, before anybody knew of the first |
+//! | until it was executed | filled | executes it, perhaps for the second time, before the first was answered |
 //! | until it was answered | done | answers it |
-//! | until the slot was cleared | done | answers it, which nobody hears |
+//! | until the slot was cleared | done | answers it, and the kernel drops the answer |
 //!
 //! All of it is present and locked before the first read: a page fault while the kernel copies a request to a process
 //! that is being killed would end the request with EIO.
@@ -185,14 +188,14 @@ fn word_of(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_ne_bytes)
 }
 
-/// What a dead worker left. It is read and never changed: the next successor may need it once more.
+/// The journal of a former worker. It is read and never changed: the next successor may need it once more.
 pub struct PriorJournal {
     rows: Vec<JournalEntry>,
     data: File,
 }
 
 impl PriorJournal {
-    /// Looks at a dead worker's slots. Fails on another layout.
+    /// Reads the journal of a former worker. Fails on another layout.
     pub fn open(fds: Vec<OwnedFd>, memory: &Memory) -> Result<PriorJournal> {
         let count = fds.len();
         let Ok([journal, data]) = <[OwnedFd; 2]>::try_from(fds) else {
@@ -226,7 +229,7 @@ impl PriorJournal {
         Ok(PriorJournal { rows, data })
     }
 
-    /// Copies everything into the same slots and buffers of ours. The dead worker's operations on files are over.
+    /// Copies everything into the same slots and buffers of ours. The former worker's operations on files are over.
     fn copy(&self, journal: &RequestJournal, memory: &Memory, common: &Common) -> Result<()> {
         for row in &self.rows {
             let (buf, len) = match row.request().map(|r| r.op) {
@@ -270,7 +273,7 @@ pub fn import(core: &Core, left: &PriorJournal) -> Result<()> {
     left.copy(journal, &core.memory, &core.common)
 }
 
-/// Answers or executes what was adopted. No thread reads requests yet, and the supervisor has our journal.
+/// Answers or executes what was imported. No thread reads requests yet, and the supervisor has our journal.
 pub fn replay(core: &Core, journal: &RequestJournal) {
     let (mut pending, mut actions) = (Vec::new(), Vec::new());
     for row in journal.filled() {

@@ -1,4 +1,4 @@
-//! The main thread: takes the supervisor's orders, tells the engine the time, replaces a supervisor that died.
+//! The main thread: handles the supervisor's messages, feeds the engine its ticks, replaces a supervisor that exited.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,14 +22,14 @@ use super::request_journal::RequestJournal;
 use super::supervisor_restart::{has_successor, start_supervisor, try_top_lock};
 
 const TICK: Duration = Duration::from_secs(1);
-/// Longest wait for a supervisor that does not take what we say.
+/// Longest wait for a supervisor that does not take a message.
 pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// The same for what it must have.
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// Pauses between attempts to start a supervisor: doubled from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// A supervisor that lived so long was a good one.
+/// A supervisor that ran so long resets the pause.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// A retiring worker answers what it has read within this, else it is killed and the chain stays.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -54,7 +54,7 @@ struct Retiring {
     fds: Vec<OwnedFd>,
     /// I/O threads that read no more requests.
     quiet: usize,
-    /// The engine was told to close.
+    /// The engine has got its `Close`.
     closing: bool,
     end: Instant,
 }
@@ -68,7 +68,7 @@ fn recorded_supervisor(device: &str) -> ProcessId {
 /// The connection to the supervisor, whichever process that is.
 #[derive(Debug)]
 pub struct SupervisorLink {
-    /// None: it died, and a new one is to be started.
+    /// None: the supervisor exited, and a new one is to be started.
     socket: Option<OwnedFd>,
     since: Instant,
     pause: Duration,
@@ -106,16 +106,16 @@ impl SupervisorLink {
         Ok(Some((link, inherited)))
     }
 
-    /// Tells the supervisor something.
+    /// Sends the supervisor a message.
     pub fn send(&self, message: &FromWorker) -> Result<()> {
         match &self.socket {
             Some(socket) => frame::send_within(socket, message, &[], SEND_LIMIT),
-            None => bail!(Protocol, "the supervisor has died"),
+            None => bail!(Protocol, "the supervisor has exited"),
         }
     }
 
     /// Gives the supervisor the slots that requests are read into from now on. Without it a successor would not find
-    /// them; if there is no supervisor any more, the next one gets them from us.
+    /// them; if there is no supervisor any more, the next one gets them from this worker.
     pub fn send_journal(&self, journal: &RequestJournal) -> Result<()> {
         let Some(socket) = &self.socket else { return Ok(()) };
         match frame::send_within(socket, &FromWorker::Slots, &journal.fds(), JOURNAL_LIMIT) {
@@ -132,13 +132,13 @@ impl SupervisorLink {
         fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
     }
 
-    /// Waits for the word to take over; false: the supervisor has changed its mind, or died.
+    /// Waits for `Go`; false: the supervisor gave the change up, or exited.
     pub fn await_go(&self) -> bool {
         let Some(socket) = &self.socket else { return false };
         matches!(frame::recv::<ToWorker>(socket), Ok(Some((ToWorker::Go, _))))
     }
 
-    /// Waits until the former top is finished, and says so.
+    /// Waits until the former top is finished, and reports it.
     pub fn await_finisher(&self, core: &Core, inherited: &Inherited) {
         if inherited.start.finish.is_none() {
             return;
@@ -149,14 +149,14 @@ impl SupervisorLink {
         self.finished(core);
     }
 
-    /// Closes a device that nobody has used, for a supervisor that is gone.
+    /// Closes a device that was never used, for a supervisor that is gone.
     pub fn close_unused(&mut self, core: &Core, inherited: &Inherited) -> Result<(), Errno> {
         self.socket = None;
         core.closing.store(true, Ordering::Release);
         core.submit_event(MAIN_THREAD, Pending::Close);
         match self.serve(core, inherited) {
             End::Closed(result) => result,
-            // Without a supervisor nobody asks for it.
+            // Without a supervisor no process requests it.
             End::Retired(..) => Err(libc::EIO),
         }
     }
@@ -239,7 +239,7 @@ impl SupervisorLink {
     }
 
     fn retire(&mut self, core: &Core, inherited: &Inherited, switch: ChainSwitch, fds: Vec<OwnedFd>) {
-        // It has just spoken.
+        // The record names the supervisor that has just sent `Retire`.
         self.retired_by = recorded_supervisor(&inherited.start.device_name);
         if self.retiring.is_some() || core.closing.load(Ordering::Acquire) {
             core.log.line("the supervisor sent Retire to a worker that ends already".into());
@@ -252,12 +252,13 @@ impl SupervisorLink {
 
     fn finished(&self, core: &Core) {
         if let Some(error) = locked(&core.finished).clone() {
-            // Not heard by anybody: a new supervisor learns that nothing is left to be finished.
+            // If no supervisor receives it: a new supervisor learns that nothing is left to be finished.
             let _ = self.send(&FromWorker::Finished { error });
         }
     }
 
-    /// Waits, serving nothing, to be killed. If the supervisor dies first, one of the workers must start another one: the
+    /// Waits, serving nothing, to be killed. If the supervisor exits first, one of the workers must start another one:
+    /// the
     /// successor, once it has the lock on the top of its chain, else this one.
     pub fn await_kill(&mut self, core: &Core, inherited: &Inherited, retired: Option<(&ChainSwitch, &[OwnedFd])>) -> ! {
         loop {
@@ -271,7 +272,8 @@ impl SupervisorLink {
             let lock = match retired {
                 Some((switch, fds)) => {
                     let lock = try_top_lock(inherited, switch, fds);
-                    // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a third.
+                    // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a
+                    // third.
                     if has_successor(&inherited.start.device_name, self.retired_by) {
                         exit(0);
                     }
@@ -289,11 +291,13 @@ impl SupervisorLink {
                 }
                 None => None,
             };
-            // The successor has read requests, which died with it and with the supervisor that had its slots. If the
-            // device went on, whoever waits for them would wait for ever: with us it ends, and all I/O on it fails. Where
+            // The successor has read requests, which were lost with it and with the supervisor that had its journal. If
+            // the
+            // device went on, their callers would wait for ever: with this worker it ends, and all I/O on it fails.
+            // Where
             // the kernel can give out requests again, and where no successor has read any, nothing is lost.
             if retired.is_some_and(|(switch, _)| core.journal.is_some() && core.shm.reading() == switch.token) {
-                core.log.line("the supervisor and the worker of the new chain have died: the device ends".into());
+                core.log.line("the supervisor and the worker of the new chain have exited: the device ends".into());
                 exit(1);
             }
             match start_supervisor(core, inherited, retired) {
@@ -326,7 +330,7 @@ impl SupervisorLink {
     fn on_message(&mut self, core: &Core, inherited: &Inherited) {
         let closing = core.closing.load(Ordering::Acquire);
         let Some(socket) = &self.socket else {
-            // A retiring worker asks first whether there is a successor.
+            // A retiring worker checks first whether there is a successor.
             if !closing && self.retiring.is_none() && Instant::now() >= self.next_try {
                 self.restart_supervisor(core, inherited);
             }
@@ -338,7 +342,7 @@ impl SupervisorLink {
                     core.submit_event(MAIN_THREAD, Pending::Close);
                 }
             }
-            // Whoever retires flushes all; the successor is asked again.
+            // A retiring worker flushes everything; the successor gets the flush anew.
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
             Ok(Some((ToWorker::Retire(switch), fds))) => self.retire(core, inherited, switch, fds),
@@ -393,7 +397,7 @@ impl SupervisorLink {
 
     fn merged(&mut self, core: &Core, result: Result<(), Errno>) {
         if result == Err(libc::ECANCELED) {
-            // Whoever closes the engine knows.
+            // The code that closes the engine handles it.
             return;
         }
         let error = result.err().map(|e| {
@@ -438,7 +442,7 @@ impl SupervisorLink {
         match start_supervisor(core, inherited, None) {
             Ok(socket) => {
                 self.socket = Some(socket);
-                // The last one may have died before it could act on it.
+                // The last supervisor may have exited before it acted on it.
                 self.report_merge(core);
             }
             Err(e) => {

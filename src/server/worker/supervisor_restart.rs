@@ -36,7 +36,7 @@ pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &[OwnedFd]
     }
 }
 
-/// Another supervisor lives than the one that is gone, with another worker: it writes that down before it changes
+/// Another supervisor than `gone` runs, with another worker: it writes the record before it changes
 /// anything.
 pub fn has_successor(device: &str, gone: ProcessId) -> bool {
     let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
@@ -45,7 +45,8 @@ pub fn has_successor(device: &str, gone: ProcessId) -> bool {
     })
 }
 
-/// Starts a supervisor and gives it everything that the last one had; `retired`: in favour of this change. The starter ends as soon as the supervisor runs, so that this is no child of ours that somebody has to wait for.
+/// Starts a supervisor and gives it everything that the last one had; `retired`: in favour of this change. The starter
+/// ends as soon as the supervisor runs, so that the supervisor is no child of this worker and need not be reaped.
 pub fn start_supervisor(
     core: &Core,
     inherited: &Inherited,
