@@ -4,12 +4,11 @@
 //! 1. The old worker reads no more requests, answers those it has, flushes, lets go of the images. The top stays marked
 //!    in use. Requests wait in the kernel meanwhile. If it exits, the chain is as it was.
 //! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in
-//! the
-//!    shared memory, serves. Until that note it exits with its supervisor. If it exits, the descriptor on disk tells
-//!    whether the next one goes on or the old chain comes back.
+//!    the shared memory, serves. Until that note it exits with its supervisor. If it exits, the descriptor on disk
+//!    tells whether the next one goes on or the old chain comes back.
 //! 3. The old worker is killed. Until then it can start another supervisor: it does if it gets the lock on the new top,
 //!    which a running successor holds, and unless requests are kept in the journal and were read by a successor that
-//! has exited.
+//!    has exited.
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 

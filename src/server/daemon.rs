@@ -25,8 +25,7 @@ const UNIT: &str = "ploop-server-";
 const FILES: u64 = 4096;
 
 /// Leaves session, folder, namespaces, control group and limits of the process that started this one. For the first
-/// lines of
-/// a single-threaded program.
+/// lines of a single-threaded program.
 pub fn detach_from_caller() -> Result<()> {
     // Fails only for the leader of a group, which a process just spawned is not.
     let _ = nix::unistd::setsid();

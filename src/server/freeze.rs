@@ -16,8 +16,7 @@ use crate::sys::{freeze, process_hardening};
 const LEASE: Duration = Duration::from_secs(60);
 
 /// Freezes the file systems that the files lie on, sends the owner `Frozen`, thaws when the owner sends `Go`, exits, or
-/// at the end of
-/// the lease, and sends the owner `Done`. `fds`: the owner's socket, then the files.
+/// at the end of the lease, and sends the owner `Done`. `fds`: the owner's socket, then the files.
 pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
     let mut fds = fds.into_iter();
     let Some(owner) = fds.next() else { bail!(Protocol, "the socket of the owner of the freeze was not sent") };

@@ -284,8 +284,7 @@ pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
 
 /// Agrees with the kernel on the protocol: answers FUSE_INIT, which the mount has queued. Fails if it does not come
 /// within `limit`. `slots`: unanswered requests are to be kept by ourselves, even if the kernel could give them out
-/// again
-/// (6.9 or later).
+/// again (6.9 or later).
 pub fn handshake(dev: BorrowedFd, limit: Duration, slots: bool) -> Result<FuseSession> {
     let mut buf = [0u8; 8192];
     let end = Instant::now() + limit;

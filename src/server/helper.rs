@@ -188,8 +188,7 @@ fn wait_for_go(sock: BorrowedFd) -> Result<()> {
 }
 
 /// Removes what an exited server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in
-/// use,
-/// or running.
+/// use, or running.
 fn clean(name: &str, wait: bool) -> Result<()> {
     daemon::enter_host()?;
     runtime::check_name(name)?;

@@ -1,10 +1,8 @@
 //! Merging frozen levels of the running chain into the lowest of them, by a process of its own.
 //!
 //! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The
-//! end
-//! is a change of the chain like any other. If the supervisor exits, so does the process at its next message, and the
-//! client
-//! retries; if no client does, the lock is taken back after a while and the next merge finishes it.
+//! end is a change of the chain like any other. If the supervisor exits, so does the process at its next message, and
+//! the client retries; if no client does, the lock is taken back after a while and the next merge finishes it.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -202,8 +200,7 @@ impl Supervisor {
     }
 
     /// A new supervisor finds a merge that no client requests any more: its lock is taken back, so that other programs
-    /// can use the
-    /// image.
+    /// can use the image.
     pub(super) fn reclaim_released_level(&mut self) {
         if self.start.released_level.is_none() {
             self.frozen_merge.reclaim_at = None;

@@ -1,15 +1,12 @@
 //! Merging the top of a running device into the level below it.
 //!
-//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::merge`):
-//! the
-//!    chain stays what it was, and the successor of a worker that exits merges.
+//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::background`):
+//!    the chain stays what it was, and the successor of a worker that exits merges.
 //! 2. When it reports that the two agree, the chain is changed to the one without the top
-//!    ([`chain_switch`](super::chain_switch)): the
-//!    retiring worker makes everything durable in the level below first.
+//!    ([`chain_switch`](super::chain_switch)): the retiring worker makes everything durable in the level below first.
 //!
 //! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor,
-//! and
-//! the client need not wait.
+//! and the client need not wait.
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;

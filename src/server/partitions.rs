@@ -65,8 +65,7 @@ fn known_in(disk: &Path) -> Vec<Known> {
 }
 
 /// Tells the kernel of the partitions in the disk's GPT if it shows none: then it has no parser for it. Else the
-/// program that
-/// changes the table keeps the kernel informed, and we must not interfere.
+/// program that changes the table keeps the kernel informed, and we must not interfere.
 pub fn scan(backing: &str, disk: &File) -> io::Result<()> {
     if !known(backing).is_empty() {
         return Ok(());

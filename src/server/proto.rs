@@ -120,8 +120,7 @@ pub struct WorkerStart {
     #[serde(default)]
     pub succeed: Option<Succession>,
     /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors
-    /// follow
-    /// those of the levels.
+    /// follow those of the levels.
     #[serde(default)]
     pub retired: Option<ChainSwitch>,
     /// This level was the top before: it is to be completed and unmarked while the device runs.
@@ -131,8 +130,7 @@ pub struct WorkerStart {
     #[serde(default)]
     pub token: u64,
     /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those
-    /// of
-    /// its commit, come last.
+    /// of its commit, come last.
     #[serde(default)]
     pub merge: Option<ChainSwitch>,
     /// The levels that are merged, into the lowest of them; none: the top into the level below it.
@@ -192,8 +190,7 @@ pub struct Succession {
 
 /// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
 /// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and
-/// the
-/// lock on the disk if there is one: it is held as long as a process has it open.
+/// the lock on the disk if there is one: it is held as long as a process has it open.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChainSwitch {
     /// The chain afterwards, base first.
@@ -249,8 +246,7 @@ pub enum ToWorker {
     /// Whether writes that find no space wait for it.
     HoldForSpace(bool),
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
-    /// be
-    /// killed. With the descriptors of the change.
+    /// be killed. With the descriptors of the change.
     Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
@@ -333,16 +329,14 @@ pub enum Command {
     /// initiator and the process that does it go on talking.
     Freeze,
     /// Merge the top into the level below it, then serve the chain without it. Goes on when the client is gone;
-    /// requested
-    /// again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
+    /// requested again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
     Merge(ChainSwitch),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
-    /// worker
-    /// could serve: try once more, and answer how that went.
+    /// worker could serve: try once more, and answer how that went.
     Reload {
         token: u64,
     },

@@ -227,8 +227,7 @@ impl Shm {
     }
 
     /// At a takeover, before the first request: counts a worker exit for each request that the former worker was
-    /// working on.
-    /// Returns how requests that come back are to be counted.
+    /// working on. Returns how requests that come back are to be counted.
     pub fn count_marked_requests(&self) -> PoisonCounts {
         let panicked = self.words[AT_PANICKED].swap(0, Acquire) != 0;
         let mut named = false;

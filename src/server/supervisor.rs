@@ -1,10 +1,8 @@
 //! The supervisor: holds what a device needs to exist (the FUSE connection, the shared memory, the images' identities)
-//! and
-//! keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
+//! and keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
 //!
 //! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop
-//! with
-//! [`Supervisor::poll_once`], so that a worker's exit is noticed and clients are answered at any time.
+//! with [`Supervisor::poll_once`], so that a worker's exit is noticed and clients are answered at any time.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;

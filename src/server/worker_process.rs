@@ -181,8 +181,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 impl RestartPolicy {
     /// A worker has exited; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next
-    /// one;
-    /// `None`: never.
+    /// one; `None`: never.
     pub fn next_start(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
         if ready {
             self.quick = 0;

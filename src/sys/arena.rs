@@ -1,8 +1,8 @@
 //! The worker's I/O memory: one mapping, populated and locked, that lives as long as the process.
 //!
 //! The kernel reads and writes it without the compiler's knowledge (rings, /dev/fuse), and several threads hand parts
-//! of it to each other.
-//! So no reference to its bytes is ever made: it is copied into, copied from, and named by offsets.
+//! of it to each other. So no reference to its bytes is ever made: it is copied into, copied from, and named by
+//! offsets.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,8 +24,8 @@ pub struct Arena {
 }
 
 // SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no
-// reference;
-// who may touch which part at what time is agreed among the threads and with the kernel outside of this type.
+// reference; who may touch which part at what time is agreed among the threads and with the kernel outside of this
+// type.
 unsafe impl Send for Arena {}
 // SAFETY: see above.
 unsafe impl Sync for Arena {}
@@ -58,8 +58,7 @@ impl Arena {
     }
 
     /// Like [`leak`](Self::leak), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of
-    /// one
-    /// is byte n of the other.
+    /// one is byte n of the other.
     pub fn leak_shared(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
         Arena::make(ready, reserve, true)
     }
@@ -106,8 +105,7 @@ impl Arena {
     pub fn open(&self, span: Span) -> io::Result<()> {
         let at = self.ptr(span);
         // SAFETY: the part lies inside the mapping. Changing its protection from none to all affects no reference, the
-        // advices
-        // do not change content, and the stores fall into memory that is not in use yet.
+        // advices do not change content, and the stores fall into memory that is not in use yet.
         unsafe {
             if libc::mprotect(at.cast(), span.len, libc::PROT_READ | libc::PROT_WRITE) != 0 {
                 return Err(io::Error::last_os_error());
@@ -115,8 +113,7 @@ impl Arena {
             libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
             if self.file.is_some() {
                 // Huge pages of shared memory are switched off nearly everywhere, but can be asked for (6.1 or later),
-                // where
-                // there is one small page. That is also faster than many small ones.
+                // where there is one small page. That is also faster than many small ones.
                 for page in (0..span.len).step_by(HUGE) {
                     at.add(page).write_volatile(0);
                 }
@@ -138,14 +135,12 @@ impl Arena {
     }
 
     /// Gives back the memory of a part that [`open`](Self::open) made usable. Neither a thread nor the kernel may have
-    /// any
-    /// operation on it in flight; an access meets a fault.
+    /// any operation on it in flight; an access meets a fault.
     pub fn close(&self, span: Span) {
         let at = self.ptr(span);
         let give_back = if self.file.is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access. A file has no
-        // other
-        // user of this part than we are.
+        // other user of this part than we are.
         unsafe {
             libc::munlock(at.cast(), span.len);
             libc::madvise(at.cast(), span.len, give_back);

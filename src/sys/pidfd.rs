@@ -16,8 +16,7 @@ pub fn open(pid: i32) -> io::Result<OwnedFd> {
 }
 
 /// Sends `signal` to the process behind `pidfd`. Async-signal-safe; a closed or foreign descriptor is an error
-/// (`false`),
-/// never a signal to another process.
+/// (`false`), never a signal to another process.
 pub fn send_signal(pidfd: RawFd, signal: i32) -> bool {
     // SAFETY: pidfd_send_signal accepts a null siginfo and touches no memory of ours.
     unsafe {

@@ -17,8 +17,7 @@ pub fn privileges_raised() -> bool {
 pub fn own_object() -> Option<PathBuf> {
     let mut info = MaybeUninit::<libc::Dl_info>::zeroed();
     // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as
-    // long
-    // as the object, that is as long as this code.
+    // long as the object, that is as long as this code.
     unsafe {
         if libc::dladdr(own_object as *const libc::c_void, info.as_mut_ptr()) == 0 {
             return None;
@@ -32,8 +31,7 @@ pub fn own_object() -> Option<PathBuf> {
 /// For the first lines of a program, when nothing else knows the standard descriptors.
 pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a
-    // standard
-    // descriptor that, by contract, has no owner yet.
+    // standard descriptor that, by contract, has no owner yet.
     unsafe {
         let taken = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10);
         if taken < 0 {
@@ -70,8 +68,7 @@ pub fn exit_with_parent(enable: bool) -> io::Result<()> {
 }
 
 /// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor
-/// refers
-/// to /dev/null from here on, so that its number is not reused as long as `file` lives.
+/// refers to /dev/null from here on, so that its number is not reused as long as `file` lives.
 pub fn replace_with_null(file: &std::fs::File) -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
     // SAFETY: both descriptors are open and owned by the two files, which stay their owners.
@@ -96,8 +93,7 @@ pub fn close_from(first: RawFd) {
 /// Default dispositions (those of ignored signals are inherited) and nothing blocked.
 pub fn reset_signals() {
     // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the
-    // set
-    // is initialised by sigemptyset.
+    // set is initialised by sigemptyset.
     unsafe {
         for signal in 1..=64 {
             if signal != libc::SIGPIPE {
@@ -111,13 +107,11 @@ pub fn reset_signals() {
 }
 
 /// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted
-/// stays
-/// as it is.
+/// stays as it is.
 pub fn reset_scheduling() {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
     // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the
-    // rest
-    // takes numbers only.
+    // rest takes numbers only.
     unsafe {
         let param = MaybeUninit::<libc::sched_param>::zeroed().assume_init();
         libc::sched_setscheduler(0, libc::SCHED_OTHER, &param);

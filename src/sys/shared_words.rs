@@ -66,8 +66,7 @@ impl Deref for SharedWords {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has `count` words, is page-aligned, lives until drop, and every other process that has it
-        // mapped
-        // changes it by whole atomic words only.
+        // mapped changes it by whole atomic words only.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.count) }
     }
 }

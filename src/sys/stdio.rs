@@ -19,8 +19,7 @@ pub enum Stream {
 /// to.
 pub fn print(stream: Stream, text: &str) {
     // SAFETY: `stdout` and `stderr` are initialised by the C library before any code of ours runs and stay valid for
-    // the
-    // life of the process; fwrite() reads `text.len()` bytes of a live slice and locks the stream itself.
+    // the life of the process; fwrite() reads `text.len()` bytes of a live slice and locks the stream itself.
     unsafe {
         let file = match stream {
             Stream::Out => stdout,

@@ -1,6 +1,5 @@
 //! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of
-//! them,
-//! let one fail, and make up what a crash leaves.
+//! them, let one fail, and make up what a crash leaves.
 
 use std::fs::{File, OpenOptions};
 use std::io;

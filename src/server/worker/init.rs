@@ -146,8 +146,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     if takeover {
         poison_counts = shm.count_marked_requests();
         // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may
-        // exit of it, after
-        // which only the witness still knows.
+        // exit of it, after which only the witness still knows.
         if writable && !synced(inherited.fds[WITNESS].as_fd()) {
             log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
             shm.set_sync_state(SyncState::Failed);

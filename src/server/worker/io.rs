@@ -3,9 +3,8 @@
 //! One turn takes whatever is there: completions, requests, work from other threads; locks the engine once; and hands
 //! all new operations to the kernel in one system call, which also waits. No request lies unread while a thread with
 //! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has
-//! come
-//! since; a thread that stops for want of buffers wakes the other one, and the thread that frees a buffer then looks
-//! again.
+//! come since; a thread that stops for want of buffers wakes the other one, and the thread that frees a buffer then
+//! looks again.
 #![forbid(unsafe_code)]
 
 use std::io;

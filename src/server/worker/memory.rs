@@ -1,9 +1,8 @@
 //! Buffers for requests, bounces and pages of BATs: all of the worker's I/O memory, made once.
 //!
 //! A request is read from /dev/fuse into a big buffer, because its length is not known before. Short ones move on into
-//! a
-//! small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory stays
-//! warm in the caches.
+//! a small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory
+//! stays warm in the caches.
 //!
 //! While the host file system is full, writes that wait for space keep their buffers, and reads must go on: then, and
 //! only then, more big buffers are made, one for every request that the block device can have in flight.

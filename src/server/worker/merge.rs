@@ -1,6 +1,5 @@
 //! What a worker does when it ends during a merge: the chain without the merged levels may follow only if the target
-//! has
-//! all of them, durably.
+//! has all of them, durably.
 #![forbid(unsafe_code)]
 
 use crate::bail;

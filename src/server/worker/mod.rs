@@ -57,8 +57,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing
-/// else
-/// open but the standard ones.
+/// else open but the standard ones.
 pub fn worker_main() -> ! {
     process_hardening::use_one_heap();
     let _ = process_hardening::not_dumpable();

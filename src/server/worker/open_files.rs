@@ -76,8 +76,7 @@ fn takes_sectors(file: &File) -> bool {
 }
 
 /// Opens a level for writing, too: the target of a merge, which no other process may use. `wait`: until the last
-/// operation of
-/// a former worker is over.
+/// operation of a former worker is over.
 pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<LevelFile> {
     let level = open_one(path, name, true)?;
     let busy = || {
@@ -94,8 +93,7 @@ pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<Level
 
 /// Locks the files: the writable top exclusively, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the former worker is over; otherwise a lock that another process holds is an
-/// error.
-/// `except`: a level that is locked already, or that another process writes to.
+/// error. `except`: a level that is locked already, or that another process writes to.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option<usize>) -> Result<()> {
     for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {

@@ -3,11 +3,10 @@
 //! There is a journal with a slot for every request, and the buffers are shared memory, too; the supervisor holds both.
 //! A
 //! request is read straight into its slot and a buffer, how it ended is stored before it is answered. A successor
-//! copies
-//! what it finds into a journal and buffers of its own, since reads of the former worker may land in the old ones for a
-//! long
-//! time yet, and has the supervisor take these instead of the old ones. Only then, and before it reads a request, it
-//! answers again what was done and executes what was not. So at any time there is one journal that holds everything:
+//! copies what it finds into a journal and buffers of its own, since reads of the former worker may land in the old
+//! ones for a long time yet, and has the supervisor take these instead of the old ones. Only then, and before it reads
+//! a request, it answers again what was done and executes what was not. So at any time there is one journal that holds
+//! everything:
 //!
 //! | a worker exits | its slot | the successor |
 //! |---|---|---|

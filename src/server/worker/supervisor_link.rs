@@ -292,10 +292,8 @@ impl SupervisorLink {
                 None => None,
             };
             // The successor has read requests, which were lost with it and with the supervisor that had its journal. If
-            // the
-            // device went on, their callers would wait for ever: with this worker it ends, and all I/O on it fails.
-            // Where
-            // the kernel can give out requests again, and where no successor has read any, nothing is lost.
+            // the device went on, their callers would wait for ever: with this worker it ends, and all I/O on it fails.
+            // Where the kernel can give out requests again, and where no successor has read any, nothing is lost.
             if retired.is_some_and(|(switch, _)| core.journal.is_some() && core.shm.reading() == switch.token) {
                 core.log.line("the supervisor and the worker of the new chain have exited: the device ends".into());
                 exit(1);
