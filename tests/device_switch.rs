@@ -17,7 +17,7 @@ use ploop::error::Kind;
 use ploop::format::header::Version;
 use ploop::image::check::read_header;
 use ploop::image::create::create_delta;
-use ploop::server::proto::{Command, CommitNames, LevelName, Marked, ProcessId, Swap, SwapLevel};
+use ploop::server::proto::{ChainSwitch, Command, CommitNames, LevelName, Marked, ProcessId, SwitchLevel};
 use ploop::server::{control, runtime};
 use ploop::sys::file_id::FileId;
 use ploop::units::ClusterSize;
@@ -136,7 +136,7 @@ fn what_cannot_be_served_changes_nothing() {
     println!("{}", try_file(&path));
     let path = new_delta(&t, &image, "locked");
     let lock = File::open(&path).unwrap();
-    ploop::sys::calm::flock_exclusive(&lock, false).unwrap();
+    ploop::sys::file_lock::exclusive(&lock, false).unwrap();
     let e = try_file(&path);
     assert_eq!(e.kind(), Kind::InUse, "{e}");
     drop(lock);
@@ -352,13 +352,13 @@ fn both_of_the_new_chain_killed_with_slots() {
 /// Asks for a change and dies before the answer.
 fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -> ploop::Result<()> {
     let kept = running.record.levels.iter().zip(&running.record.ids).enumerate();
-    let mut levels: Vec<SwapLevel> =
-        kept.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+    let mut levels: Vec<SwitchLevel> =
+        kept.map(|(i, (name, id))| SwitchLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
     let meta = fs::metadata(path).unwrap();
     let name = LevelName { path: path.into(), raw: false };
-    levels.push(SwapLevel { name, id: FileId::from(&meta), from: None });
+    levels.push(SwitchLevel { name, id: FileId::from(&meta), from: None });
     let names = CommitNames { tmp: tmp.file_name().unwrap().into(), name: dd.file_name().unwrap().into() };
-    let swap = Swap {
+    let swap = ChainSwitch {
         levels,
         expected: running.record.ids.clone(),
         commit: Some(names),

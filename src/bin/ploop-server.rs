@@ -3,16 +3,16 @@
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use ploop::server::{birth, helper};
+use ploop::server::{attach, helper};
 use ploop::sys::process;
 
 fn main() {
     let mode = std::env::args().nth(1).unwrap_or_default();
     std::process::exit(match mode.as_str() {
-        "start" => again("supervise"),
-        "adopt" => again("adopted"),
-        "supervise" => birth::supervise(),
-        "adopted" => birth::adopt(),
+        "start" => spawn_detached("supervise"),
+        "adopt" => spawn_detached("adopted"),
+        "supervise" => attach::supervise(),
+        "adopted" => attach::adopt(),
         "helper" => helper::main(),
         "worker" => worker(),
         _ => {
@@ -27,7 +27,7 @@ fn main() {
 
 /// Starts the real process as a child and ends, so that it is nobody's child. It inherits nothing but the socket on
 /// standard input.
-fn again(mode: &str) -> i32 {
+fn spawn_detached(mode: &str) -> i32 {
     process::close_from(3);
     let child = Command::new("/proc/self/exe")
         .arg0("ploop-server")

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use crate::device::Device;
-use crate::device::switch::{CommitFile, SwitchSpec, ask, kept};
+use crate::device::switch::{CommitFile, SwitchSpec, ask, retained};
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::remote_error;
-use crate::server::proto::{Answer, Command, MergeOrder, Swap};
+use crate::server::proto::{Answer, ChainSwitch, Command, MergeOrder};
 use crate::server::{control, runtime};
 
 /// Looks at how far it is.
@@ -42,8 +42,8 @@ pub fn merge_top(
         let one = format!("{} has a chain of one image: nothing to merge", device.name());
         return Err(Unmerged::before(Error::new(Kind::Param, one)));
     };
-    let swap = Swap {
-        levels: (0..rest).map(|i| kept(record, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
+    let switch = ChainSwitch {
+        levels: (0..rest).map(|i| retained(record, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
         expected: record.ids.clone(),
         commit: commit.map(CommitFile::names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
@@ -51,7 +51,7 @@ pub fn merge_top(
         linger: 0,
     };
     let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
-    watched(device, &Command::Merge(swap), &fds, watch)
+    watched(device, &Command::Merge(switch), &fds, watch)
 }
 
 /// A merge that did not come to its end.
@@ -83,8 +83,8 @@ pub fn merge_levels(
     then: &SwitchSpec,
     watch: &mut dyn Watch,
 ) -> Result<Option<String>, Unmerged> {
-    let (swap, fds) = then.swap(device).map_err(Unmerged::before)?;
-    watched(device, &Command::MergeLevels(MergeOrder { low, high, swap }), &fds, watch)
+    let (switch, fds) = then.chain_switch(device).map_err(Unmerged::before)?;
+    watched(device, &Command::MergeLevels(MergeOrder { low, high, switch }), &fds, watch)
 }
 
 /// Asks for a merge; meanwhile looks how far it is, and whether it is to go on. Answers a warning.

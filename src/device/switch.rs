@@ -12,7 +12,7 @@ use crate::device::{Device, State, find};
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
 use crate::server::helper::{Go, remote_error};
-use crate::server::proto::{Answer, Command, CommitNames, DeviceRecord, LevelName, Swap, SwapLevel};
+use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, DeviceRecord, LevelName, SwitchLevel};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::file_id::FileId;
 
@@ -94,25 +94,25 @@ pub struct SwitchSpec {
 
 impl SwitchSpec {
     /// The message, and the descriptors that go with it.
-    pub(super) fn swap(&self, device: &Device) -> Result<(Swap, Vec<BorrowedFd<'_>>)> {
+    pub(super) fn chain_switch(&self, device: &Device) -> Result<(ChainSwitch, Vec<BorrowedFd<'_>>)> {
         let record = &device.record;
         let mut levels = Vec::with_capacity(self.levels.len());
         let mut fds: Vec<BorrowedFd> = Vec::new();
         for level in &self.levels {
             levels.push(match level {
-                NewLevel::Kept(i) => kept(record, *i)?,
+                NewLevel::Kept(i) => retained(record, *i)?,
                 NewLevel::File { path, raw, fd } => {
                     let id = FileId::of(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
                     fds.push(fd.as_fd());
                     let name = LevelName { path: path.clone(), raw: *raw };
-                    SwapLevel { name, id, from: None }
+                    SwitchLevel { name, id, from: None }
                 }
             });
         }
         if let Some(commit) = &self.commit {
             fds.extend(commit.fds().map(AsFd::as_fd));
         }
-        let swap = Swap {
+        let switch = ChainSwitch {
             levels,
             expected: record.ids.clone(),
             commit: self.commit.as_ref().map(|c| c.names.clone()),
@@ -120,7 +120,7 @@ impl SwitchSpec {
             ask: false,
             linger: self.linger,
         };
-        Ok((swap, fds))
+        Ok((switch, fds))
     }
 }
 
@@ -132,8 +132,8 @@ impl SwitchSpec {
 /// `serving` not called: the device serves the chain it had, except after an error of kind [`Kind::Protocol`], after
 /// which that cannot be told.
 pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
-    let (swap, fds) = spec.swap(device)?;
-    ask(device.name(), &Command::Switch(swap), &fds, &mut || Ok(()), serving).map(drop)
+    let (switch, fds) = spec.chain_switch(device)?;
+    ask(device.name(), &Command::Switch(switch), &fds, &mut || Ok(()), serving).map(drop)
 }
 
 /// The same, and `prepared` is called when nothing is left to be done but what requests have to wait for. Its error ends
@@ -144,15 +144,15 @@ pub fn switch_prepared(
     prepared: &mut dyn FnMut() -> Result<()>,
     serving: &mut dyn FnMut(Option<&str>),
 ) -> Result<()> {
-    let (mut swap, fds) = spec.swap(device)?;
-    swap.ask = true;
-    ask(device.name(), &Command::Switch(swap), &fds, prepared, serving).map(drop)
+    let (mut switch, fds) = spec.chain_switch(device)?;
+    switch.ask = true;
+    ask(device.name(), &Command::Switch(switch), &fds, prepared, serving).map(drop)
 }
 
 /// A level that stays.
-pub(super) fn kept(record: &DeviceRecord, i: usize) -> Result<SwapLevel> {
+pub(super) fn retained(record: &DeviceRecord, i: usize) -> Result<SwitchLevel> {
     match (record.levels.get(i), record.ids.get(i)) {
-        (Some(name), Some(id)) => Ok(SwapLevel { name: name.clone(), id: *id, from: Some(i) }),
+        (Some(name), Some(id)) => Ok(SwitchLevel { name: name.clone(), id: *id, from: Some(i) }),
         _ => bail!(Param, "{} has no level {i}: its chain has {}", record.name, record.levels.len()),
     }
 }

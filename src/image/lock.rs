@@ -16,7 +16,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::sys::calm;
+use crate::sys::file_lock;
 
 use super::open::{Access, open_level, reopen};
 
@@ -63,7 +63,7 @@ pub fn lock_open(fd: &OwnedFd, path: &Path, access: Access, sharing: Sharing) ->
 
 impl LockedImage {
     fn lock(&self, sharing: Sharing) -> Result<()> {
-        match retry(|| calm::flock_exclusive(&self.file, false)) {
+        match retry(|| file_lock::exclusive(&self.file, false)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 bail!(Busy, "image {} is in use by a program that writes to it", self.path.display())
             }
@@ -72,8 +72,8 @@ impl LockedImage {
             Ok(()) => {}
         }
         let told = match sharing {
-            Sharing::Readers => tell_reading(&self.file),
-            Sharing::Exclusive => tell_alone(&self.file),
+            Sharing::Readers => lock_read(&self.file),
+            Sharing::Exclusive => lock_exclusive(&self.file),
         };
         told.map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
@@ -86,22 +86,22 @@ impl LockedImage {
 
 /// Shows other programs that the file is read, until its description is closed. `WouldBlock` if one of them writes to
 /// it.
-pub fn tell_reading(file: &File) -> io::Result<()> {
+pub fn lock_read(file: &File) -> io::Result<()> {
     share(file, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])
 }
 
 /// Shows other programs that the file is written to. `WouldBlock` if one of them uses it in a way that forbids that.
-pub fn tell_writing(file: &File) -> io::Result<()> {
+pub fn lock_write(file: &File) -> io::Result<()> {
     share(file, &WRITING, &WRITING)
 }
 
 /// The same, and no other program may read it either.
-pub fn tell_alone(file: &File) -> io::Result<()> {
-    share(file, &WRITING, &[USES_READ]).and_then(|()| tell_writing(file))
+pub fn lock_exclusive(file: &File) -> io::Result<()> {
+    share(file, &WRITING, &[USES_READ]).and_then(|()| lock_write(file))
 }
 
-/// Takes back what [`tell_reading`] has told.
-pub fn tell_nothing(file: &File) -> io::Result<()> {
+/// Takes back what [`lock_read`] has told.
+pub fn unlock_read(file: &File) -> io::Result<()> {
     for byte in [USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE] {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_UNLCK, byte))) {
             // A file system without such locks.
@@ -168,14 +168,14 @@ mod tests {
         drop(alone);
         // A server's reader.
         let reader = File::open(&path).unwrap();
-        tell_reading(&reader).unwrap();
+        lock_read(&reader).unwrap();
         drop(get(Access::default(), Sharing::Readers).unwrap());
         assert_eq!(get(write, Sharing::Exclusive).unwrap_err(), Kind::Busy);
         // It lets other programs write for a while.
-        tell_nothing(&reader).unwrap();
+        unlock_read(&reader).unwrap();
         let writer = get(write, Sharing::Exclusive).unwrap();
-        assert!(tell_reading(&reader).is_err());
-        tell_nothing(&reader).unwrap();
+        assert!(lock_read(&reader).is_err());
+        unlock_read(&reader).unwrap();
         drop(writer);
         drop(reader);
         get(write, Sharing::Exclusive).unwrap();

@@ -18,7 +18,7 @@ use crate::server::proto::{Answer, Command};
 
 /// Most clients at a time; more wait in the kernel's queue.
 pub const MAX_CLIENTS: usize = 32;
-/// A client that says nothing for so long is sent away.
+/// The connection of a client that sends nothing for so long is closed.
 const SILENCE: Duration = Duration::from_secs(5);
 
 fn new_socket() -> Result<OwnedFd> {
@@ -26,7 +26,8 @@ fn new_socket() -> Result<OwnedFd> {
         .ctx(Kind::Sys, || "cannot make a local socket")
 }
 
-/// Addresses hold about 100 bytes, folders of other namespaces more: through the folder's descriptor any length will do.
+/// Addresses hold about 100 bytes, folders of other namespaces more: through the folder's descriptor any length will
+/// do.
 fn address(dir: &Path, file: &str) -> Result<(OwnedFd, UnixAddr)> {
     use nix::fcntl::{OFlag, open};
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -49,7 +50,7 @@ pub fn listen_at(dir: &Path, file: &str) -> Result<OwnedFd> {
 }
 
 /// Asks a supervisor and waits for its answer no longer than `limit`. Returns the connection too, which stays open as
-/// long as the supervisor lives.
+/// long as the supervisor runs.
 pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, OwnedFd)> {
     ask_with(dir, command, &[], limit)
 }
@@ -86,7 +87,7 @@ pub fn send_command(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Du
     Ok(sock)
 }
 
-/// Somebody, supervisor or worker, holds the listening socket: the device is not dead. Holds in any PID namespace.
+/// The supervisor or the worker holds the listening socket: the device is served. Valid in any PID namespace.
 pub fn has_listener(dir: &Path) -> bool {
     let (Ok(sock), Ok((_dir, address))) = (new_socket(), address(dir, super::runtime::CONTROL)) else { return false };
     // Not waiting: a full queue has a listener too.
@@ -94,18 +95,18 @@ pub fn has_listener(dir: &Path) -> bool {
     matches!(connect(sock.as_raw_fd(), &address), Ok(()) | Err(nix::Error::EAGAIN))
 }
 
-/// A connection on which nothing was said yet.
+/// A connection on which no command has come yet.
 pub struct Client {
     pub sock: OwnedFd,
     since: Instant,
 }
 
 /// What a look at a client showed.
-pub enum Heard {
+pub enum ClientEvent {
     Nothing,
     Command(Command, Vec<OwnedFd>),
     /// Gone, or talking nonsense.
-    Over,
+    Closed,
 }
 
 impl Client {
@@ -121,11 +122,11 @@ impl Client {
         Some(Client { sock, since: Instant::now() })
     }
 
-    pub fn hear(&self) -> Heard {
+    pub fn receive(&self) -> ClientEvent {
         match frame::recv_within::<Command>(&self.sock, Duration::ZERO) {
-            Ok(Some((command, fds))) => Heard::Command(command, fds),
-            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => Heard::Nothing,
-            _ => Heard::Over,
+            Ok(Some((command, fds))) => ClientEvent::Command(command, fds),
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => ClientEvent::Nothing,
+            _ => ClientEvent::Closed,
         }
     }
 
@@ -166,19 +167,19 @@ mod tests {
         // The one that gave up.
         assert!(Client::accept(&listener).is_some());
         assert!(has_listener(&deep));
-        assert!(Client::accept(&listener).is_some_and(|c| matches!(c.hear(), Heard::Over)));
-        let asker = std::thread::spawn(move || ask(&deep, &Command::Stop, Duration::from_secs(10)).map(|a| a.0));
+        assert!(Client::accept(&listener).is_some_and(|c| matches!(c.receive(), ClientEvent::Closed)));
+        let initiator = std::thread::spawn(move || ask(&deep, &Command::Stop, Duration::from_secs(10)).map(|a| a.0));
         let client = Client::accept(&listener).unwrap();
         loop {
-            match client.hear() {
-                Heard::Command(Command::Stop, _) => break,
-                Heard::Nothing => std::thread::yield_now(),
+            match client.receive() {
+                ClientEvent::Command(Command::Stop, _) => break,
+                ClientEvent::Nothing => std::thread::yield_now(),
                 _ => panic!("unexpected"),
             }
         }
         answer(&client.sock, &Answer::Done);
-        assert!(matches!(asker.join().unwrap(), Ok(Answer::Done)));
-        assert!(matches!(client.hear(), Heard::Over));
+        assert!(matches!(initiator.join().unwrap(), Ok(Answer::Done)));
+        assert!(matches!(client.receive(), ClientEvent::Closed));
         drop(listener);
         assert!(!has_listener(dir.path()));
     }

@@ -1,4 +1,4 @@
-//! Leaving the caller's world: a server must outlive the process, session, container and limits it was started from.
+//! Detaching from the caller: a server must outlive the process, session, container and limits it was started from.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
@@ -24,9 +24,9 @@ const UNIT: &str = "ploop-server-";
 /// Descriptors that a server may need: 127 deltas, twice, clients and what it always has.
 const FILES: u64 = 4096;
 
-/// Leaves session, folder, namespaces, control group and limits of whoever started this process. For the first lines of
-/// a single-threaded program.
-pub fn leave_callers_world() -> Result<()> {
+/// Leaves session, folder, namespaces, control group and limits of the process that started this one. For the first
+/// lines of a single-threaded program.
+pub fn detach_from_caller() -> Result<()> {
     // Fails only for the leader of a group, which a process just spawned is not.
     let _ = nix::unistd::setsid();
     process::reset_signals();

@@ -100,7 +100,7 @@ pub fn recv_within<T: DeserializeOwned>(sock: impl AsFd, limit: Duration) -> Res
 fn decode<T: DeserializeOwned>(got: io::Result<scm::Received>, buf: &[u8]) -> Result<Option<(T, Vec<OwnedFd>)>> {
     let got = match got {
         Ok(got) => got,
-        // The other side died with unread data of ours: as closed as can be.
+        // The peer exited with unread data: the connection is closed.
         Err(e) if e.raw_os_error() == Some(libc::ECONNRESET) => return Ok(None),
         Err(e) => return Err(Error::with(Kind::Protocol, "cannot receive a message", e)),
     };

@@ -1,4 +1,4 @@
-//! Holding file systems frozen, in a process of its own: whoever asked for it holds the other end of a socket, and its end
+//! Holding file systems frozen, in a process of its own: the owner holds the other end of a socket, and its end
 //! is the end of the freeze.
 #![forbid(unsafe_code)]
 
@@ -10,19 +10,19 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
 use crate::server::helper::{Go, JobEvent};
-use crate::sys::{calm, freeze};
+use crate::sys::{freeze, process_hardening};
 
 /// No freeze lasts longer, whatever its owner does.
 const LEASE: Duration = Duration::from_secs(60);
 
-/// Freezes the file systems that the files lie on, tells the owner `Frozen`, thaws at his word, his end, or the end of
-/// the lease, and tells him `Done`. `fds`: the owner's socket, then the files.
+/// Freezes the file systems that the files lie on, sends the owner `Frozen`, thaws when the owner sends `Go`, exits, or
+/// at the end of the lease, and sends the owner `Done`. `fds`: the owner's socket, then the files.
 pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
     let mut fds = fds.into_iter();
-    let Some(owner) = fds.next() else { bail!(Protocol, "nobody owns the freeze") };
-    // What ends the owner must not end the one who thaws.
-    let _ = calm::ignore_signals();
-    let _ = calm::spare_from_oom();
+    let Some(owner) = fds.next() else { bail!(Protocol, "the socket of the owner of the freeze was not sent") };
+    // A signal that ends the owner must not end the process that thaws.
+    let _ = process_hardening::ignore_signals();
+    let _ = process_hardening::exempt_from_oom_killer();
     let files: Vec<File> = fds.map(File::from).collect();
     let mut frozen = Vec::new();
     let event = match freeze_all(&files, &mut frozen) {
@@ -48,7 +48,7 @@ fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
         match freeze::freeze(file) {
             Ok(()) => frozen.push(file),
             Err(e) => match e.raw_os_error() {
-                // Somebody else's freeze.
+                // Another process has frozen it.
                 Some(libc::EBUSY) => {}
                 Some(libc::EOPNOTSUPP | libc::ENOTTY) => {
                     freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
@@ -64,7 +64,7 @@ fn wait(owner: &OwnedFd) -> Result<()> {
     frame::send(owner, &JobEvent::Frozen, &[])?;
     match frame::recv_within::<Go>(owner, LEASE) {
         Err(e) if e.errno() == Some(libc::ETIMEDOUT) => {
-            bail!(DevIoc, "the file system was frozen for {} s, longer than anybody may: thawed", LEASE.as_secs())
+            bail!(DevIoc, "the file system was frozen for {} s, the longest that is allowed: thawed", LEASE.as_secs())
         }
         _ => Ok(()),
     }
@@ -74,7 +74,7 @@ fn thaw_all(files: &[&File]) -> Result<()> {
     let mut result = Ok(());
     for file in files {
         match freeze::thaw(file) {
-            // By somebody else.
+            // By another process.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
             other => {
                 let other = other.ctx(Kind::DevIoc, || "cannot thaw the file system of the device");
@@ -85,12 +85,12 @@ fn thaw_all(files: &[&File]) -> Result<()> {
     result
 }
 
-/// For an owner whose freezer has died.
+/// For an owner whose freezing process has exited.
 pub fn thaw_directly(files: &[File]) -> Result<()> {
     thaw_all(&files.iter().collect::<Vec<_>>())
 }
 
-/// Sends the word that ends a freeze.
+/// Sends the message that ends a freeze.
 pub fn let_go(owner: BorrowedFd) -> Result<()> {
     frame::send(owner, &Go, &[])
 }

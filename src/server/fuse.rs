@@ -49,7 +49,7 @@ const CONGESTION: u16 = 384;
 const NOTIFY_RESEND: i32 = 7;
 
 const FOPEN_DIRECT_IO: u32 = 1 << 0;
-/// No FLUSH at close: whoever closes the file, in an exec for one, must not have to wait for us.
+/// No FLUSH at close: a process that closes the file, in an exec for one, must not wait for the worker.
 const FOPEN_NOFLUSH: u32 = 1 << 5;
 const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 
@@ -245,7 +245,8 @@ impl Reply {
 }
 
 impl FuseSession {
-    /// The kernel cannot give out requests again that a dead worker has read, or is not to: workers keep them in slots.
+    /// The kernel cannot give out requests again that an exited worker has read, or is not to: workers keep them in a
+    /// journal.
     pub fn slots(&self) -> bool {
         self.flags & HAS_RESEND == 0
     }
@@ -263,7 +264,7 @@ pub fn resend(dev: BorrowedFd) -> io::Result<()> {
 
 /// Opens /dev/fuse and mounts the one-file file system over the regular file `file`, in the mount namespace of the
 /// caller. The descriptor is close-on-exec and does not block. The file can be used after [`handshake`] and when
-/// somebody answers.
+/// a worker answers.
 pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
     let dev = OpenOptions::new()
         .read(true)
@@ -282,8 +283,8 @@ pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
 }
 
 /// Agrees with the kernel on the protocol: answers FUSE_INIT, which the mount has queued. Fails if it does not come
-/// within `limit`. `slots`: unanswered requests are to be kept by ourselves, even if the kernel could give them out again
-/// (6.9 or later).
+/// within `limit`. `slots`: unanswered requests are to be kept by ourselves, even if the kernel could give them out
+/// again (6.9 or later).
 pub fn handshake(dev: BorrowedFd, limit: Duration, slots: bool) -> Result<FuseSession> {
     let mut buf = [0u8; 8192];
     let end = Instant::now() + limit;
@@ -340,7 +341,7 @@ fn send(dev: BorrowedFd, bytes: &[u8]) -> Result<()> {
     nix::unistd::write(dev, bytes).map(drop).ctx(Kind::Device, || "cannot answer the greeting of the kernel's FUSE")
 }
 
-/// Says whether an error of reading /dev/fuse means that the connection is over: unmounted or aborted.
+/// Whether an error of reading /dev/fuse means that the connection is over: unmounted or aborted.
 pub fn is_over(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED | libc::ENOTCONN))
 }

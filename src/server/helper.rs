@@ -34,7 +34,7 @@ pub enum Job {
     Detach { binding: Binding, patience: Patience },
     /// Partitions from the table, where the kernel has no parser.
     Scan { binding: Binding },
-    /// Remove what a dead server left; if `wait`, also once it is mounted for a moment only.
+    /// Remove what an exited server left; if `wait`, also once it is mounted for a moment only.
     Clean {
         name: String,
         #[serde(default)]
@@ -48,7 +48,7 @@ pub enum Job {
     Merge(MergeJob),
 }
 
-/// What a helper tells.
+/// What a helper reports.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum JobEvent {
     Chosen(Binding),
@@ -61,7 +61,7 @@ pub enum JobEvent {
     Error { code: i32, message: String },
 }
 
-/// Tells a waiting helper to go on.
+/// Lets a waiting helper go on.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Go;
 
@@ -99,7 +99,9 @@ impl Helper {
                 Ok(Some((JobEvent::Done, _))) => break Ok(()),
                 Ok(Some((JobEvent::Error { code, message }, _))) => break Err(remote_error(code, message)),
                 Ok(Some(_)) => {}
-                Ok(None) => break Err(Error::new(Kind::Sys, "a helper process of ploop-server died")),
+                Ok(None) => {
+                    break Err(Error::new(Kind::Sys, "a helper process of ploop-server exited without an answer"));
+                }
                 Err(e) => break Err(e),
             }
         };
@@ -181,12 +183,12 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
 fn wait_for_go(sock: BorrowedFd) -> Result<()> {
     match frame::recv_within::<Go>(sock, PARENT)? {
         Some(_) => Ok(()),
-        None => bail!(Sys, "the supervisor died"),
+        None => bail!(Sys, "the supervisor exited"),
     }
 }
 
-/// Removes what a dead server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in use,
-/// or alive.
+/// Removes what an exited server or an earlier boot left of device `name`. Refuses whatever is not provably ours, in
+/// use, or running.
 fn clean(name: &str, wait: bool) -> Result<()> {
     daemon::enter_host()?;
     runtime::check_name(name)?;
@@ -248,12 +250,13 @@ fn remove_nodes(name: &str, rdev: u64) {
     }
 }
 
-/// By the control file system, mounted where nobody else sees it.
+/// By the control file system, mounted where no other process sees it.
 fn abort(connection: u64) -> Result<()> {
     let none: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
     match mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none) {
-        // In a plain chroot the root folder is no mount point; what is mounted over /proc must still be seen by nobody.
+        // In a plain chroot the root folder is no mount point; what is mounted over /proc must still be seen by no
+        // other process.
         Err(nix::errno::Errno::EINVAL) => {
             mount(none, "/proc", none, MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make /proc private")?
         }

@@ -23,7 +23,7 @@ const TRIES: u32 = 1000;
 const CONTROL: (u64, u64) = (10, 237);
 /// Between two tries at something busy.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How long the kernel may take to unbind a device that nobody holds any more.
+/// How long the kernel may take to unbind a device that no process holds any more.
 const UNBIND: Duration = Duration::from_secs(20);
 
 /// One binding of one loop device: its name in /sys/block, number and disk sequence number.
@@ -130,7 +130,7 @@ pub fn attach(
         }
         match loopdev::configure(device.as_fd(), file.as_fd(), loopdev::Info::new(flags, name.as_bytes())) {
             Ok(()) => {}
-            // Somebody took the device between its making and now: theirs.
+            // Another process took the device since it was made, and keeps it.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
             Err(e) => {
                 drop(device);
@@ -149,7 +149,7 @@ pub fn attach(
 /// How long [`detach`] tries.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Patience {
-    /// Somebody has it open, udev for one.
+    /// Another process has it open, udev for one.
     pub busy: Duration,
     /// It is mounted.
     pub mounted: Duration,
@@ -214,7 +214,7 @@ fn still_bound(binding: &Binding) -> bool {
 }
 
 /// Removes a loop device that nothing is bound to; the kernel refuses if that is not so. An unbound device is harmless:
-/// it may stay if somebody looks at it for too long.
+/// it may stay if another process keeps it open for too long.
 fn remove_unbound(backing: &str, rdev: u64) {
     let number = backing.strip_prefix("loop").and_then(|n| n.parse().ok());
     let (Some(number), Ok(control)) = (number, control()) else { return };
@@ -257,7 +257,7 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
         return Ok(());
     }
     let binding = Binding { backing: backing.into(), rdev, diskseq };
-    // Bound to somebody else's file: the attach lost a race for the number.
+    // Bound to another program's file: the attach lost a race for the number.
     if runtime::is_bound(backing) && !names_our_file(backing) {
         return Ok(());
     }

@@ -13,7 +13,7 @@ use crate::image::open::{Access, reopen};
 use crate::server::frame;
 use crate::server::helper::JobEvent;
 use crate::server::proto::LevelName;
-use crate::sys::calm;
+use crate::sys::process_hardening;
 
 /// The levels, base first, whose descriptors come in the same order.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,9 +23,9 @@ pub struct MergeJob {
     pub low: usize,
 }
 
-/// Merges, telling `owner` how far it is; ends at the next safe point if nobody listens there any more.
+/// Merges, reporting progress to `owner`; ends at the next safe point once `owner` is closed.
 pub fn merge(job: &MergeJob, fds: &[OwnedFd], owner: BorrowedFd) -> JobEvent {
-    let _ = calm::ignore_signals();
+    let _ = process_hardening::ignore_signals();
     let mut untouched = true;
     match work(job, fds, owner, &mut untouched) {
         Ok(()) => JobEvent::Done,

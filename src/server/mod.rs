@@ -1,28 +1,28 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
-pub mod birth;
+pub mod attach;
+mod chain_plan;
+pub mod chain_switch;
 mod commands;
 pub mod control;
 pub mod daemon;
-pub mod end;
+pub mod detach;
 pub mod frame;
 pub mod freeze;
 pub mod fuse;
 pub mod helper;
 pub mod loopdev;
-mod merge;
+mod merge_frozen;
 pub mod merge_job;
-mod merge_levels;
+mod merge_top;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;
-mod plan;
 pub mod proto;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;
 pub mod supervisor;
-pub mod swap;
 pub mod uevents;
 pub mod worker;
-pub mod workers;
+pub mod worker_process;

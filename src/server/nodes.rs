@@ -23,13 +23,13 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// For a device without nodes; an existing one of the name is somebody else's.
+    /// For a device without nodes; an existing node of the name belongs to another program.
     pub fn new(dir: &Path, name: &str) -> Nodes {
         Nodes { dir: dir.into(), name: name.into(), made: BTreeMap::new() }
     }
 
     /// For a device whose former supervisor made nodes: block nodes of its names are its own.
-    pub fn adopt(dir: &Path, name: &str) -> Nodes {
+    pub fn existing(dir: &Path, name: &str) -> Nodes {
         let mut nodes = Nodes::new(dir, name);
         for (path, rdev) in existing(dir, name) {
             nodes.made.insert(path, rdev);
@@ -51,7 +51,8 @@ impl Nodes {
         let mut wanted: BTreeMap<PathBuf, u64> =
             partitions.iter().map(|p| (self.partition(p.number), p.rdev)).collect();
         wanted.insert(self.disk(), rdev);
-        // Old ones first: a node that names nobody's or another's partition must not be there for an instant longer.
+        // Old ones first: a node that names a missing partition or one of another disk must not be there for an instant
+        // longer.
         let stale: Vec<PathBuf> =
             self.made.iter().filter(|(path, rdev)| wanted.get(*path) != Some(rdev)).map(|(p, _)| p.clone()).collect();
         for path in stale {
@@ -107,7 +108,7 @@ pub fn existing(dir: &Path, name: &str) -> Vec<(PathBuf, u64)> {
         .collect()
 }
 
-/// Makes a node under a temporary name and gives it its own if that is free. An equal one that exists is good.
+/// Makes a node under a temporary name and gives it its own if that is free. An equal node that exists is accepted.
 pub fn make(path: &Path, rdev: u64) -> Result<()> {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let temporary = path.with_file_name(format!(".{name}.new-{}", std::process::id()));
@@ -166,7 +167,7 @@ mod tests {
         let strange = dir.path().join("ploop3p1");
         fs::write(&strange, "mine").unwrap();
         assert_eq!(nodes.update(rdev, &[part(1, rdev + 1)]).unwrap_err().kind(), Kind::Mknod);
-        let mut adopted = Nodes::adopt(dir.path(), "ploop3");
+        let mut adopted = Nodes::existing(dir.path(), "ploop3");
         adopted.clear();
         assert_eq!(fs::read(&strange).unwrap(), b"mine");
         assert!(existing(dir.path(), "ploop3").is_empty() && probe.exists());

@@ -49,7 +49,7 @@ pub enum AttachReply {
     Error { code: i32, message: String },
 }
 
-/// What /run/ploop/NAME/state holds, and what the control socket tells.
+/// What /run/ploop/NAME/state holds, and what the control socket reports.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 pub struct DeviceRecord {
     /// Layout of this record.
@@ -108,7 +108,7 @@ pub struct FuseSession {
 }
 
 /// Supervisor to worker, first frame. With it, in this order: /dev/fuse, the shared memory, the witness (a description
-/// of the top opened at attach and used for nothing but asking, after a worker's death, whether write-back failed; for
+/// of the top opened at attach and used only to find out, after a worker's exit, whether write-back failed; for
 /// a read-only device /dev/null), the server's binary, the listening control socket, and one O_PATH descriptor for each
 /// level, base first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -120,20 +120,20 @@ pub struct WorkerStart {
     /// The worker is to take over in a change of the chain. The descriptors of the commit follow those of the levels.
     #[serde(default)]
     pub succeed: Option<Succession>,
-    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors follow
-    /// those of the levels.
+    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors
+    /// follow those of the levels.
     #[serde(default)]
-    pub retired: Option<Swap>,
+    pub retired: Option<ChainSwitch>,
     /// This level was the top before: it is to be completed and unmarked while the device runs.
     #[serde(default)]
     pub finish: Option<usize>,
-    /// [`Swap::token`] of the change that led to this chain.
+    /// [`ChainSwitch::token`] of the change that led to this chain.
     #[serde(default)]
     pub token: u64,
-    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those of
-    /// its commit, come last.
+    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those
+    /// of its commit, come last.
     #[serde(default)]
-    pub merge: Option<Swap>,
+    pub merge: Option<ChainSwitch>,
     /// The levels that are merged, into the lowest of them; none: the top into the level below it.
     #[serde(default)]
     pub merge_range: Option<(usize, usize)>,
@@ -141,8 +141,8 @@ pub struct WorkerStart {
     #[serde(default)]
     pub merge_fds: usize,
     /// Another process writes to this level, where nothing is read from it.
-    #[serde(default)]
-    pub yielded: Option<usize>,
+    #[serde(default, rename = "yielded")]
+    pub released_level: Option<usize>,
     /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
     #[serde(default)]
     pub slot_fds: usize,
@@ -150,7 +150,7 @@ pub struct WorkerStart {
 
 impl WorkerStart {
     /// The merge under way: its target, and the highest level that is merged into it.
-    pub fn merge_levels(&self) -> Option<(usize, usize)> {
+    pub fn merged_levels(&self) -> Option<(usize, usize)> {
         self.merge.as_ref()?;
         let top = self.attach.levels.len().checked_sub(1)?;
         Some(self.merge_range.unwrap_or((top.checked_sub(1)?, top)))
@@ -170,7 +170,7 @@ impl WorkerStart {
             merge: None,
             merge_range: None,
             merge_fds: 0,
-            yielded: None,
+            released_level: None,
             slot_fds: 0,
         }
     }
@@ -182,7 +182,7 @@ pub struct Succession {
     /// Everything that needs no image is prepared first, and then `Go` is waited for.
     #[serde(default)]
     pub wait: bool,
-    /// The top is another file than before, which nobody has written yet.
+    /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
     #[serde(default)]
@@ -190,19 +190,19 @@ pub struct Succession {
 }
 
 /// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
-/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and the
-/// lock on the disk if there is one: it is held as long as somebody has it open.
+/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and
+/// the lock on the disk if there is one: it is held as long as a process has it open.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Swap {
+pub struct ChainSwitch {
     /// The chain afterwards, base first.
-    pub levels: Vec<SwapLevel>,
+    pub levels: Vec<SwitchLevel>,
     /// Device and inode numbers of the chain that must be running.
     pub expected: Vec<FileId>,
     /// What makes the change permanent.
     pub commit: Option<CommitNames>,
-    /// Made up by whoever asks, not 0: a change that was asked for twice is made once.
+    /// Made up by the caller, not 0: a change that is requested twice is made once.
     pub token: u64,
-    /// When everything is prepared the asker gets `Prepared`, and his `Go` is waited for.
+    /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
@@ -211,7 +211,7 @@ pub struct Swap {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SwapLevel {
+pub struct SwitchLevel {
     pub name: LevelName,
     pub id: FileId,
     /// The level of the running chain that it is; none: a new one.
@@ -224,8 +224,9 @@ pub struct MergeOrder {
     /// Takes what those above it have, up to `high`, which is below a writable top.
     pub low: usize,
     pub high: usize,
-    /// The change to the chain without the others; its descriptors come with the order.
-    pub swap: Swap,
+    /// The change to the chain without the levels above `low`; its descriptors come with the order.
+    #[serde(rename = "swap")]
+    pub switch: ChainSwitch,
 }
 
 /// File names in the folder of a descriptor: the new content is renamed over the old.
@@ -245,20 +246,21 @@ pub enum ToWorker {
     Flush,
     /// Whether writes that find no space wait for it.
     HoldForSpace(bool),
-    /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to be
-    /// killed. With the descriptors of the change.
-    Retire(Swap),
+    /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
+    /// be killed. With the descriptors of the change.
+    Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
-    /// Let others write to this level from now on, or to none; answer `Yielded`.
-    Yield(Option<usize>),
+    /// Let another process write to this level from now on, or to none; answer `LevelReleased`.
+    #[serde(rename = "Yield")]
+    ReleaseLevel(Option<usize>),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     Ready(WorkerReady),
     /// Beside it the slots of this worker, a table and the data: from here on they, and no others, are what a successor
-    /// needs. Said before the first request is read, answered or executed.
+    /// needs. Sent before the first request is read, answered or executed.
     Slots,
     /// `Go` is waited for.
     Prepared,
@@ -270,8 +272,9 @@ pub enum FromWorker {
     Switched {
         warning: Option<String>,
     },
-    /// The answer to `Yield`. An error: somebody else writes to the level that was to be taken back.
-    Yielded {
+    /// The answer to `ReleaseLevel`. An error: another process writes to the level that was to be taken back.
+    #[serde(rename = "Yielded")]
+    LevelReleased {
         error: Option<(i32, String)>,
     },
     /// The former top is complete and unmarked, or why it is not.
@@ -322,19 +325,19 @@ pub enum Command {
     Abort,
     /// Serve another chain. Answers: `Switched` as soon as I/O goes on, then `Done` once the former top is complete, or
     /// `Error` instead of either.
-    Switch(Swap),
+    Switch(ChainSwitch),
     /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
-    /// asker and the process that does it go on talking.
+    /// initiator and the process that does it go on talking.
     Freeze,
-    /// Merge the top into the level below it, then serve the chain without it. Goes on when whoever asked is gone; asked
-    /// again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
-    Merge(Swap),
+    /// Merge the top into the level below it, then serve the chain without it. Goes on when the client is gone;
+    /// requested again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
+    Merge(ChainSwitch),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
-    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no worker
-    /// could serve: try once more, and answer how that went.
+    /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
+    /// worker could serve: try once more, and answer how that went.
     Reload {
         token: u64,
     },
@@ -351,7 +354,7 @@ pub enum Answer {
         #[serde(default)]
         merging: Option<(u64, u64)>,
     },
-    /// Requests are held as soon as the asker says `Go`.
+    /// Requests are held as soon as the initiator sends `Go`.
     Prepared,
     Switched {
         warning: Option<String>,

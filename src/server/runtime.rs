@@ -1,5 +1,5 @@
 //! What is known of a device outside its server: the folder /run/ploop/NAME, its record, and whether the record still
-//! tells the truth.
+//! is valid.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -57,13 +57,13 @@ pub fn device_dir(name: &str) -> PathBuf {
     run_dir().join(name)
 }
 
-/// A folder that others could change would let them put a record or socket of theirs into it.
+/// A folder that other users could change could get a forged record or socket.
 pub fn verify_dir(dir: &Path) -> Result<()> {
     let meta = fs::symlink_metadata(dir).ctx(Kind::Open, || format!("cannot look at {}", dir.display()))?;
     if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o022 != 0 {
         bail!(
             Open,
-            "{} must be a folder of root that nobody else can write, but has owner {} and mode {:o}; remove or repair it",
+            "{} must be a folder of root that only root can write, but has owner {} and mode {:o}; remove or repair it",
             dir.display(),
             meta.uid(),
             meta.mode() & 0o7777
@@ -219,7 +219,7 @@ pub fn publish(dir: &Path, name: &str) -> Result<bool> {
     }
 }
 
-/// Folders that servers which died very early left behind. Call under the global lock.
+/// Folders left behind by servers that exited very early. Call under the global lock.
 pub fn remove_unborn() {
     let Ok(entries) = fs::read_dir(run_dir()) else { return };
     for entry in entries.flatten() {
@@ -257,11 +257,11 @@ pub fn backing_is_ours(record: &DeviceRecord) -> bool {
         && record.boot == boot_id()
         && disk_identity(&record.backing) == Some((record.rdev, record.diskseq))
         && is_bound(&record.backing)
-        // Without sequence numbers: at least a file that nobody can name, as ours is.
+        // Without sequence numbers: at least a file without a name, as the FUSE file is.
         && (record.diskseq != 0 || backing_file(&record.backing) == "/")
 }
 
-/// What a loop device says of its file; `/` for one whose mount was detached.
+/// What the kernel shows of a loop device's file; `/` for one whose mount was detached.
 pub fn backing_file(backing: &str) -> String {
     let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
     file.trim_end_matches('\n').to_string()

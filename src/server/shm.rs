@@ -13,7 +13,7 @@ use crate::bail;
 use crate::engine::api::{PROGRESS_WORDS, Shared, Status, SyncState};
 use crate::error::{IoContext, Kind, Result};
 use crate::server::fuse::RESENT;
-use crate::sys::words::{self, Words};
+use crate::sys::shared_words::{self, SharedWords};
 
 /// "ploopshm"
 const MAGIC: u64 = u64::from_le_bytes(*b"ploopshm");
@@ -33,13 +33,13 @@ const AT_SWITCHED: usize = 6;
 const AT_READING: usize = 7;
 const AT_COUNTERS: usize = 8;
 const AT_MARKS: usize = 32;
-const AT_STRIKES: usize = 128;
-/// Behind the strikes; a server that does not know these words leaves them alone.
+const AT_POISON: usize = 128;
+/// Behind the poison counts; a server that does not know these words leaves them alone.
 const AT_BACKGROUND: usize = 1664;
 const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
 
-/// Words of the whole.
+/// SharedWords of the whole.
 const WORDS: usize = AT_SLOTS + SLOTS;
 /// Bytes of the whole.
 pub const SIZE: usize = WORDS * 8;
@@ -48,10 +48,10 @@ pub const SIZE: usize = WORDS * 8;
 pub const MARKS: usize = 8;
 const MARK_WORDS: usize = 4;
 
-const STRIKES: usize = 384;
-const STRIKE_WORDS: usize = 4;
-/// Workers that a request may kill before it is answered EIO.
-pub const MAX_STRIKES: u64 = 3;
+const POISON_ENTRIES: usize = 384;
+const POISON_WORDS: usize = 4;
+/// Worker exits that a request may cause before it is answered EIO.
+pub const MAX_WORKER_EXITS: u64 = 3;
 
 /// Makes the memory for a new device: no change, nothing failed.
 pub fn create() -> Result<OwnedFd> {
@@ -60,8 +60,8 @@ pub fn create() -> Result<OwnedFd> {
 
 fn create_words() -> io::Result<OwnedFd> {
     use std::os::fd::AsFd;
-    let fd = words::create(c"ploop-worker", WORDS)?;
-    let w = Words::map(fd.as_fd(), WORDS)?;
+    let fd = shared_words::create(c"ploop-worker", WORDS)?;
+    let w = SharedWords::map(fd.as_fd(), WORDS)?;
     for slot in &w[AT_SLOTS..] {
         slot.store(Shm::FREE, Relaxed);
     }
@@ -73,7 +73,7 @@ fn create_words() -> io::Result<OwnedFd> {
 /// The memory, mapped. Clones share the mapping.
 #[derive(Clone, Debug)]
 pub struct Shm {
-    words: Arc<Words>,
+    words: Arc<SharedWords>,
 }
 
 /// What identifies a request over all the workers that are given it.
@@ -98,7 +98,7 @@ impl RequestKey {
 impl Shm {
     /// Maps what [`create`] made, in this process or another one. Fails on another layout.
     pub fn map(fd: BorrowedFd) -> Result<Shm> {
-        let words = Words::map(fd, WORDS).ctx(Kind::Malloc, || "cannot map the shared memory of the device")?;
+        let words = SharedWords::map(fd, WORDS).ctx(Kind::Malloc, || "cannot map the shared memory of the device")?;
         let (magic, version) = (words[AT_MAGIC].load(Acquire), words[AT_VERSION].load(Relaxed));
         if (magic, version) != (MAGIC, VERSION) {
             bail!(
@@ -119,7 +119,7 @@ impl Shm {
         self.words[AT_FAILED].load(Acquire) != 0
     }
 
-    /// This worker found a fault in itself and is about to die of it.
+    /// This worker panicked and is about to abort.
     pub fn set_panicked(&self) {
         self.words[AT_PANICKED].store(1, Release);
     }
@@ -150,12 +150,12 @@ impl Shm {
         if self.words[AT_BACKGROUND].load(Acquire) == token {
             return;
         }
-        // Word 0 first: a worker that dies in between leaves another token, so that its successor clears all again.
+        // Word 0 first: a worker that exits in between leaves another token, so that its successor clears all again.
         (0..PROGRESS_WORDS).for_each(|word| self.set_progress(word, 0));
         self.words[AT_BACKGROUND].store(token, Release);
     }
 
-    /// Shows the world where the engine stands.
+    /// Publishes the engine's status.
     pub fn publish(&self, s: &Status) {
         let w = &self.words;
         w[AT_NO_SPACE].store(u64::from(s.no_space), Relaxed);
@@ -226,9 +226,9 @@ impl Shm {
         }
     }
 
-    /// At a takeover, before the first request: gives a strike to the requests that the dead worker was working on.
-    /// Returns how the strikes of the requests that come back are to be counted.
-    pub fn settle_marks(&self) -> Strikes {
+    /// At a takeover, before the first request: counts a worker exit for each request that the former worker was
+    /// working on. Returns how requests that come back are to be counted.
+    pub fn count_marked_requests(&self) -> PoisonCounts {
         let panicked = self.words[AT_PANICKED].swap(0, Acquire) != 0;
         let mut named = false;
         for thread in 0..MARKS {
@@ -236,30 +236,30 @@ impl Shm {
             let w = &self.words[at..at + MARK_WORDS];
             if w[0].swap(0, Acquire) != 0 {
                 named = true;
-                self.strike(RequestKey {
+                self.add_poison(RequestKey {
                     unique: w[1].load(Relaxed),
                     offset: w[2].load(Relaxed),
                     len: w[3].load(Relaxed),
                 });
             }
         }
-        Strikes { all: panicked && !named }
+        PoisonCounts { all: panicked && !named }
     }
 
-    fn strike_of(&self, key: RequestKey) -> Option<usize> {
-        (0..STRIKES).map(|i| AT_STRIKES + i * STRIKE_WORDS).find(|&at| {
+    fn poison_entry(&self, key: RequestKey) -> Option<usize> {
+        (0..POISON_ENTRIES).map(|i| AT_POISON + i * POISON_WORDS).find(|&at| {
             self.words[at].load(Relaxed) != 0
                 && key.words().iter().zip(&self.words[at + 1..]).all(|(v, w)| w.load(Relaxed) == *v)
         })
     }
 
-    fn strike(&self, key: RequestKey) {
-        let at = self.strike_of(key).unwrap_or_else(|| {
-            // The row with the fewest strikes gives way.
-            let at = (0..STRIKES)
-                .map(|i| AT_STRIKES + i * STRIKE_WORDS)
+    fn add_poison(&self, key: RequestKey) {
+        let at = self.poison_entry(key).unwrap_or_else(|| {
+            // The entry with the fewest exits is replaced.
+            let at = (0..POISON_ENTRIES)
+                .map(|i| AT_POISON + i * POISON_WORDS)
                 .min_by_key(|&at| self.words[at].load(Relaxed))
-                .unwrap_or(AT_STRIKES);
+                .unwrap_or(AT_POISON);
             self.words[at].store(0, Release);
             for (w, v) in self.words[at + 1..].iter().zip(key.words()) {
                 w.store(v, Relaxed);
@@ -270,26 +270,26 @@ impl Shm {
         self.words[at].store(n + 1, Release);
     }
 
-    /// Whether a request that came back has killed [`MAX_STRIKES`] workers and must be answered EIO.
-    pub fn struck_out(&self, key: RequestKey, how: &Strikes) -> bool {
+    /// Whether a request that came back has caused [`MAX_WORKER_EXITS`] worker exits and must be answered EIO.
+    pub fn is_poisoned(&self, key: RequestKey, how: &PoisonCounts) -> bool {
         if how.all {
-            self.strike(key);
+            self.add_poison(key);
         }
-        self.strike_of(key).is_some_and(|at| self.words[at].load(Relaxed) >= MAX_STRIKES)
+        self.poison_entry(key).is_some_and(|at| self.words[at].load(Relaxed) >= MAX_WORKER_EXITS)
     }
 
-    /// The request is answered: its strikes are forgotten.
-    pub fn forgive(&self, key: RequestKey) {
-        if let Some(at) = self.strike_of(key) {
+    /// The request is answered: its count is cleared.
+    pub fn clear_poison(&self, key: RequestKey) {
+        if let Some(at) = self.poison_entry(key) {
             self.words[at].store(0, Release);
         }
     }
 }
 
-/// How the strikes of requests that come back are counted; see [`Shm::settle_marks`].
+/// How worker exits are counted for requests that come back; see [`Shm::count_marked_requests`].
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Strikes {
-    /// The dead worker found a fault in itself but did not say in which request: every unanswered one is suspect.
+pub struct PoisonCounts {
+    /// The former worker panicked without naming a request: every unanswered request is suspect.
     pub all: bool,
 }
 
@@ -360,9 +360,9 @@ mod tests {
 
     #[test]
     fn other_layouts_are_left_alone() {
-        let fd = words::create(c"other", WORDS).unwrap();
+        let fd = shared_words::create(c"other", WORDS).unwrap();
         assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Protocol);
-        let fd = words::create(c"other", 8).unwrap();
+        let fd = shared_words::create(c"other", 8).unwrap();
         assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Malloc);
     }
 
@@ -375,13 +375,13 @@ mod tests {
             shm.mark(1, Some(innocent));
             shm.mark(1, None);
             shm.mark(0, Some(guilty));
-            let how = shm.settle_marks();
-            assert_eq!(shm.struck_out(key(40 | RESENT), &how), death == 3);
-            assert!(!shm.struck_out(innocent, &how));
+            let how = shm.count_marked_requests();
+            assert_eq!(shm.is_poisoned(key(40 | RESENT), &how), death == 3);
+            assert!(!shm.is_poisoned(innocent, &how));
         }
         let shm = Shm::map(fd.as_fd()).unwrap();
-        shm.forgive(guilty);
-        assert!(!shm.struck_out(guilty, &Strikes::default()));
+        shm.clear_poison(guilty);
+        assert!(!shm.is_poisoned(guilty, &PoisonCounts::default()));
     }
 
     #[test]
@@ -390,13 +390,13 @@ mod tests {
         let shm = Shm::map(fd.as_fd()).unwrap();
         for death in 1..=3 {
             shm.set_panicked();
-            let how = shm.settle_marks();
+            let how = shm.count_marked_requests();
             assert!(how.all);
             for unique in 1..=300 {
-                let out = shm.struck_out(key(unique), &how);
+                let out = shm.is_poisoned(key(unique), &how);
                 assert!(!out || death == 3);
             }
-            assert_eq!(shm.struck_out(key(99), &Strikes::default()), death == 3);
+            assert_eq!(shm.is_poisoned(key(99), &PoisonCounts::default()), death == 3);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Starting a server from a library that lives in anybody's process: no signal handlers, no inherited descriptors, and
+//! Starting a server from a library inside any program: no signal handlers, no inherited descriptors, and
 //! no trust in wait statuses, which the process may have taken for itself.
 #![forbid(unsafe_code)]
 
@@ -17,7 +17,7 @@ use crate::sys::process;
 const ATTACH: Duration = Duration::from_secs(600);
 
 /// A worker finds another supervisor in much less.
-const ORPHAN: Duration = Duration::from_secs(30);
+const RECLAIM: Duration = Duration::from_secs(30);
 
 const PROGRAM: &str = "ploop-server";
 
@@ -87,10 +87,10 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
     }
 }
 
-/// What became of a device whose supervisor died before it answered: if it was complete, its worker has found another
+/// What became of a device whose supervisor exited before it answered: if it was complete, its worker has found another
 /// supervisor, and the attach has succeeded. If not, it is taken back.
 fn orphan(token: &str) -> Option<DeviceRecord> {
-    let end = Instant::now() + ORPHAN;
+    let end = Instant::now() + RECLAIM;
     let mut last = None;
     while Instant::now() < end {
         let records = runtime::names().unwrap_or_default();

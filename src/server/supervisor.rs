@@ -1,8 +1,8 @@
-//! The supervisor: holds what keeps a device alive (the FUSE connection, the shared memory, the images' identities) and
-//! sees to it that somebody serves it. One thread, one poll loop, nothing that can wait for the device itself.
+//! The supervisor: holds what a device needs to exist (the FUSE connection, the shared memory, the images' identities)
+//! and keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
 //!
-//! Longer work ([`birth`](super::birth), [`end`](super::end)) runs as straight code that keeps turning the loop with
-//! [`Supervisor::turn`], so that a worker's death is noticed and clients are answered at any time.
+//! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop
+//! with [`Supervisor::poll_once`], so that a worker's exit is noticed and clients are answered at any time.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -17,32 +17,33 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{IoContext, Kind, Result};
-use crate::server::control::{self, Client, Heard};
+use crate::server::chain_switch::PendingChange;
+use crate::server::control::{self, Client, ClientEvent};
 use crate::server::helper::{Helper, Job, JobEvent};
 use crate::server::loopdev::Binding;
-use crate::server::merge::MergeStep;
-use crate::server::merge_levels::LevelsMerge;
+use crate::server::merge_frozen::FrozenMerge;
+use crate::server::merge_top::MergeTransition;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
-use crate::server::swap::Change;
-use crate::server::workers::{Deaths, Descriptors, Worker};
+use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
 
 /// Longest sleep.
 const TICK: Duration = Duration::from_secs(2);
 /// Partitions are looked at so often where the kernel's announcements do not arrive.
 const BLIND_TICK: Duration = Duration::from_millis(500);
-/// After the last change of a partition table, until it is read by us: whoever changes it may be telling the kernel.
+/// After the last change of a partition table, until the supervisor reads it: the program that changes it may inform
+/// the kernel itself.
 const TABLE_PAUSE: Duration = Duration::from_millis(300);
 /// A scan that does not end.
 const SCAN: Duration = Duration::from_secs(30);
 
-/// Who is being waited for in a turn of the loop.
+/// What one poll of the loop waits for.
 enum Source {
     Extra,
     Messages,
-    Death,
+    WorkerExit,
     Listener,
     Signals,
     Events,
@@ -60,12 +61,12 @@ pub struct Supervisor {
     pub(super) worker: Option<Worker>,
     /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
     pub(super) slots: Vec<OwnedFd>,
-    pub(super) deaths: Deaths,
+    pub(super) restarts: RestartPolicy,
     /// When to start the next worker.
     restart: Option<Instant>,
     /// No worker can serve the device: why.
     pub(super) failed: Option<String>,
-    /// A worker's end is expected: it has closed the image, or the device is given up.
+    /// The worker's exit is expected: it has closed the image, or the device is given up.
     pub(super) ending: bool,
     listener: UnixListener,
     clients: Vec<Client>,
@@ -73,21 +74,21 @@ pub struct Supervisor {
     pub(super) stopping: Vec<OwnedFd>,
     pub(super) aborting: Vec<OwnedFd>,
     /// Changes of the chain that were asked for.
-    pub(super) changes: VecDeque<Change>,
-    /// A change is under way: a worker's death is for it to deal with.
+    pub(super) changes: VecDeque<PendingChange>,
+    /// A change is under way: the change handles a worker's exit.
     pub(super) changing: bool,
-    /// Who wants to be told when requests are about to be held.
-    pub(super) asker: Option<OwnedFd>,
+    /// The client that gets `Prepared` when requests are about to be held.
+    pub(super) initiator: Option<OwnedFd>,
     /// The worker of the new chain, while the old one retires.
     pub(super) waiting: Option<Worker>,
     /// Clients that wait until the former top is finished.
     pub(super) finishing: Vec<OwnedFd>,
     /// The merge of frozen levels that is under way.
-    pub(super) levels_merge: LevelsMerge,
+    pub(super) frozen_merge: FrozenMerge,
     /// Clients that wait for the end of a merge.
     pub(super) merging: Vec<OwnedFd>,
-    pub(super) merge_step: Option<MergeStep>,
-    pub(super) unmerge_due: Option<Instant>,
+    pub(super) merge_transition: Option<MergeTransition>,
+    pub(super) end_merge_due: Option<Instant>,
     /// Clients that wait for a flush.
     pub(super) flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
@@ -100,9 +101,9 @@ pub struct Supervisor {
     scan: Option<(Helper, Instant)>,
     had_partitions: bool,
     pub(super) shm: Option<Shm>,
-    /// The block device went away without us.
+    /// Another process has detached the block device.
     pub(super) lost: bool,
-    pub(super) retired: Vec<Helper>,
+    pub(super) released_helpers: Vec<Helper>,
     last_log: String,
 }
 
@@ -127,7 +128,7 @@ impl Supervisor {
             fds: Some(fds),
             worker: None,
             slots: Vec::new(),
-            deaths: Deaths::default(),
+            restarts: RestartPolicy::default(),
             restart: None,
             failed: None,
             ending: false,
@@ -137,13 +138,13 @@ impl Supervisor {
             aborting: Vec::new(),
             changes: VecDeque::new(),
             changing: false,
-            asker: None,
+            initiator: None,
             waiting: None,
             finishing: Vec::new(),
-            levels_merge: LevelsMerge::default(),
+            frozen_merge: FrozenMerge::default(),
             merging: Vec::new(),
-            merge_step: None,
-            unmerge_due: None,
+            merge_transition: None,
+            end_merge_due: None,
             flushing: Vec::new(),
             flush_sent: false,
             nodes,
@@ -154,7 +155,7 @@ impl Supervisor {
             had_partitions: false,
             shm,
             lost: false,
-            retired: Vec::new(),
+            released_helpers: Vec::new(),
             last_log: String::new(),
         })
     }
@@ -162,7 +163,7 @@ impl Supervisor {
     /// Serves until the device has ended.
     pub(super) fn run(mut self) {
         loop {
-            self.turn(Instant::now() + TICK, None);
+            self.poll_once(Instant::now() + TICK, None);
             if !self.aborting.is_empty() {
                 return self.abort();
             }
@@ -173,7 +174,7 @@ impl Supervisor {
                 continue;
             }
             if self.failed.is_none() && self.stopping.is_empty() {
-                self.look_after_orphan();
+                self.reclaim_released_level();
             }
             if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {
                 return;
@@ -182,7 +183,7 @@ impl Supervisor {
     }
 
     /// One turn of the loop, until something happened or `until`. True: `extra` can be read.
-    pub(super) fn turn(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
+    pub(super) fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = Instant::now();
         let table = self.table_due.filter(|_| self.scan.is_none() && self.record.state == "running");
         let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
@@ -196,8 +197,8 @@ impl Supervisor {
             watch(Source::Extra, fd);
         }
         if let Some(worker) = &self.worker {
-            if !worker.dead {
-                watch(Source::Death, worker.pidfd.as_fd());
+            if !worker.exited {
+                watch(Source::WorkerExit, worker.pidfd.as_fd());
             }
             if let Some(sock) = &worker.sock {
                 watch(Source::Messages, sock.as_fd());
@@ -229,24 +230,24 @@ impl Supervisor {
             .collect();
         drop(polls);
         let mut extra_ready = false;
-        let mut spoken = Vec::new();
+        let mut readable = Vec::new();
         for source in &ready {
             match source {
                 Source::Extra => extra_ready = true,
-                Source::Messages => self.hear_worker(),
-                Source::Client(i) => spoken.push(*i),
-                Source::Events => self.hear_events(),
-                Source::Signals => self.hear_signals(),
+                Source::Messages => self.on_worker_message(),
+                Source::Client(i) => readable.push(*i),
+                Source::Events => self.on_uevents(),
+                Source::Signals => self.on_signals(),
                 Source::Scan => self.end_scan(),
-                Source::Death | Source::Listener => {}
+                Source::WorkerExit | Source::Listener => {}
             }
         }
-        // Last, because the indices of the others change by it.
-        self.hear_clients(&spoken);
-        if ready.iter().any(|s| matches!(s, Source::Death)) {
-            // Its last words first.
-            self.hear_worker();
-            self.bury();
+        // Last, because the indices of the other clients change by it.
+        self.on_clients(&readable);
+        if ready.iter().any(|s| matches!(s, Source::WorkerExit)) {
+            // The worker's last messages first.
+            self.on_worker_message();
+            self.on_worker_exit();
         }
         if ready.iter().any(|s| matches!(s, Source::Listener))
             && let Some(client) = Client::accept(&self.listener)
@@ -264,9 +265,9 @@ impl Supervisor {
             self.start_worker(true);
         }
         self.clients.retain(|c| !c.silent_too_long());
-        self.retired.retain_mut(|h| matches!(h.child.try_wait(), Ok(None)));
+        self.released_helpers.retain_mut(|h| matches!(h.child.try_wait(), Ok(None)));
         if self.record.state == "running" {
-            self.unmerge_again();
+            self.retry_end_merge();
             self.follow();
             if self.table_due.is_some_and(|at| at <= now) && self.scan.is_none() {
                 self.table_due = None;
@@ -281,7 +282,7 @@ impl Supervisor {
     /// Keeps the nodes as the kernel's partitions are, and notices the end of the block device.
     fn follow(&mut self) {
         if !runtime::backing_is_ours(&self.record) {
-            // Somebody detached it. Its names must not outlive it: the next user of the number gets another's disk.
+            // Another process detached it. Its nodes must go at once: the number's next owner is another disk.
             self.nodes.clear();
             self.lost = true;
             return;
@@ -297,7 +298,7 @@ impl Supervisor {
     }
 
     fn log_once(&mut self, text: &str) {
-        // The same trouble comes back with every tick.
+        // The same error comes back with every tick.
         if self.last_log != text {
             log(&self.record.name, text);
             self.last_log = text.into();
@@ -318,16 +319,16 @@ impl Supervisor {
         }
     }
 
-    /// The next word of a helper, while the loop turns; `None`: not before `end`, or the device is being given up.
+    /// The next event of a helper, while the loop runs; `None`: none came before `end`, or the device is being aborted.
     pub(super) fn helper_event(&mut self, helper: &Helper, end: Instant) -> Option<JobEvent> {
         loop {
-            let ready = self.turn(end, Some(helper.sock.as_fd()));
+            let ready = self.poll_once(end, Some(helper.sock.as_fd()));
             if ready {
                 return Some(match frame::recv_within::<JobEvent>(&helper.sock, Duration::ZERO) {
                     Ok(Some((event, _))) => event,
                     _ => JobEvent::Error {
                         code: Kind::Sys.code(),
-                        message: "a helper process of ploop-server died".into(),
+                        message: "a helper process of ploop-server exited without an answer".into(),
                     },
                 });
             }
@@ -338,28 +339,28 @@ impl Supervisor {
     }
 
     /// Forgets a helper; one that sleeps in the kernel is reaped when it wakes up.
-    pub(super) fn retire(&mut self, mut helper: Helper, kill: bool) {
+    pub(super) fn release_helper(&mut self, mut helper: Helper, kill: bool) {
         if kill {
             let _ = helper.child.kill();
         }
-        self.retired.push(helper);
+        self.released_helpers.push(helper);
     }
 
     /// Asks for a look into the partition table now, and waits for it a little.
     pub(super) fn scan_now(&mut self, limit: Duration) {
         let Ok(helper) = self.helper(&Job::Scan { binding: self.binding() }) else { return };
         let done = self.helper_event(&helper, Instant::now() + limit).is_some();
-        self.retire(helper, !done);
+        self.release_helper(helper, !done);
         self.follow();
     }
 
     fn end_scan(&mut self) {
         if let Some((helper, _)) = self.scan.take() {
-            self.retire(helper, true);
+            self.release_helper(helper, true);
         }
     }
 
-    fn hear_events(&mut self) {
+    fn on_uevents(&mut self) {
         let Some(events) = &self.events else { return };
         let news = uevents::drain(events, &self.record.backing);
         // A table without partitions in the kernel: perhaps there is one that it cannot read.
@@ -368,7 +369,7 @@ impl Supervisor {
         }
     }
 
-    fn hear_signals(&mut self) {
+    fn on_signals(&mut self) {
         if let Some(signals) = &self.signals {
             while let Ok(Some(_)) = signals.read_signal() {}
         }
@@ -378,11 +379,11 @@ impl Supervisor {
 
     pub(super) fn flush(&mut self) {
         self.flush_sent = true;
-        self.tell_worker(&ToWorker::Flush);
+        self.send_to_worker(&ToWorker::Flush);
     }
 
-    /// Sends without descriptors; a dying worker's successor is told again.
-    pub(super) fn tell_worker(&mut self, message: &ToWorker) {
+    /// Sends without descriptors; the successor of a worker that exits gets the message too.
+    pub(super) fn send_to_worker(&mut self, message: &ToWorker) {
         if let Some(worker) = &self.worker
             && worker.ready.is_some()
             && worker.send(message, &[]).is_err()
@@ -392,7 +393,7 @@ impl Supervisor {
         }
     }
 
-    fn hear_worker(&mut self) {
+    fn on_worker_message(&mut self) {
         while let Some(worker) = &mut self.worker {
             let Some(message) = worker.receive() else { return };
             match message {
@@ -408,17 +409,17 @@ impl Supervisor {
                 FromWorker::Slots => self.slots = std::mem::take(&mut worker.slots),
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
-                FromWorker::Yielded { error } => worker.yielded = Some(error),
+                FromWorker::LevelReleased { error } => worker.released = Some(error),
                 FromWorker::Merged { error } => {
                     worker.merged = Some(error);
-                    self.merge_told();
+                    self.on_merge_outcome();
                 }
                 FromWorker::Prepared => worker.prepared = true,
                 FromWorker::Retired { error } => worker.retired = Some(error),
                 FromWorker::Switched { warning } => worker.switched = Some(warning),
                 FromWorker::Finished { error } => {
                     worker.finished = Some(error.clone());
-                    self.finished(error);
+                    self.on_former_top_finished(error);
                 }
                 FromWorker::Flushed { error } => {
                     self.flush_sent = false;
@@ -432,23 +433,23 @@ impl Supervisor {
         }
     }
 
-    /// The worker is dead: another one, unless that is how it should be.
-    fn bury(&mut self) {
+    /// The worker has exited: starts another one, unless the exit was expected.
+    fn on_worker_exit(&mut self) {
         let Some(worker) = &mut self.worker else { return };
         let killed = worker.reap();
-        worker.dead = true;
+        worker.exited = true;
         if self.ending || self.changing || worker.closed.is_some() {
             return;
         }
         let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
-        // Before the device exists nobody needs a successor; the one who waits for the first worker sees the end.
+        // Before the device exists no successor is needed; the attach that waits for the first worker sees the exit.
         if self.record.state == "starting" && !ready {
             self.ending = true;
             return;
         }
         self.worker = None;
-        let why = refused.map_or_else(|| "it died".into(), |(_, message)| message);
-        match self.deaths.add(Instant::now(), ready, killed) {
+        let why = refused.map_or_else(|| "it exited".into(), |(_, message)| message);
+        match self.restarts.next_start(Instant::now(), ready, killed) {
             Some(at) => self.restart = Some(at),
             None => self.fail(format!("no worker can serve it: {why}")),
         }
@@ -467,7 +468,7 @@ impl Supervisor {
         waiting.for_each(|c| control::answer(&c, &reply));
     }
 
-    /// Starts a worker; a failure counts as its death.
+    /// Starts a worker; a failure counts as a failed start.
     pub(super) fn start_worker(&mut self, takeover: bool) {
         let Some(fds) = &self.fds else { return };
         self.start.takeover = takeover;
@@ -477,14 +478,14 @@ impl Supervisor {
                 self.worker = Some(worker);
                 self.save();
             }
-            Err(e) => match self.deaths.add(Instant::now(), false, false) {
+            Err(e) => match self.restarts.next_start(Instant::now(), false, false) {
                 Some(at) => self.restart = Some(at),
                 None => self.fail(e.to_string()),
             },
         }
     }
 
-    /// Writes the record. A failure costs only what others can learn of us.
+    /// Writes the record. After a failure only `ploop list` shows old data.
     pub(super) fn save(&mut self) {
         if self.dir.as_os_str().is_empty() {
             return;
@@ -494,14 +495,14 @@ impl Supervisor {
         }
     }
 
-    fn hear_clients(&mut self, spoken: &[usize]) {
-        for i in spoken.iter().rev() {
-            match self.clients[*i].hear() {
-                Heard::Nothing => {}
-                Heard::Over => drop(self.clients.swap_remove(*i)),
-                Heard::Command(command, fds) => {
+    fn on_clients(&mut self, readable: &[usize]) {
+        for i in readable.iter().rev() {
+            match self.clients[*i].receive() {
+                ClientEvent::Nothing => {}
+                ClientEvent::Closed => drop(self.clients.swap_remove(*i)),
+                ClientEvent::Command(command, fds) => {
                     let client = self.clients.swap_remove(*i).sock;
-                    self.obey(command, fds, client);
+                    self.handle_command(command, fds, client);
                 }
             }
         }

@@ -28,7 +28,7 @@ pub fn open() -> Option<OwnedFd> {
     Some(sock)
 }
 
-/// Takes all messages that have come and tells what they say of `backing`.
+/// Takes all messages that have come and reports what they contain about `backing`.
 pub fn drain(sock: &OwnedFd, backing: &str) -> News {
     let mut news = News::default();
     let mut buf = [0u8; 8192];

@@ -1,7 +1,8 @@
 //! The worker's I/O memory: one mapping, populated and locked, that lives as long as the process.
 //!
-//! The kernel reads and writes it behind our back (rings, /dev/fuse), and several threads hand parts of it to each other.
-//! So no reference to its bytes is ever made: it is copied into, copied from, and named by offsets.
+//! The kernel reads and writes it without the compiler's knowledge (rings, /dev/fuse), and several threads hand parts
+//! of it to each other. So no reference to its bytes is ever made: it is copied into, copied from, and named by
+//! offsets.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -22,8 +23,9 @@ pub struct Arena {
     file: Option<OwnedFd>,
 }
 
-// SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no reference;
-// who may touch which part at what time is agreed among the threads and with the kernel outside of this type.
+// SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no
+// reference; who may touch which part at what time is agreed among the threads and with the kernel outside of this
+// type.
 unsafe impl Send for Arena {}
 // SAFETY: see above.
 unsafe impl Sync for Arena {}
@@ -55,8 +57,8 @@ impl Arena {
         Arena::make(ready, reserve, false)
     }
 
-    /// Like [`leak`](Self::leak), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of one
-    /// is byte n of the other.
+    /// Like [`leak`](Self::leak), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of
+    /// one is byte n of the other.
     pub fn leak_shared(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
         Arena::make(ready, reserve, true)
     }
@@ -64,7 +66,7 @@ impl Arena {
     fn make(ready: usize, reserve: usize, shared: bool) -> io::Result<&'static Arena> {
         let ready = ready.next_multiple_of(HUGE);
         let len = ready + reserve.next_multiple_of(HUGE);
-        // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, disturbs nobody.
+        // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, overlaps no other.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -102,16 +104,16 @@ impl Arena {
     /// Puts locked memory behind a part of the reserve (whole pages). Until then every access to it is a fault.
     pub fn open(&self, span: Span) -> io::Result<()> {
         let at = self.ptr(span);
-        // SAFETY: the part lies inside the mapping. Changing its protection from none to all disturbs nobody, the advices
-        // do not change content, and the stores fall into memory that nobody uses yet.
+        // SAFETY: the part lies inside the mapping. Changing its protection from none to all affects no reference, the
+        // advices do not change content, and the stores fall into memory that is not in use yet.
         unsafe {
             if libc::mprotect(at.cast(), span.len, libc::PROT_READ | libc::PROT_WRITE) != 0 {
                 return Err(io::Error::last_os_error());
             }
             libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
             if self.file.is_some() {
-                // Huge pages of shared memory are switched off nearly everywhere, but can be asked for (6.1 or later), where
-                // there is one small page. That is also faster than many small ones.
+                // Huge pages of shared memory are switched off nearly everywhere, but can be asked for (6.1 or later),
+                // where there is one small page. That is also faster than many small ones.
                 for page in (0..span.len).step_by(HUGE) {
                     at.add(page).write_volatile(0);
                 }
@@ -132,13 +134,13 @@ impl Arena {
         Ok(())
     }
 
-    /// Gives back the memory of a part that [`open`](Self::open) made usable. Nobody, the kernel included, may have any
-    /// business with it; who does meets a fault.
+    /// Gives back the memory of a part that [`open`](Self::open) made usable. Neither a thread nor the kernel may have
+    /// any operation on it in flight; an access meets a fault.
     pub fn close(&self, span: Span) {
         let at = self.ptr(span);
         let give_back = if self.file.is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-        // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access. A file has no other
-        // user of this part than we are.
+        // SAFETY: the part lies inside the mapping and stays mapped, only without memory and access. A file has no
+        // other user of this part than we are.
         unsafe {
             libc::munlock(at.cast(), span.len);
             libc::madvise(at.cast(), span.len, give_back);
@@ -221,7 +223,7 @@ impl Arena {
         if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
     }
 
-    /// Like [`read_after`](Self::read_after), into words that others may look at when this process is dead.
+    /// Like [`read_after`](Self::read_after), into words that other processes may read after this process has exited.
     pub fn read_after_words(&self, fd: BorrowedFd, head: &[AtomicU64], span: Span) -> io::Result<usize> {
         let iov = [
             libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: size_of_val(head) },

@@ -11,8 +11,8 @@ pub fn local_timestamp() -> String {
 
 fn format_local(seconds: libc::time_t) -> String {
     let mut tm = MaybeUninit::<libc::tm>::uninit();
-    // SAFETY: both pointers are to live locals of the right type; localtime_r() fills `tm` whenever it returns non-null,
-    // and `tm` is read only then.
+    // SAFETY: both pointers are to live locals of the right type; localtime_r() fills `tm` whenever it returns
+    // non-null, and `tm` is read only then.
     let tm = unsafe {
         if libc::localtime_r(&seconds, tm.as_mut_ptr()).is_null() {
             return format!("@{seconds}");

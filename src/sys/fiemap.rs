@@ -118,8 +118,8 @@ fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
     }
 }
 
-/// Calls `each` with every range `[start, end)` of data in the given part of the file; the whole of it where holes cannot be asked
-/// for.
+/// Calls `each` with every range `[start, end)` of data in the given part of the file; the whole of it where holes
+/// cannot be asked for.
 pub fn each_data(
     file: &File,
     start: u64,

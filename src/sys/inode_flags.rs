@@ -12,7 +12,8 @@ nix::ioctl_read!(fs_ioc_getflags, b'f', 1, libc::c_long);
 pub fn get(file: impl AsFd) -> io::Result<u32> {
     // The call's number says long, the kernel stores an int: room for either, the int first in memory.
     let mut flags = [0u32; size_of::<libc::c_long>() / 4];
-    // SAFETY: the pointer is to `c_long` bytes that live and are ours during the call, which keeps no reference to them.
+    // SAFETY: the pointer is to `c_long` bytes that live and are ours during the call, which keeps no reference to
+    // them.
     unsafe { fs_ioc_getflags(file.as_fd().as_raw_fd(), flags.as_mut_ptr().cast()) }?;
     Ok(flags[0])
 }

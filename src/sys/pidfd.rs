@@ -1,4 +1,5 @@
-//! Process file descriptors: a signal sent through one never reaches a stranger that got a recycled process number.
+//! Process file descriptors: a signal sent through one never reaches another process that got a recycled process
+//! number.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -10,12 +11,12 @@ pub fn open(pid: i32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor for us; no other code knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Sends `signal` to the process behind `pidfd`. Async-signal-safe; a closed or foreign descriptor is an error (`false`),
-/// never a signal to somebody else.
+/// Sends `signal` to the process behind `pidfd`. Async-signal-safe; a closed or foreign descriptor is an error
+/// (`false`), never a signal to another process.
 pub fn send_signal(pidfd: RawFd, signal: i32) -> bool {
     // SAFETY: pidfd_send_signal accepts a null siginfo and touches no memory of ours.
     unsafe {

@@ -1,4 +1,4 @@
-//! What a daemon asks of the kernel about itself and others.
+//! What a daemon asks of the kernel about itself and other processes.
 
 use std::ffi::{CStr, OsStr};
 use std::io;
@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Privileges were raised at exec (setuid, file capabilities): the environment belongs to somebody else.
+/// Privileges were raised at exec (setuid, file capabilities): the environment belongs to another user.
 pub fn privileges_raised() -> bool {
     // SAFETY: getauxval only reads the auxiliary vector.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
@@ -16,8 +16,8 @@ pub fn privileges_raised() -> bool {
 /// The file that this code was loaded from: the shared library, or the executable.
 pub fn own_object() -> Option<PathBuf> {
     let mut info = MaybeUninit::<libc::Dl_info>::zeroed();
-    // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as long
-    // as the object, that is as long as this code.
+    // SAFETY: dladdr fills `info` if it returns non-zero; `dli_fname` then is a string of the loader's that lives as
+    // long as the object, that is as long as this code.
     unsafe {
         if libc::dladdr(own_object as *const libc::c_void, info.as_mut_ptr()) == 0 {
             return None;
@@ -30,8 +30,8 @@ pub fn own_object() -> Option<PathBuf> {
 /// Takes over what descriptor `fd` refers to, close-on-exec, and leaves `/dev/null` (or, without one, nothing) there.
 /// For the first lines of a program, when nothing else knows the standard descriptors.
 pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a standard
-    // descriptor that, by contract, nobody owns yet.
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, owned by the caller from here on; dup2 and close act on a
+    // standard descriptor that, by contract, has no owner yet.
     unsafe {
         let taken = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10);
         if taken < 0 {
@@ -50,7 +50,7 @@ pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
 
 /// Makes `fd` known under the number `to`, close-on-exec; what was there is closed. For the first lines of a program.
 pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
-    // SAFETY: `fd` is ours; `to` is, by contract, nobody's.
+    // SAFETY: `fd` is ours; `to` has, by contract, no owner.
     match unsafe { libc::dup3(fd.as_raw_fd(), to, libc::O_CLOEXEC) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -58,8 +58,8 @@ pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
 }
 
 /// Ends this process as soon as the thread that started it has ended; false: not any more.
-pub fn die_with_parent(die: bool) -> io::Result<()> {
-    let signal = if die { libc::SIGKILL } else { 0 };
+pub fn exit_with_parent(enable: bool) -> io::Result<()> {
+    let signal = if enable { libc::SIGKILL } else { 0 };
     // SAFETY: this prctl takes numbers only.
     match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) } {
         -1 => Err(io::Error::last_os_error()),
@@ -67,9 +67,9 @@ pub fn die_with_parent(die: bool) -> io::Result<()> {
     }
 }
 
-/// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor refers
-/// to /dev/null from here on, so that its number is nobody else's as long as `file` lives.
-pub fn hollow(file: &std::fs::File) -> io::Result<()> {
+/// Lets go of what `file` refers to: locks on its description fall, if no other descriptor has it. The descriptor
+/// refers to /dev/null from here on, so that its number is not reused as long as `file` lives.
+pub fn replace_with_null(file: &std::fs::File) -> io::Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
     // SAFETY: both descriptors are open and owned by the two files, which stay their owners.
     match unsafe { libc::dup3(null.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } {
@@ -92,8 +92,8 @@ pub fn close_from(first: RawFd) {
 
 /// Default dispositions (those of ignored signals are inherited) and nothing blocked.
 pub fn reset_signals() {
-    // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the set
-    // is initialised by sigemptyset.
+    // SAFETY: SIG_DFL is valid for all signals but SIGKILL and SIGSTOP, for which the call fails without effect; the
+    // set is initialised by sigemptyset.
     unsafe {
         for signal in 1..=64 {
             if signal != libc::SIGPIPE {
@@ -106,12 +106,12 @@ pub fn reset_signals() {
     }
 }
 
-/// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted stays
-/// as it is.
+/// The usual policy and priority for CPUs and disks, on all CPUs. For single-threaded programs. What is not permitted
+/// stays as it is.
 pub fn reset_scheduling() {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-    // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the rest
-    // takes numbers only.
+    // SAFETY: the two structures are plain numbers, all values of which are valid; the calls only read them, and the
+    // rest takes numbers only.
     unsafe {
         let param = MaybeUninit::<libc::sched_param>::zeroed().assume_init();
         libc::sched_setscheduler(0, libc::SCHED_OTHER, &param);

@@ -84,8 +84,9 @@ pub fn recv(sock: BorrowedFd, buf: &mut [u8], flags: i32) -> io::Result<Received
         }
     };
     let mut fds = Vec::new();
-    // SAFETY: the kernel filled `control` with whole headers up to `msg_controllen`; the CMSG_ walk stays inside it. Each
-    // number in an SCM_RIGHTS message is a descriptor just installed for us that nobody else owns.
+    // SAFETY: the kernel filled `control` with whole headers up to `msg_controllen`; the CMSG_ walk stays inside it.
+    // Each
+    // number in an SCM_RIGHTS message is a descriptor just installed for us that has no other owner.
     unsafe {
         let mut head = libc::CMSG_FIRSTHDR(&msg);
         while !head.is_null() {

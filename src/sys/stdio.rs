@@ -15,10 +15,11 @@ pub enum Stream {
     Err,
 }
 
-/// Writes `text` to the stream and flushes it. A closed or full stream loses the text: messages have no one to complain to.
+/// Writes `text` to the stream and flushes it. A closed or full stream loses the text: messages have no one to complain
+/// to.
 pub fn print(stream: Stream, text: &str) {
-    // SAFETY: `stdout` and `stderr` are initialised by the C library before any code of ours runs and stay valid for the
-    // life of the process; fwrite() reads `text.len()` bytes of a live slice and locks the stream itself.
+    // SAFETY: `stdout` and `stderr` are initialised by the C library before any code of ours runs and stay valid for
+    // the life of the process; fwrite() reads `text.len()` bytes of a live slice and locks the stream itself.
     unsafe {
         let file = match stream {
             Stream::Out => stdout,

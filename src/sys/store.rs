@@ -1,5 +1,5 @@
-//! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of them,
-//! let one fail, and make up what a crash leaves.
+//! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of
+//! them, let one fail, and make up what a crash leaves.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,7 +13,7 @@ use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, renameat2};
 #[cfg(test)]
 pub mod record;
 
-/// A step, for whoever watches.
+/// A step, for the watcher.
 #[cfg_attr(not(test), allow(dead_code))]
 #[derive(Clone, Copy)]
 enum Step<'a> {

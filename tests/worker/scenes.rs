@@ -25,7 +25,7 @@ pub const ALL: &[(&str, Scene)] = &[
     ("marks", marks),
     ("new_supervisor", new_supervisor),
     ("no_space", no_space),
-    ("struck_out", struck_out),
+    ("poisoned_request", poisoned_request),
     ("kills", kills),
     ("kills_in_a_chain", kills_in_a_chain),
     ("kills_on_tmpfs", kills_on_tmpfs),
@@ -37,7 +37,7 @@ pub const WITH_SLOTS: &[(&str, Scene)] = &[
     ("data_slots", data),
     ("new_supervisor_slots", new_supervisor),
     ("no_space_slots", no_space),
-    ("struck_out_slots", struck_out),
+    ("poisoned_request_slots", poisoned_request),
     ("kills_slots", kills),
     ("kills_in_a_chain_slots", kills_in_a_chain),
     ("kills_of_hot_blocks_slots", kills_of_hot_blocks),
@@ -262,7 +262,7 @@ fn no_space(dir: &Path) {
 }
 
 /// A request that was there when three workers died of faults of their own is given up; the device goes on.
-fn struck_out(dir: &Path) {
+fn poisoned_request(dir: &Path) {
     let fs = small_fs(dir, 160, 512);
     let top = image(&fs, "top", 2048, 256);
     let mut rig = Rig::new(&dir.join("file"), std::slice::from_ref(&top), &Options::default());

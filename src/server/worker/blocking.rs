@@ -25,8 +25,8 @@ type Outcome = Result<(), Errno>;
 pub fn sync_thread(core: &Core) -> ! {
     loop {
         let op = core.syncs.pop();
-        let result = again(|| fdatasync(&core.top().file)).map_err(|e| e as i32);
-        core.tell(SYNC_THREAD, Pending::Done { op, result });
+        let result = retry_eintr(|| fdatasync(&core.top().file)).map_err(|e| e as i32);
+        core.submit_event(SYNC_THREAD, Pending::Done { op, result });
     }
 }
 
@@ -42,7 +42,7 @@ pub fn background_thread(core: &Core) -> ! {
 
 fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
     // The files of a chain can be on different file systems.
-    let mut ways: Vec<Ways> = core.levels.iter().map(|_| Ways::default()).collect();
+    let mut strategies: Vec<ZeroStrategy> = core.levels.iter().map(|_| ZeroStrategy::default()).collect();
     loop {
         let (op, result) = match jobs.pop() {
             AuxJob::Fallocate { op, level, file_off, len } => {
@@ -50,20 +50,20 @@ fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
             }
             AuxJob::ZeroRange { op, level, file_off, len } => {
                 let level = usize::from(level);
-                (op, ways[level].zero(core, &core.levels[level], file_off, len))
+                (op, strategies[level].zero(core, &core.levels[level], file_off, len))
             }
-            AuxJob::Sync { op, level } => (op, again(|| fdatasync(&core.levels[usize::from(level)].file))),
+            AuxJob::Sync { op, level } => (op, retry_eintr(|| fdatasync(&core.levels[usize::from(level)].file))),
             AuxJob::Clone { op, from, from_off, level, file_off, len } => {
                 let (from, to) = (&core.levels[usize::from(from)].file, &core.levels[usize::from(level)].file);
                 let shared = store::clone_range(from, from_off, to, file_off, len);
                 (op, shared.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))))
             }
         };
-        core.tell(thread, Pending::Done { op, result: result.map_err(|e| e as i32) });
+        core.submit_event(thread, Pending::Done { op, result: result.map_err(|e| e as i32) });
     }
 }
 
-fn again(mut call: impl FnMut() -> nix::Result<()>) -> Outcome {
+fn retry_eintr(mut call: impl FnMut() -> nix::Result<()>) -> Outcome {
     loop {
         match call() {
             Err(Errno::EINTR | Errno::EAGAIN) => {}
@@ -78,23 +78,23 @@ fn unsupported(e: Errno) -> bool {
 
 /// Makes the file at least `file_off + len` bytes long; what is new is allocated where the file system can do that.
 fn grow(level: &LevelFile, file_off: u64, len: u64) -> Outcome {
-    match again(|| fallocate(&level.file, FallocateFlags::empty(), file_off as i64, len as i64)) {
+    match retry_eintr(|| fallocate(&level.file, FallocateFlags::empty(), file_off as i64, len as i64)) {
         Err(e) if unsupported(e) => {}
         other => return other,
     }
     let end = file_off + len;
     let now = level.file.metadata().map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?.len();
-    if now >= end { Ok(()) } else { again(|| ftruncate(&level.file, end as i64)) }
+    if now >= end { Ok(()) } else { retry_eintr(|| ftruncate(&level.file, end as i64)) }
 }
 
 /// What the file system has refused so far.
 #[derive(Default)]
-struct Ways {
+struct ZeroStrategy {
     no_zero_range: bool,
     no_punch: bool,
 }
 
-impl Ways {
+impl ZeroStrategy {
     fn zero(&mut self, core: &Core, level: &LevelFile, file_off: u64, len: u64) -> Outcome {
         let end = file_off + len;
         let (first, last) = (file_off.next_multiple_of(BLOCK), end - end % BLOCK);
@@ -112,14 +112,14 @@ impl Ways {
         let (at, n) = (file_off as i64, len as i64);
         if !self.no_zero_range {
             let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            match again(|| fallocate(file, mode, at, n)) {
+            match retry_eintr(|| fallocate(file, mode, at, n)) {
                 Err(e) if unsupported(e) => self.no_zero_range = true,
                 other => return other,
             }
         }
         if !self.no_punch {
             let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            match again(|| fallocate(file, mode, at, n)) {
+            match retry_eintr(|| fallocate(file, mode, at, n)) {
                 Err(e) if unsupported(e) => self.no_punch = true,
                 // Space is only hoped for: a later write asks for it.
                 other => return other,

@@ -1,6 +1,6 @@
 //! The commit of a change of the chain: a new descriptor is renamed over the old one, durably.
 //!
-//! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of whoever asked matter, and
+//! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of the caller matter, and
 //! so that a successor can tell whether it has happened.
 #![forbid(unsafe_code)]
 
@@ -31,7 +31,7 @@ pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
     let (tmp, name) = (names.tmp.display(), names.name.display());
     if !is_committed(names, folder, new)? {
         if entry(folder, &names.tmp)? != Some(identity(new)?) {
-            bail!(Rename, "{tmp} is not the file that was prepared; was it changed by somebody else?");
+            bail!(Rename, "{tmp} is not the file that was prepared; has another process changed it?");
         }
         renameat(folder, names.tmp.as_path(), folder, names.name.as_path())
             .ctx(Kind::Rename, || format!("cannot rename {tmp} to {name}"))?;

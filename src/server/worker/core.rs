@@ -10,15 +10,15 @@ use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
 use crate::server::fuse::{self, Head};
-use crate::server::shm::{RequestKey, Shm, Strikes};
+use crate::server::shm::{PoisonCounts, RequestKey, Shm};
 use crate::sys::arena::Span;
 
-use super::admit::Asked;
+use super::dispatch::EngineRequest;
 use super::locked;
 use super::log::Log;
 use super::memory::{BufId, Common, Memory, REQUESTS};
 use super::queue::{Inbox, Jobs};
-use super::slots::Table;
+use super::request_journal::RequestJournal;
 
 /// I/O threads of a worker.
 pub const THREADS: usize = 2;
@@ -31,7 +31,7 @@ pub const BACKGROUND_THREAD: usize = THREADS + 3;
 /// The flush that the supervisor asked for; no request of the kernel's.
 pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
 
-/// What the main thread is told.
+/// What other threads report to the main thread.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Notice {
     Flushed(Result<(), Errno>),
@@ -53,7 +53,7 @@ pub enum AuxJob {
     Sync { op: OpId, level: u8 },
 }
 
-/// What the engine is to be told.
+/// An event for the engine.
 #[derive(Clone, Copy, Debug)]
 pub enum Pending {
     Request(Request),
@@ -74,7 +74,7 @@ pub enum Pending {
 /// How the answer to a request looks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
-pub enum Answer {
+pub enum ReplyKind {
     /// The data.
     Read = 0,
     /// The number of bytes.
@@ -91,15 +91,15 @@ struct Slot {
     offset: AtomicU64,
     len: AtomicU64,
     opcode: AtomicU32,
-    /// [`AGAIN`], [`Answer`] and buffer.
+    /// [`RESENT_FLAG`], [`ReplyKind`] and buffer.
     how: AtomicU32,
 }
 
 /// An earlier worker had the request.
-const AGAIN: u32 = 1 << 31;
+const RESENT_FLAG: u32 = 1 << 31;
 
 /// The thread that carries actions out.
-pub trait Hands {
+pub trait IoSubmitter {
     /// Starts `Read`, `Write`, `ReadBat` or `WriteBat`.
     fn start(&mut self, core: &Core, action: Action);
     /// A request was answered.
@@ -112,7 +112,7 @@ pub struct Core {
     pub common: Common,
     slots: Box<[Slot]>,
     /// Where a successor finds the requests, if the kernel does not give them out again.
-    pub table: Option<Table>,
+    pub journal: Option<RequestJournal>,
     pub engine: Mutex<Engine<Shm>>,
     pub inboxes: [Inbox<Action>; THREADS],
     pub syncs: Jobs<OpId>,
@@ -130,41 +130,41 @@ pub struct Core {
     pub closing: AtomicBool,
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
-    /// The level that others may write to.
-    pub yielded: Mutex<Option<usize>>,
+    /// The level that another process may write to.
+    pub released_level: Mutex<Option<usize>>,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
     pub finished: Mutex<Option<Option<(i32, String)>>>,
-    /// Somebody stopped reading /dev/fuse for want of buffers.
+    /// An I/O thread stopped reading /dev/fuse for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,
-    pub strikes: Strikes,
+    pub poison_counts: PoisonCounts,
     pub log: Log,
 }
 
 /// What a [`Core`] is made of.
-pub struct Parts {
+pub struct CoreConfig {
     pub fuse: OwnedFd,
     pub memory: Memory,
-    pub table: Option<Table>,
+    pub journal: Option<RequestJournal>,
     pub engine: Engine<Shm>,
     pub levels: Vec<LevelFile>,
     pub device_bytes: u64,
     pub block_bytes: u32,
     pub writable: bool,
     pub shm: Shm,
-    pub strikes: Strikes,
+    pub poison_counts: PoisonCounts,
     pub log: Log,
-    pub yielded: Option<usize>,
+    pub released_level: Option<usize>,
 }
 
 impl Core {
-    pub fn new(p: Parts) -> std::io::Result<Core> {
+    pub fn new(p: CoreConfig) -> std::io::Result<Core> {
         Ok(Core {
             fuse: p.fuse,
             memory: p.memory,
             common: Common::new(),
             slots: (0..REQUESTS).map(|_| Slot::default()).collect(),
-            table: p.table,
+            journal: p.journal,
             engine: Mutex::new(p.engine),
             inboxes: [Inbox::new()?, Inbox::new()?],
             syncs: Jobs::new(),
@@ -177,11 +177,11 @@ impl Core {
             writable: p.writable,
             closing: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
-            yielded: Mutex::new(p.yielded),
+            released_level: Mutex::new(p.released_level),
             finished: Mutex::new(None),
             starving: AtomicBool::new(false),
             shm: p.shm,
-            strikes: p.strikes,
+            poison_counts: p.poison_counts,
             log: p.log,
         })
     }
@@ -196,37 +196,37 @@ impl Core {
     }
 
     /// Remembers a request until it is answered. Its data are in `buf` by now.
-    pub fn register(&self, id: u32, head: &Head, asked: &Asked, buf: BufId) {
+    pub fn register(&self, id: u32, head: &Head, request: &EngineRequest, buf: BufId) {
         let slot = &self.slots[id as usize];
         slot.unique.store(head.unique, Relaxed);
-        slot.offset.store(asked.offset, Relaxed);
-        slot.len.store(asked.len, Relaxed);
+        slot.offset.store(request.offset, Relaxed);
+        slot.len.store(request.len, Relaxed);
         slot.opcode.store(head.opcode, Relaxed);
-        let again = if asked.again { AGAIN } else { 0 };
-        slot.how.store(again | (asked.answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
-        if let Some(table) = &self.table {
-            table.moved(id, buf);
+        let resent = if request.resent { RESENT_FLAG } else { 0 };
+        slot.how.store(resent | (request.answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
+        if let Some(journal) = &self.journal {
+            journal.moved(id, buf);
         }
     }
 
     /// Answers a request with an error, for which nothing was done.
     pub fn refuse(&self, id: u32, unique: u64, errno: Errno) {
-        if let Some(table) = &self.table {
-            table.done(id, Err(errno));
+        if let Some(journal) = &self.journal {
+            journal.done(id, Err(errno));
         }
         self.send(&fuse::Reply::status(unique, errno));
     }
 
     /// A request has its answer, or needs none.
     pub fn forget(&self, id: u32) {
-        if let Some(table) = &self.table {
-            table.clear(id);
+        if let Some(journal) = &self.journal {
+            journal.clear(id);
         }
     }
 
     /// No request is unanswered, as far as there is a table of them.
     pub fn all_answered(&self) -> bool {
-        self.table.as_ref().is_none_or(Table::is_empty)
+        self.journal.as_ref().is_none_or(RequestJournal::is_empty)
     }
 
     fn key(&self, id: ReqId) -> Option<RequestKey> {
@@ -250,7 +250,7 @@ impl Core {
         whole.part(0, slot.len.load(Relaxed) as usize)
     }
 
-    /// Tells the engine everything in `pending` and appends its actions to `actions`, those that take effect at once
+    /// Feeds the engine everything in `pending` and appends its actions to `actions`, those that take effect at once
     /// being done. Nothing is left in `pending`.
     pub fn step(&self, thread: usize, pending: &mut Vec<Pending>, actions: &mut Vec<Action>) {
         let mut page = [0; BAT_PAGE];
@@ -275,7 +275,8 @@ impl Core {
                 Pending::Close => engine.step(Event::Close, actions),
             }
         }
-        // Another thread may be told to answer the request, or to write the bounce buffer, as soon as the lock is free.
+        // Another thread may get the order to answer the request, or to write the bounce buffer, as soon as the lock is
+        // free.
         for i in first..actions.len() {
             match actions[i] {
                 Action::ZeroFill { req, off, len } if !answered_next(&actions[i + 1..], req) => {
@@ -301,14 +302,14 @@ impl Core {
     }
 
     /// Carries out what [`step`](Self::step) left to be done.
-    pub fn execute(&self, actions: &mut Vec<Action>, hands: &mut impl Hands) {
+    pub fn execute(&self, actions: &mut Vec<Action>, submitter: &mut impl IoSubmitter) {
         for action in actions.drain(..) {
             match action {
-                Action::Reply { req, result } => self.reply(req, result, hands),
+                Action::Reply { req, result } => self.reply(req, result, submitter),
                 Action::ZeroFill { len: 0, .. } | Action::Overlay { .. } => {}
                 Action::ZeroFill { req, off, len } => self.zero_fill(req, off, len),
                 Action::Read { .. } | Action::Write { .. } | Action::ReadBat { .. } | Action::WriteBat { .. } => {
-                    hands.start(self, action);
+                    submitter.start(self, action);
                 }
                 Action::Fallocate { op, level, file_off, len } if !self.is_top(level) => {
                     self.background.push(AuxJob::Fallocate { op, level, file_off, len });
@@ -330,7 +331,7 @@ impl Core {
         }
     }
 
-    fn reply(&self, req: ReqId, result: Result<(), Errno>, hands: &mut impl Hands) {
+    fn reply(&self, req: ReqId, result: Result<(), Errno>, submitter: &mut impl IoSubmitter) {
         if req == OWN_FLUSH {
             self.notices.push(Notice::Flushed(result));
             return;
@@ -340,10 +341,10 @@ impl Core {
         let how = slot.how.load(Relaxed);
         let len = slot.len.load(Relaxed);
         let buf = BufId::from_raw(how as u16);
-        let read = (how & !AGAIN) >> 16 == Answer::Read as u32;
+        let read = (how & !RESENT_FLAG) >> 16 == ReplyKind::Read as u32;
         // A read may be executed twice, and its data are not kept.
-        if let Some(table) = self.table.as_ref().filter(|_| !read) {
-            table.done(req.0, result);
+        if let Some(journal) = self.journal.as_ref().filter(|_| !read) {
+            journal.done(req.0, result);
         }
         match result {
             Ok(()) if read => {
@@ -352,19 +353,19 @@ impl Core {
                 let sent = self.memory.arena.write_after(self.fuse.as_fd(), &head, data);
                 self.sent(unique, sent.map(drop));
             }
-            Ok(()) if (how & !AGAIN) >> 16 == Answer::Write as u32 => {
+            Ok(()) if (how & !RESENT_FLAG) >> 16 == ReplyKind::Write as u32 => {
                 self.send(&fuse::Reply::written(unique, len as u32))
             }
             Ok(()) => self.send(&fuse::Reply::status(unique, 0)),
             Err(e) => self.send(&fuse::Reply::status(unique, e)),
         }
         self.forget(req.0);
-        if how & AGAIN != 0
+        if how & RESENT_FLAG != 0
             && let Some(key) = self.key(req)
         {
-            self.shm.forgive(key);
+            self.shm.clear_poison(key);
         }
-        hands.free(self, buf, req.0);
+        submitter.free(self, buf, req.0);
     }
 
     /// Answers without data, or with few.
@@ -376,9 +377,9 @@ impl Core {
     fn sent(&self, unique: u64, result: std::io::Result<()>) {
         match result {
             Ok(()) => {}
-            // Nobody waits for it any more: the caller was killed, or the connection has ended.
+            // No request waits for it any more: the caller was killed, or the connection has ended.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) || fuse::is_over(&e) => {}
-            Err(e) => self.log.say(format!("the answer to request {unique} was refused: {e}")),
+            Err(e) => self.log.line(format!("the answer to request {unique} was refused: {e}")),
         }
     }
 
@@ -394,26 +395,26 @@ impl Core {
         locked(&self.engine).status()
     }
 
-    /// Tells the engine one thing, from a thread without a ring.
-    pub fn tell(&self, thread: usize, event: Pending) {
+    /// Feeds the engine one event, from a thread without a ring.
+    pub fn submit_event(&self, thread: usize, event: Pending) {
         let mut pending = vec![event];
         let mut actions = Vec::new();
         self.step(thread, &mut pending, &mut actions);
-        self.execute(&mut actions, &mut Elsewhere);
+        self.execute(&mut actions, &mut DeferToIoThread);
     }
 }
 
-/// The answer follows in the same batch, so that nobody else can have been told to send it.
+/// The answer follows in the same batch, so that no other thread can send it.
 fn answered_next(rest: &[Action], req: ReqId) -> bool {
     rest.iter()
         .find(|a| !matches!(a, Action::ZeroFill { req: r, .. } if *r == req))
         .is_some_and(|a| matches!(a, Action::Reply { req: r, .. } if *r == req))
 }
 
-/// Hands of a thread without a ring: the I/O threads do it.
-pub struct Elsewhere;
+/// IoSubmitter of a thread without a ring: the I/O threads do it.
+pub struct DeferToIoThread;
 
-impl Hands for Elsewhere {
+impl IoSubmitter for DeferToIoThread {
     fn start(&mut self, core: &Core, action: Action) {
         core.inboxes[0].push(action);
     }

@@ -9,7 +9,7 @@ use crate::engine::api::{Action, BAT_PAGE, Errno, OpId};
 use crate::sys::arena::Span;
 use crate::sys::ring::Ring;
 
-use super::core::{Core, Hands, Pending};
+use super::core::{Core, IoSubmitter, Pending};
 use super::memory::{BufId, Stash};
 
 /// Operations handed over in one system call.
@@ -17,7 +17,7 @@ const RING: u32 = 256;
 
 /// What a file operation is for.
 #[derive(Clone, Copy, Debug)]
-enum Goal {
+enum Purpose {
     Data(OpId),
     /// Reading a page of a BAT into this buffer; so many bytes are wanted.
     ReadBat(OpId, Span, u32),
@@ -27,8 +27,8 @@ enum Goal {
 
 /// A file operation in the ring.
 #[derive(Clone, Copy, Debug)]
-struct Flight {
-    goal: Goal,
+struct InflightIo {
+    purpose: Purpose,
     level: u8,
     write: bool,
     /// What is left to be transferred.
@@ -38,9 +38,9 @@ struct Flight {
 
 /// What became of an operation.
 #[derive(Clone, Copy, Debug)]
-pub enum Landed {
+pub enum IoResult {
     /// It goes on.
-    Again,
+    Continued,
     Done(Pending),
 }
 
@@ -49,8 +49,8 @@ pub struct Files {
     pub stash: Stash,
     /// A buffer was freed since this was looked at.
     pub freed: bool,
-    flights: Vec<Flight>,
-    /// Numbers of flights that have landed.
+    inflight: Vec<InflightIo>,
+    /// Numbers of inflight that have landed.
     idle: Vec<u32>,
     pages: Vec<Span>,
     /// Pages whose content the engine sees with the next step.
@@ -67,7 +67,7 @@ impl Files {
             ring: Ring::new(RING, core.memory.arena)?,
             stash: core.common.share(),
             freed: false,
-            flights: Vec::with_capacity(1024),
+            inflight: Vec::with_capacity(1024),
             idle: Vec::with_capacity(1024),
             pages: core.memory.pages(thread),
             shown: Vec::with_capacity(64),
@@ -82,7 +82,7 @@ impl Files {
     }
 
     /// At the end of a turn: starts what waited for page buffers, gives away what exceeds this thread's share.
-    pub fn settle(&mut self, core: &Core) -> io::Result<()> {
+    pub fn end_round(&mut self, core: &Core) -> io::Result<()> {
         while !self.pages.is_empty()
             && let Some(action) = self.waiting.pop_front()
         {
@@ -92,22 +92,22 @@ impl Files {
         self.broken.take().map_or(Ok(()), Err)
     }
 
-    fn launch(&mut self, core: &Core, flight: Flight) {
+    fn start_io(&mut self, core: &Core, io: InflightIo) {
         let tag = match self.idle.pop() {
             Some(tag) => {
-                self.flights[tag as usize] = flight;
+                self.inflight[tag as usize] = io;
                 tag
             }
             None => {
-                self.flights.push(flight);
-                self.flights.len() as u32 - 1
+                self.inflight.push(io);
+                self.inflight.len() as u32 - 1
             }
         };
-        self.fly(core, tag);
+        self.submit(core, tag);
     }
 
-    fn fly(&mut self, core: &Core, tag: u32) {
-        let f = self.flights[tag as usize];
+    fn submit(&mut self, core: &Core, tag: u32) {
+        let f = self.inflight[tag as usize];
         let file = core.levels[usize::from(f.level)].file.as_fd();
         let pushed = if f.write {
             self.ring.write(file, f.span, f.file_off, u64::from(tag))
@@ -120,8 +120,8 @@ impl Files {
     }
 
     /// The operation `tag` has come back from the ring.
-    pub fn landed(&mut self, core: &Core, tag: u64, result: i32) -> io::Result<Landed> {
-        let Some(f) = self.flights.get_mut(tag as usize) else {
+    pub fn on_completion(&mut self, core: &Core, tag: u64, result: i32) -> io::Result<IoResult> {
+        let Some(f) = self.inflight.get_mut(tag as usize) else {
             return Err(io::Error::other(format!("the ring completed operation {tag}, which was never started")));
         };
         let left = f.span.len;
@@ -133,8 +133,8 @@ impl Files {
             n if -n == libc::EAGAIN || -n == libc::EINTR => 0,
             n => {
                 // The end of the file, in the middle of what was wanted or behind it.
-                let enough = match f.goal {
-                    Goal::ReadBat(_, _, len) => n >= 0 && BAT_PAGE - left + n as usize >= len as usize,
+                let enough = match f.purpose {
+                    Purpose::ReadBat(_, _, len) => n >= 0 && BAT_PAGE - left + n as usize >= len as usize,
                     _ => false,
                 };
                 let error = if n < 0 { -n } else { libc::EIO };
@@ -146,19 +146,19 @@ impl Files {
         }
         f.span = f.span.part(moved, left - moved);
         f.file_off += moved as u64;
-        self.fly(core, tag as u32);
-        Ok(Landed::Again)
+        self.submit(core, tag as u32);
+        Ok(IoResult::Continued)
     }
 
-    fn end(&mut self, tag: u32, result: Result<(), Errno>) -> Landed {
+    fn end(&mut self, tag: u32, result: Result<(), Errno>) -> IoResult {
         self.idle.push(tag);
-        Landed::Done(match self.flights[tag as usize].goal {
-            Goal::Data(op) => Pending::Done { op, result },
-            Goal::WriteBat(op, page) => {
+        IoResult::Done(match self.inflight[tag as usize].purpose {
+            Purpose::Data(op) => Pending::Done { op, result },
+            Purpose::WriteBat(op, page) => {
                 self.pages.push(page);
                 Pending::Done { op, result }
             }
-            Goal::ReadBat(op, page, len) => {
+            Purpose::ReadBat(op, page, len) => {
                 self.shown.push(page);
                 Pending::Bat { op, result: result.map(|()| page.part(0, len as usize)) }
             }
@@ -166,18 +166,18 @@ impl Files {
     }
 }
 
-impl Hands for Files {
+impl IoSubmitter for Files {
     fn start(&mut self, core: &Core, action: Action) {
-        let flight = match action {
+        let io = match action {
             Action::Read { op, level, file_off, len, to } => {
-                Flight { goal: Goal::Data(op), level, write: false, span: core.span(to, len), file_off }
+                InflightIo { purpose: Purpose::Data(op), level, write: false, span: core.span(to, len), file_off }
             }
             Action::Write { op, level, file_off, len, from } => {
-                Flight { goal: Goal::Data(op), level, write: true, span: core.span(from, len), file_off }
+                InflightIo { purpose: Purpose::Data(op), level, write: true, span: core.span(from, len), file_off }
             }
             other => match (other, self.pages.pop()) {
-                (Action::ReadBat { op, level, page, len }, Some(span)) => Flight {
-                    goal: Goal::ReadBat(op, span, len),
+                (Action::ReadBat { op, level, page, len }, Some(span)) => InflightIo {
+                    purpose: Purpose::ReadBat(op, span, len),
                     level,
                     write: false,
                     span,
@@ -185,8 +185,8 @@ impl Hands for Files {
                 },
                 (Action::WriteBat { op, level, page, data }, Some(span)) => {
                     core.memory.arena.put(span, &data[..]);
-                    Flight {
-                        goal: Goal::WriteBat(op, span),
+                    InflightIo {
+                        purpose: Purpose::WriteBat(op, span),
                         level,
                         write: true,
                         span,
@@ -200,7 +200,7 @@ impl Hands for Files {
                 }
             },
         };
-        self.launch(core, flight);
+        self.start_io(core, io);
     }
 
     fn free(&mut self, _core: &Core, buf: BufId, request: u32) {

@@ -7,26 +7,26 @@ use crate::error::Result;
 use crate::units::ClusterSize;
 
 use super::core::{Core, Notice};
-use super::setup::Kept;
-use super::{levels, locked};
+use super::init::Inherited;
+use super::{locked, open_files};
 
-/// Finishes the level that the start names, and tells the main thread.
-pub fn finish_thread(core: &Core, kept: &Kept, cluster: ClusterSize, level: usize) {
-    let result = finish(kept, cluster, level);
+/// Finishes the level that the start names, and notifies the main thread.
+pub fn finish_thread(core: &Core, inherited: &Inherited, cluster: ClusterSize, level: usize) {
+    let result = finish(inherited, cluster, level);
     if let Err(e) = &result {
-        core.log.say(format!("the former top: {e}"));
+        core.log.line(format!("the former top: {e}"));
     }
     *locked(&core.finished) = Some(result.err().map(|e| (e.code(), e.to_string())));
     core.notices.push(Notice::Finished);
 }
 
-fn finish(kept: &Kept, cluster: ClusterSize, level: usize) -> Result<()> {
-    let names = &kept.start.attach.levels;
-    let (Some(fd), Some(name)) = (kept.levels().get(level..=level), names.get(level..=level)) else {
+fn finish(inherited: &Inherited, cluster: ClusterSize, level: usize) -> Result<()> {
+    let names = &inherited.start.attach.levels;
+    let (Some(fd), Some(name)) = (inherited.levels().get(level..=level), names.get(level..=level)) else {
         bail!(Protocol, "level {level} of {} is to be finished", names.len());
     };
-    // Until this is closed nobody else writes the file, as when it was the top.
-    let file = levels::open(fd, name, true)?;
-    levels::lock_alone(&file[0])?;
+    // Until this is closed no other process writes the file, as when it was the top.
+    let file = open_files::open(fd, name, true)?;
+    open_files::lock_exclusive(&file[0])?;
     chain::finish(&file[0], cluster)
 }

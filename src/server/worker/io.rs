@@ -1,9 +1,10 @@
-//! An I/O thread: reads requests from /dev/fuse, asks the engine, does the file I/O by its ring, answers.
+//! An I/O thread: reads requests from /dev/fuse, feeds the engine, does the file I/O by its ring, answers.
 //!
 //! One turn takes whatever is there: completions, requests, work from other threads; locks the engine once; and hands
 //! all new operations to the kernel in one system call, which also waits. No request lies unread while a thread with
-//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has come
-//! since; a thread that stops for want of buffers wakes the other one, and whoever frees a buffer then looks again.
+//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has
+//! come since; a thread that stops for want of buffers wakes the other one, and the thread that frees a buffer then
+//! looks again.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -14,9 +15,9 @@ use crate::engine::api::{Action, ReqId, Request, RequestKind};
 use crate::server::fuse::{self, HEAD, Head};
 use crate::sys::ring::Completion;
 
-use super::admit::{Asked, Verdict, admit};
 use super::core::{Core, Notice, Pending, THREADS};
-use super::files::{Files, Landed};
+use super::dispatch::{EngineRequest, Verdict, dispatch};
+use super::files::{Files, IoResult};
 use super::memory::{BufId, SMALL};
 
 /// Requests read in one turn; the answers of the first must not wait for ever.
@@ -47,7 +48,7 @@ pub struct IoThread<'a> {
     /// The poll of /dev/fuse is under way.
     armed: bool,
     /// Requests may be there.
-    look: bool,
+    may_read: bool,
     /// Its end was asked for, since another worker takes over.
     cancelled: bool,
     /// The main thread knows that no more requests are read.
@@ -64,7 +65,7 @@ impl<'a> IoThread<'a> {
             files,
             pending: Vec::with_capacity(512),
             armed: false,
-            look: true,
+            may_read: true,
             cancelled: false,
             quiet: false,
         })
@@ -77,50 +78,50 @@ impl<'a> IoThread<'a> {
         self.files.ring.poll_in(self.core.inboxes[self.number].as_fd(), false, TAG_INBOX)?;
         loop {
             if self.core.retiring.load(Ordering::Acquire) {
-                self.withdraw()?;
-            } else if self.look {
-                self.look()?;
+                self.stop_reading()?;
+            } else if self.may_read {
+                self.read_requests()?;
             }
             if !self.pending.is_empty() {
                 self.core.step(self.number, &mut self.pending, &mut actions);
                 self.files.seen();
             }
             self.core.execute(&mut actions, &mut self.files);
-            self.files.settle(self.core)?;
+            self.files.end_round(self.core)?;
             if self.files.freed && self.core.starving.load(Ordering::Acquire) {
-                self.look = true;
+                self.may_read = true;
             }
             self.files.freed = false;
-            self.files.ring.submit(usize::from(!self.look))?;
+            self.files.ring.submit(usize::from(!self.may_read))?;
             self.files.ring.completions(&mut done);
             for c in done.drain(..) {
                 match c.tag {
                     TAG_FUSE => {
                         self.armed = false;
-                        self.look = true;
+                        self.may_read = true;
                     }
                     TAG_CANCEL => {}
                     TAG_INBOX => {
                         let inbox = &self.core.inboxes[self.number];
                         inbox.take(&mut actions);
-                        self.look = true;
+                        self.may_read = true;
                         self.files.ring.poll_in(inbox.as_fd(), false, TAG_INBOX)?;
                     }
-                    tag => match self.files.landed(self.core, tag, c.result)? {
-                        Landed::Again => {}
-                        Landed::Done(p) => self.pending.push(p),
+                    tag => match self.files.on_completion(self.core, tag, c.result)? {
+                        IoResult::Continued => {}
+                        IoResult::Done(p) => self.pending.push(p),
                     },
                 }
             }
         }
     }
 
-    /// Reads requests, and sees to it that somebody notices the next ones.
-    fn look(&mut self) -> io::Result<()> {
+    /// Reads requests, and makes sure that a thread notices the next ones.
+    fn read_requests(&mut self) -> io::Result<()> {
         match self.drain() {
             Drained::Batch => {}
             Drained::Empty => {
-                self.look = false;
+                self.may_read = false;
                 if !self.armed {
                     self.files.ring.poll_in(self.core.fuse.as_fd(), true, TAG_FUSE)?;
                     self.armed = true;
@@ -135,16 +136,16 @@ impl<'a> IoThread<'a> {
                 }
                 // Something may have been given back between the last look and the flag.
                 self.core.common.refill(&mut self.files.stash);
-                self.look = self.files.stash.next().is_some();
+                self.may_read = self.files.stash.next().is_some();
             }
-            Drained::Over => self.look = false,
+            Drained::Over => self.may_read = false,
         }
         Ok(())
     }
 
     /// Reads no more requests, and leaves no poll behind: the kernel would wake it up instead of the successor.
-    fn withdraw(&mut self) -> io::Result<()> {
-        self.look = false;
+    fn stop_reading(&mut self) -> io::Result<()> {
+        self.may_read = false;
         if self.armed && !self.cancelled {
             self.files.ring.cancel_poll(TAG_FUSE, TAG_CANCEL)?;
             self.cancelled = true;
@@ -156,11 +157,11 @@ impl<'a> IoThread<'a> {
         Ok(())
     }
 
-    /// What waits for space must not keep others from being read.
+    /// What waits for space must not keep other requests from being read.
     fn grow(&mut self) {
         match self.core.common.grow(&self.core.memory) {
             Ok(_) => {}
-            Err(e) => self.core.log.say(format!("no memory for more requests while writes wait for space: {e}")),
+            Err(e) => self.core.log.line(format!("no memory for more requests while writes wait for space: {e}")),
         }
     }
 
@@ -175,9 +176,9 @@ impl<'a> IoThread<'a> {
                 return Drained::Starved;
             };
             let (fuse, span) = (core.fuse.as_fd(), core.memory.buffer(big));
-            let read = match &core.table {
+            let read = match &core.journal {
                 None => core.memory.arena.read_after(fuse, &mut head, span),
-                Some(table) => table.read(fuse, id, big, span, &mut head),
+                Some(journal) => journal.read(fuse, id, big, span, &mut head),
             };
             let len = match read {
                 Ok(len) => len,
@@ -188,14 +189,14 @@ impl<'a> IoThread<'a> {
                 Err(e) if fuse::is_over(&e) => return Drained::Over,
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ENOENT)) => continue,
                 Err(e) => {
-                    core.log.say(format!("cannot read a request from the kernel: {e}"));
+                    core.log.line(format!("cannot read a request from the kernel: {e}"));
                     continue;
                 }
             };
             match fuse::parse(&head, len) {
                 Some(request) => self.accept(&request, big, id),
                 None => {
-                    core.log.say(format!("a request of {len} bytes from the kernel is not understood: {head:?}"));
+                    core.log.line(format!("a request of {len} bytes from the kernel is not understood: {head:?}"));
                     core.forget(id);
                 }
             }
@@ -208,25 +209,25 @@ impl<'a> IoThread<'a> {
     fn accept(&mut self, head: &Head, big: BufId, id: u32) {
         let core = self.core;
         if core.log.trace {
-            core.log.say(format!("request {} {:?}", head.unique, head.op));
+            core.log.line(format!("request {} {:?}", head.unique, head.op));
         }
-        match admit(core, head, head.resent()) {
-            Ok(Verdict::Ask(asked)) => {
-                let buf = self.place(asked.kind, big, asked.len as usize);
-                core.register(id, head, &asked, buf);
-                let Asked { kind, offset, len, .. } = asked;
+        match dispatch(core, head, head.resent()) {
+            Ok(Verdict::Submit(request)) => {
+                let buf = self.choose_buffer(request.kind, big, request.len as usize);
+                core.register(id, head, &request, buf);
+                let EngineRequest { kind, offset, len, .. } = request;
                 self.pending.push(Pending::Request(Request { id: ReqId(id), kind, offset, len }));
                 return;
             }
-            Ok(Verdict::Say(reply)) => core.send(&reply),
-            Ok(Verdict::Nothing) => {}
+            Ok(Verdict::Reply(reply)) => core.send(&reply),
+            Ok(Verdict::NoReply) => {}
             Err(errno) => core.refuse(id, head.unique, errno),
         }
         core.forget(id);
     }
 
     /// A buffer for a request: a small one if that is enough, so that the big one is free for the next request.
-    fn place(&mut self, kind: RequestKind, big: BufId, len: usize) -> BufId {
+    fn choose_buffer(&mut self, kind: RequestKind, big: BufId, len: usize) -> BufId {
         if matches!(kind, RequestKind::Zero | RequestKind::Flush) {
             self.files.stash.take_none();
             return BufId::NONE;

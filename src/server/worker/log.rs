@@ -1,4 +1,4 @@
-//! What the worker has to say, written by a thread of its own: whoever serves I/O must not wait for a log.
+//! The worker's log, written by a thread of its own: a thread that serves I/O must not wait for a log.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -19,7 +19,7 @@ const FILE_LIMIT: u64 = 4 << 20;
 pub struct Log {
     lines: SyncSender<String>,
     lost: AtomicU64,
-    /// Every request is to be told.
+    /// Every request is logged.
     pub trace: bool,
 }
 
@@ -37,7 +37,7 @@ pub fn new(path: &Path, trace: bool) -> (Log, Sink) {
 }
 
 impl Log {
-    pub fn say(&self, line: String) {
+    pub fn line(&self, line: String) {
         if self.lines.try_send(line).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
             return;
@@ -84,12 +84,12 @@ mod tests {
         let path = dir.path().join("log");
         let (log, sink) = new(&path, false);
         for i in 0..LINES + 5 {
-            log.say(format!("line {i}"));
+            log.line(format!("line {i}"));
         }
         std::thread::scope(|s| {
             s.spawn(|| sink.run());
             while !std::fs::read_to_string(&path).unwrap_or_default().contains("lines were lost") {
-                log.say("again".into());
+                log.line("again".into());
             }
             drop(log);
         });

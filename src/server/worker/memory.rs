@@ -1,8 +1,8 @@
 //! Buffers for requests, bounces and pages of BATs: all of the worker's I/O memory, made once.
 //!
-//! A request is read from /dev/fuse into a big buffer, because nobody knows how long it is. Short ones move on into a
-//! small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory stays
-//! warm in the caches.
+//! A request is read from /dev/fuse into a big buffer, because its length is not known before. Short ones move on into
+//! a small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory
+//! stays warm in the caches.
 //!
 //! While the host file system is full, writes that wait for space keep their buffers, and reads must go on: then, and
 //! only then, more big buffers are made, one for every request that the block device can have in flight.
@@ -129,7 +129,7 @@ impl Memory {
         (0..PAGES).map(|i| Span { at: first + i * BAT_PAGE, len: BAT_PAGE }).collect()
     }
 
-    /// Bytes that are zero and that nobody changes.
+    /// Bytes that are zero and never change.
     pub fn zeroes(&self) -> Span {
         Span { at: AT_PAGES + self.threads * PAGES * BAT_PAGE, len: ZEROES }
     }
@@ -266,7 +266,7 @@ impl Common {
         }
     }
 
-    /// Takes this request number, and this buffer if it is one; false: somebody has them.
+    /// Takes this request number, and this buffer if it is one; false: they are in use.
     pub fn take(&self, memory: &Memory, buf: BufId, request: u32) -> io::Result<bool> {
         while buf.extra_number().is_some_and(|n| n >= self.extras.load(Relaxed)) {
             self.grow(memory)?;

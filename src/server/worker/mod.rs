@@ -2,25 +2,25 @@
 //!
 //! It owns what can fail: the image files, the engine, the memory for I/O. The supervisor keeps what must not be lost.
 //! Two threads do the I/O ([`io`]), one syncs, one allocates and zeroes ([`blocking`]), one writes the log; the main
-//! thread talks to the supervisor ([`link`]) and tells the engine the time.
+//! thread talks to the supervisor ([`supervisor_link`]) and feeds the engine its ticks.
 #![forbid(unsafe_code)]
 
-mod admit;
 mod blocking;
 pub mod commit;
 mod core;
+mod dispatch;
 mod files;
 mod finish;
+mod init;
 mod io;
-mod levels;
-mod link;
 mod log;
 mod memory;
 mod merge;
-mod orphan;
+mod open_files;
 mod queue;
-mod setup;
-mod slots;
+mod request_journal;
+mod supervisor_link;
+mod supervisor_restart;
 
 use std::os::fd::AsFd;
 use std::process::{abort, exit};
@@ -35,12 +35,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::fuse;
 use crate::server::proto::{FromWorker, WorkerReady};
 use crate::server::shm::Shm;
-use crate::sys::{calm, process};
+use crate::sys::{process, process_hardening};
 
 use self::core::{Core, THREADS};
-use link::{End, Link};
+use init::Inherited;
 use memory::Memory;
-use setup::Kept;
+use supervisor_link::{End, SupervisorLink};
 
 /// The supervisor's socket.
 const SOCKET: i32 = 3;
@@ -56,79 +56,81 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing else
-/// open but the standard ones.
+/// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing
+/// else open but the standard ones.
 pub fn worker_main() -> ! {
-    calm::one_heap();
-    let _ = calm::not_dumpable();
-    let _ = calm::ignore_signals();
+    process_hardening::use_one_heap();
+    let _ = process_hardening::not_dumpable();
+    let _ = process_hardening::ignore_signals();
     // Threads inherit it.
     let _ = process::set_io_flusher();
-    let _ = calm::spare_from_oom();
-    die_of_panics(None);
+    let _ = process_hardening::exempt_from_oom_killer();
+    abort_on_panic(None);
     let Ok(socket) = process::take_standard(SOCKET) else { exit(2) };
-    let Ok(Some((link, kept))) = Link::start(socket) else { exit(2) };
+    let Ok(Some((link, inherited))) = SupervisorLink::start(socket) else { exit(2) };
     // The threads use both until the process ends.
-    let kept: &'static Kept = Box::leak(Box::new(kept));
+    let inherited: &'static Inherited = Box::leak(Box::new(inherited));
     let mut link = link;
-    let succeeds = kept.start.succeed.is_some();
-    if succeeds && (process::die_with_parent(true).is_err() || link.is_over()) {
-        // Whoever retired for us finds another supervisor.
+    let succeeds = inherited.start.succeed.is_some();
+    if succeeds && (process::exit_with_parent(true).is_err() || link.is_closed()) {
+        // The retired worker starts another supervisor.
         exit(0);
     }
-    let memory = match kept.start.succeed.as_ref().is_some_and(|s| s.wait) {
+    let memory = match inherited.start.succeed.as_ref().is_some_and(|s| s.wait) {
         false => None,
         true => {
             // Without it the reason is told when it is wanted.
-            let memory = setup::get_memory(kept).ok();
-            if link.say(&FromWorker::Prepared).is_err() || !link.await_go() {
+            let memory = init::allocate_memory(inherited).ok();
+            if link.send(&FromWorker::Prepared).is_err() || !link.await_go() {
                 exit(0);
             }
             memory
         }
     };
-    match start(&link, kept, memory) {
+    match start(&link, inherited, memory) {
         Ok((core, chain, ready, no_merge)) => {
-            let heard = link.say(&FromWorker::Ready(ready));
+            let heard = link.send(&FromWorker::Ready(ready));
             if let Some(e) = no_merge {
-                link.set_no_merge(core, &e);
+                link.report_merge_failure(core, &e);
             }
-            if heard.is_err() && !kept.start.takeover && !succeeds {
-                // Nobody has used the device yet: the mark goes again.
-                let closed = link.close_unused(core, kept);
+            if heard.is_err() && !inherited.start.takeover && !succeeds {
+                // The device was never used: the in-use mark is cleared.
+                let closed = link.close_unused(core, inherited);
                 exit(i32::from(finish(core, &chain, closed).is_err()));
             }
-            let finisher = kept
+            let finisher = inherited
                 .start
                 .finish
-                .map(|level| thread("finish", move || finish::finish_thread(core, kept, chain.cluster, level)));
+                .map(|level| thread("finish", move || finish::finish_thread(core, inherited, chain.cluster, level)));
             if let Some(Err(e)) = finisher {
                 *locked(&core.finished) = Some(Some((e.code(), e.to_string())));
                 core.notices.push(core::Notice::Finished);
             }
-            match link.serve(core, kept) {
+            match link.serve(core, inherited) {
                 End::Closed(closed) => {
-                    link.await_finisher(core, kept);
+                    link.await_finisher(core, inherited);
                     let closed =
-                        finish(core, &chain, closed).and_then(|()| merge::leave_target(core, kept, chain.cluster));
+                        finish(core, &chain, closed).and_then(|()| merge::leave_target(core, inherited, chain.cluster));
                     let error = closed.err().map(|e| (e.code(), e.to_string()));
                     let code = i32::from(error.is_some());
-                    let _ = link.say(&FromWorker::Closed { error });
+                    let _ = link.send(&FromWorker::Closed { error });
                     exit(code)
                 }
-                End::Retired(swap, fds, result) => {
-                    let result = result.and_then(|()| merge::complete(core, kept, &swap)).and_then(|()| let_go(core));
-                    link::pause(swap.linger);
-                    let retired = result.is_ok().then_some((&swap, &fds[..]));
+                End::Retired(switch, fds, result) => {
+                    let result = result
+                        .and_then(|()| merge::complete(core, inherited, &switch))
+                        .and_then(|()| release_images(core));
+                    supervisor_link::pause(switch.linger);
+                    let retired = result.is_ok().then_some((&switch, &fds[..]));
                     let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
-                    // Without a supervisor: the next one is told otherwise.
-                    let _ = link.say(&FromWorker::Retired { error });
-                    link.rest(core, kept, retired)
+                    // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
+                    let _ = link.send(&FromWorker::Retired { error });
+                    link.await_kill(core, inherited, retired)
                 }
             }
         }
         Err(e) => {
-            let _ = link.say(&FromWorker::Failed { code: e.code(), message: e.to_string() });
+            let _ = link.send(&FromWorker::Failed { code: e.code(), message: e.to_string() });
             exit(1)
         }
     }
@@ -136,31 +138,31 @@ pub fn worker_main() -> ! {
 
 /// Opens everything and starts all threads.
 fn start(
-    link: &Link,
-    kept: &'static Kept,
+    link: &SupervisorLink,
+    inherited: &'static Inherited,
     memory: Option<Memory>,
 ) -> Result<(&'static Core, Chain, WorkerReady, Option<Error>)> {
-    let setup::Worker { core, chain, ready, sink, warning, no_merge } = setup::set_up(kept, memory)?;
+    let init::Worker { core, chain, ready, sink, warning, no_merge } = init::open_all(inherited, memory)?;
     let core: &'static Core = Box::leak(Box::new(core));
-    die_of_panics(Some(core.shm.clone()));
-    let succeed = kept.start.succeed.as_ref();
+    abort_on_panic(Some(core.shm.clone()));
+    let succeed = inherited.start.succeed.as_ref();
     if let Some(succeed) = succeed {
         // From here on there is no way back, and no need for a supervisor.
-        core.shm.set_switched(kept.start.token);
-        let _ = link.say(&FromWorker::Switched { warning });
-        link::pause(succeed.linger);
-        process::die_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
+        core.shm.set_switched(inherited.start.token);
+        let _ = link.send(&FromWorker::Switched { warning });
+        supervisor_link::pause(succeed.linger);
+        process::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
     }
     // Requests that a worker before has read and not answered have to be sent again, or found in its slots.
-    let resend = kept.start.takeover || succeed.is_some();
-    match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, kept.start.token, resend)) {
+    let resend = inherited.start.takeover || succeed.is_some();
+    match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, inherited.start.token, resend)) {
         Ok(()) => {
-            calm::reserve_heap(HEAP);
-            link::pause(succeed.map_or(0, |s| s.linger));
+            process_hardening::reserve_heap(HEAP);
+            supervisor_link::pause(succeed.map_or(0, |s| s.linger));
             Ok((core, chain, ready, no_merge))
         }
         Err(e) => {
-            // Nobody has used the device yet: the mark goes again.
+            // The device was never used: the in-use mark is cleared.
             if core.writable && !resend {
                 let _ = chain::close(core.top(), &chain, core.status().alloc_end);
             }
@@ -170,15 +172,17 @@ fn start(
 }
 
 /// The images are for another worker from here on: locks fall, nothing is written any more.
-fn let_go(core: &Core) -> Result<()> {
+fn release_images(core: &Core) -> Result<()> {
     for level in &core.levels {
-        process::hollow(&level.file).ctx(Kind::Sys, || format!("cannot let go of {}", level.name.display()))?;
+        process::replace_with_null(&level.file)
+            .ctx(Kind::Sys, || format!("cannot let go of {}", level.name.display()))?;
     }
     Ok(())
 }
 
-/// A half-dead worker is worse than a dead one. The message goes to the standard error; the successor is told.
-fn die_of_panics(shm: Option<Shm>) {
+/// A worker that panicked must not go on serving. The message goes to the standard error; the shared memory tells the
+/// successor.
+fn abort_on_panic(shm: Option<Shm>) {
     std::panic::set_hook(Box::new(move |info| {
         if let Some(shm) = &shm {
             shm.set_panicked();
@@ -194,30 +198,30 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// Starts all threads. When this returns they serve.
-fn start_threads(link: &Link, core: &'static Core, token: u64, resend: bool) -> Result<()> {
+fn start_threads(link: &SupervisorLink, core: &'static Core, token: u64, resend: bool) -> Result<()> {
     thread("sync", || blocking::sync_thread(core))?;
     thread("aux", || blocking::aux_thread(core))?;
     thread("background", || blocking::background_thread(core))?;
-    if let Some(table) = &core.table {
-        link.hand_over(table)?;
+    if let Some(journal) = &core.journal {
+        link.send_journal(journal)?;
         core.shm.set_reading(token);
-        slots::replay(core, table);
+        request_journal::replay(core, journal);
     } else if resend {
         // Before the first read: requests read by ourselves would come back to us, too.
         fuse::resend(core.fuse.as_fd())
             .ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
     }
-    let (tell, told) = sync_channel(THREADS);
+    let (report, reports) = sync_channel(THREADS);
     for number in 0..THREADS {
-        let tell = tell.clone();
+        let report = report.clone();
         thread(&format!("io{number}"), move || {
             let mut io = match io::IoThread::new(core, number) {
                 Ok(io) => {
-                    let _ = tell.send(Ok(()));
+                    let _ = report.send(Ok(()));
                     io
                 }
                 Err(e) => {
-                    let _ = tell.send(Err(e));
+                    let _ = report.send(Err(e));
                     return;
                 }
             };
@@ -227,7 +231,7 @@ fn start_threads(link: &Link, core: &'static Core, token: u64, resend: bool) -> 
         })?;
     }
     for _ in 0..THREADS {
-        match told.recv() {
+        match reports.recv() {
             Ok(made) => {
                 made.ctx(Kind::Sys, || "cannot make an io_uring (sysctl kernel.io_uring_disabled must be 0)")?
             }

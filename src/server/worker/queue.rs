@@ -69,7 +69,7 @@ impl<T> Inbox<T> {
         }
     }
 
-    /// Takes what is there, after the bell was heard.
+    /// Takes what is there, after the eventfd was read.
     pub fn take(&self, out: &mut Vec<T>) {
         let mut count = [0; 8];
         let _ = nix::unistd::read(&self.bell, &mut count);

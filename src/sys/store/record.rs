@@ -1,7 +1,7 @@
 //! Records the steps of one folder, and makes up the folders that a crash after any of them can leave.
 //!
-//! A kill leaves all steps. After a power cut a write is there if a sync of its file began after it, and so are names with
-//! a sync of the folder; of all else any part can be: writes in pieces of a page, names in any order.
+//! A kill leaves all steps. After a power cut a write is there if a sync of its file began after it, and so are names
+//! with a sync of the folder; of all else any part can be: writes in pieces of a page, names in any order.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! The worker as its supervisor sees it: start, messages, death.
+//! The worker as its supervisor sees it: start, messages, exit.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -59,16 +59,16 @@ pub struct Worker {
     /// None once the other end is closed.
     pub sock: Option<OwnedFd>,
     child: Option<Child>,
-    /// Its end was noticed.
-    pub dead: bool,
+    /// It has been reaped.
+    pub exited: bool,
     pub ready: Option<WorkerReady>,
     /// Why it could not open the chain.
     pub refused: Option<(i32, String)>,
     /// It has closed the image: how that went.
     pub closed: Option<Option<(i32, String)>>,
-    /// The slots that it reads requests into, until somebody takes them.
+    /// The slots that it reads requests into, until the supervisor takes them.
     pub slots: Vec<OwnedFd>,
-    /// It waits for `Go`.
+    /// The worker waits for `Go`.
     pub prepared: bool,
     /// It serves nothing any more and has let go of the images, or why it has not.
     pub retired: Option<Option<(i32, String)>>,
@@ -78,8 +78,8 @@ pub struct Worker {
     pub finished: Option<Option<(i32, String)>>,
     /// The merge has come to its end, or to an error.
     pub merged: Option<Option<(i32, String)>>,
-    /// It has changed its lock on a level, or could not.
-    pub yielded: Option<Option<(i32, String)>>,
+    /// The worker has changed its lock on a level, or could not.
+    pub released: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -98,12 +98,13 @@ impl Worker {
         Ok(worker)
     }
 
-    /// One that has started this supervisor.
-    pub fn adopt(pid: i32, sock: OwnedFd) -> Result<Worker> {
+    /// Takes over the running worker that has started this supervisor.
+    pub fn attach_running(pid: i32, sock: OwnedFd) -> Result<Worker> {
         let gone = || std::io::Error::from_raw_os_error(libc::ESRCH);
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
-        let id =
-            runtime::process(pid).ok_or_else(gone).ctx(Kind::Sys, || format!("the worker, process {pid}, died"))?;
+        let id = runtime::process(pid)
+            .ok_or_else(gone)
+            .ctx(Kind::Sys, || format!("the worker, process {pid}, has exited"))?;
         Ok(Worker::new(id, pidfd, sock, None))
     }
 
@@ -113,7 +114,7 @@ impl Worker {
             pidfd,
             sock: Some(sock),
             child,
-            dead: false,
+            exited: false,
             ready: None,
             refused: None,
             closed: None,
@@ -123,11 +124,11 @@ impl Worker {
             switched: None,
             finished: None,
             merged: None,
-            yielded: None,
+            released: None,
         }
     }
 
-    /// Sends a message; a worker that is dead or dying is no error here.
+    /// Sends a message; a worker that has exited is no error here.
     pub fn send(&self, message: &ToWorker, fds: &[BorrowedFd]) -> Result<()> {
         match &self.sock {
             Some(sock) => frame::send(sock, message, fds),
@@ -157,7 +158,7 @@ impl Worker {
         pidfd::send_signal(self.pidfd.as_raw_fd(), libc::SIGKILL);
     }
 
-    /// Reaps a dead worker. True: somebody killed it, it did not fail by itself.
+    /// Reaps a worker that has exited. True: a signal from outside killed it, it did not fail by itself.
     pub fn reap(&mut self) -> bool {
         let Some(child) = &mut self.child else { return true };
         match child.wait() {
@@ -167,9 +168,9 @@ impl Worker {
     }
 }
 
-/// Deaths, and what follows from them.
+/// Decides from worker exits when the next worker starts.
 #[derive(Default)]
-pub struct Deaths {
+pub struct RestartPolicy {
     failed: VecDeque<Instant>,
     quick: u32,
 }
@@ -178,10 +179,10 @@ pub struct Deaths {
 const FAILED_STARTS: usize = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 
-impl Deaths {
-    /// A worker died; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next one;
-    /// `None`: never.
-    pub fn add(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
+impl RestartPolicy {
+    /// A worker has exited; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next
+    /// one; `None`: never.
+    pub fn next_start(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
         if ready {
             self.quick = 0;
             return Some(now);
@@ -208,22 +209,22 @@ mod tests {
     #[test]
     fn five_failed_starts_are_enough() {
         let start = Instant::now();
-        let mut deaths = Deaths::default();
-        assert_eq!(deaths.add(start, true, false), Some(start));
+        let mut restarts = RestartPolicy::default();
+        assert_eq!(restarts.next_start(start, true, false), Some(start));
         let mut now = start;
         for _ in 0..4 {
-            now = deaths.add(now, false, false).unwrap();
+            now = restarts.next_start(now, false, false).unwrap();
         }
         assert!(now - start < Duration::from_secs(3));
-        assert_eq!(deaths.add(now, false, false), None);
+        assert_eq!(restarts.next_start(now, false, false), None);
         // Spread over a longer time they are not, and kills never are.
-        let mut deaths = Deaths::default();
+        let mut restarts = RestartPolicy::default();
         let mut now = start;
         for _ in 0..20 {
-            now = deaths.add(now, false, false).unwrap() + Duration::from_secs(3);
+            now = restarts.next_start(now, false, false).unwrap() + Duration::from_secs(3);
         }
         for _ in 0..20 {
-            now = deaths.add(now, false, true).unwrap();
+            now = restarts.next_start(now, false, true).unwrap();
         }
     }
 

@@ -6,11 +6,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::merge::MergeStep;
-use crate::server::proto::{Marked, Succession, Swap, WorkerStart};
+use crate::server::merge_top::MergeTransition;
+use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
 use crate::server::supervisor::Supervisor;
 use crate::server::worker::commit;
-use crate::server::workers::Descriptors;
+use crate::server::worker_process::Descriptors;
 use crate::sys::file_id::FileId;
 use crate::units::MAX_CHAIN;
 
@@ -22,29 +22,29 @@ pub(super) struct Plan {
 
 impl Supervisor {
     /// Checks a change against the running chain.
-    pub(super) fn plan(&self, swap: &Swap, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
+    pub(super) fn plan(&self, switch: &ChainSwitch, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
         let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
         let attach = &self.start.attach;
         let name = &self.record.name;
-        if swap.expected != attach.ids {
+        if switch.expected != attach.ids {
             bail!(Param, "{name} serves another chain than the one to be changed; look at it with ploop list -a");
         }
-        let new = swap.levels.iter().filter(|l| l.from.is_none()).count();
-        let commit = if swap.commit.is_some() { 2..=3 } else { 0..=0 };
+        let new = switch.levels.iter().filter(|l| l.from.is_none()).count();
+        let commit = if switch.commit.is_some() { 2..=3 } else { 0..=0 };
         let fits = sent.len().checked_sub(new).is_some_and(|rest| commit.contains(&rest));
-        if swap.levels.is_empty() || swap.levels.len() > MAX_CHAIN || !fits || swap.token == 0 {
+        if switch.levels.is_empty() || switch.levels.len() > MAX_CHAIN || !fits || switch.token == 0 {
             bail!(
                 Protocol,
                 "a chain of {} images, {new} of them new, with {} descriptors, change {:#x}",
-                swap.levels.len(),
+                switch.levels.len(),
                 sent.len(),
-                swap.token
+                switch.token
             );
         }
         let clone = |fd: &OwnedFd| fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor");
         let mut rest = sent.iter();
-        let mut levels = Vec::with_capacity(swap.levels.len());
-        for level in &swap.levels {
+        let mut levels = Vec::with_capacity(switch.levels.len());
+        for level in &switch.levels {
             let shown = level.name.path.display();
             match level.from {
                 Some(i) => match (fds.levels.get(i), attach.ids.get(i)) {
@@ -64,30 +64,30 @@ impl Supervisor {
         }
         let extra = rest.map(clone).collect::<Result<Vec<_>>>()?;
         let old_top = attach.levels.len() - 1;
-        let top = swap.levels.len() - 1;
-        let new_top = swap.levels[top].from != Some(old_top);
+        let top = switch.levels.len() - 1;
+        let new_top = switch.levels[top].from != Some(old_top);
         if new_top && attach.read_only {
             bail!(Param, "{name} is read-only: it gets no new top");
         }
         let witness = match new_top {
             true => {
                 let path = format!("/proc/self/fd/{}", levels[top].as_raw_fd());
-                let shown = swap.levels[top].name.path.display();
+                let shown = switch.levels[top].name.path.display();
                 File::open(path).ctx(Kind::Open, || format!("cannot open {shown}"))?.into()
             }
             false => clone(&fds.witness)?,
         };
-        let same = swap.levels.iter().enumerate().all(|(i, l)| l.from == Some(i)) && top == old_top;
+        let same = switch.levels.iter().enumerate().all(|(i, l)| l.from == Some(i)) && top == old_top;
         let mut start = self.start.clone();
         let mut merge: &[OwnedFd] = &fds.merge;
-        let ended = match (&self.merge_step, &self.start.merge) {
-            (Some(MergeStep::Begin(next, sent)), _) => {
+        let ended = match (&self.merge_transition, &self.start.merge) {
+            (Some(MergeTransition::Begin(next, sent)), _) => {
                 start.merge = Some(next.clone());
                 merge = sent;
                 false
             }
-            (Some(MergeStep::End), _) => true,
-            (None, Some(m)) if m.token == swap.token => true,
+            (Some(MergeTransition::End), _) => true,
+            (None, Some(m)) if m.token == switch.token => true,
             (None, Some(_)) if !same => {
                 bail!(Busy, "{name}: its top is being merged; wait for the end of that, or cancel it")
             }
@@ -99,21 +99,21 @@ impl Supervisor {
         }
         let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
         start.merge_fds = merge.len();
-        start.attach.levels = swap.levels.iter().map(|l| l.name.clone()).collect();
-        start.attach.ids = swap.levels.iter().map(|l| l.id).collect();
+        start.attach.levels = switch.levels.iter().map(|l| l.name.clone()).collect();
+        start.attach.ids = switch.levels.iter().map(|l| l.id).collect();
         if start.attach.marked == Marked::Refuse {
             // The former top is marked until it is finished.
             start.attach.marked = Marked::Recover;
         }
         start.takeover = true;
-        start.succeed = Some(Succession { wait: false, new_top, commit: swap.commit.clone(), linger: swap.linger });
+        start.succeed = Some(Succession { wait: false, new_top, commit: switch.commit.clone(), linger: switch.linger });
         start.finish = match ended && same {
             // What was to be the target.
             true => top.checked_sub(1),
-            false => swap.levels[..top].iter().position(|l| l.from == Some(old_top)),
+            false => switch.levels[..top].iter().position(|l| l.from == Some(old_top)),
         };
-        start.token = swap.token;
-        start.yielded = None;
+        start.token = switch.token;
+        start.released_level = None;
         let fds = Descriptors {
             fuse: clone(&fds.fuse)?,
             shm: clone(&fds.shm)?,

@@ -1,17 +1,19 @@
 //! Requests kept where a successor finds them, for kernels that cannot give them out again.
 //!
-//! There is a table with a slot for every request, and the buffers are shared memory, too; the supervisor holds both. A
-//! request is read straight into its slot and a buffer, how it ended is stored before it is answered. A successor copies
-//! what it finds into a table and buffers of its own, since reads of the dead worker may land in the old ones for a long
-//! time yet, and has the supervisor take these instead of the old ones. Only then, and before it reads a request, it
-//! answers again what was done and executes what was not. So at any time there is one table that holds everything:
+//! There is a journal with a slot for every request, and the buffers are shared memory, too; the supervisor holds both.
+//! A
+//! request is read straight into its slot and a buffer, how it ended is stored before it is answered. A successor
+//! copies what it finds into a journal and buffers of its own, since reads of the former worker may land in the old
+//! ones for a long time yet, and has the supervisor take these instead of the old ones. Only then, and before it reads
+//! a request, it answers again what was done and executes what was not. So at any time there is one journal that holds
+//! everything:
 //!
-//! | a worker dies | its slot | the successor |
+//! | a worker exits | its slot | the successor |
 //! |---|---|---|
 //! | before a request was read | empty | does nothing; the kernel has it |
-//! | until it was executed | filled | executes it, perhaps for the second time, before anybody knew of the first |
+//! | until it was executed | filled | executes it, perhaps for the second time, before the first was answered |
 //! | until it was answered | done | answers it |
-//! | until the slot was cleared | done | answers it, which nobody hears |
+//! | until the slot was cleared | done | answers it, and the kernel drops the answer |
 //!
 //! All of it is present and locked before the first read: a page fault while the kernel copies a request to a process
 //! that is being killed would end the request with EIO.
@@ -29,10 +31,10 @@ use crate::engine::api::{Errno, ReqId, Request};
 use crate::error::{IoContext, Kind, Result};
 use crate::server::fuse::{self, HEAD, Head, Op, Reply};
 use crate::sys::arena::{Arena, Span};
-use crate::sys::words::{self, Words};
+use crate::sys::shared_words::{self, SharedWords};
 
-use super::admit::{Asked, Verdict, admit};
-use super::core::{Core, Elsewhere, MAIN_THREAD, Pending};
+use super::core::{Core, DeferToIoThread, MAIN_THREAD, Pending};
+use super::dispatch::{EngineRequest, Verdict, dispatch};
 use super::memory::{BufId, Common, Memory, REQUESTS};
 
 /// "ploopreq"
@@ -58,15 +60,15 @@ const DONE: u64 = 1 << 63;
 
 /// The slots of this worker.
 #[derive(Debug)]
-pub struct Table {
-    words: Words,
+pub struct RequestJournal {
+    words: SharedWords,
     fd: OwnedFd,
     arena: &'static Arena,
 }
 
 /// A request in a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Filled {
+struct JournalEntry {
     id: u32,
     buf: BufId,
     head: [u8; HEAD],
@@ -74,9 +76,9 @@ struct Filled {
     done: Option<std::result::Result<(), Errno>>,
 }
 
-impl Filled {
+impl JournalEntry {
     /// From the words of a row.
-    fn new(id: u32, word: impl Fn(usize) -> u64) -> Option<Filled> {
+    fn new(id: u32, word: impl Fn(usize) -> u64) -> Option<JournalEntry> {
         if word(0) == 0 {
             return None;
         }
@@ -90,7 +92,7 @@ impl Filled {
             (true, 0) => Some(Ok(())),
             (true, errno) => Some(Err(errno)),
         };
-        Some(Filled { id, buf: BufId::from_raw(word(AT_BUFFER) as u16), head, done })
+        Some(JournalEntry { id, buf: BufId::from_raw(word(AT_BUFFER) as u16), head, done })
     }
 
     /// The kernel gives out whole requests only.
@@ -99,24 +101,24 @@ impl Filled {
     }
 }
 
-impl Table {
+impl RequestJournal {
     /// Makes an empty one for these buffers, which are shared.
-    pub fn create(memory: &Memory) -> io::Result<Table> {
-        let fd = words::create(c"ploop-requests", WORDS)?;
-        let table = Table { words: Words::map(fd.as_fd(), WORDS)?, fd, arena: memory.arena };
+    pub fn create(memory: &Memory) -> io::Result<RequestJournal> {
+        let fd = shared_words::create(c"ploop-requests", WORDS)?;
+        let journal = RequestJournal { words: SharedWords::map(fd.as_fd(), WORDS)?, fd, arena: memory.arena };
         // Every page is there by these stores.
-        for word in table.words.iter() {
+        for word in journal.words.iter() {
             word.store(0, Relaxed);
         }
         for (at, v) in memory.shape().into_iter().enumerate() {
-            table.words[AT_SHAPE + at].store(v, Relaxed);
+            journal.words[AT_SHAPE + at].store(v, Relaxed);
         }
-        table.words[AT_VERSION].store(VERSION, Relaxed);
-        table.words[AT_MAGIC].store(MAGIC, Release);
-        Ok(table)
+        journal.words[AT_VERSION].store(VERSION, Relaxed);
+        journal.words[AT_MAGIC].store(MAGIC, Release);
+        Ok(journal)
     }
 
-    /// What a successor needs: the table and the data.
+    /// What a successor needs: the journal and the data.
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
         [Some(self.fd.as_fd()), self.arena.file()].into_iter().flatten().collect()
     }
@@ -163,11 +165,11 @@ impl Table {
         (0..REQUESTS as u32).all(|id| self.row(id)[0].load(Acquire) == 0)
     }
 
-    fn filled(&self) -> Vec<Filled> {
-        (0..REQUESTS as u32).filter_map(|id| Filled::new(id, |i| self.row(id)[i].load(Acquire))).collect()
+    fn filled(&self) -> Vec<JournalEntry> {
+        (0..REQUESTS as u32).filter_map(|id| JournalEntry::new(id, |i| self.row(id)[i].load(Acquire))).collect()
     }
 
-    fn put(&self, filled: &Filled) {
+    fn put(&self, filled: &JournalEntry) {
         let row = self.row(filled.id);
         for (word, bytes) in row.iter().zip(filled.head.chunks(8)).skip(1) {
             word.store(word_of(bytes), Relaxed);
@@ -185,24 +187,24 @@ fn word_of(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_ne_bytes)
 }
 
-/// What a dead worker left. It is read and never changed: the next successor may need it once more.
-pub struct Left {
-    rows: Vec<Filled>,
+/// The journal of a former worker. It is read and never changed: the next successor may need it once more.
+pub struct PriorJournal {
+    rows: Vec<JournalEntry>,
     data: File,
 }
 
-impl Left {
-    /// Looks at a dead worker's slots. Fails on another layout.
-    pub fn open(fds: Vec<OwnedFd>, memory: &Memory) -> Result<Left> {
+impl PriorJournal {
+    /// Reads the journal of a former worker. Fails on another layout.
+    pub fn open(fds: Vec<OwnedFd>, memory: &Memory) -> Result<PriorJournal> {
         let count = fds.len();
-        let Ok([table, data]) = <[OwnedFd; 2]>::try_from(fds) else {
+        let Ok([journal, data]) = <[OwnedFd; 2]>::try_from(fds) else {
             bail!(Protocol, "{count} descriptors came for the requests of the worker before: 2 wanted")
         };
-        let (table, data) = (File::from(table), File::from(data));
+        let (journal, data) = (File::from(journal), File::from(data));
         let mut bytes = Vec::new();
-        let read = table.metadata().and_then(|m| {
+        let read = journal.metadata().and_then(|m| {
             bytes.resize(m.len() as usize, 0);
-            table.read_exact_at(&mut bytes, 0)
+            journal.read_exact_at(&mut bytes, 0)
         });
         read.ctx(Kind::Malloc, || "cannot read the requests of the worker before")?;
         let words: Vec<u64> = bytes.chunks_exact(8).map(word_of).collect();
@@ -215,18 +217,19 @@ impl Left {
             bail!(
                 Protocol,
                 "the requests of the worker before have mark {magic:#x}, version {version}, {} words and {long} bytes of \
-                 data: {MAGIC:#x}, {VERSION}, {WORDS} and {} wanted, cut alike; another version of the server kept \
+                 data: {MAGIC:#x}, {VERSION}, {WORDS} and {} wanted, cut alike; another version of the server inherited \
                  them, stop the device and start it again",
                 words.len(),
                 memory.arena.bytes()
             );
         }
-        let rows = (0..REQUESTS).filter_map(|id| Filled::new(id as u32, |i| words[AT_ROWS + id * ROW + i])).collect();
-        Ok(Left { rows, data })
+        let rows =
+            (0..REQUESTS).filter_map(|id| JournalEntry::new(id as u32, |i| words[AT_ROWS + id * ROW + i])).collect();
+        Ok(PriorJournal { rows, data })
     }
 
-    /// Copies everything into the same slots and buffers of ours. The dead worker's operations on files are over.
-    fn copy(&self, table: &Table, memory: &Memory, common: &Common) -> Result<()> {
+    /// Copies everything into the same slots and buffers of ours. The former worker's operations on files are over.
+    fn copy(&self, journal: &RequestJournal, memory: &Memory, common: &Common) -> Result<()> {
         for row in &self.rows {
             let (buf, len) = match row.request().map(|r| r.op) {
                 // Not to be answered, or nothing that we understand.
@@ -243,7 +246,7 @@ impl Left {
                 let data = memory.buffer(buf).part(0, len);
                 self.fetch(memory, data).ctx(Kind::Malloc, || "cannot read the data of the worker before")?;
             }
-            table.put(&Filled { buf, ..*row });
+            journal.put(&JournalEntry { buf, ..*row });
         }
         Ok(())
     }
@@ -262,38 +265,38 @@ impl Left {
 }
 
 /// Makes the requests of the worker before our own; nothing is done for them yet.
-pub fn adopt(core: &Core, left: &Left) -> Result<()> {
-    let Some(table) = &core.table else {
+pub fn import(core: &Core, left: &PriorJournal) -> Result<()> {
+    let Some(journal) = &core.journal else {
         bail!(Protocol, "requests of the worker before were sent to one that keeps none")
     };
-    left.copy(table, &core.memory, &core.common)
+    left.copy(journal, &core.memory, &core.common)
 }
 
-/// Answers or executes what was adopted. No thread reads requests yet, and the supervisor has our table.
-pub fn replay(core: &Core, table: &Table) {
+/// Answers or executes what was imported. No thread reads requests yet, and the supervisor has our journal.
+pub fn replay(core: &Core, journal: &RequestJournal) {
     let (mut pending, mut actions) = (Vec::new(), Vec::new());
-    for row in table.filled() {
+    for row in journal.filled() {
         let Some(head) = row.request() else { continue };
         let verdict = match row.done {
-            Some(result) => Ok(Verdict::Say(repeated(&head, result))),
-            None => admit(core, &head, true),
+            Some(result) => Ok(Verdict::Reply(repeated(&head, result))),
+            None => dispatch(core, &head, true),
         };
         match verdict {
-            Ok(Verdict::Ask(asked)) => {
-                core.register(row.id, &head, &asked, row.buf);
-                let Asked { kind, offset, len, .. } = asked;
+            Ok(Verdict::Submit(request)) => {
+                core.register(row.id, &head, &request, row.buf);
+                let EngineRequest { kind, offset, len, .. } = request;
                 pending.push(Pending::Request(Request { id: ReqId(row.id), kind, offset, len }));
                 continue;
             }
-            Ok(Verdict::Say(reply)) => core.send(&reply),
-            Ok(Verdict::Nothing) => {}
+            Ok(Verdict::Reply(reply)) => core.send(&reply),
+            Ok(Verdict::NoReply) => {}
             Err(errno) => core.refuse(row.id, head.unique, errno),
         }
         core.forget(row.id);
         core.give(row.buf, row.id);
     }
     core.step(MAIN_THREAD, &mut pending, &mut actions);
-    core.execute(&mut actions, &mut Elsewhere);
+    core.execute(&mut actions, &mut DeferToIoThread);
 }
 
 /// The answer to a request that was executed before.

@@ -1,10 +1,10 @@
-//! What keeps a process that serves a block device from waiting on that device: no reclaim through it, no page faults,
+//! Keeps a process that serves a block device from waiting on that device: no reclaim through it, no page faults,
 //! no core dump to it. All of it is best effort: what is not permitted is left out.
 
 use std::fs;
 use std::io;
 
-/// No core dump is written when this process dies.
+/// No core dump is written when this process crashes.
 pub fn not_dumpable() -> io::Result<()> {
     const NONE: libc::c_ulong = 0;
     // SAFETY: takes numbers only.
@@ -14,8 +14,8 @@ pub fn not_dumpable() -> io::Result<()> {
     }
 }
 
-/// The OOM killer takes others first.
-pub fn spare_from_oom() -> io::Result<()> {
+/// The OOM killer selects other processes first.
+pub fn exempt_from_oom_killer() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000").or_else(|_| fs::write("/proc/self/oom_score_adj", "-999"))
 }
 
@@ -26,7 +26,7 @@ pub fn lock_memory() -> io::Result<()> {
 }
 
 /// One heap for all threads, since each further one would cost locked memory; and what it got once it keeps.
-pub fn one_heap() {
+pub fn use_one_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: sets numbers in the allocator; called before other threads run.
     unsafe {
@@ -38,7 +38,7 @@ pub fn one_heap() {
 }
 
 /// Makes the heap have room for `bytes` more, so that it does not grow while the host is short of memory. Of use where
-/// [`one_heap`] was called and memory is locked.
+/// [`use_one_heap`] was called and memory is locked.
 pub fn reserve_heap(bytes: usize) {
     // More than one piece: a large one would get a mapping of its own.
     let room: Vec<Vec<u8>> = (0..bytes.div_ceil(64 << 10)).map(|_| Vec::with_capacity(64 << 10)).collect();
@@ -54,20 +54,4 @@ pub fn ignore_signals() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// `flock(2)` on the description of `file`: exclusive, waiting if `wait`.
-pub fn flock_exclusive(file: &fs::File, wait: bool) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let how = libc::LOCK_EX | if wait { 0 } else { libc::LOCK_NB };
-    loop {
-        // SAFETY: takes numbers only.
-        if unsafe { libc::flock(file.as_raw_fd(), how) } == 0 {
-            return Ok(());
-        }
-        let e = io::Error::last_os_error();
-        if e.kind() != io::ErrorKind::Interrupted {
-            return Err(e);
-        }
-    }
 }

@@ -1,13 +1,14 @@
 //! The running device changes its chain, or its program: one worker retires, another one takes over.
 //!
-//! The order, and who can die when:
+//! The order, and what follows when a process exits at each step:
 //! 1. The old worker reads no more requests, answers those it has, flushes, lets go of the images. The top stays marked
-//!    in use. Requests wait in the kernel meanwhile. If it dies, the chain is as it was.
-//! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in the
-//!    shared memory, serves. Until that note it dies with its supervisor. If it dies, the descriptor on disk tells
-//!    whether the next one goes on or the old chain comes back.
+//!    in use. Requests wait in the kernel meanwhile. If it exits, the chain is as it was.
+//! 2. The new worker locks and marks the new top, makes the change permanent (the descriptor is renamed), notes it in
+//!    the shared memory, serves. Until that note it exits with its supervisor. If it exits, the descriptor on disk
+//!    tells whether the next one goes on or the old chain comes back.
 //! 3. The old worker is killed. Until then it can start another supervisor: it does if it gets the lock on the new top,
-//!    which a successor that lives holds, and unless requests are kept in slots and were read by one that has died.
+//!    which a running successor holds, and unless requests are kept in the journal and were read by a successor that
+//!    has exited.
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 
@@ -16,17 +17,17 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, Kind, Result};
+use crate::server::chain_plan::{Plan, is_committed};
 use crate::server::helper::{Go, remote_error};
-use crate::server::plan::{Plan, is_committed};
-use crate::server::proto::{Answer, FromWorker, MergeOrder, Swap, ToWorker};
+use crate::server::proto::{Answer, ChainSwitch, FromWorker, MergeOrder, ToWorker};
 use crate::server::supervisor::{Supervisor, log};
-use crate::server::workers::Worker;
+use crate::server::worker_process::Worker;
 use crate::server::{control, frame, runtime};
 
 /// A worker that does not retire in this time is killed, and the chain stays. Longer than what it gives itself.
 const RETIRE: Duration = Duration::from_secs(60);
 /// Freezing a file system.
-const ASKER: Duration = Duration::from_secs(600);
+const INITIATOR: Duration = Duration::from_secs(600);
 /// A worker getting its memory.
 const PREPARE: Duration = Duration::from_secs(5);
 /// A worker opening the new chain.
@@ -36,39 +37,39 @@ const TRIES: usize = 3;
 
 /// What a client asks for.
 #[derive(Debug)]
-pub enum What {
-    Chain(Swap),
+pub enum ChangeRequest {
+    Switch(ChainSwitch),
     /// The program in the first descriptor; a number for the attempt.
-    Program(u64),
+    Reload(u64),
     /// The top merged into the level below it, then this chain.
-    Merge(Swap),
+    MergeTop(ChainSwitch),
     /// Frozen levels merged, then the chain without them.
-    MergeLevels(MergeOrder),
+    MergeFrozen(MergeOrder),
     /// The worker has merged it.
-    Merged,
+    MergeComplete,
     /// A merge has ended before its time, or is to.
-    Unmerge(Error),
+    EndMerge(Error),
 }
 
-/// A change that was asked for.
+/// A requested change of the chain.
 #[derive(Debug)]
-pub struct Change {
-    pub what: What,
+pub struct PendingChange {
+    pub request: ChangeRequest,
     pub fds: Vec<OwnedFd>,
     pub client: Option<OwnedFd>,
 }
 
 /// How the new worker began.
-enum Begun {
-    Serves(Option<String>),
-    /// It died or refused; there is no way back.
-    Forward,
-    /// It died or refused, and nothing has changed.
-    Nothing(Error, Died),
+enum HandoverOutcome {
+    Serving(Option<String>),
+    /// The new worker exited or refused after the commit; the change cannot be undone.
+    Committed,
+    /// The new worker exited or refused, and nothing has changed.
+    Unchanged(Error, ExitReason),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Died {
+enum ExitReason {
     Killed,
     Refused,
 }
@@ -78,31 +79,31 @@ impl Supervisor {
         self.record.state == "running" && self.failed.is_none()
     }
 
-    /// Makes a change and answers whoever asked. True: this supervisor has done its work, the worker finds another one.
-    pub(super) fn change(&mut self, change: Change) -> bool {
-        let Change { what, fds, client } = change;
-        let (swap, program) = match what {
-            What::Chain(swap) => (swap, None),
-            What::Merge(swap) => {
-                self.begin_merge(swap, fds, client);
+    /// Makes a change and answers the client. True: this supervisor ends, and the new worker starts another one.
+    pub(super) fn change(&mut self, change: PendingChange) -> bool {
+        let PendingChange { request, fds, client } = change;
+        let (switch, program) = match request {
+            ChangeRequest::Switch(switch) => (switch, None),
+            ChangeRequest::MergeTop(switch) => {
+                self.begin_merge(switch, fds, client);
                 return false;
             }
-            What::MergeLevels(order) => {
-                self.merge_levels(&order, fds, client);
+            ChangeRequest::MergeFrozen(order) => {
+                self.merge_frozen(&order, fds, client);
                 return false;
             }
-            What::Merged => {
+            ChangeRequest::MergeComplete => {
                 self.finish_merge();
                 return false;
             }
-            What::Unmerge(why) => {
+            ChangeRequest::EndMerge(why) => {
                 self.end_merge(why);
                 client.iter().for_each(|c| control::answer(c, &Answer::Done));
                 return false;
             }
-            What::Program(token) => match self.same_chain(token, fds) {
-                Ok((swap, program)) => {
-                    let result = self.try_change(&swap, Vec::new(), Some(program));
+            ChangeRequest::Reload(token) => match self.same_chain(token, fds) {
+                Ok((switch, program)) => {
+                    let result = self.try_change(&switch, Vec::new(), Some(program));
                     let answer = result.as_ref().map_or_else(control::refusal, |_| Answer::Done);
                     client.iter().for_each(|c| control::answer(c, &answer));
                     return result.is_ok();
@@ -113,13 +114,13 @@ impl Supervisor {
                 }
             },
         };
-        let warning = match swap.token != 0 && swap.token == self.start.token {
-            // Asked for again by somebody who got no answer.
+        let warning = match switch.token != 0 && switch.token == self.start.token {
+            // A client that got no answer retries.
             true => Ok(None),
             false => {
-                self.asker = client.as_ref().filter(|_| swap.ask).and_then(|c| c.try_clone().ok());
-                let result = self.try_change(&swap, fds, program);
-                self.asker = None;
+                self.initiator = client.as_ref().filter(|_| switch.ask).and_then(|c| c.try_clone().ok());
+                let result = self.try_change(&switch, fds, program);
+                self.initiator = None;
                 result
             }
         };
@@ -138,7 +139,7 @@ impl Supervisor {
     }
 
     /// The former top is complete, or not.
-    pub(super) fn finished(&mut self, error: Option<(i32, String)>) {
+    pub(super) fn on_former_top_finished(&mut self, error: Option<(i32, String)>) {
         self.start.finish = None;
         let answer = match error {
             None => Answer::Done,
@@ -151,7 +152,7 @@ impl Supervisor {
     }
 
     /// The change to the chain that is there, and the program that comes with it.
-    fn same_chain(&self, token: u64, fds: Vec<OwnedFd>) -> Result<(Swap, OwnedFd)> {
+    fn same_chain(&self, token: u64, fds: Vec<OwnedFd>) -> Result<(ChainSwitch, OwnedFd)> {
         let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
         Ok((self.same_levels(token), program))
     }
@@ -159,7 +160,7 @@ impl Supervisor {
     /// After an error the device serves the chain it had, unless it has failed. A warning is passed on.
     pub(super) fn try_change(
         &mut self,
-        swap: &Swap,
+        switch: &ChainSwitch,
         fds: Vec<OwnedFd>,
         program: Option<OwnedFd>,
     ) -> Result<Option<String>> {
@@ -167,7 +168,7 @@ impl Supervisor {
         self.wait_while(|s| s.start.finish.is_some(), None)?;
         let status = self.shm.as_ref().map(|s| s.status()).unwrap_or_default();
         if status.failed {
-            bail!(Fsync, "{}: a sync of its image has failed; save what is on it and unmount it", self.record.name);
+            bail!(Fsync, "{}: a sync of its image has failed; save request is on it and unmount it", self.record.name);
         }
         if status.no_space {
             bail!(
@@ -176,11 +177,11 @@ impl Supervisor {
                 self.record.name
             );
         }
-        let plan = self.plan(swap, &fds, program)?;
+        let plan = self.plan(switch, &fds, program)?;
         self.prepare_worker(&plan);
-        let result = self.await_asker().and_then(|()| self.take_turns(swap, fds, plan));
+        let result = self.await_initiator().and_then(|()| self.replace_worker(switch, fds, plan));
         if let Some(mut unused) = self.waiting.take() {
-            break_with(&mut unused);
+            end_retired_worker(&mut unused);
         }
         result
     }
@@ -196,7 +197,7 @@ impl Supervisor {
         let end = Instant::now() + PREPARE;
         while !worker.prepared && Instant::now() < end && self.check_alive().is_ok() {
             let Some(sock) = &worker.sock else { break };
-            if self.turn(end, Some(sock.as_fd()))
+            if self.poll_once(end, Some(sock.as_fd()))
                 && let Some(FromWorker::Prepared) = worker.receive()
             {
                 worker.prepared = true;
@@ -204,44 +205,44 @@ impl Supervisor {
         }
         match worker.prepared {
             true => self.waiting = Some(worker),
-            false => break_with(&mut worker),
+            false => end_retired_worker(&mut worker),
         }
     }
 
-    /// Until whoever asked wants requests to be held, if that is how it was asked.
-    fn await_asker(&mut self) -> Result<()> {
-        let Some(asker) = self.asker.take() else { return Ok(()) };
-        control::answer(&asker, &Answer::Prepared);
-        let end = Instant::now() + ASKER;
+    /// Waits until the client wants requests to be held, if the change says so.
+    fn await_initiator(&mut self) -> Result<()> {
+        let Some(initiator) = self.initiator.take() else { return Ok(()) };
+        control::answer(&initiator, &Answer::Prepared);
+        let end = Instant::now() + INITIATOR;
         while Instant::now() < end {
             self.check_alive()?;
-            if self.turn(end, Some(asker.as_fd())) {
-                return match frame::recv_within::<Go>(&asker, Duration::ZERO) {
+            if self.poll_once(end, Some(initiator.as_fd())) {
+                return match frame::recv_within::<Go>(&initiator, Duration::ZERO) {
                     Ok(Some(_)) => Ok(()),
-                    _ => bail!(Abort, "{}: whoever asked for the change has gone", self.record.name),
+                    _ => bail!(Abort, "{}: the client of the change has gone", self.record.name),
                 };
             }
         }
-        bail!(Abort, "{}: whoever asked for the change does not go on", self.record.name)
+        bail!(Abort, "{}: the client of the change did not send Go in time", self.record.name)
     }
 
-    fn take_turns(&mut self, swap: &Swap, fds: Vec<OwnedFd>, plan: Plan) -> Result<Option<String>> {
+    fn replace_worker(&mut self, switch: &ChainSwitch, fds: Vec<OwnedFd>, plan: Plan) -> Result<Option<String>> {
         for _ in 0..TRIES {
             self.wait_while(|s| s.worker.as_ref().is_none_or(|w| w.ready.is_none()), None)?;
             self.changing = true;
-            match self.retire_worker(swap, &fds) {
-                Ok(Some(resting)) => return self.install(swap, plan, resting),
-                // It died, and with it what it had begun.
-                Ok(None) => self.back(),
+            match self.retire_worker(switch, &fds) {
+                Ok(Some(resting)) => return self.install(switch, plan, resting),
+                // The worker exited; nothing of the change is left.
+                Ok(None) => self.restore_chain(),
                 Err(e) => {
-                    self.back();
+                    self.restore_chain();
                     return Err(e);
                 }
             }
         }
         bail!(
             Device,
-            "{}: its worker died {TRIES} times in a change of the chain; nothing was changed",
+            "{}: its worker exited {TRIES} times in a change of the chain; nothing was changed",
             self.record.name
         )
     }
@@ -254,7 +255,7 @@ impl Supervisor {
             if end.is_some_and(|end| end <= now) {
                 bail!(Device, "{}: its worker does not answer", self.record.name);
             }
-            self.turn(now + Duration::from_secs(1), None);
+            self.poll_once(now + Duration::from_secs(1), None);
         }
         Ok(())
     }
@@ -267,19 +268,19 @@ impl Supervisor {
         }
     }
 
-    /// The worker, retired; none: it died.
-    fn retire_worker(&mut self, swap: &Swap, fds: &[OwnedFd]) -> Result<Option<Worker>> {
+    /// The retired worker; none: it exited.
+    fn retire_worker(&mut self, switch: &ChainSwitch, fds: &[OwnedFd]) -> Result<Option<Worker>> {
         let sent: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
         if let Some(worker) = &mut self.worker {
             worker.retired = None;
-            if worker.send(&ToWorker::Retire(swap.clone()), &sent).is_err() {
+            if worker.send(&ToWorker::Retire(switch.clone()), &sent).is_err() {
                 worker.kill();
             }
         }
-        let answered = |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.dead || w.retired.is_some());
+        let answered = |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.retired.is_some());
         self.wait_while(|s| !answered(s), Some(Instant::now() + RETIRE))?;
         match self.worker.take() {
-            Some(worker) if !worker.dead => match worker.retired.clone().flatten() {
+            Some(worker) if !worker.exited => match worker.retired.clone().flatten() {
                 None => {
                     // Nothing is unanswered any more.
                     self.slots.clear();
@@ -295,8 +296,8 @@ impl Supervisor {
     }
 
     /// Another worker for the chain as it was.
-    fn back(&mut self) {
-        self.bury_worker();
+    fn restore_chain(&mut self) {
+        self.kill_worker();
         self.changing = false;
         if self.aborting.is_empty() && self.failed.is_none() {
             self.start_worker(true);
@@ -304,83 +305,83 @@ impl Supervisor {
     }
 
     /// Kills the worker, if there is one, and waits for its end.
-    fn bury_worker(&mut self) {
+    fn kill_worker(&mut self) {
         self.changing = true;
-        while let Some(worker) = self.worker.as_ref().filter(|w| !w.dead && self.aborting.is_empty()) {
+        while let Some(worker) = self.worker.as_ref().filter(|w| !w.exited && self.aborting.is_empty()) {
             worker.kill();
-            self.turn(Instant::now() + Duration::from_millis(100), None);
+            self.poll_once(Instant::now() + Duration::from_millis(100), None);
         }
         // When the device is given up its worker is wanted there.
-        if self.worker.as_ref().is_some_and(|w| w.dead) {
+        if self.worker.as_ref().is_some_and(|w| w.exited) {
             self.worker = None;
         }
     }
 
-    /// Starts the worker of the new chain. After an error the old one is served again, unless there is no way back.
-    fn install(&mut self, swap: &Swap, plan: Plan, mut resting: Worker) -> Result<Option<String>> {
+    /// Starts the worker of the new chain. After an error the old one is served again, unless the change is committed.
+    fn install(&mut self, switch: &ChainSwitch, plan: Plan, mut resting: Worker) -> Result<Option<String>> {
         let mut tries = 0;
         let result = loop {
-            let begun = match self.begin(swap, &plan) {
+            let begun = match self.start_successor(switch, &plan) {
                 Err(e) if self.check_alive().is_err() => break Err(e),
                 // Too slow. What it has done by its end counts.
                 Err(e) => {
-                    self.bury_worker();
-                    match self.is_switched(swap) || is_committed(&plan) {
-                        true => Begun::Forward,
+                    self.kill_worker();
+                    match self.is_switched(switch) || is_committed(&plan) {
+                        true => HandoverOutcome::Committed,
                         false => break Err(e),
                     }
                 }
-                Ok(begun) => begun,
+                Ok(outcome) => outcome,
             };
             match begun {
-                Begun::Serves(warning) => break Ok(warning),
-                Begun::Forward => {
-                    self.bury_worker();
-                    if self.is_switched(swap) {
-                        self.adopt_plan(plan);
+                HandoverOutcome::Serving(warning) => break Ok(warning),
+                HandoverOutcome::Committed => {
+                    self.kill_worker();
+                    if self.is_switched(switch) {
+                        self.apply_plan(plan);
                         self.start_worker(true);
-                        break_with(&mut resting);
+                        end_retired_worker(&mut resting);
                         return Ok(None);
                     }
                     // Committed, not served: the same again, as for a device that cannot be served.
-                    match self.deaths.add(Instant::now(), false, false) {
+                    match self.restarts.next_start(Instant::now(), false, false) {
                         Some(at) => {
                             let _ = self.wait_while(|_| Instant::now() < at, None);
                         }
                         None => {
-                            self.adopt_plan(plan);
+                            self.apply_plan(plan);
                             self.fail("no worker can serve the new chain".into());
-                            break_with(&mut resting);
+                            end_retired_worker(&mut resting);
                             bail!(Device, "{}: no worker can serve the new chain", self.record.name);
                         }
                     }
                 }
-                Begun::Nothing(e, died) => {
-                    self.bury_worker();
+                HandoverOutcome::Unchanged(e, died) => {
+                    self.kill_worker();
                     tries += 1;
-                    if died == Died::Refused || tries >= TRIES {
+                    if died == ExitReason::Refused || tries >= TRIES {
                         break Err(e);
                     }
                 }
             }
         };
         match &result {
-            Ok(_) => self.adopt_plan(plan),
-            Err(_) => self.back(),
+            Ok(_) => self.apply_plan(plan),
+            Err(_) => self.restore_chain(),
         }
-        break_with(&mut resting);
+        end_retired_worker(&mut resting);
         result
     }
 
-    fn begin(&mut self, swap: &Swap, plan: &Plan) -> Result<Begun> {
-        if self.is_switched(swap) {
-            return Ok(Begun::Forward);
+    fn start_successor(&mut self, switch: &ChainSwitch, plan: &Plan) -> Result<HandoverOutcome> {
+        if self.is_switched(switch) {
+            return Ok(HandoverOutcome::Committed);
         }
         self.check_alive()?;
         let prepared = self.waiting.take().and_then(|mut worker| match worker.send(&ToWorker::Go, &[]) {
             Ok(()) => Some(worker),
             Err(_) => {
-                break_with(&mut worker);
+                end_retired_worker(&mut worker);
                 None
             }
         });
@@ -388,43 +389,46 @@ impl Supervisor {
             Ok(worker) => worker,
             Err(e) if is_committed(plan) => {
                 log(&self.record.name, &e.to_string());
-                return Ok(Begun::Forward);
+                return Ok(HandoverOutcome::Committed);
             }
-            Err(e) => return Ok(Begun::Nothing(e, Died::Killed)),
+            Err(e) => return Ok(HandoverOutcome::Unchanged(e, ExitReason::Killed)),
         };
         self.worker = Some(worker);
         let over =
-            |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.dead || w.refused.is_some() || w.ready.is_some());
+            |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.refused.is_some() || w.ready.is_some());
         self.wait_while(|s| !over(s), Some(Instant::now() + OPEN))?;
         let Some(worker) = &self.worker else { bail!(Device, "{}: its worker is gone", self.record.name) };
-        if worker.ready.is_some() && !worker.dead {
-            return Ok(Begun::Serves(worker.switched.clone().flatten()));
+        if worker.ready.is_some() && !worker.exited {
+            return Ok(HandoverOutcome::Serving(worker.switched.clone().flatten()));
         }
         let refused = worker.refused.clone();
-        if self.is_switched(swap) || is_committed(plan) {
+        if self.is_switched(switch) || is_committed(plan) {
             if let Some((_, message)) = refused {
                 log(&self.record.name, &message);
             }
-            return Ok(Begun::Forward);
+            return Ok(HandoverOutcome::Committed);
         }
         Ok(match refused {
-            Some((code, message)) => Begun::Nothing(remote_error(code, message), Died::Refused),
-            None => Begun::Nothing(Error::new(Kind::Device, "the worker of the new chain died"), Died::Killed),
+            Some((code, message)) => HandoverOutcome::Unchanged(remote_error(code, message), ExitReason::Refused),
+            None => HandoverOutcome::Unchanged(
+                Error::new(Kind::Device, "the worker of the new chain exited"),
+                ExitReason::Killed,
+            ),
         })
     }
 
     /// A worker has begun to serve the new chain.
-    fn is_switched(&self, swap: &Swap) -> bool {
-        let noted = self.shm.as_ref().is_some_and(|s| s.switched() == swap.token);
+    fn is_switched(&self, switch: &ChainSwitch) -> bool {
+        let noted = self.shm.as_ref().is_some_and(|s| s.switched() == switch.token);
         noted || self.worker.as_ref().is_some_and(|w| w.switched.is_some())
     }
 
     /// The new chain is the chain from here on.
-    fn adopt_plan(&mut self, plan: Plan) {
+    fn apply_plan(&mut self, plan: Plan) {
         let Plan { mut start, mut fds } = plan;
         start.succeed = None;
         fds.extra.clear();
-        // Said before this was known.
+        // The message may have come before this point.
         let finished = self.worker.as_ref().is_some_and(|w| w.finished.is_some());
         if finished {
             start.finish = None;
@@ -441,14 +445,14 @@ impl Supervisor {
     }
 
     /// For a supervisor that a retired worker has started: the change goes on where the old one left it.
-    pub(super) fn go_on_with(&mut self, swap: Swap, fds: Vec<OwnedFd>) {
+    pub(super) fn resume_change(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>) {
         let Some(mut resting) = self.worker.take() else { return };
         self.changing = true;
-        let result = match self.plan(&swap, &fds, None) {
-            Ok(plan) => self.install(&swap, plan, resting).map(drop),
+        let result = match self.plan(&switch, &fds, None) {
+            Ok(plan) => self.install(&switch, plan, resting).map(drop),
             Err(e) => {
-                self.back();
-                break_with(&mut resting);
+                self.restore_chain();
+                end_retired_worker(&mut resting);
                 Err(e)
             }
         };
@@ -458,10 +462,10 @@ impl Supervisor {
     }
 }
 
-/// Nobody needs the retired worker any more. It holds no image.
-fn break_with(resting: &mut Worker) {
+/// Ends the retired worker, which is not needed any more and holds no image.
+fn end_retired_worker(resting: &mut Worker) {
     resting.kill();
-    // One that we did not start is reaped elsewhere.
+    // A worker that this supervisor did not start is reaped by its own parent.
     let end = Instant::now() + Duration::from_secs(5);
     while runtime::alive(resting.id) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));

@@ -9,11 +9,11 @@ use crate::engine::api::{Action, Config};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::server::proto::LevelName;
-use crate::server::shm::{self, Shm, Strikes};
-use crate::server::{frame, worker::core::Parts};
+use crate::server::shm::{self, PoisonCounts, Shm};
+use crate::server::{frame, worker::core::CoreConfig};
 use crate::units::ClusterSize;
 
-use super::super::{levels, log};
+use super::super::{log, open_files};
 
 const READ: u32 = 15;
 const WRITE: u32 = 16;
@@ -45,7 +45,7 @@ fn data(unique: u64, len: u32) -> Vec<u8> {
 struct Desk {
     memory: Memory,
     common: Common,
-    table: Table,
+    journal: RequestJournal,
     kernel: OwnedFd,
     fuse: OwnedFd,
 }
@@ -53,31 +53,31 @@ struct Desk {
 impl Desk {
     fn new() -> Desk {
         let memory = Memory::new(2, true).unwrap();
-        let table = Table::create(&memory).unwrap();
+        let journal = RequestJournal::create(&memory).unwrap();
         let (kernel, fuse) = frame::pair().unwrap();
-        Desk { memory, common: Common::new(), table, kernel, fuse }
+        Desk { memory, common: Common::new(), journal, kernel, fuse }
     }
 
     /// As the I/O threads do it.
     fn read(&self, id: u32, buf: BufId, r: &[u8]) -> Head {
         nix::unistd::write(&self.kernel, r).unwrap();
         let mut head = [0; HEAD];
-        let len = self.table.read(self.fuse.as_fd(), id, buf, self.memory.buffer(buf), &mut head).unwrap();
+        let len = self.journal.read(self.fuse.as_fd(), id, buf, self.memory.buffer(buf), &mut head).unwrap();
         fuse::parse(&head, len).unwrap()
     }
 
-    fn left(&self) -> Left {
-        let fds = self.table.fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
-        Left::open(fds.collect(), &self.memory).unwrap()
+    fn left(&self) -> PriorJournal {
+        let fds = self.journal.fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+        PriorJournal::open(fds.collect(), &self.memory).unwrap()
     }
 
     /// What a successor makes of it, and its successor, and what both have.
-    fn succeeded(&self) -> (Desk, BTreeMap<u32, Filled>) {
+    fn has_successor(&self) -> (Desk, BTreeMap<u32, JournalEntry>) {
         let (one, two) = (Desk::new(), Desk::new());
-        self.left().copy(&one.table, &one.memory, &one.common).unwrap();
-        one.left().copy(&two.table, &two.memory, &two.common).unwrap();
-        assert_eq!(one.table.filled(), two.table.filled());
-        let rows = two.table.filled().into_iter().map(|f| (f.id, f)).collect();
+        self.left().copy(&one.journal, &one.memory, &one.common).unwrap();
+        one.left().copy(&two.journal, &two.memory, &two.common).unwrap();
+        assert_eq!(one.journal.filled(), two.journal.filled());
+        let rows = two.journal.filled().into_iter().map(|f| (f.id, f)).collect();
         (two, rows)
     }
 
@@ -97,40 +97,40 @@ fn a_death_at_each_store() {
     let desk = Desk::new();
     let (id, big, small) = (7, BufId::from_raw(3), small(5));
     let head = request(WRITE, 42, 4096, 1024);
-    let wanted = Filled { id, buf: big, head: head[..HEAD].try_into().unwrap(), done: None };
-    assert!(desk.table.is_empty() && desk.succeeded().1.is_empty());
+    let wanted = JournalEntry { id, buf: big, head: head[..HEAD].try_into().unwrap(), done: None };
+    assert!(desk.journal.is_empty() && desk.has_successor().1.is_empty());
     // What was there before, answered or not understood, does not matter.
     desk.read(id, big, &request(GETATTR, 40, 0, 0));
-    desk.table.done(id, Err(libc::EIO));
+    desk.journal.done(id, Err(libc::EIO));
     let mut empty = [0; HEAD];
     nix::fcntl::fcntl(&desk.fuse, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
-    let none = desk.table.read(desk.fuse.as_fd(), id, big, desk.memory.buffer(big), &mut empty);
+    let none = desk.journal.read(desk.fuse.as_fd(), id, big, desk.memory.buffer(big), &mut empty);
     // Nothing to be read, and the slot is free.
     assert_eq!(none.unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    assert!(desk.succeeded().1.is_empty());
+    assert!(desk.has_successor().1.is_empty());
 
     assert_eq!(desk.read(id, big, &head).unique, 42);
-    let (successor, rows) = desk.succeeded();
+    let (successor, rows) = desk.has_successor();
     assert_eq!(rows.values().collect::<Vec<_>>(), [&wanted]);
     assert_eq!(successor.bytes(big, 1024), data(42, 1024));
     // Copied, but not yet told so.
     desk.memory.arena.copy(desk.memory.buffer(big).part(0, 1024), desk.memory.buffer(small));
-    assert_eq!(desk.succeeded().1[&id], wanted);
-    desk.table.moved(id, small);
+    assert_eq!(desk.has_successor().1[&id], wanted);
+    desk.journal.moved(id, small);
     desk.memory.arena.zero(desk.memory.buffer(big));
-    let (successor, rows) = desk.succeeded();
-    assert_eq!(rows[&id], Filled { buf: small, ..wanted });
+    let (successor, rows) = desk.has_successor();
+    assert_eq!(rows[&id], JournalEntry { buf: small, ..wanted });
     assert_eq!(successor.bytes(small, 1024), data(42, 1024));
     for result in [Ok(()), Err(libc::ENOSPC)] {
-        desk.table.done(id, result);
+        desk.journal.done(id, result);
         // No data are needed any more, and no buffer.
-        assert_eq!(desk.succeeded().1[&id], Filled { buf: BufId::NONE, done: Some(result), ..wanted });
+        assert_eq!(desk.has_successor().1[&id], JournalEntry { buf: BufId::NONE, done: Some(result), ..wanted });
     }
-    desk.table.clear(id);
-    assert!(desk.table.is_empty() && desk.succeeded().1.is_empty());
+    desk.journal.clear(id);
+    assert!(desk.journal.is_empty() && desk.has_successor().1.is_empty());
     // The next one in this slot is not done.
     desk.read(id, big, &request(READ, 44, 0, 4096));
-    assert_eq!(desk.succeeded().1[&id].done, None);
+    assert_eq!(desk.has_successor().1[&id].done, None);
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn everything_is_found_and_belongs_to_nobody_else() {
     // Its buffer is another one's by now.
     desk.read(6, BufId::from_raw(2), &request(WRITE, 12, 0, 512));
     desk.read(511, BufId::from_raw(15), &request(INTERRUPT, 0, 0, 0));
-    let (successor, rows) = desk.succeeded();
+    let (successor, rows) = desk.has_successor();
     assert_eq!(rows.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(successor.bytes(BufId::from_raw(0), 128 << 10), data(2, 128 << 10));
     assert_eq!(successor.bytes(extra, 64 << 10), data(4, 64 << 10));
@@ -170,12 +170,12 @@ fn everything_is_found_and_belongs_to_nobody_else() {
         assert!(!taken.contains(&buf));
     }
     // Nobody writes to what was left.
-    assert_eq!(desk.table.filled().len(), 7);
+    assert_eq!(desk.journal.filled().len(), 7);
     assert_eq!(desk.bytes(BufId::from_raw(2), 512), data(12, 512));
     // Two with one buffer: that cannot be, and nothing is guessed.
-    desk.table.moved(6, BufId::from_raw(1));
+    desk.journal.moved(6, BufId::from_raw(1));
     let another = Desk::new();
-    let e = desk.left().copy(&another.table, &another.memory, &another.common).unwrap_err();
+    let e = desk.left().copy(&another.journal, &another.memory, &another.common).unwrap_err();
     assert_eq!(e.kind(), Kind::Protocol, "{e}");
 }
 
@@ -183,18 +183,18 @@ fn everything_is_found_and_belongs_to_nobody_else() {
 fn other_layouts_are_left_alone() {
     let desk = Desk::new();
     desk.read(0, BufId::from_raw(0), &request(FSYNC, 10, 0, 0));
-    let fds = |d: &Desk| d.table.fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect::<Vec<_>>();
+    let fds = |d: &Desk| d.journal.fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect::<Vec<_>>();
     for at in [AT_MAGIC, AT_VERSION, AT_SHAPE, AT_SHAPE + 4, AT_SHAPE + 5] {
-        let was = desk.table.words[at].fetch_add(1, Relaxed);
-        let e = Left::open(fds(&desk), &desk.memory).err().unwrap();
+        let was = desk.journal.words[at].fetch_add(1, Relaxed);
+        let e = PriorJournal::open(fds(&desk), &desk.memory).err().unwrap();
         assert_eq!(e.kind(), Kind::Protocol, "{e}");
         assert!(e.to_string().contains("another version of the server"), "{e}");
-        desk.table.words[at].store(was, Relaxed);
+        desk.journal.words[at].store(was, Relaxed);
     }
-    let short = words::create(c"other", 8).unwrap();
-    let e = Left::open(vec![short, fds(&desk).remove(1)], &desk.memory).err().unwrap();
+    let short = shared_words::create(c"other", 8).unwrap();
+    let e = PriorJournal::open(vec![short, fds(&desk).remove(1)], &desk.memory).err().unwrap();
     assert_eq!(e.kind(), Kind::Protocol, "{e}");
-    let three = Left::open(fds(&desk).into_iter().take(1).collect(), &desk.memory).err().unwrap();
+    let three = PriorJournal::open(fds(&desk).into_iter().take(1).collect(), &desk.memory).err().unwrap();
     assert_eq!(three.kind(), Kind::Protocol, "{three}");
     assert_eq!(desk.left().rows.len(), 1);
 }
@@ -207,7 +207,7 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
     }
     let fd = File::options().read(true).write(true).open(&path).unwrap();
     let names = [LevelName { path, raw: false }];
-    let files = levels::open(&[fd.into()], &names, true).unwrap();
+    let files = open_files::open(&[fd.into()], &names, true).unwrap();
     let options = chain::OpenOptions { writable: true, marked: chain::Marked::Recover, ..Default::default() };
     let chain = chain::open(&files, &options).unwrap();
     let config = Config {
@@ -224,42 +224,42 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         failed: false,
         background: None,
     };
-    let Desk { memory, table, kernel, fuse, .. } = Desk::new();
-    let parts = Parts {
+    let Desk { memory, journal, kernel, fuse, .. } = Desk::new();
+    let parts = CoreConfig {
         fuse,
         memory,
-        table: Some(table),
+        journal: Some(journal),
         engine: Engine::new(config, chain.carried.clone(), shm.clone()),
         levels: files,
         device_bytes: chain.device_bytes,
         block_bytes: 1 << 20,
         writable: true,
         shm: shm.clone(),
-        strikes: Strikes::default(),
+        poison_counts: PoisonCounts::default(),
         log: log::new(&dir.join("log"), false).0,
-        yielded: None,
+        released_level: None,
     };
     (Core::new(parts).unwrap(), kernel)
 }
 
-fn table(core: &Core) -> &Table {
-    core.table.as_ref().unwrap()
+fn journal(core: &Core) -> &RequestJournal {
+    core.journal.as_ref().unwrap()
 }
 
-fn left(core: &Core) -> Left {
-    let fds = table(core).fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
-    Left::open(fds.collect(), &core.memory).unwrap()
+fn left(core: &Core) -> PriorJournal {
+    let fds = journal(core).fds().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    PriorJournal::open(fds.collect(), &core.memory).unwrap()
 }
 
 /// The kernel hands a request to the worker, which puts it into slot `id`.
 fn hand(core: &Core, kernel: &OwnedFd, id: u32, buf: BufId, r: &[u8]) -> (Head, Verdict) {
     nix::unistd::write(kernel, r).unwrap();
     let mut head = [0; HEAD];
-    let len = table(core).read(core.fuse.as_fd(), id, buf, core.memory.buffer(buf), &mut head).unwrap();
+    let len = journal(core).read(core.fuse.as_fd(), id, buf, core.memory.buffer(buf), &mut head).unwrap();
     let head = fuse::parse(&head, len).unwrap();
-    let verdict = admit(core, &head, false).unwrap();
-    if let Verdict::Ask(asked) = &verdict {
-        core.register(id, &head, asked, buf);
+    let verdict = dispatch(core, &head, false).unwrap();
+    if let Verdict::Submit(request) = &verdict {
+        core.register(id, &head, request, buf);
     }
     (head, verdict)
 }
@@ -286,22 +286,22 @@ fn what_is_done_is_answered_again_and_the_rest_executed() {
     let shm = Shm::map(memory.as_fd()).unwrap();
     let (dead, kernel) = core(dir.path(), &shm);
     hand(&dead, &kernel, 0, BufId::from_raw(0), &request(WRITE, 2, 0, 4096));
-    table(&dead).done(0, Ok(()));
+    journal(&dead).done(0, Ok(()));
     hand(&dead, &kernel, 1, BufId::from_raw(1), &request(WRITE, 4, 4096, 512));
     hand(&dead, &kernel, 2, BufId::from_raw(2), &request(FSYNC, 6, 0, 0));
-    table(&dead).done(2, Err(libc::EIO));
+    journal(&dead).done(2, Err(libc::EIO));
     hand(&dead, &kernel, 3, BufId::from_raw(3), &request(READ, 8, 1 << 20, 512));
     hand(&dead, &kernel, 4, BufId::from_raw(4), &request(GETATTR, 10, 0, 0));
 
     let (next, kernel) = core(dir.path(), &shm);
-    adopt(&next, &left(&dead)).unwrap();
+    import(&next, &left(&dead)).unwrap();
     assert!(answers(&kernel).is_empty());
-    replay(&next, table(&next));
+    replay(&next, journal(&next));
     let got = answers(&kernel);
     assert_eq!((got[&2], got[&6], got[&10]), ((0, 24), (-libc::EIO, 16), (0, 120)));
     assert_eq!(got.len(), 3);
     // The others are under way, and nothing else is in the table any more.
-    let rows: Vec<_> = table(&next).filled().iter().map(|f| (f.id, f.done)).collect();
+    let rows: Vec<_> = journal(&next).filled().iter().map(|f| (f.id, f.done)).collect();
     assert_eq!(rows, [(1, None), (3, None)]);
     assert_eq!(next.status().requests, 2);
     // The dead worker's slots are as they were.
@@ -315,18 +315,18 @@ fn a_request_that_kills_fails_at_last() {
     let shm = Shm::map(memory.as_fd()).unwrap();
     let (mut dead, kernel) = core(dir.path(), &shm);
     let (head, verdict) = hand(&dead, &kernel, 9, BufId::from_raw(0), &request(WRITE, 2, 0, 4096));
-    let Verdict::Ask(asked) = verdict else { panic!("{verdict:?}") };
-    let key = crate::server::shm::RequestKey::new(head.unique, head.opcode, asked.offset, asked.len);
+    let Verdict::Submit(request) = verdict else { panic!("{verdict:?}") };
+    let key = crate::server::shm::RequestKey::new(head.unique, head.opcode, request.offset, request.len);
     for death in 1..=3 {
         shm.mark(0, Some(key));
-        let strikes = shm.settle_marks();
+        let poison_counts = shm.count_marked_requests();
         let (mut next, kernel) = core(dir.path(), &shm);
-        next.strikes = strikes;
-        adopt(&next, &left(&dead)).unwrap();
-        replay(&next, table(&next));
+        next.poison_counts = poison_counts;
+        import(&next, &left(&dead)).unwrap();
+        replay(&next, journal(&next));
         let out = death == 3;
         assert_eq!(answers(&kernel).get(&2), out.then_some(&(-libc::EIO, 16)));
-        assert_eq!(table(&next).is_empty(), out);
+        assert_eq!(journal(&next).is_empty(), out);
         dead = next;
     }
 }
@@ -346,13 +346,13 @@ fn done_comes_before_the_answer() {
     std::thread::scope(|s| {
         let answering = s.spawn(|| {
             let mut actions = vec![Action::Reply { req: ReqId(5), result: Ok(()) }];
-            core.execute(&mut actions, &mut Elsewhere);
+            core.execute(&mut actions, &mut DeferToIoThread);
         });
         let end = Instant::now() + Duration::from_secs(10);
-        while table(core).filled().iter().all(|f| f.done.is_none()) && Instant::now() < end {
+        while journal(core).filled().iter().all(|f| f.done.is_none()) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let rows = table(core).filled();
+        let rows = journal(core).filled();
         assert!(!answering.is_finished());
         assert_eq!(left(core).rows, rows);
         let seen = rows.iter().any(|f| f.done == Some(Ok(())));
@@ -360,5 +360,5 @@ fn done_comes_before_the_answer() {
         let _ = answering.join();
         assert!(seen, "answered, but not done: {got:?}");
     });
-    assert!(table(core).is_empty());
+    assert!(journal(core).is_empty());
 }

@@ -1,4 +1,4 @@
-//! The main thread: takes the supervisor's orders, tells the engine the time, replaces a supervisor that died.
+//! The main thread: handles the supervisor's messages, feeds the engine its ticks, replaces a supervisor that exited.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,31 +12,31 @@ use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
-use crate::server::proto::{FromWorker, ProcessId, Swap, ToWorker};
+use crate::server::proto::{ChainSwitch, FromWorker, ProcessId, ToWorker};
 use crate::server::{frame, runtime};
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
+use super::init::Inherited;
 use super::locked;
-use super::orphan::{arbiter, start_supervisor, succeeded};
-use super::setup::Kept;
-use super::slots::Table;
+use super::request_journal::RequestJournal;
+use super::supervisor_restart::{has_successor, start_supervisor, try_top_lock};
 
 const TICK: Duration = Duration::from_secs(1);
-/// Longest wait for a supervisor that does not take what we say.
-pub const SAY_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for a supervisor that does not take a message.
+pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// The same for what it must have.
-const HAND_OVER: Duration = Duration::from_secs(60);
+const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// Pauses between attempts to start a supervisor: doubled from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// A supervisor that lived so long was a good one.
-const GOOD_LIFE: Duration = Duration::from_secs(10);
+/// A supervisor that ran so long resets the pause.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// A retiring worker answers what it has read within this, else it is killed and the chain stays.
 const DRAIN: Duration = Duration::from_secs(30);
 /// Looks at a draining engine.
 const DRAIN_TICK: Duration = Duration::from_millis(1);
 /// Looks at the lock of the successor.
-const ARBITER_PAUSE: Duration = Duration::from_millis(50);
+const TOP_LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why serving ended.
 #[derive(Debug)]
@@ -44,17 +44,17 @@ pub enum End {
     /// The engine has closed.
     Closed(Result<(), Errno>),
     /// The engine has closed in favour of a worker with another chain, whose descriptors these are; or it could not.
-    Retired(Swap, Vec<OwnedFd>, Result<()>),
+    Retired(ChainSwitch, Vec<OwnedFd>, Result<()>),
 }
 
 /// A retirement under way.
 #[derive(Debug)]
 struct Retiring {
-    swap: Swap,
+    switch: ChainSwitch,
     fds: Vec<OwnedFd>,
     /// I/O threads that read no more requests.
     quiet: usize,
-    /// The engine was told to close.
+    /// The engine has got its `Close`.
     closing: bool,
     end: Instant,
 }
@@ -67,8 +67,8 @@ fn recorded_supervisor(device: &str) -> ProcessId {
 
 /// The connection to the supervisor, whichever process that is.
 #[derive(Debug)]
-pub struct Link {
-    /// None: it died, and a new one is to be started.
+pub struct SupervisorLink {
+    /// None: the supervisor exited, and a new one is to be started.
     socket: Option<OwnedFd>,
     since: Instant,
     pause: Duration,
@@ -82,17 +82,17 @@ pub struct Link {
     merge_result: Option<Option<(i32, String)>>,
 }
 
-impl Link {
+impl SupervisorLink {
     /// Takes the first message. `None`: the supervisor went away before.
-    pub fn start(socket: OwnedFd) -> Result<Option<(Link, Kept)>> {
+    pub fn start(socket: OwnedFd) -> Result<Option<(SupervisorLink, Inherited)>> {
         frame::prepare(&socket);
         let Some((first, fds)) = frame::recv::<ToWorker>(&socket)? else { return Ok(None) };
         let ToWorker::Start(start) = first else {
             bail!(Protocol, "the supervisor began with {first:?}: Start wanted");
         };
-        let kept = Kept::new(start, fds)?;
+        let inherited = Inherited::new(start, fds)?;
         let now = Instant::now();
-        let link = Link {
+        let link = SupervisorLink {
             socket: Some(socket),
             since: now,
             pause: FIRST_PAUSE,
@@ -103,44 +103,44 @@ impl Link {
             retired_by: ProcessId::default(),
             merge_result: None,
         };
-        Ok(Some((link, kept)))
+        Ok(Some((link, inherited)))
     }
 
-    /// Tells the supervisor something.
-    pub fn say(&self, message: &FromWorker) -> Result<()> {
+    /// Sends the supervisor a message.
+    pub fn send(&self, message: &FromWorker) -> Result<()> {
         match &self.socket {
-            Some(socket) => frame::send_within(socket, message, &[], SAY_LIMIT),
-            None => bail!(Protocol, "the supervisor has died"),
+            Some(socket) => frame::send_within(socket, message, &[], SEND_LIMIT),
+            None => bail!(Protocol, "the supervisor has exited"),
         }
     }
 
     /// Gives the supervisor the slots that requests are read into from now on. Without it a successor would not find
-    /// them; if there is no supervisor any more, the next one gets them from us.
-    pub fn hand_over(&self, table: &Table) -> Result<()> {
+    /// them; if there is no supervisor any more, the next one gets them from this worker.
+    pub fn send_journal(&self, journal: &RequestJournal) -> Result<()> {
         let Some(socket) = &self.socket else { return Ok(()) };
-        match frame::send_within(socket, &FromWorker::Slots, &table.fds(), HAND_OVER) {
-            Err(e) if !self.is_over() => Err(e),
+        match frame::send_within(socket, &FromWorker::Slots, &journal.fds(), JOURNAL_LIMIT) {
+            Err(e) if !self.is_closed() => Err(e),
             _ => Ok(()),
         }
     }
 
     /// The supervisor has closed the connection.
-    pub fn is_over(&self) -> bool {
+    pub fn is_closed(&self) -> bool {
         let Some(socket) = &self.socket else { return true };
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
         let _ = poll(&mut fds, PollTimeout::ZERO);
         fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
     }
 
-    /// Waits for the word to take over; false: the supervisor has changed its mind, or died.
+    /// Waits for `Go`; false: the supervisor gave the change up, or exited.
     pub fn await_go(&self) -> bool {
         let Some(socket) = &self.socket else { return false };
         matches!(frame::recv::<ToWorker>(socket), Ok(Some((ToWorker::Go, _))))
     }
 
-    /// Waits until the former top is finished, and says so.
-    pub fn await_finisher(&self, core: &Core, kept: &Kept) {
-        if kept.start.finish.is_none() {
+    /// Waits until the former top is finished, and reports it.
+    pub fn await_finisher(&self, core: &Core, inherited: &Inherited) {
+        if inherited.start.finish.is_none() {
             return;
         }
         while locked(&core.finished).is_none() {
@@ -149,20 +149,20 @@ impl Link {
         self.finished(core);
     }
 
-    /// Closes a device that nobody has used, for a supervisor that is gone.
-    pub fn close_unused(&mut self, core: &Core, kept: &Kept) -> Result<(), Errno> {
+    /// Closes a device that was never used, for a supervisor that is gone.
+    pub fn close_unused(&mut self, core: &Core, inherited: &Inherited) -> Result<(), Errno> {
         self.socket = None;
         core.closing.store(true, Ordering::Release);
-        core.tell(MAIN_THREAD, Pending::Close);
-        match self.serve(core, kept) {
+        core.submit_event(MAIN_THREAD, Pending::Close);
+        match self.serve(core, inherited) {
             End::Closed(result) => result,
-            // Without a supervisor nobody asks for it.
+            // Without a supervisor no process requests it.
             End::Retired(..) => Err(libc::EIO),
         }
     }
 
     /// Serves until the engine has closed.
-    pub fn serve(&mut self, core: &Core, kept: &Kept) -> End {
+    pub fn serve(&mut self, core: &Core, inherited: &Inherited) -> End {
         let mut notices = Vec::new();
         let mut tick = Instant::now() + TICK;
         loop {
@@ -173,7 +173,7 @@ impl Link {
                 tick = now + TICK;
                 // The tick has all that waits for space tried once more: just then nothing waits.
                 let waits = core.status().no_space;
-                core.tell(MAIN_THREAD, Pending::Tick);
+                core.submit_event(MAIN_THREAD, Pending::Tick);
                 let status = core.status();
                 let status = Status { no_space: waits || status.no_space, ..status };
                 core.shm.publish(&status);
@@ -203,7 +203,7 @@ impl Link {
                                 let name = core.top().name.display();
                                 let io = std::io::Error::from_raw_os_error;
                                 let result = result.map_err(io).ctx(Kind::Fsync, || format!("cannot flush {name}"));
-                                End::Retired(r.swap, r.fds, result)
+                                End::Retired(r.switch, r.fds, result)
                             }
                         };
                     }
@@ -212,7 +212,7 @@ impl Link {
             if let Some(end) = self.drain(core) {
                 return end;
             }
-            self.listen(core, kept);
+            self.on_message(core, inherited);
         }
     }
 
@@ -221,9 +221,9 @@ impl Link {
         let retiring = self.retiring.as_mut().filter(|r| r.quiet == THREADS && !r.closing)?;
         // An answer may still be under way when the engine has forgotten the request.
         if core.status().requests == 0 && !self.flushing && core.all_answered() {
-            pause(retiring.swap.linger);
+            pause(retiring.switch.linger);
             retiring.closing = true;
-            core.tell(MAIN_THREAD, Pending::Close);
+            core.submit_event(MAIN_THREAD, Pending::Close);
             return None;
         }
         if Instant::now() < retiring.end {
@@ -235,31 +235,32 @@ impl Link {
             DRAIN.as_secs()
         );
         let r = self.retiring.take()?;
-        Some(End::Retired(r.swap, r.fds, Err(Error::new(Kind::Sys, late))))
+        Some(End::Retired(r.switch, r.fds, Err(Error::new(Kind::Sys, late))))
     }
 
-    fn retire(&mut self, core: &Core, kept: &Kept, swap: Swap, fds: Vec<OwnedFd>) {
-        // It has just spoken.
-        self.retired_by = recorded_supervisor(&kept.start.device_name);
+    fn retire(&mut self, core: &Core, inherited: &Inherited, switch: ChainSwitch, fds: Vec<OwnedFd>) {
+        // The record names the supervisor that has just sent `Retire`.
+        self.retired_by = recorded_supervisor(&inherited.start.device_name);
         if self.retiring.is_some() || core.closing.load(Ordering::Acquire) {
-            core.log.say("the supervisor sent Retire to a worker that ends already".into());
+            core.log.line("the supervisor sent Retire to a worker that ends already".into());
             return;
         }
-        self.retiring = Some(Retiring { swap, fds, quiet: 0, closing: false, end: Instant::now() + DRAIN });
+        self.retiring = Some(Retiring { switch, fds, quiet: 0, closing: false, end: Instant::now() + DRAIN });
         core.retiring.store(true, Ordering::Release);
         core.inboxes.iter().for_each(|i| i.ring());
     }
 
     fn finished(&self, core: &Core) {
         if let Some(error) = locked(&core.finished).clone() {
-            // Not heard by anybody: a new supervisor learns that nothing is left to be finished.
-            let _ = self.say(&FromWorker::Finished { error });
+            // If no supervisor receives it: a new supervisor learns that nothing is left to be finished.
+            let _ = self.send(&FromWorker::Finished { error });
         }
     }
 
-    /// Waits, serving nothing, to be killed. If the supervisor dies first, one of the workers must start another one: the
+    /// Waits, serving nothing, to be killed. If the supervisor exits first, one of the workers must start another one:
+    /// the
     /// successor, once it has the lock on the top of its chain, else this one.
-    pub fn rest(&mut self, core: &Core, kept: &Kept, retired: Option<(&Swap, &[OwnedFd])>) -> ! {
+    pub fn await_kill(&mut self, core: &Core, inherited: &Inherited, retired: Option<(&ChainSwitch, &[OwnedFd])>) -> ! {
         loop {
             if let Some(socket) = &self.socket {
                 match frame::recv::<ToWorker>(socket) {
@@ -269,39 +270,40 @@ impl Link {
                 continue;
             }
             let lock = match retired {
-                Some((swap, fds)) => {
-                    let lock = arbiter(kept, swap, fds);
-                    // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a third.
-                    if succeeded(&kept.start.device_name, self.retired_by) {
+                Some((switch, fds)) => {
+                    let lock = try_top_lock(inherited, switch, fds);
+                    // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a
+                    // third.
+                    if has_successor(&inherited.start.device_name, self.retired_by) {
                         exit(0);
                     }
                     match lock {
                         Ok(Some(lock)) => Some(lock),
                         Ok(None) => {
-                            std::thread::sleep(ARBITER_PAUSE);
+                            std::thread::sleep(TOP_LOCK_PAUSE);
                             continue;
                         }
                         Err(e) => {
-                            core.log.say(format!("the lock of the successor: {e}"));
+                            core.log.line(format!("the lock of the successor: {e}"));
                             None
                         }
                     }
                 }
                 None => None,
             };
-            // The successor has read requests, which died with it and with the supervisor that had its slots. If the
-            // device went on, whoever waits for them would wait for ever: with us it ends, and all I/O on it fails. Where
-            // the kernel can give out requests again, and where no successor has read any, nothing is lost.
-            if retired.is_some_and(|(swap, _)| core.table.is_some() && core.shm.reading() == swap.token) {
-                core.log.say("the supervisor and the worker of the new chain have died: the device ends".into());
+            // The successor has read requests, which were lost with it and with the supervisor that had its journal. If
+            // the device went on, their callers would wait for ever: with this worker it ends, and all I/O on it fails.
+            // Where the kernel can give out requests again, and where no successor has read any, nothing is lost.
+            if retired.is_some_and(|(switch, _)| core.journal.is_some() && core.shm.reading() == switch.token) {
+                core.log.line("the supervisor and the worker of the new chain have exited: the device ends".into());
                 exit(1);
             }
-            match start_supervisor(core, kept, retired) {
+            match start_supervisor(core, inherited, retired) {
                 // It starts a worker for the chain that is on disk.
                 Ok(_) if retired.is_none() => exit(1),
                 Ok(socket) => self.socket = Some(socket),
                 Err(e) => {
-                    core.log.say(format!("cannot start a new supervisor: {e}"));
+                    core.log.line(format!("cannot start a new supervisor: {e}"));
                     drop(lock);
                     std::thread::sleep(self.pause);
                     self.pause = (self.pause * 2).min(LAST_PAUSE);
@@ -323,32 +325,32 @@ impl Link {
         let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
     }
 
-    fn listen(&mut self, core: &Core, kept: &Kept) {
+    fn on_message(&mut self, core: &Core, inherited: &Inherited) {
         let closing = core.closing.load(Ordering::Acquire);
         let Some(socket) = &self.socket else {
-            // A retiring worker asks first whether there is a successor.
+            // A retiring worker checks first whether there is a successor.
             if !closing && self.retiring.is_none() && Instant::now() >= self.next_try {
-                self.adopt(core, kept);
+                self.restart_supervisor(core, inherited);
             }
             return;
         };
         match frame::recv_within::<ToWorker>(socket, Duration::ZERO) {
             Ok(Some((ToWorker::Close, _))) => {
                 if !core.closing.swap(true, Ordering::AcqRel) {
-                    core.tell(MAIN_THREAD, Pending::Close);
+                    core.submit_event(MAIN_THREAD, Pending::Close);
                 }
             }
-            // Whoever retires flushes all; the successor is asked again.
+            // A retiring worker flushes everything; the successor gets the flush anew.
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
-            Ok(Some((ToWorker::Retire(swap), fds))) => self.retire(core, kept, swap, fds),
-            Ok(Some((ToWorker::Yield(level), _))) => self.yield_level(core, level),
-            Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.tell(MAIN_THREAD, Pending::HoldForSpace(hold)),
+            Ok(Some((ToWorker::Retire(switch), fds))) => self.retire(core, inherited, switch, fds),
+            Ok(Some((ToWorker::ReleaseLevel(level), _))) => self.release_level(core, level),
+            Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Go, _))) => {}
-            Ok(Some((ToWorker::Start(_), _))) => core.log.say("the supervisor sent Start twice".into()),
+            Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
             Ok(None) => {
-                core.log.say("the supervisor has ended".into());
-                if self.since.elapsed() >= GOOD_LIFE {
+                core.log.line("the supervisor has ended".into());
+                if self.since.elapsed() >= STABLE_AFTER {
                     self.pause = FIRST_PAUSE;
                     self.next_try = Instant::now();
                 } else {
@@ -358,7 +360,7 @@ impl Link {
                 self.socket = None;
             }
             Err(e) if e.errno() == Some(libc::ETIMEDOUT) => {}
-            Err(e) => core.log.say(format!("a message of the supervisor: {e}")),
+            Err(e) => core.log.line(format!("a message of the supervisor: {e}")),
         }
     }
 
@@ -369,11 +371,11 @@ impl Link {
             return;
         }
         if !core.writable {
-            let _ = self.say(&FromWorker::Flushed { error: None });
+            let _ = self.send(&FromWorker::Flushed { error: None });
             return;
         }
         self.flushing = true;
-        core.tell(
+        core.submit_event(
             MAIN_THREAD,
             Pending::Request(Request { id: OWN_FLUSH, kind: RequestKind::Flush, offset: 0, len: 0 }),
         );
@@ -385,7 +387,7 @@ impl Link {
             let text = std::io::Error::from_raw_os_error(e);
             (Kind::Fsync.code(), format!("cannot flush {}: {text}", core.top().name.display()))
         });
-        let _ = self.say(&FromWorker::Flushed { error });
+        let _ = self.send(&FromWorker::Flushed { error });
         if std::mem::take(&mut self.flush_again) {
             self.flush(core);
         }
@@ -393,7 +395,7 @@ impl Link {
 
     fn merged(&mut self, core: &Core, result: Result<(), Errno>) {
         if result == Err(libc::ECANCELED) {
-            // Whoever closes the engine knows.
+            // The code that closes the engine handles it.
             return;
         }
         let error = result.err().map(|e| {
@@ -401,48 +403,48 @@ impl Link {
             (Kind::Write.code(), format!("cannot merge {}: {text}", core.top().name.display()))
         });
         self.merge_result = Some(error);
-        self.tell_merge(core);
+        self.report_merge(core);
     }
 
-    fn yield_level(&self, core: &Core, level: Option<usize>) {
-        let before = std::mem::replace(&mut *locked(&core.yielded), level);
+    fn release_level(&self, core: &Core, level: Option<usize>) {
+        let before = std::mem::replace(&mut *locked(&core.released_level), level);
         let file = |level: Option<usize>| level.and_then(|l| core.levels.get(l));
         let result = match (file(before), file(level)) {
-            (_, Some(level)) => lock::tell_nothing(&level.file).map_err(|e| (level, e)),
-            (Some(before), None) => lock::tell_reading(&before.file).map_err(|e| (before, e)),
+            (_, Some(level)) => lock::unlock_read(&level.file).map_err(|e| (level, e)),
+            (Some(before), None) => lock::lock_read(&before.file).map_err(|e| (before, e)),
             (None, None) => Ok(()),
         };
         let error = result
             .err()
             .map(|(level, e)| (Kind::Flock.code(), format!("cannot change the lock on {}: {e}", level.name.display())));
-        let _ = self.say(&FromWorker::Yielded { error });
+        let _ = self.send(&FromWorker::LevelReleased { error });
     }
 
     /// The merge cannot go on.
-    pub fn set_no_merge(&mut self, core: &Core, why: &Error) {
+    pub fn report_merge_failure(&mut self, core: &Core, why: &Error) {
         self.merge_result = Some(Some((why.code(), why.to_string())));
-        self.tell_merge(core);
+        self.report_merge(core);
     }
 
-    fn tell_merge(&self, core: &Core) {
+    fn report_merge(&self, core: &Core) {
         let Some(error) = &self.merge_result else { return };
         if let Some((_, message)) = error {
-            core.log.say(message.clone());
+            core.log.line(message.clone());
         }
-        let _ = self.say(&FromWorker::Merged { error: error.clone() });
+        let _ = self.send(&FromWorker::Merged { error: error.clone() });
     }
 
     /// Starts a supervisor and gives it everything that the last one had.
-    fn adopt(&mut self, core: &Core, kept: &Kept) {
+    fn restart_supervisor(&mut self, core: &Core, inherited: &Inherited) {
         self.since = Instant::now();
-        match start_supervisor(core, kept, None) {
+        match start_supervisor(core, inherited, None) {
             Ok(socket) => {
                 self.socket = Some(socket);
-                // The last one may have died before it could act on it.
-                self.tell_merge(core);
+                // The last supervisor may have exited before it acted on it.
+                self.report_merge(core);
             }
             Err(e) => {
-                core.log.say(format!("cannot start a new supervisor: {e}"));
+                core.log.line(format!("cannot start a new supervisor: {e}"));
                 self.next_try = Instant::now() + self.pause;
                 self.pause = (self.pause * 2).min(LAST_PAUSE);
             }

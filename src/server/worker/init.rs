@@ -16,25 +16,25 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Version;
 use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart};
 use crate::server::runtime;
-use crate::server::shm::{Shm, Strikes};
-use crate::sys::calm;
+use crate::server::shm::{PoisonCounts, Shm};
+use crate::sys::process_hardening;
 use crate::units::ClusterSize;
 
-use super::core::{Core, Parts, THREADS};
+use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
-use super::slots::{self, Left, Table};
-use super::{commit, levels, link, locked, log};
+use super::request_journal::{self, PriorJournal, RequestJournal};
+use super::{commit, locked, log, open_files, supervisor_link};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
 /// Seconds after which a changed page of the BAT is written without a flush.
 const BAT_AGE: u32 = 5;
-/// The largest block size that STATFS tells: the loop device's discard granularity.
+/// The largest block size that STATFS reports: the loop device's discard granularity.
 const MAX_BLOCK: u64 = 1 << 20;
 
 /// The descriptors that came with [`WorkerStart`], kept in their order for a new supervisor.
 #[derive(Debug)]
-pub struct Kept {
+pub struct Inherited {
     pub start: WorkerStart,
     fds: Vec<OwnedFd>,
     /// Of the commit: the folder, the new file, perhaps the lock on the disk.
@@ -51,8 +51,8 @@ const WITNESS: usize = 2;
 const BINARY: usize = 3;
 const FIRST_LEVEL: usize = 5;
 
-impl Kept {
-    pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Kept> {
+impl Inherited {
+    pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Inherited> {
         let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
         let first = FIRST_LEVEL + start.attach.levels.len();
         let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
@@ -69,7 +69,7 @@ impl Kept {
         }
         let merge = fds.split_off(fds.len() - start.merge_fds);
         let commit = Mutex::new(fds.split_off(first));
-        Ok(Kept { start, fds, commit, merge, slots: Mutex::new(slots) })
+        Ok(Inherited { start, fds, commit, merge, slots: Mutex::new(slots) })
     }
 
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
@@ -105,29 +105,30 @@ pub struct Worker {
 }
 
 /// Gets the memory for I/O, which takes longer than all the rest.
-pub fn get_memory(kept: &Kept) -> Result<Memory> {
-    let memory = Memory::new(THREADS, kept.start.fuse.slots()).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
-    // Said where there is a log.
-    let _ = calm::lock_memory();
+pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
+    let memory =
+        Memory::new(THREADS, inherited.start.fuse.slots()).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    // The error is logged where there is a log.
+    let _ = process_hardening::lock_memory();
     Ok(memory)
 }
 
-/// Opens everything. A successor waits here until the last operation of the dead worker is over. `memory`: of
-/// [`get_memory`], if it was called before.
-pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
-    let attach = &kept.start.attach;
-    let succeed = kept.start.succeed.as_ref();
+/// Opens everything. A successor waits here until the last operation of the former worker is over. `memory`: of
+/// [`allocate_memory`], if it was called before.
+pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker> {
+    let attach = &inherited.start.attach;
+    let succeed = inherited.start.succeed.as_ref();
     let new_top = succeed.is_some_and(|s| s.new_top);
     let writable = !attach.read_only;
-    let shm = Shm::map(kept.fds[SHM].as_fd())?;
+    let shm = Shm::map(inherited.fds[SHM].as_fd())?;
     // A retiring worker leaves the table empty: what is there comes from a successor that has served the new top.
-    let takeover = kept.start.takeover && (!new_top || !shm.carried().is_empty());
-    let (log, sink) = log::new(&runtime::device_dir(&kept.start.device_name).join(runtime::LOG), attach.trace);
+    let takeover = inherited.start.takeover && (!new_top || !shm.carried().is_empty());
+    let (log, sink) = log::new(&runtime::device_dir(&inherited.start.device_name).join(runtime::LOG), attach.trace);
 
-    let mut files = levels::open(kept.levels(), &attach.levels, writable)?;
+    let mut files = open_files::open(inherited.levels(), &attach.levels, writable)?;
     let (mut target, mut no_merge) = (None, None);
-    if let Some((low, _)) = kept.start.merge_levels() {
-        match merge_target(kept, low, succeed.is_none()) {
+    if let Some((low, _)) = inherited.start.merged_levels() {
+        match merge_target(inherited, low, succeed.is_none()) {
             Ok((level, file)) => {
                 files[level] = file;
                 target = Some(level);
@@ -138,16 +139,16 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         }
     }
     if writable || attach.marked != Marked::Ignore {
-        levels::lock(&files, writable, takeover, target.or(kept.start.yielded))
+        open_files::lock(&files, writable, takeover, target.or(inherited.start.released_level))
             .map_err(|e| better_reason(e, &files, attach))?;
     }
-    let mut strikes = Strikes::default();
+    let mut poison_counts = PoisonCounts::default();
     if takeover {
-        strikes = shm.settle_marks();
-        // Asked always: write-back can fail without a sync of ours, and whoever hears of it first may die of it, after
-        // which only the witness still knows.
-        if writable && !synced(kept.fds[WITNESS].as_fd()) {
-            log.say("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
+        poison_counts = shm.count_marked_requests();
+        // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may
+        // exit of it, after which only the witness still knows.
+        if writable && !synced(inherited.fds[WITNESS].as_fd()) {
+            log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
             shm.set_sync_state(SyncState::Failed);
         }
     }
@@ -163,16 +164,16 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         ..OpenOptions::default()
     };
     // Before the chain is opened: that marks the image.
-    let memory = memory.map_or_else(|| get_memory(kept), Ok)?;
-    let table = match kept.start.fuse.slots() {
-        true => Some(Table::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?),
+    let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
+    let journal = match inherited.start.fuse.slots() {
+        true => Some(RequestJournal::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?),
         false => None,
     };
-    let left = std::mem::take(&mut *locked(&kept.slots));
-    let left = if left.is_empty() { None } else { Some(Left::open(left, &memory)?) };
-    let fuse = kept.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
+    let left = std::mem::take(&mut *locked(&inherited.slots));
+    let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
+    let fuse = inherited.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
     let linger = succeed.map_or(0, |s| s.linger);
-    link::pause(linger);
+    supervisor_link::pause(linger);
     let mut chain = chain::open(&files, &options)?;
     let background = match target {
         _ if failed || chain.sync_failed => {
@@ -180,9 +181,9 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
             no_merge = target.map(|_| what());
             None
         }
-        Some(_) => match background(kept, &files, &mut chain, options.ahead) {
+        Some(_) => match background(inherited, &files, &mut chain, options.ahead) {
             Ok(work) => {
-                shm.begin_background(kept.start.merge.as_ref().map_or(0, |m| m.token));
+                shm.begin_background(inherited.start.merge.as_ref().map_or(0, |m| m.token));
                 Some(BackgroundConfig { work })
             }
             Err(e) if succeed.is_some() => return Err(e),
@@ -193,19 +194,19 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         },
         None => None,
     };
-    link::pause(linger);
+    supervisor_link::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
-        let fds = std::mem::take(&mut *locked(&kept.commit));
+        let fds = std::mem::take(&mut *locked(&inherited.commit));
         warning = commit::commit(names, &fds).inspect_err(|_| {
             if let (true, Some(top)) = (new_top && !takeover, files.last()) {
-                // It stays what it was: an empty image that nobody knows.
+                // It stays what it was: an empty image outside of every chain.
                 let _ = chain::close(top, &chain, chain.alloc.end);
             }
         })?;
         // The lock on the disk is the supervisor's from here on.
         drop(fds);
-        link::pause(linger);
+        supervisor_link::pause(linger);
     }
     let config = Config {
         cluster_shift: chain.cluster.shift(),
@@ -233,48 +234,48 @@ pub fn set_up(kept: &Kept, memory: Option<Memory>) -> Result<Worker> {
         direct: files.iter().all(|f| f.direct),
     };
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
-    // The engine is told the time once a second.
+    // The engine gets a tick once a second.
     engine.set_enospc_limit(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
-    let core = Core::new(Parts {
+    let core = Core::new(CoreConfig {
         fuse,
         memory,
-        table,
+        journal,
         engine,
         levels: files,
         device_bytes: chain.device_bytes,
         block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32,
         writable,
         shm,
-        strikes,
+        poison_counts,
         log,
-        yielded: kept.start.yielded,
+        released_level: inherited.start.released_level,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
     if let Some(left) = left {
-        slots::adopt(&core, &left)?;
+        request_journal::import(&core, &left)?;
     }
     // Not permitted: the device works, but not under memory pressure that it causes itself.
-    if let Err(e) = calm::lock_memory() {
-        core.log.say(format!("memory is not locked: {e}"));
+    if let Err(e) = process_hardening::lock_memory() {
+        core.log.line(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
 }
 
-/// The level that others are merged into, opened for that. `wait` for the last operation of a dead worker.
-fn merge_target(kept: &Kept, level: usize, wait: bool) -> Result<(usize, LevelFile)> {
-    let names = &kept.start.attach.levels;
-    let (Some(fd), Some(name)) = (kept.levels().get(level), names.get(level)) else {
+/// The target of the merge, opened for that. `wait` for the last operation of a dead worker.
+fn merge_target(inherited: &Inherited, level: usize, wait: bool) -> Result<(usize, LevelFile)> {
+    let names = &inherited.start.attach.levels;
+    let (Some(fd), Some(name)) = (inherited.levels().get(level), names.get(level)) else {
         bail!(Param, "there is no level {level} in a chain of {} images", names.len());
     };
-    Ok((level, levels::open_target(fd, name, wait)?))
+    Ok((level, open_files::open_target(fd, name, wait)?))
 }
 
 /// The merge that is under way, its target made ready.
-fn background(kept: &Kept, files: &[LevelFile], chain: &mut Chain, ahead: u64) -> Result<BackgroundWork> {
-    let Some((low, high)) = kept.start.merge_levels() else { bail!(Protocol, "there is no merge") };
+fn background(inherited: &Inherited, files: &[LevelFile], chain: &mut Chain, ahead: u64) -> Result<BackgroundWork> {
+    let Some((low, high)) = inherited.start.merged_levels() else { bail!(Protocol, "there is no merge") };
     let target = chain::open_target(files, chain, (low, high), ahead)?;
     let pages = chain::used_pages(files, chain, low + 1..=high)?;
-    let top = high + 1 == files.len() && !kept.start.attach.read_only;
+    let top = high + 1 == files.len() && !inherited.start.attach.read_only;
     Ok(match top {
         true if low + 1 != high => {
             bail!(Param, "the running top is merged into the level below it, not into level {low}")
@@ -284,7 +285,7 @@ fn background(kept: &Kept, files: &[LevelFile], chain: &mut Chain, ahead: u64) -
     })
 }
 
-/// Where a mark in use is refused, it is the error that says what to do: whoever has the image locked has marked it.
+/// Where a mark in use is refused, that error is more useful: the process that has the image locked has marked it.
 fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> Error {
     if attach.marked != Marked::Refuse {
         return locked;
@@ -297,7 +298,7 @@ fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> 
 }
 
 /// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
-/// opened is reported to its description once, whoever caused it.
+/// opened is reported to its description once, whichever process caused it.
 fn synced(witness: BorrowedFd) -> bool {
     let Ok(file) = witness.try_clone_to_owned().map(File::from) else { return false };
     loop {

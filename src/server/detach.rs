@@ -10,7 +10,7 @@ use crate::server::proto::{Answer, ToWorker, WorkerReady};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::{control, frame, runtime};
 
-/// How long others may keep the device busy.
+/// How long other processes may keep the device busy.
 const BUSY: Duration = Duration::from_secs(60);
 /// A mount does not go by waiting, except one that is being unmounted right now.
 const MOUNTED: Duration = Duration::from_secs(2);
@@ -20,13 +20,14 @@ const DETACH: Duration = Duration::from_secs(180);
 const EXIT: Duration = Duration::from_secs(10);
 
 impl Supervisor {
-    /// The clean end. True: the device is gone (the image's own error, if any, was told); false: it stays as it was.
+    /// The clean end. True: the device is gone (the image's own error, if any, was reported); false: it stays as it
+    /// was.
     pub(super) fn stop(&mut self) -> bool {
         let result = match self.unbind() {
             Ok(()) => self.close(),
             Err(e) => Err(e),
         };
-        // Given up meanwhile: the one who did that ends the device.
+        // Aborted meanwhile: the abort ends the device.
         if !self.aborting.is_empty() {
             let e = Error::new(Kind::Abort, format!("{} was given up by another process", self.record.name));
             self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&e)));
@@ -85,7 +86,7 @@ impl Supervisor {
                     None => {}
                 }
             };
-            self.retire(helper, result.is_err());
+            self.release_helper(helper, result.is_err());
             if let Err(e) = result {
                 if self.failed.is_none() && opened {
                     self.record.state = "running".into();
@@ -122,9 +123,9 @@ impl Supervisor {
                 && told != Some(id)
             {
                 told = Some(id);
-                self.tell_worker(&ToWorker::Close);
+                self.send_to_worker(&ToWorker::Close);
             }
-            self.turn(Instant::now() + Duration::from_secs(1), None);
+            self.poll_once(Instant::now() + Duration::from_secs(1), None);
         }
     }
 
@@ -167,7 +168,7 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let aborting = std::mem::take(&mut self.aborting);
-        if !self.record.backing.is_empty() && self.detach_dead(&detach) {
+        if !self.record.backing.is_empty() && self.detach_failed(&detach) {
             let _ = runtime::remove_dir(&self.dir);
         }
         let stopped = Error::new(Kind::Abort, format!("{} was given up", self.record.name));
@@ -175,7 +176,7 @@ impl Supervisor {
         aborting.iter().for_each(|c| control::answer(c, &Answer::Done));
     }
 
-    fn detach_dead(&mut self, job: &Job) -> bool {
+    fn detach_failed(&mut self, job: &Job) -> bool {
         let Ok(helper) = self.helper(job) else { return false };
         let end = Instant::now() + Duration::from_secs(20);
         let gone = loop {
@@ -191,11 +192,11 @@ impl Supervisor {
                 Some(_) => {}
             }
         };
-        self.retire(helper, true);
+        self.release_helper(helper, true);
         gone
     }
 
-    /// An adopted worker has long been ready; it does not say so again.
+    /// A worker that runs already does not send `Ready` again.
     pub(super) fn assume_ready(&mut self) {
         let r = &self.record;
         let ready = WorkerReady {

@@ -1,12 +1,12 @@
 //! Merging the top of a running device into the level below it.
 //!
-//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::merge`): the
-//!    chain stays what it was, and a worker that dies begins again.
-//! 2. When it says that the two agree, the chain is changed to the one without the top ([`swap`](super::swap)): the
-//!    retiring worker makes everything durable in the level below first.
+//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::background`):
+//!    the chain stays what it was, and the successor of a worker that exits merges.
+//! 2. When it reports that the two agree, the chain is changed to the one without the top
+//!    ([`chain_switch`](super::chain_switch)): the retiring worker makes everything durable in the level below first.
 //!
-//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor, and
-//! whoever asked need not wait.
+//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor,
+//! and the client need not wait.
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
@@ -14,91 +14,91 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
 use crate::server::helper::remote_error;
-use crate::server::proto::{Answer, Swap, SwapLevel};
+use crate::server::proto::{Answer, ChainSwitch, SwitchLevel};
 use crate::server::supervisor::{Supervisor, log};
-use crate::server::swap::{Change, What};
 
 /// Between attempts to end a merge.
 const LATER: Duration = Duration::from_secs(5);
 
 /// What the next change of the chain does to the merge.
 #[derive(Debug)]
-pub enum MergeStep {
-    Begin(Swap, Vec<OwnedFd>),
+pub enum MergeTransition {
+    Begin(ChainSwitch, Vec<OwnedFd>),
     End,
 }
 
 impl Supervisor {
     /// A client wants the top merged.
-    pub(super) fn begin_merge(&mut self, swap: Swap, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
+    pub(super) fn begin_merge(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
         let token = self.start.merge.as_ref().map(|m| m.token);
-        if token == Some(swap.token) && swap.token != 0 {
-            // Asked for again by somebody who got no answer.
+        if token == Some(switch.token) && switch.token != 0 {
+            // A client that got no answer retries.
             self.merging.extend(client);
             return;
         }
-        if swap.token != 0 && swap.token == self.start.token {
+        if switch.token != 0 && switch.token == self.start.token {
             client.iter().for_each(|c| control::answer(c, &Answer::Done));
             return;
         }
-        match self.try_begin(swap, fds) {
+        match self.try_begin(switch, fds) {
             Ok(()) => self.merging.extend(client),
             // No worker has served it.
             Err(e) => client.iter().for_each(|c| control::answer(c, &not_merged(&e, true))),
         }
     }
 
-    fn try_begin(&mut self, swap: Swap, fds: Vec<OwnedFd>) -> Result<()> {
+    fn try_begin(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>) -> Result<()> {
         let name = &self.record.name;
         if self.start.merge.is_some() {
             bail!(Busy, "{name}: its top is being merged already; wait for the end of that, or cancel it");
         }
         let levels = self.start.attach.levels.len();
-        let shorter = swap.levels.len() + 1 == levels;
-        if !shorter || swap.levels.iter().enumerate().any(|(i, l)| l.from != Some(i)) || self.start.attach.read_only {
+        let shorter = switch.levels.len() + 1 == levels;
+        if !shorter || switch.levels.iter().enumerate().any(|(i, l)| l.from != Some(i)) || self.start.attach.read_only {
             bail!(Param, "{name}: its chain of {levels} images is not one whose top can be merged as asked");
         }
         // What will follow is checked before anything is written.
-        self.plan(&swap, &fds, None)?;
-        let begin = self.same_levels(swap.token ^ 2);
-        self.merge_step = Some(MergeStep::Begin(swap, fds));
+        self.plan(&switch, &fds, None)?;
+        let begin = self.same_levels(switch.token ^ 2);
+        self.merge_transition = Some(MergeTransition::Begin(switch, fds));
         let result = self.try_change(&begin, Vec::new(), None);
-        self.merge_step = None;
+        self.merge_transition = None;
         result?;
         // It may have been quick.
-        self.merge_told();
+        self.on_merge_outcome();
         Ok(())
     }
 
     /// The chain that is there, as a change.
-    pub(super) fn same_levels(&self, token: u64) -> Swap {
+    pub(super) fn same_levels(&self, token: u64) -> ChainSwitch {
         let attach = &self.start.attach;
         let levels = attach.levels.iter().zip(&attach.ids).enumerate();
-        let levels = levels.map(|(i, (name, id))| SwapLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
-        Swap { levels, expected: attach.ids.clone(), commit: None, token, ask: false, linger: 0 }
+        let levels = levels.map(|(i, (name, id))| SwitchLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+        ChainSwitch { levels, expected: attach.ids.clone(), commit: None, token, ask: false, linger: 0 }
     }
 
-    /// The worker says how its merge stands.
-    pub(super) fn merge_told(&mut self) {
+    /// The worker reports the outcome of its merge.
+    pub(super) fn on_merge_outcome(&mut self) {
         let told = self.worker.as_ref().and_then(|w| w.merged.clone());
         let (Some(_), Some(told), false) = (&self.start.merge, told, self.ending) else { return };
-        let what = match told {
-            None => What::Merged,
-            Some((code, message)) => What::Unmerge(remote_error(code, message)),
+        let request = match told {
+            None => ChangeRequest::MergeComplete,
+            Some((code, message)) => ChangeRequest::EndMerge(remote_error(code, message)),
         };
-        self.changes.push_back(Change { what, fds: Vec::new(), client: None });
+        self.changes.push_back(PendingChange { request, fds: Vec::new(), client: None });
     }
 
     /// Top and target agree: the chain without the top follows.
     pub(super) fn finish_merge(&mut self) {
-        // Another worker may have begun again meanwhile.
+        // Another worker may have started the merge anew meanwhile.
         let agreed = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
-        let Some(swap) = self.start.merge.clone().filter(|_| agreed) else { return };
+        let Some(switch) = self.start.merge.clone().filter(|_| agreed) else { return };
         let fds = self.fds.iter().flat_map(|f| &f.merge).map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
         let result =
-            fds.ctx(Kind::Sys, || "cannot duplicate a descriptor").and_then(|fds| self.try_change(&swap, fds, None));
+            fds.ctx(Kind::Sys, || "cannot duplicate a descriptor").and_then(|fds| self.try_change(&switch, fds, None));
         match result {
             Ok(warning) => {
                 for client in self.merging.drain(..) {
@@ -106,7 +106,7 @@ impl Supervisor {
                     control::answer(&client, &Answer::Done);
                 }
             }
-            // The worker died, and its successor merges.
+            // The worker exited, and its successor merges.
             Err(e) if e.kind() == Kind::Abort && self.failed.is_none() && self.aborting.is_empty() => {}
             Err(e) => self.end_merge(e),
         }
@@ -117,13 +117,13 @@ impl Supervisor {
         if self.start.merge.is_some() && self.failed.is_none() && self.aborting.is_empty() {
             let token = self.start.merge.as_ref().map_or(1, |m| m.token ^ 4);
             let same = self.same_levels(token);
-            self.merge_step = Some(MergeStep::End);
+            self.merge_transition = Some(MergeTransition::End);
             let result = self.try_change(&same, Vec::new(), None);
-            self.merge_step = None;
+            self.merge_transition = None;
             if let Err(e) = result {
                 // Writes that wait for space, for one. The lock on the disk is held until then.
                 log(&self.record.name, &format!("a merge that has ended still has its image open, later again: {e}"));
-                self.unmerge_due = Some(Instant::now() + LATER);
+                self.end_merge_due = Some(Instant::now() + LATER);
             }
         }
         log(&self.record.name, &format!("its top is not merged: {why}"));
@@ -131,17 +131,25 @@ impl Supervisor {
     }
 
     /// A merge that could not be ended is ended now, perhaps.
-    pub(super) fn unmerge_again(&mut self) {
-        if self.unmerge_due.take_if(|at| *at <= Instant::now()).is_some() && self.start.merge.is_some() {
+    pub(super) fn retry_end_merge(&mut self) {
+        if self.end_merge_due.take_if(|at| *at <= Instant::now()).is_some() && self.start.merge.is_some() {
             let why = Error::new(Kind::Abort, "it had ended before its time");
-            self.changes.push_back(Change { what: What::Unmerge(why), fds: Vec::new(), client: None });
+            self.changes.push_back(PendingChange {
+                request: ChangeRequest::EndMerge(why),
+                fds: Vec::new(),
+                client: None,
+            });
         }
     }
 
     pub(super) fn cancel_merge(&mut self, client: OwnedFd) {
         if self.start.merge.is_some() {
             let why = Error::new(Kind::Abort, format!("the merge of {} was cancelled", self.record.name));
-            self.changes.push_back(Change { what: What::Unmerge(why), fds: Vec::new(), client: Some(client) });
+            self.changes.push_back(PendingChange {
+                request: ChangeRequest::EndMerge(why),
+                fds: Vec::new(),
+                client: Some(client),
+            });
         } else {
             control::answer(&client, &Answer::Done);
         }

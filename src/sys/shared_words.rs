@@ -13,7 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// A mapping of a memfd as atomic words; unmapped when dropped.
 #[derive(Debug)]
-pub struct Words {
+pub struct SharedWords {
     map: MmapRaw,
     count: usize,
 }
@@ -27,9 +27,9 @@ pub fn create(name: &CStr, count: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-impl Words {
+impl SharedWords {
     /// Maps a memfd made by [`create`] with the same count.
-    pub fn map(fd: BorrowedFd, count: usize) -> io::Result<Words> {
+    pub fn map(fd: BorrowedFd, count: usize) -> io::Result<SharedWords> {
         let wanted = (count * 8) as u64;
         let found = File::from(fd.try_clone_to_owned()?).metadata()?.len();
         let seals = fcntl(fd, FcntlArg::F_GET_SEALS)?;
@@ -39,11 +39,11 @@ impl Words {
             )));
         }
         // The file is sealed and long enough, so that no access can meet its end.
-        Ok(Words { map: MmapOptions::new().len(count * 8).populate().map_raw(&fd)?, count })
+        Ok(SharedWords { map: MmapOptions::new().len(count * 8).populate().map_raw(&fd)?, count })
     }
 }
 
-impl Deref for Words {
+impl Deref for SharedWords {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has `count` words, is page-aligned and lives as long as `self`; every process that has it
@@ -61,11 +61,11 @@ mod tests {
     #[test]
     fn two_mappings_see_one_memory() {
         let fd = create(c"test", 1024).unwrap();
-        let a = Words::map(fd.as_fd(), 1024).unwrap();
-        let b = Words::map(fd.as_fd(), 1024).unwrap();
+        let a = SharedWords::map(fd.as_fd(), 1024).unwrap();
+        let b = SharedWords::map(fd.as_fd(), 1024).unwrap();
         a[1023].store(42, SeqCst);
         assert_eq!(b[1023].load(SeqCst), 42);
-        assert!(Words::map(fd.as_fd(), 1025).is_err());
+        assert!(SharedWords::map(fd.as_fd(), 1025).is_err());
         assert!(nix::unistd::ftruncate(&fd, 10).is_err());
     }
 }

@@ -16,7 +16,7 @@ use crate::server::helper::{Go, Job, JobEvent, remote_error};
 use crate::server::nodes::Nodes;
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, FuseSession, ToWorker, WorkerStart};
 use crate::server::supervisor::Supervisor;
-use crate::server::workers::{Descriptors, Worker};
+use crate::server::worker_process::{Descriptors, Worker};
 use crate::server::{control, daemon, frame, fuse, mounts, runtime, shm};
 use crate::sys::file_id::FileId;
 use crate::sys::process;
@@ -34,7 +34,7 @@ const UNDO: Duration = Duration::from_secs(60);
 /// Reading the partition table.
 const TABLE: Duration = Duration::from_secs(20);
 
-/// Loop devices are numbered from here, out of the way of those who ask for the first free one.
+/// Loop devices are numbered from here, out of the way of programs that request the first free one.
 const FIRST_LOOP: u32 = 10_000;
 
 /// Mode `supervise`: one device, asked for by the socket on standard input.
@@ -51,7 +51,7 @@ pub fn supervise() -> i32 {
                 drop(sock);
                 supervisor.run();
             } else {
-                // Whoever asked has died, and nobody knows of this device.
+                // The caller has exited, so no process knows of this device.
                 supervisor.undo();
             }
             return 0;
@@ -79,7 +79,7 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
             bail!(Open, "{} is not the regular file that was asked for", name.path.display());
         }
     }
-    daemon::leave_callers_world()?;
+    daemon::detach_from_caller()?;
     let binary = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe");
     let binary = binary.ctx(Kind::Sys, || "cannot open /proc/self/exe")?;
     let (dir, record, listener) = choose_name(&request)?;
@@ -190,7 +190,7 @@ impl Cleanup {
 impl Drop for Cleanup {
     fn drop(&mut self) {
         if let Some(dir) = &self.dir {
-            // Nothing is bound to the file yet, and the connection is closed, so this waits for nobody.
+            // Nothing is bound to the file yet, and the connection is closed, so this does not wait.
             let _ = umount2(&dir.join(runtime::DISK), MntFlags::MNT_DETACH);
             let _ = runtime::remove_dir(dir);
         }
@@ -203,7 +203,7 @@ impl Supervisor {
         self.start_worker(false);
         self.wait_ready(Instant::now() + OPEN)?;
         self.bind(disk)?;
-        // From here on the loop device alone holds the FUSE file, and nobody finds it by a name.
+        // From here on the loop device alone holds the FUSE file, and no process finds it by a name.
         umount2(disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot detach {}", disk.display()))?;
         let _ = std::fs::remove_file(disk);
         self.nodes.update(self.record.rdev, &[])?;
@@ -225,12 +225,12 @@ impl Supervisor {
                 None => bail!(Sys, "the server's worker cannot be started"),
             }
             if self.ending {
-                bail!(Sys, "the server's worker died while it opened the images");
+                bail!(Sys, "the server's worker exited while it opened the images");
             }
             if Instant::now() >= end {
                 bail!(Sys, "the images could not be opened within {} s", OPEN.as_secs());
             }
-            self.turn(end, None);
+            self.poll_once(end, None);
         }
     }
 
@@ -248,7 +248,7 @@ impl Supervisor {
         let result = loop {
             match self.helper_event(&helper, end) {
                 Some(JobEvent::Chosen(binding)) => {
-                    // Known before it is bound: whoever cleans up after us needs it.
+                    // Recorded before it is bound: the process that cleans up after this supervisor needs it.
                     self.record.backing = binding.backing;
                     self.record.rdev = binding.rdev;
                     self.save();
@@ -276,7 +276,7 @@ impl Supervisor {
         if result.is_err() {
             let _ = self.helper_end(helper);
         } else {
-            self.retire(helper, false);
+            self.release_helper(helper, false);
         }
         result
     }
@@ -289,38 +289,38 @@ impl Supervisor {
             if !matches!(helper.child.try_wait(), Ok(None)) {
                 return true;
             }
-            self.turn(Instant::now() + Duration::from_millis(20), None);
+            self.poll_once(Instant::now() + Duration::from_millis(20), None);
         }
         // It sleeps in the kernel. The device was never in use: the end of the connection wakes it up.
         self.give_up();
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) {
-            self.turn(Instant::now() + Duration::from_millis(20), None);
+            self.poll_once(Instant::now() + Duration::from_millis(20), None);
         }
-        self.retire(helper, true);
+        self.release_helper(helper, true);
         false
     }
 
-    /// Takes everything back of a device that nobody has used.
+    /// Undoes the attach of a device that was never used.
     pub(super) fn undo(mut self) {
         self.nodes.clear();
         if !self.record.backing.is_empty() {
             let job = Job::UndoAttach { backing: self.record.backing.clone(), rdev: self.record.rdev };
             if let Ok(helper) = self.helper(&job) {
                 let done = self.helper_event(&helper, Instant::now() + UNDO).is_some();
-                self.retire(helper, !done);
+                self.release_helper(helper, !done);
             }
         }
         let disk = self.dir.join(runtime::DISK);
         let _ = umount2(&disk, MntFlags::MNT_DETACH);
         // The mark goes if the worker got so far as to set it.
         let end = Instant::now() + UNDO;
-        self.tell_worker(&ToWorker::Close);
+        self.send_to_worker(&ToWorker::Close);
         while self.worker.as_ref().is_some_and(|w| w.ready.is_some() && w.closed.is_none())
             && !self.ending
             && Instant::now() < end
         {
-            self.turn(end, None);
+            self.poll_once(end, None);
         }
         self.give_up();
         let _ = runtime::remove_dir(&self.dir);
@@ -338,7 +338,7 @@ pub fn adopt() -> i32 {
 }
 
 fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()> {
-    daemon::leave_callers_world()?;
+    daemon::detach_from_caller()?;
     daemon::lock_memory();
     let mut start = start;
     let levels = start.attach.levels.len();
@@ -347,9 +347,9 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     let Some(mut fds) = Descriptors::from_all(fds, levels, start.merge_fds) else {
         bail!(Protocol, "too few descriptors came from the worker")
     };
-    let retired = start.retired.take().map(|swap| (swap, std::mem::take(&mut fds.extra)));
+    let retired = start.retired.take().map(|switch| (switch, std::mem::take(&mut fds.extra)));
     let peer = getsockopt(&sock, sockopt::PeerCredentials).ctx(Kind::Sys, || "cannot see who the worker is")?;
-    let worker = Worker::adopt(peer.pid(), sock)?;
+    let worker = Worker::attach_running(peer.pid(), sock)?;
     let me = runtime::process(std::process::id() as i32).unwrap_or_default();
     let name = start.device_name.clone();
     runtime::check_name(&name)?;
@@ -362,21 +362,21 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
     };
     let mut supervisor = Supervisor::new(dir, record, start, fds)?;
     supervisor.slots = slots;
-    supervisor.nodes = Nodes::adopt(&runtime::dev_dir(), &name);
+    supervisor.nodes = Nodes::existing(&runtime::dev_dir(), &name);
     supervisor.record.supervisor = me;
     supervisor.record.worker = worker.id;
-    // The old supervisor may have died before it could write them down.
+    // The old supervisor may have exited before it wrote them into the record.
     supervisor.record.levels = supervisor.start.attach.levels.clone();
     supervisor.record.ids = supervisor.start.attach.ids.clone();
     supervisor.worker = Some(worker);
     supervisor.assume_ready();
-    if let Some((swap, fds)) = retired {
-        // Others who would start a supervisor look here.
+    if let Some((switch, fds)) = retired {
+        // Another worker that is about to start a supervisor reads the record first.
         supervisor.save();
-        supervisor.go_on_with(swap, fds);
+        supervisor.resume_change(switch, fds);
     }
     match supervisor.record.state.as_str() {
-        // Died while attaching: whoever asked for the device was told so.
+        // The supervisor exited while attaching: the caller got an error.
         "starting" => supervisor.undo(),
         "stopped" => {
             supervisor.lost = true;

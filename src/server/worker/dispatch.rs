@@ -8,50 +8,50 @@ use crate::server::fuse::{Head, MAX_IO, Op, Reply};
 use crate::server::shm::RequestKey;
 use crate::units::SECTOR;
 
-use super::core::{Answer, Core};
+use super::core::{Core, ReplyKind};
 
 /// FALLOCATE modes that mean "reads as zero": punch a hole, zero the range; both keep the size.
 const PUNCH: u32 = 0x03;
 const ZERO: u32 = 0x11;
 
-/// What the engine is to be asked.
+/// A request for the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Asked {
+pub struct EngineRequest {
     pub kind: RequestKind,
-    pub answer: Answer,
+    pub answer: ReplyKind,
     pub offset: u64,
     pub len: u64,
     /// An earlier worker had it and did not answer it.
-    pub again: bool,
+    pub resent: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict {
-    Ask(Asked),
-    Say(Reply),
+    Submit(EngineRequest),
+    Reply(Reply),
     /// No answer may be sent.
-    Nothing,
+    NoReply,
 }
 
 /// Looks at a request, which nothing has been done for. An error is its answer.
-pub fn admit(core: &Core, head: &Head, again: bool) -> Result<Verdict, Errno> {
+pub fn dispatch(core: &Core, head: &Head, resent: bool) -> Result<Verdict, Errno> {
     let unique = head.unique;
-    let say = |reply| Ok(Verdict::Say(reply));
+    let reply = |reply| Ok(Verdict::Reply(reply));
     let (kind, answer, offset, len) = match head.op {
         Op::Read { offset, len } => {
             let len = u64::from(len).min(core.device_bytes.saturating_sub(offset));
             if len == 0 {
-                return say(Reply::status(unique, 0));
+                return reply(Reply::status(unique, 0));
             }
-            (RequestKind::Read, Answer::Read, offset, len)
+            (RequestKind::Read, ReplyKind::Read, offset, len)
         }
         Op::Write { offset, len } => {
             let len = u64::from(len);
             within(core, offset, len)?;
             if len == 0 {
-                return say(Reply::written(unique, 0));
+                return reply(Reply::written(unique, 0));
             }
-            (RequestKind::Write, Answer::Write, offset, len)
+            (RequestKind::Write, ReplyKind::Write, offset, len)
         }
         Op::Fallocate { mode, .. } if mode != PUNCH && mode != ZERO => return Err(libc::EOPNOTSUPP),
         Op::Fallocate { offset, len, .. } => {
@@ -60,17 +60,17 @@ pub fn admit(core: &Core, head: &Head, again: bool) -> Result<Verdict, Errno> {
             }
             let len = len.min(core.device_bytes.saturating_sub(offset));
             if len == 0 {
-                return say(Reply::status(unique, 0));
+                return reply(Reply::status(unique, 0));
             }
-            (RequestKind::Zero, Answer::Status, offset, len)
+            (RequestKind::Zero, ReplyKind::Status, offset, len)
         }
-        Op::Fsync if !core.writable => return say(Reply::status(unique, 0)),
-        Op::Fsync => (RequestKind::Flush, Answer::Status, 0, 0),
-        Op::GetAttr => return say(Reply::attr(unique, core.device_bytes)),
-        Op::Open => return say(Reply::open(unique)),
-        Op::StatFs => return say(Reply::statfs(unique, core.device_bytes, core.block_bytes)),
-        Op::Nothing => return say(Reply::status(unique, 0)),
-        Op::NoReply => return Ok(Verdict::Nothing),
+        Op::Fsync if !core.writable => return reply(Reply::status(unique, 0)),
+        Op::Fsync => (RequestKind::Flush, ReplyKind::Status, 0, 0),
+        Op::GetAttr => return reply(Reply::attr(unique, core.device_bytes)),
+        Op::Open => return reply(Reply::open(unique)),
+        Op::StatFs => return reply(Reply::statfs(unique, core.device_bytes, core.block_bytes)),
+        Op::Nothing => return reply(Reply::status(unique, 0)),
+        Op::NoReply => return Ok(Verdict::NoReply),
         Op::Unknown => return Err(libc::ENOSYS),
     };
     if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
@@ -80,15 +80,15 @@ pub fn admit(core: &Core, head: &Head, again: bool) -> Result<Verdict, Errno> {
         return Err(libc::EIO);
     }
     let key = RequestKey::new(unique, head.opcode, offset, len);
-    if again && core.shm.struck_out(key, &core.strikes) {
-        core.log.say(format!("request {unique} {:?} has killed several workers: it fails", head.op));
-        core.shm.forgive(key);
+    if resent && core.shm.is_poisoned(key, &core.poison_counts) {
+        core.log.line(format!("request {unique} {:?} has caused several worker exits: it fails with EIO", head.op));
+        core.shm.clear_poison(key);
         return Err(libc::EIO);
     }
     if matches!(kind, RequestKind::Read | RequestKind::Write) && len > MAX_IO as u64 {
         return Err(libc::EIO);
     }
-    Ok(Verdict::Ask(Asked { kind, answer, offset, len, again }))
+    Ok(Verdict::Submit(EngineRequest { kind, answer, offset, len, resent }))
 }
 
 fn within(core: &Core, offset: u64, len: u64) -> Result<(), Errno> {

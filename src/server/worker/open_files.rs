@@ -1,8 +1,8 @@
 //! The files of a chain, opened by the worker itself and locked.
 //!
-//! A description of its own matters: I/O of a dead worker lands for seconds after its death, and a lock on a description
-//! falls only when the last of it is over. Whoever takes over waits for that lock. So these descriptors are
-//! close-on-exec and never given to anybody.
+//! A description of its own matters: I/O of a worker lands for seconds after its exit, and a lock on a description
+//! falls only when the last of it is over. A successor waits for that lock. So these descriptors are
+//! close-on-exec and never passed to another process.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::lock;
 use crate::server::proto::LevelName;
 use crate::sys::aligned::AlignedBuf;
-use crate::sys::calm;
+use crate::sys::file_lock;
 use crate::sys::statx::direct_align;
 
 /// Direct I/O must allow sectors: the device has blocks of so many bytes.
@@ -75,46 +75,46 @@ fn takes_sectors(file: &File) -> bool {
     }
 }
 
-/// Opens a level for writing, too: the target of a merge, which must be nobody else's. `wait`: until the last operation of
-/// a dead worker is over.
+/// Opens a level for writing, too: the target of a merge, which no other process may use. `wait`: until the last
+/// operation of a former worker is over.
 pub fn open_target(path: &OwnedFd, name: &LevelName, wait: bool) -> Result<LevelFile> {
     let level = open_one(path, name, true)?;
     let busy = || {
         let shown = level.name.display();
         Error::new(
             Kind::Busy,
-            format!("image {shown} is to take what is merged, and somebody else uses it; unmount that first"),
+            format!("image {shown} is to take what is merged, and another process uses it; unmount that first"),
         )
     };
     lock_top(&level, wait).map_err(|e| if e.kind() == Kind::InUse { busy() } else { e })?;
-    lock::tell_alone(&level.file).map_err(|_| busy())?;
+    lock::lock_exclusive(&level.file).map_err(|_| busy())?;
     Ok(level)
 }
 
-/// Locks the files: the writable top for us alone, what is only read together with other readers. At a takeover this
-/// waits until the last operation of the dead worker is over; otherwise a lock that somebody else holds is an error.
-/// `except`: a level that is locked already, or that another process writes to.
+/// Locks the files: the writable top exclusively, what is only read together with other readers. At a takeover this
+/// waits until the last operation of the former worker is over; otherwise a lock that another process holds is an
+/// error. `except`: a level that is locked already, or that another process writes to.
 pub fn lock(levels: &[LevelFile], writable: bool, takeover: bool, except: Option<usize>) -> Result<()> {
     for (i, level) in levels.iter().enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {
             lock_top(level, takeover)?;
-            lock::tell_writing(&level.file).map_err(|_| in_use(level))?;
+            lock::lock_write(&level.file).map_err(|_| in_use(level))?;
         } else {
-            lock::tell_reading(&level.file).map_err(|_| in_use(level))?;
+            lock::lock_read(&level.file).map_err(|_| in_use(level))?;
         }
     }
     Ok(())
 }
 
 /// Locks a level that this process also reads, for writing.
-pub fn lock_alone(level: &LevelFile) -> Result<()> {
+pub fn lock_exclusive(level: &LevelFile) -> Result<()> {
     lock_top(level, false)
 }
 
 fn lock_top(top: &LevelFile, takeover: bool) -> Result<()> {
     let taken = match takeover {
-        true => calm::flock_exclusive(&top.file, true),
-        false => lock::retry(|| calm::flock_exclusive(&top.file, false)),
+        true => file_lock::exclusive(&top.file, true),
+        false => lock::retry(|| file_lock::exclusive(&top.file, false)),
     };
     match taken {
         Ok(()) => Ok(()),

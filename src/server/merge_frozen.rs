@@ -1,8 +1,8 @@
 //! Merging frozen levels of the running chain into the lowest of them, by a process of its own.
 //!
-//! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The end
-//! is a change of the chain like any other. If the supervisor dies, so does the process at its next word, and whoever
-//! asked asks again; if nobody does, the lock is taken back after a while and the next merge finishes it.
+//! The worker goes on reading the sources, never what is written, and lets go of its lock on the target meanwhile. The
+//! end is a change of the chain like any other. If the supervisor exits, so does the process at its next message, and
+//! the client retries; if no client does, the lock is taken back after a while and the next merge finishes it.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,53 +20,53 @@ use crate::server::supervisor::{Supervisor, log};
 
 /// A process that merges and is killed is replaced so often.
 const TRIES: usize = 3;
-/// Time for whoever asked to ask again, after the supervisor died in a merge.
-const ORPHAN: Duration = Duration::from_secs(20);
+/// Time for a client to retry after the supervisor exited in a merge.
+const RECLAIM: Duration = Duration::from_secs(20);
 /// A worker's answer about its locks.
-const YIELD: Duration = Duration::from_secs(60);
+const RELEASE: Duration = Duration::from_secs(60);
 /// A merge that is to end does so at its next safe point.
 const SAFE_POINT: Duration = Duration::from_secs(30);
 
 /// Where a merge of frozen levels stands.
 #[derive(Debug, Default)]
-pub struct LevelsMerge {
+pub struct FrozenMerge {
     /// Bytes of all; none: there is none.
     pub progress: Option<(u64, u64)>,
-    /// Somebody wants it to end.
+    /// A client has cancelled it.
     pub cancel: bool,
-    /// When the lock of one that nobody has asked this supervisor for is taken back.
-    orphaned: Option<Instant>,
+    /// When the lock of a merge that no client has requested from this supervisor is taken back.
+    reclaim_at: Option<Instant>,
 }
 
 /// Why a merge did not happen.
-struct Unmerged {
+struct NotMerged {
     error: Error,
     untouched: bool,
 }
 
-impl From<Error> for Unmerged {
-    fn from(error: Error) -> Unmerged {
-        Unmerged { error, untouched: true }
+impl From<Error> for NotMerged {
+    fn from(error: Error) -> NotMerged {
+        NotMerged { error, untouched: true }
     }
 }
 
 impl Supervisor {
-    /// Merges and answers whoever asked.
-    pub(super) fn merge_levels(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
-        self.levels_merge = LevelsMerge::default();
-        let result = match order.swap.token != 0 && order.swap.token == self.start.token {
-            // Asked for again by somebody who got no answer.
+    /// Merges and answers the client.
+    pub(super) fn merge_frozen(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
+        self.frozen_merge = FrozenMerge::default();
+        let result = match order.switch.token != 0 && order.switch.token == self.start.token {
+            // A client that got no answer retries.
             true => Ok(None),
             false => {
-                self.levels_merge.progress = Some((0, 0));
+                self.frozen_merge.progress = Some((0, 0));
                 let result = self.try_merge(order, fds);
-                self.levels_merge.progress = None;
+                self.frozen_merge.progress = None;
                 result
             }
         };
         let answers = match result {
             Ok(warning) => vec![Answer::Switched { warning }, Answer::Done],
-            Err(Unmerged { error, untouched }) => {
+            Err(NotMerged { error, untouched }) => {
                 vec![Answer::NotMerged { code: error.code(), message: error.to_string(), untouched }]
             }
         };
@@ -75,10 +75,10 @@ impl Supervisor {
         }
     }
 
-    /// Somebody wants the merge to end before its time.
+    /// Fails if the merge is to end before its time.
     fn check_wanted(&self) -> Result<()> {
         self.check_alive()?;
-        if self.levels_merge.cancel {
+        if self.frozen_merge.cancel {
             bail!(Abort, "the merge of {} was cancelled", self.record.name);
         }
         if !self.stopping.is_empty() || self.lost {
@@ -97,15 +97,15 @@ impl Supervisor {
             bail!(Busy, "{}: its top is being merged; wait for the end of that, or cancel it", self.record.name);
         }
         // What cannot be changed in the end is not begun.
-        self.plan(&order.swap, fds, None).map(drop)
+        self.plan(&order.switch, fds, None).map(drop)
     }
 
-    fn try_merge(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>) -> Result<Option<String>, Unmerged> {
+    fn try_merge(&mut self, order: &MergeOrder, fds: Vec<OwnedFd>) -> Result<Option<String>, NotMerged> {
         self.wait_while(|s| s.start.finish.is_some(), None)?;
         self.check_order(order, &fds)?;
-        let copied = self.yield_level(Some(order.low)).map_err(Unmerged::from).and_then(|()| self.copy_down(order));
+        let copied = self.release_level(Some(order.low)).map_err(NotMerged::from).and_then(|()| self.copy_down(order));
         let result = copied.and_then(|()| {
-            self.try_change(&order.swap, fds, None).map_err(|error| Unmerged { error, untouched: false })
+            self.try_change(&order.switch, fds, None).map_err(|error| NotMerged { error, untouched: false })
         });
         if result.is_err() {
             self.take_back();
@@ -114,55 +114,56 @@ impl Supervisor {
     }
 
     fn take_back(&mut self) {
-        if self.start.yielded.is_some()
-            && let Err(e) = self.yield_level(None)
+        if self.start.released_level.is_some()
+            && let Err(e) = self.release_level(None)
         {
             log(&self.record.name, &e.to_string());
         }
     }
 
-    fn yield_level(&mut self, level: Option<usize>) -> Result<()> {
-        self.start.yielded = level;
+    fn release_level(&mut self, level: Option<usize>) -> Result<()> {
+        self.start.released_level = level;
         self.wait_while(|s| s.worker.as_ref().is_none_or(|w| w.ready.is_none()), None)?;
         let Some(worker) = &mut self.worker else { return Ok(()) };
         let id = worker.id;
-        worker.yielded = None;
-        self.tell_worker(&ToWorker::Yield(level));
+        worker.released = None;
+        self.send_to_worker(&ToWorker::ReleaseLevel(level));
         // Another worker knows it from its start.
-        let waits = |s: &Supervisor| s.worker.as_ref().is_some_and(|w| w.id == id && w.yielded.is_none());
-        self.wait_while(waits, Some(Instant::now() + YIELD))?;
-        match self.worker.as_ref().and_then(|w| w.yielded.clone()).flatten() {
+        let waits = |s: &Supervisor| s.worker.as_ref().is_some_and(|w| w.id == id && w.released.is_none());
+        self.wait_while(waits, Some(Instant::now() + RELEASE))?;
+        match self.worker.as_ref().and_then(|w| w.released.clone()).flatten() {
             None => Ok(()),
             Some((code, message)) => Err(remote_error(code, message)),
         }
     }
 
     /// Has the levels copied.
-    fn copy_down(&mut self, order: &MergeOrder) -> Result<(), Unmerged> {
+    fn copy_down(&mut self, order: &MergeOrder) -> Result<(), NotMerged> {
         let mut touched = false;
-        let mut deaths = 0;
+        let mut exits = 0;
         loop {
             let helper = self.start_merger(order)?;
             match self.follow_merger(&helper) {
                 Ok(JobEvent::Done) => {
-                    self.retire(helper, false);
+                    self.release_helper(helper, false);
                     return Ok(());
                 }
                 Ok(JobEvent::NotMerged { code, message, untouched }) => {
-                    self.retire(helper, false);
-                    return Err(Unmerged { error: remote_error(code, message), untouched: untouched && !touched });
+                    self.release_helper(helper, false);
+                    return Err(NotMerged { error: remote_error(code, message), untouched: untouched && !touched });
                 }
-                // It died.
+                // The helper exited.
                 Ok(_) => {
-                    self.retire(helper, true);
+                    self.release_helper(helper, true);
                     touched = true;
-                    deaths += 1;
-                    if deaths >= TRIES {
-                        let error = Error::new(Kind::Sys, format!("the process that merges died {TRIES} times"));
-                        return Err(Unmerged { error, untouched: false });
+                    exits += 1;
+                    if exits >= TRIES {
+                        let error =
+                            Error::new(Kind::Sys, format!("the helper process of the merge exited {TRIES} times"));
+                        return Err(NotMerged { error, untouched: false });
                     }
                 }
-                Err(error) => return Err(Unmerged { error, untouched: self.end_merger(helper) && !touched }),
+                Err(error) => return Err(NotMerged { error, untouched: self.end_merger(helper) && !touched }),
             }
         }
     }
@@ -174,12 +175,12 @@ impl Supervisor {
         Helper::start_with(&fds.program(), &Job::Merge(MergeJob { levels, low: order.low }), &sent)
     }
 
-    /// Its last word; an error: it is not wanted any more.
+    /// The helper's last event; an error: the merge is not wanted any more.
     fn follow_merger(&mut self, helper: &Helper) -> Result<JobEvent> {
         loop {
             self.check_wanted()?;
             match self.helper_event(helper, Instant::now() + Duration::from_millis(500)) {
-                Some(JobEvent::Progress { done, total }) => self.levels_merge.progress = Some((done, total)),
+                Some(JobEvent::Progress { done, total }) => self.frozen_merge.progress = Some((done, total)),
                 Some(event) => return Ok(event),
                 None => {}
             }
@@ -188,26 +189,26 @@ impl Supervisor {
 
     /// Ends it at the next safe point; whether the target is untouched.
     fn end_merger(&mut self, mut helper: Helper) -> bool {
-        // It notices with its next word.
+        // The helper notices when it sends its next event.
         let _ = shutdown(helper.sock.as_raw_fd(), Shutdown::Read);
         let end = Instant::now() + SAFE_POINT;
         while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) && self.aborting.is_empty() {
-            self.turn(Instant::now() + Duration::from_millis(20), None);
+            self.poll_once(Instant::now() + Duration::from_millis(20), None);
         }
-        self.retire(helper, true);
+        self.release_helper(helper, true);
         false
     }
 
-    /// A new supervisor finds a merge that nobody asks for any more: its lock is taken back, so that others can use the
-    /// image.
-    pub(super) fn look_after_orphan(&mut self) {
-        if self.start.yielded.is_none() {
-            self.levels_merge.orphaned = None;
+    /// A new supervisor finds a merge that no client requests any more: its lock is taken back, so that other programs
+    /// can use the image.
+    pub(super) fn reclaim_released_level(&mut self) {
+        if self.start.released_level.is_none() {
+            self.frozen_merge.reclaim_at = None;
             return;
         }
         let now = Instant::now();
-        if *self.levels_merge.orphaned.get_or_insert(now + ORPHAN) <= now {
-            self.levels_merge.orphaned = None;
+        if *self.frozen_merge.reclaim_at.get_or_insert(now + RECLAIM) <= now {
+            self.frozen_merge.reclaim_at = None;
             log(&self.record.name, "a merge was interrupted; the next one finishes it");
             self.take_back();
         }

@@ -1,0 +1,20 @@
+//! Locks on open file descriptions.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// `flock(2)` on the description of `file`: exclusive, waiting if `wait`. A signal does not end the wait.
+pub fn exclusive(file: &File, wait: bool) -> io::Result<()> {
+    let how = libc::LOCK_EX | if wait { 0 } else { libc::LOCK_NB };
+    loop {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::flock(file.as_raw_fd(), how) } == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
