@@ -143,7 +143,7 @@ fn killed_cgroup_and_other_mount_namespace() {
         .into_iter()
         .find(|p| p.join("cgroup.controllers").exists())
     else {
-        println!("SKIP: killed_cgroup: there is no cgroup2 mount");
+        common::skip::skip("there is no cgroup2 mount");
         return;
     };
     let group = root.join(format!("ploop-test-{}", std::process::id()));

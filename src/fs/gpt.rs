@@ -175,7 +175,7 @@ mod tests {
         let args = [&args[..], &[file.as_os_str(), "unit".as_ref(), "s".as_ref(), "print".as_ref()]].concat();
         let seen = crate::fs::helper::run("parted", &args).unwrap();
         if seen.status == crate::fs::helper::NOT_STARTED {
-            println!("SKIP: parted is not installed");
+            crate::testing::skip::skip("parted is not installed");
             return;
         }
         assert_eq!((seen.status, seen.err.as_str()), (0, ""), "{}", seen.out);

@@ -2,18 +2,7 @@
 
 use super::super::merge::State;
 use super::*;
-
-/// xorshift: a run follows from its seed.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
+use crate::testing::{rng::Rng, seed};
 
 const CLUSTERS: u64 = 2050;
 
@@ -106,8 +95,8 @@ fn settle(r: &mut Rig, rng: &mut Rng) {
 #[test]
 fn the_target_ends_with_what_the_chain_has() {
     let mut agreed_early = 0;
-    for seed in 1..=300u64 {
-        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    for seed in seed::each(1..=300) {
+        let mut rng = Rng::new(seed);
         let mut r = start(seed, &mut rng, seed % 5 == 0);
         drive(&mut r, &mut rng, 60);
         agreed_early += u32::from(r.merged == Some(Ok(())));
@@ -142,13 +131,14 @@ fn the_target_ends_with_what_the_chain_has() {
             }
         }
     }
-    assert!(agreed_early > 20, "the merge mostly runs under load: {agreed_early} of 300 ended in it");
+    let replayed = seed::asked(None).is_some();
+    assert!(replayed || agreed_early > 20, "the merge mostly runs under load: {agreed_early} of 300 ended in it");
 }
 
 #[test]
 fn closing_ends_a_merge_and_spoils_nothing() {
-    for seed in 1..=100u64 {
-        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    for seed in seed::each(1..=100) {
+        let mut rng = Rng::new(seed);
         let mut r = start(seed, &mut rng, false);
         let before = r.files[1][..2 * BAT_PAGE].to_vec();
         drive(&mut r, &mut rng, 5);
@@ -164,7 +154,7 @@ fn closing_ends_a_merge_and_spoils_nothing() {
 
 #[test]
 fn no_space_for_the_target_ends_the_merge_alone() {
-    let mut rng = Rng(77);
+    let mut rng = Rng::new(77);
     let mut r = start(1, &mut rng, false);
     r.no_space = true;
     for c in 10..14 {
