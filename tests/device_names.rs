@@ -10,7 +10,7 @@ use std::process::Command;
 use device_common::*;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use ploop::Kind;
-use ploop::device::{self, State};
+use ploop::device::{self, AttachSpec, State};
 use ploop::server::runtime;
 
 /// A loop device over a file of noise, with a chosen number.
@@ -130,6 +130,7 @@ fn names_given_by_the_user() {
     fs::remove_file(&node).unwrap();
     mknod(&node, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), nix::sys::stat::makedev(7, 7)).unwrap();
     assert_eq!(named(&name).unwrap_err().kind(), Kind::Busy);
+    assert_eq!(fs::metadata(&node).unwrap().rdev(), nix::sys::stat::makedev(7, 7));
     fs::remove_file(&node).unwrap();
     for bad in ["/dev/../etc/passwd", "/dev/a/b", "", "/tmp/x"] {
         assert_eq!(named(bad).unwrap_err().kind(), Kind::Param, "{bad}");
@@ -139,6 +140,12 @@ fn names_given_by_the_user() {
     assert_eq!((device.node(), device.name()), (node.as_path(), name.as_str()));
     let e = named(&name).unwrap_err();
     assert_eq!(e.kind(), Kind::Busy, "{e}");
+    // Nor is it given out twice, and the image that was refused it is left alone, unmarked.
+    let other = t.image("b.hdd", "64M");
+    let before = fs::read(&other).unwrap();
+    let e = device::attach(AttachSpec { device: Some(name.clone()), ..t.spec(&other) }).unwrap_err();
+    assert_eq!(e.kind(), Kind::Busy, "{e}");
+    assert!(fs::read(&other).unwrap() == before, "a failed attach changed the image");
     assert_eq!(device::by_node(&name).unwrap().unwrap().state, State::Running);
     device::detach(&name).unwrap();
     t.assert_gone(&device);
