@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
 
 use device_common::*;
 use nix::sys::stat::{Mode, SFlag, mknod};
@@ -57,8 +58,15 @@ impl Drop for Stranger {
     }
 }
 
+/// One test at a time: an attach in one cleans what another has just killed, and takes the loop number that it gives away.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 #[test]
 fn recycled_loop_device() {
+    let _alone = alone();
     let Some(t) = Bench::new("recycled_loop_device") else { return };
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
@@ -88,6 +96,7 @@ fn recycled_loop_device() {
 
 #[test]
 fn detached_behind_our_back() {
+    let _alone = alone();
     let Some(t) = Bench::new("detached_behind_our_back") else { return };
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
@@ -114,6 +123,7 @@ fn detached_behind_our_back() {
 
 #[test]
 fn names_given_by_the_user() {
+    let _alone = alone();
     let Some(t) = Bench::new("names_given_by_the_user") else { return };
     let image = t.image("a.hdd", "64M");
     let name = format!("ploop-test-{}", std::process::id());
@@ -153,6 +163,7 @@ fn names_given_by_the_user() {
 
 #[test]
 fn stale_nodes_are_refused() {
+    let _alone = alone();
     let Some(t) = Bench::new("stale_nodes_are_refused") else { return };
     let node = Path::new("/dev/ploop77123");
     mknod(node, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), nix::sys::stat::makedev(7, 7)).unwrap();
@@ -179,6 +190,7 @@ fn stale_nodes_are_refused() {
 
 #[test]
 fn earlier_boot() {
+    let _alone = alone();
     let Some(t) = Bench::new("earlier_boot") else { return };
     let name = format!("ploop-boot-{}", std::process::id());
     let dir = runtime::make_run_dir().unwrap().join(&name);
@@ -205,6 +217,7 @@ fn earlier_boot() {
 
 #[test]
 fn failed_attach_leaves_nothing() {
+    let _alone = alone();
     let Some(t) = Bench::new("failed_attach_leaves_nothing") else { return };
     let bad = t.dir.path().join("bad.hdd");
     fs::write(&bad, pattern(1, 1 << 20)).unwrap();
