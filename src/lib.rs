@@ -17,6 +17,9 @@ pub mod ops;
 pub mod report;
 pub mod server;
 pub mod sys;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod testing;
 pub mod units;
 
 pub use error::{Error, Kind, Result};

@@ -1,5 +1,8 @@
 //! New disks: judged by other programs, safe from whatever is in the way, whole after an interruption.
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -25,7 +28,7 @@ fn params(image: PathBuf) -> CreateParams {
     }
 }
 
-/// Runs a program; false (and a word about it) if it is not installed.
+/// Runs a program; false if it is not installed and the test may be skipped.
 fn judged(program: &str, args: &[&str]) -> bool {
     // Debian's 1.15 copies 4 KiB from where its argument stands: with a small environment it dies of that.
     let padding = "x".repeat(5000);
@@ -37,7 +40,7 @@ fn judged(program: &str, args: &[&str]) -> bool {
             true
         }
         Err(e) => {
-            println!("SKIP: {program}: {e}");
+            common::skip::skip(&format!("{program}: {e}"));
             false
         }
     }

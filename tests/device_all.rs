@@ -1,6 +1,9 @@
 //! `ploop umount --all`, in a world of its own: the test runs itself once more in new PID and mount namespaces with an
 //! empty /run, where no other devices can be seen.
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -30,9 +33,7 @@ fn elsewhere(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return false;
     }
-    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists()
-    {
-        println!("SKIP: {test}: needs root, /dev/fuse and /dev/loop-control");
+    if !common::skip::devices() {
         return true;
     }
     let dir = tempfile::Builder::new().prefix("ploop-all-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -136,67 +136,6 @@ fn removed_program() {
 }
 
 #[test]
-fn killed_cgroup_and_other_mount_namespace() {
-    let Some(t) = Bench::new("killed_cgroup_and_other_mount_namespace") else { return };
-    let Some(root) = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-        .map(Path::new)
-        .into_iter()
-        .find(|p| p.join("cgroup.controllers").exists())
-    else {
-        println!("SKIP: killed_cgroup: there is no cgroup2 mount");
-        return;
-    };
-    let group = root.join(format!("ploop-test-{}", std::process::id()));
-    fs::create_dir(&group).unwrap();
-    let image = t.image("a.hdd", "64M");
-    let exe = std::env::current_exe().unwrap();
-    // In a group and a mount namespace of its own; the caller stays alive until the group is killed.
-    let script = format!(
-        "echo $$ > {}/cgroup.procs; mount --make-rprivate / 2>/dev/null; \"$0\" --exact --nocapture child; touch {}; \
-         sleep 100",
-        group.display(),
-        t.dir.path().join("attached").display()
-    );
-    // From another namespace our records would be looked for below the root of process 1: not in a plain chroot.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let chroot = !mounts.lines().any(|l| l.split(' ').nth(4) == Some("/"));
-    let mut caller = if chroot { Command::new("env") } else { Command::new("unshare") };
-    if !chroot {
-        caller.arg("-m");
-    }
-    let mut caller = caller
-        .args(["sh", "-c", &script])
-        .arg(exe)
-        .env("PLOOP_TEST_ATTACH", &image)
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let device = within(30, "the device", || {
-        let all = device::list().unwrap();
-        all.into_iter().find(|d| d.top() == image && d.state == State::Running)
-    });
-    // An attach whose caller dies before the answer is undone.
-    within(10, "the answer", || t.dir.path().join("attached").exists().then_some(()));
-    let killed = fs::write(group.join("cgroup.kill"), "1");
-    if killed.is_err() {
-        caller.kill().unwrap();
-    }
-    caller.wait().unwrap();
-    within(10, "an empty group", || fs::remove_dir(&group).ok());
-    let data = pattern(4, 1 << 20);
-    write_at(device.node(), 0, &data);
-    assert_eq!(read_at(device.node(), 0, data.len()), data);
-    assert_eq!(record(device.name()).worker, device.record.worker);
-    let ns = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    // A sandbox may forbid to look at process 1, and so to enter its namespace.
-    if let Some(first) = ns(1) {
-        assert_eq!(ns(device.record.supervisor.pid), Some(first));
-    }
-    device::detach(device.name()).unwrap();
-    t.assert_gone(&device);
-}
-
-#[test]
 fn rude_clients_block_nobody() {
     let Some(t) = Bench::new("rude_clients_block_nobody") else { return };
     let image = t.image("a.hdd", "64M");

@@ -6,11 +6,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
 
 use device_common::*;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use ploop::Kind;
-use ploop::device::{self, State};
+use ploop::device::{self, AttachSpec, State};
 use ploop::server::runtime;
 
 /// A loop device over a file of noise, with a chosen number.
@@ -57,8 +58,15 @@ impl Drop for Stranger {
     }
 }
 
+/// One test at a time: an attach in one cleans what another has just killed, and takes the loop number that it gives away.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 #[test]
 fn recycled_loop_device() {
+    let _alone = alone();
     let Some(t) = Bench::new("recycled_loop_device") else { return };
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
@@ -88,6 +96,7 @@ fn recycled_loop_device() {
 
 #[test]
 fn detached_behind_our_back() {
+    let _alone = alone();
     let Some(t) = Bench::new("detached_behind_our_back") else { return };
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
@@ -114,6 +123,7 @@ fn detached_behind_our_back() {
 
 #[test]
 fn names_given_by_the_user() {
+    let _alone = alone();
     let Some(t) = Bench::new("names_given_by_the_user") else { return };
     let image = t.image("a.hdd", "64M");
     let name = format!("ploop-test-{}", std::process::id());
@@ -130,6 +140,7 @@ fn names_given_by_the_user() {
     fs::remove_file(&node).unwrap();
     mknod(&node, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), nix::sys::stat::makedev(7, 7)).unwrap();
     assert_eq!(named(&name).unwrap_err().kind(), Kind::Busy);
+    assert_eq!(fs::metadata(&node).unwrap().rdev(), nix::sys::stat::makedev(7, 7));
     fs::remove_file(&node).unwrap();
     for bad in ["/dev/../etc/passwd", "/dev/a/b", "", "/tmp/x"] {
         assert_eq!(named(bad).unwrap_err().kind(), Kind::Param, "{bad}");
@@ -139,6 +150,12 @@ fn names_given_by_the_user() {
     assert_eq!((device.node(), device.name()), (node.as_path(), name.as_str()));
     let e = named(&name).unwrap_err();
     assert_eq!(e.kind(), Kind::Busy, "{e}");
+    // Nor is it given out twice, and the image that was refused it is left alone, unmarked.
+    let other = t.image("b.hdd", "64M");
+    let before = fs::read(&other).unwrap();
+    let e = device::attach(AttachSpec { device: Some(name.clone()), ..t.spec(&other) }).unwrap_err();
+    assert_eq!(e.kind(), Kind::Busy, "{e}");
+    assert!(fs::read(&other).unwrap() == before, "a failed attach changed the image");
     assert_eq!(device::by_node(&name).unwrap().unwrap().state, State::Running);
     device::detach(&name).unwrap();
     t.assert_gone(&device);
@@ -146,6 +163,7 @@ fn names_given_by_the_user() {
 
 #[test]
 fn stale_nodes_are_refused() {
+    let _alone = alone();
     let Some(t) = Bench::new("stale_nodes_are_refused") else { return };
     let node = Path::new("/dev/ploop77123");
     mknod(node, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), nix::sys::stat::makedev(7, 7)).unwrap();
@@ -172,6 +190,7 @@ fn stale_nodes_are_refused() {
 
 #[test]
 fn earlier_boot() {
+    let _alone = alone();
     let Some(t) = Bench::new("earlier_boot") else { return };
     let name = format!("ploop-boot-{}", std::process::id());
     let dir = runtime::make_run_dir().unwrap().join(&name);
@@ -198,6 +217,7 @@ fn earlier_boot() {
 
 #[test]
 fn failed_attach_leaves_nothing() {
+    let _alone = alone();
     let Some(t) = Bench::new("failed_attach_leaves_nothing") else { return };
     let bad = t.dir.path().join("bad.hdd");
     fs::write(&bad, pattern(1, 1 << 20)).unwrap();

@@ -3,7 +3,7 @@
 //!
 //! Nothing hangs, nothing is left over, no byte is wrong. I/O fails only where worker and supervisor are dead at once;
 //! even then all that was flushed is there again after the next mount. `PLOOP_TEST=full` 800 lives, `ci` 40, else 20;
-//! `LIVES=N` sets the number, `LIVES_SEED=N` repeats a run's choices.
+//! `LIVES=N` sets the number, `PLOOP_SEED=N` repeats a run's choices.
 
 mod device_common;
 
@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use device_common::common::rng::Rng;
 use device_common::load::kill_process;
 use device_common::*;
 use ploop::device::{self, Device, State};
@@ -245,9 +246,9 @@ fn number(name: &str) -> Option<u64> {
 fn killed_at_any_time() {
     let Some(disk) = Disk::new("killed_at_any_time") else { return };
     let lives = number("LIVES").unwrap_or(count(40, 20, 800));
-    let seed = number("LIVES_SEED").unwrap_or(u64::from(std::process::id()));
-    println!("LIVES_SEED={seed}");
-    let mut random = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let seed = common::seed::one(Some("LIVES_SEED"), common::seed::fresh());
+    println!("PLOOP_SEED={}", seed.0);
+    let mut random = Rng::new(seed.0);
     let mut lanes: Vec<Lane> = (0..LANES).map(Lane::new).collect();
     let (mut kills, mut failed, mut longest) = (0, 0, Duration::ZERO);
     use {Phase::*, Victim::*};

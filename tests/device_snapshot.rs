@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use device_common::common::rng::Rng;
 use device_common::*;
 use ploop::descriptor::Descriptor;
 use ploop::device::{self, Device};
@@ -36,8 +37,7 @@ impl Disk {
     fn new(name: &str, size: &str, more: &[&str]) -> Option<Disk> {
         let t = Bench::new(name)?;
         for program in ["fio", "mkfs.ext4", "e2fsck"] {
-            if !output(Command::new("sh").args(["-c", &format!("command -v {program}")])).status.success() {
-                println!("SKIP: {name}: {program} is not installed");
+            if !common::skip::program(program) {
                 return None;
             }
         }
@@ -252,12 +252,12 @@ fn merged_in_random_order() {
 
     // Above the upper one: in an order that depends on nothing the engine knows.
     let mut times = Vec::new();
-    let mut seed = std::process::id() as usize | 1;
+    let seed = common::seed::one(None, common::seed::fresh());
+    let mut rng = Rng::new(seed.0);
     let mut above: Vec<(Guid, String)> = taken[n / 2 + 1..].to_vec();
-    let merge = |pool: &mut Vec<(Guid, String)>, seed: &mut usize, lowest: usize, times: &mut Vec<u128>| {
-        *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    let merge = |pool: &mut Vec<(Guid, String)>, rng: &mut Rng, lowest: usize, times: &mut Vec<u128>| {
         // Into what is below it: the GUID of what is below disappears.
-        let at = lowest + 1 + (*seed >> 33) % (pool.len() - lowest - 1);
+        let at = lowest + 1 + rng.index(pool.len() - lowest - 1);
         let start = Instant::now();
         run(ploop().args(["snapshot-merge", "-u", &pool[at].0.to_string()]).arg(&disk.dd));
         times.push(start.elapsed().as_millis());
@@ -265,7 +265,7 @@ fn merged_in_random_order() {
         assert_eq!(disk.content(&pool[at - 1].0), pool[at - 1].1, "content of a merged snapshot");
     };
     while above.len() > 1 {
-        merge(&mut above, &mut seed, 0, &mut times);
+        merge(&mut above, &mut rng, 0, &mut times);
         for (_, (_, content), node) in &watched {
             assert_eq!(sha256(node), *content);
         }
@@ -278,7 +278,7 @@ fn merged_in_random_order() {
     let mut all = taken[..=n / 2].to_vec();
     all.extend(above);
     while all.len() > 2 {
-        merge(&mut all, &mut seed, 0, &mut times);
+        merge(&mut all, &mut rng, 0, &mut times);
     }
     // A range, then the top, so that one image is left.
     run(ploop().args(["snapshot-merge", "-A"]).arg(&disk.dd));

@@ -13,7 +13,7 @@ use ploop::format::header::Version;
 use ploop::ops::create::{CreateParams, create_image};
 use ploop::ops::mount::{MountParams, mount_descriptor};
 use ploop::ops::snapshot::{self, SnapshotParams, TemporaryParams};
-use ploop::ops::umount::{umount_descriptor, umount_device};
+use ploop::ops::umount::umount_descriptor;
 use ploop::units::ClusterSize;
 
 struct Disk {
@@ -85,21 +85,4 @@ fn held_snapshots_go_after_their_holder() {
     umount_descriptor(&disk.dd, "").unwrap();
     ploop::ops::check::check_disk(&disk.dd, None).unwrap();
     assert_eq!(Descriptor::read(&disk.dd).unwrap().top, guid::TOP);
-}
-
-#[test]
-fn others_live_until_they_are_unmounted() {
-    let Some(disk) = Disk::new("until-unmounted") else { return };
-    let guid = Guid::generate();
-    let params = TemporaryParams { guid, target: None, snap_dir: None, with_holder: false };
-    let taken = snapshot::create_temporary(&disk.dd, "backup", &params).unwrap();
-    assert!(taken.holder.is_none());
-    assert_eq!(device::by_node(&taken.device).unwrap().unwrap().component(), "~backup");
-    disk.snapshot();
-    assert!(disk.there(&guid) && token(&taken.device).is_some());
-    umount_device(&taken.device, None).unwrap();
-    disk.snapshot();
-    assert!(!disk.there(&guid));
-    umount_descriptor(&disk.dd, "").unwrap();
-    ploop::ops::check::check_disk(&disk.dd, None).unwrap();
 }

@@ -1,11 +1,15 @@
-//! Images and descriptors against the programs that others use: Debian's `ploop` 1.15 and `qemu-img`. Where one is not
-//! installed its tests say so and pass.
+//! Images and descriptors against other makers' programs: Debian's `ploop` 1.15 and `qemu-img`. Where one is not installed
+//! its tests are skipped, which fails in CI.
+
+#[path = "common/mod.rs"]
+mod common;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::rng::Rng;
 use ploop::chain::{self, LevelFile, Marked};
 use ploop::descriptor::{Descriptor, ImageMode};
 use ploop::format::header::Version;
@@ -19,8 +23,7 @@ const PLOOP: &str = "/usr/sbin/ploop";
 
 /// Runs the classic, if it is there. It copies about 4 KiB behind its arguments, which must be there to copy.
 fn classic(args: &[&str], dir: &Path) -> Option<Output> {
-    if !Path::new(PLOOP).exists() {
-        println!("skipped: {PLOOP} is not installed");
+    if !common::skip::program(PLOOP) {
         return None;
     }
     let out = Command::new(PLOOP).args(args).current_dir(dir).env("PADDING", "x".repeat(9000)).output().unwrap();
@@ -36,7 +39,7 @@ fn classic_code(args: &[&str], dir: &Path) -> Option<i32> {
 fn qemu(args: &[&str], dir: &Path) -> Option<()> {
     match Command::new("qemu-img").args(args).current_dir(dir).output() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            println!("skipped: qemu-img is not installed");
+            common::skip::skip("qemu-img is not installed");
             None
         }
         out => {
@@ -60,23 +63,11 @@ fn params(version: Version, cluster: u64, sectors: u64, mode: ImageMode) -> Para
     Params { version, cluster: ClusterSize::from_sectors(cluster).unwrap(), sectors, mode }
 }
 
-/// Numbers that look random and are the same every time.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
 /// A raw disk with scattered data.
 fn scattered(path: &Path, bytes: u64, pieces: u64) {
     let f = File::create_new(path).unwrap();
     f.set_len(bytes).unwrap();
-    let mut random = Random(bytes + pieces);
+    let mut random = Rng::new(bytes + pieces);
     for i in 0..pieces {
         let len = 512 * (1 + random.below(200));
         let at = random.below((bytes - len) / 512) * 512;
@@ -160,7 +151,7 @@ fn preallocated_images_pass_after_scattered_writes() {
         let top = level(&path);
         let options = chain::OpenOptions { writable: true, ..Default::default() };
         let chain = chain::open(std::slice::from_ref(&top), &options).unwrap();
-        let mut random = Random(seed);
+        let mut random = Rng::new(seed);
         let table = u64::from(ploop::image::check::read_header(&path, None).unwrap().first_data_sector) * 512;
         let len = top.file.metadata().unwrap().len();
         for _ in 0..40 {

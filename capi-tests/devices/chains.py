@@ -275,7 +275,7 @@ def sequences(t, tools, seeds, steps, deepest, mounts=None):
                 depth = max(depth, s.model.depth())
                 snaps += len(s.model.snaps)
         except Exception as e:
-            raise Failure(f"seed {seed}: {e}") from e
+            raise Failure(f"seed {seed}: {e}\n{devlib.replay(t, seed)}") from e
         for k, v in s.counts.items():
             total[k] = total.get(k, 0) + v
         for d in s.disks:
@@ -286,9 +286,7 @@ def sequences(t, tools, seeds, steps, deepest, mounts=None):
 
 
 def seeds(default):
-    """CHAINS_SEED=N replays one."""
-    one = os.environ.get("CHAINS_SEED")
-    return [int(one)] if one else list(default)
+    return devlib.seeds(default, "CHAINS_SEED")
 
 
 @devlib.limit(5400)

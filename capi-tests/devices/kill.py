@@ -473,7 +473,7 @@ def new_image(t):
 
 
 def case_caller_cgroup(t):
-    """Everything in the caller's cgroup is killed."""
+    """Everything in the caller's cgroup is killed; the caller has a mount namespace of its own, too."""
     roots = cgroup_roots()
     if not roots:
         raise devlib.Skip("no cgroup hierarchy can be written to")
@@ -501,7 +501,11 @@ def case_caller_cgroup(t):
     ready = t.path("ready")
     script = "".join(f"echo $$ > {g}/cgroup.procs; " for g in groups)
     script += f"'{devlib.PLOOP}' mount '{dd}' > '{t.path('out')}' 2>&1; echo $? > '{ready}.tmp'; mv '{ready}.tmp' '{ready}'; sleep 1000 & sleep 1000"
-    shell = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+    # From another namespace our records would be looked for below the root of process 1: not in a plain chroot.
+    with open("/proc/self/mountinfo") as f:
+        chroot = not any(line.split(" ")[4] == "/" for line in f)
+    own = [] if chroot else ["unshare", "-m", "--propagation", "private"]
+    shell = subprocess.Popen([*own, "bash", "-c", script], start_new_session=True)
     devlib.wait_for("the mount ended", lambda: os.path.exists(ready), 60)
     check(open(ready).read().strip() == "0", "mount failed: " + open(t.path("out")).read())
     dev = t.device_of(dd)
@@ -511,6 +515,13 @@ def case_caller_cgroup(t):
         with open(f"/proc/{rec[who]['pid']}/cgroup") as f:
             text = f.read()
         check(f"ploop-test-{os.getpid()}" not in text, f"the {who} sits in the caller's cgroup: {text}")
+    try:
+        first = os.readlink("/proc/1/ns/mnt")
+    except OSError:
+        # A sandbox may forbid to look at process 1, and so to enter its namespace.
+        first = None
+    ns = os.readlink(f"/proc/{rec['supervisor']['pid']}/ns/mnt")
+    check(first in (None, ns), f"the supervisor is in the mount namespace {ns}, process 1 in {first}")
     for g in groups:
         if os.path.exists(g + "/cgroup.kill"):
             with open(g + "/cgroup.kill", "w") as f:
@@ -519,6 +530,7 @@ def case_caller_cgroup(t):
             for pid in f.read().split():
                 devlib.kill(int(pid))
     shell.wait(10)
+    check(devlib.record(dev)["worker"] == rec["worker"], "the worker is another one")
     goes_on(t, dev, dd, img)
 
 

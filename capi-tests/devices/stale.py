@@ -193,36 +193,5 @@ def case_strangers_mount(t):
     run("touch", os.path.join(theirs, "works"))
 
 
-def case_node_of_a_stranger(t):
-    """A node that the user names and that is not ours is not replaced; neither is a file."""
-    img = t.path("a.hds")
-    ploopimg.write_image(img, 2, 2048, 64 * 2048, {})
-    name = f"/dev/ploop-test-{os.getpid()}"
-    with open(name, "w") as f:
-        f.write("mine")
-    t.later(lambda: os.path.exists(name) and os.unlink(name))
-    r = ploop("mount", "-d", name, img, rc=None)
-    if r.rc == 0:
-        t.umount("-d", name, rc=None)
-    check(r.rc != 0 and os.path.isfile(name) and open(name).read() == "mine", "a file in the place of the node was replaced")
-    os.unlink(name)
-    os.mknod(name, 0o600 | 0o060000, os.makedev(7, 0))
-    r = ploop("mount", "-d", name, img, rc=None)
-    if r.rc == 0:
-        t.umount("-d", name, rc=None)
-    check(r.rc != 0 and os.stat(name).st_rdev == os.makedev(7, 0), "another device's node was replaced")
-    os.unlink(name)
-    # A free name works, and is gone afterwards.
-    dev = t.mount("-d", name, img)
-    check(dev == name and os.path.exists(name), f"asked for {name}, got {dev}")
-    other = t.path("b.hds")
-    ploopimg.write_image(other, 2, 2048, 64 * 2048, {})
-    r = ploop("mount", "-d", name, other, rc=None)
-    check(r.rc != 0, "a busy device name was given out twice")
-    check(ploopimg.Image(other).header.in_use == 0, "a failed mount left the image marked")
-    t.umount("-d", name)
-    check(not os.path.exists(name), f"{name} is left")
-
-
 if __name__ == "__main__":
     devlib.main()

@@ -65,6 +65,17 @@ def pick(ci, full):
     return full if FULL else ci
 
 
+def seeds(usual, alias=None):
+    """The seeds of a case: the one that PLOOP_SEED (or an older name) asks for, else all of `usual`."""
+    one = os.environ.get("PLOOP_SEED") or (os.environ.get(alias) if alias else None)
+    return [int(one)] if one else list(usual)
+
+
+def replay(t, seed):
+    """The command that replays a seed of a case."""
+    return f"replay: PLOOP_SEED={seed} capi-tests/run {os.path.basename(t.dir)}"
+
+
 class Result:
     def __init__(self, rc, out, err, seconds):
         self.rc, self.out, self.err, self.seconds = rc, out, err, seconds

@@ -1,6 +1,8 @@
 """Runs the tests for capi-tests/run: see there."""
 
+import functools
 import glob
+import json
 import os
 import re
 import shutil
@@ -17,11 +19,43 @@ ROOT = devlib.ROOT
 LOGS = os.path.join(devlib.TARGET, "test-logs")
 STRICT = os.environ.get("PLOOP_TEST") in ("ci", "full")
 GROUP_LIMIT = 900
+BUILD_LIMIT = 1800
 # The full counts take hours, one of them for the fuzzers.
 CARGO_LIMIT = devlib.pick(3600, 14400)
 
 # Scripts beside the groups that are run by name only.
 SLOW = ("chroot", "oldkernel")
+
+
+class Target:
+    """A test binary of cargo's, or its doc tests (which have a command instead)."""
+
+    def __init__(self, kind, name, select, command=None):
+        self.kind, self.name, self.select, self.command = kind, name, select, command
+
+    def __eq__(self, other):
+        return (self.kind, self.name) == (other.kind, other.name)
+
+    @property
+    def shown(self):
+        # The library and its command have one name.
+        return "cargo" if self.kind == "none" else "cargo." + ("lib" if self.kind == "lib" else f"bin.{self.name}" if self.kind == "bin" else self.name)
+
+
+@functools.cache
+def cargo_targets():
+    """What `cargo test` would run, in its order."""
+    if not shutil.which("cargo"):
+        return [Target("none", "", [], ["sh", "-c", "echo 'skip: there is no cargo'; exit 77"])]
+    r = subprocess.run(["cargo", "metadata", "--no-deps", "--locked", "--format-version", "1"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                       timeout=120, check=True)
+    out = []
+    for t in json.loads(r.stdout)["packages"][0]["targets"]:
+        kind = "lib" if "rlib" in t["kind"] else t["kind"][0]
+        if t["test"] and kind in ("lib", "bin", "test"):
+            out.append(Target(kind, t["name"], ["--lib"] if kind == "lib" else [f"--{kind}", t["name"]]))
+    out.sort(key=lambda t: (("lib", "bin", "test").index(t.kind), t.name))
+    return out + [Target("doc", "doc", [], ["cargo", "test", "--locked", "--doc"])]
 
 
 class Runner:
@@ -38,6 +72,7 @@ class Runner:
         os.makedirs(LOGS, exist_ok=True)
         self.before = cleanup.snapshot()
         self.child = None
+        self.binaries, self.cargo_env = {}, {"CARGO_MANIFEST_DIR": ROOT}
 
     def log(self, name):
         return os.path.join(LOGS, name.replace("/", "_") + ".log")
@@ -76,10 +111,11 @@ class Runner:
         panics = [i for i, l in enumerate(text) if " panicked at " in l]
         if panics and not said:
             # What a test of cargo's said just before it, and why it ended.
-            return [l.rstrip()[:400] for i in panics[:5] for l in text[max(0, i - 3):i + 4]]
+            return [l.rstrip()[:400] for i in panics[:5] for l in text[max(0, i - 3):i + 4]] + [l for l in text if l.startswith("replay: ")][:5]
         return [l.rstrip()[:400] for l in (text[said[0]:][:lines] if said else text[-lines:])]
 
-    def note(self, name, rc, seconds, device, extra=""):
+    def note(self, name, rc, seconds, extra=""):
+        """One line of the report. The one place that decides what a skipped test is, as tests/common/skip.rs is for cargo's."""
         if rc == 0:
             self.passed.append(name)
             word = "ok"
@@ -87,7 +123,7 @@ class Runner:
             reason = (self.tail(name, 1) or ["no reason given"])[0].removeprefix("skip: ")
             self.skipped.append((name, reason))
             word, extra = "skip", f"({reason})"
-            if device and STRICT:
+            if STRICT:
                 self.failed.append(name)
                 word = "FAILED"
                 extra = f"(skipped, which PLOOP_TEST={os.environ['PLOOP_TEST']} forbids: {reason})"
@@ -99,23 +135,59 @@ class Runner:
             for line in self.tail(name):
                 print("        | " + line, flush=True)
 
-    def cargo(self, name):
-        begin = time.monotonic()
-        rc, seconds = self.command(name, ["cargo", "test", "--locked", "--no-fail-fast"], CARGO_LIMIT)
+    def build(self, targets):
+        """Builds the test binaries of these targets in one go, and the commands that they start."""
+        targets = [t for t in targets if not t.command]
+        if not targets:
+            return
+        choice = [] if targets == cargo_targets()[:-1] else [w for t in targets for w in t.select]
+        rc, seconds = self.command("cargo.build", ["cargo", "test", "--locked", "--no-run", "--message-format=json-render-diagnostics",
+                                                   *choice], BUILD_LIMIT)
+        with open(self.log("cargo.build"), errors="replace") as f:
+            built = [json.loads(line) for line in f if line.startswith('{"')]
+        with open(self.log("cargo.build"), "r+", errors="replace") as f:
+            text = [line for line in f if not line.startswith('{"')]
+            f.seek(0)
+            f.truncate()
+            f.writelines(text)
+        for m in built:
+            if m.get("executable") and m["profile"]["test"]:
+                self.binaries[("lib" if "rlib" in m["target"]["kind"] else m["target"]["kind"][0], m["target"]["name"])] = m["executable"]
+            elif m.get("executable"):
+                self.cargo_env["CARGO_BIN_EXE_" + m["target"]["name"]] = m["executable"]
+        self.note("cargo.build", rc, seconds, f"({len(self.binaries)} binaries)")
+
+    def cargo(self, name, target):
+        """Runs one test binary (the tests in it run in parallel) or the doc tests."""
+        cmd = target.command or [self.binaries.get((target.kind, target.name))]
+        if cmd == [None]:
+            with open(self.log(name), "w") as f:
+                f.write("FAILED: there is no such binary, see cargo.build\n")
+            self.note(name, 1, 0)
+            return
+        rc, seconds = self.command(name, cmd, CARGO_LIMIT, env=self.cargo_env)
         with open(self.log(name), errors="replace") as f:
             text = f.read()
-        done = sum(int(n) for n in re.findall(r"^test result: .*? (\d+) passed", text, re.M))
-        bad = re.findall(r"^test (\S+) \.\.\. FAILED", text, re.M)
-        if rc == 0 and not done:
+        totals = re.findall(r"^test result: .*? (\d+) passed; (\d+) failed; (\d+) ignored", text, re.M)
+        done, bad, ignored = (sum(int(t[i]) for t in totals) for i in range(3))
+        if not totals:
+            # tests/worker has no harness: a scene a line.
+            done = len(re.findall(r"(?:\.\.\. |^)ok$", text, re.M))
+        skipped = list(dict.fromkeys(re.findall(r"SKIP: (\S*): (.*)", text)))
+        self.skipped += [(f"{name}: {test}", reason) for test, reason in skipped]
+        if rc == 0 and target.kind == "test" and not done + ignored:
             rc = 1
-        self.note(name, rc, time.monotonic() - begin, False, f"({done} tests{', failed: ' + ' '.join(bad) if bad else ''})")
+        failed = re.findall(r"^test (\S+) \.\.\. FAILED", text, re.M)
+        counts = [f"{done} tests", f"{bad} failed: {' '.join(failed)}" if bad else "", f"{ignored} ignored" if ignored else "",
+                  f"{len(skipped)} skipped" if skipped else ""]
+        self.note(name, rc, seconds, f"({', '.join(c for c in counts if c)})")
 
     def group(self, name, path):
         scratch = os.path.join(self.scratch, name)
         os.makedirs(scratch)
         rc, seconds = self.command(name, ["bash", path], GROUP_LIMIT, env={"PLOOP_TEST_SCRATCH": scratch, "TMPDIR": scratch})
         self.after(name, rc)
-        self.note(name, rc, seconds, False)
+        self.note(name, rc, seconds)
 
     def device(self, name, path, case, limit):
         cmd = [sys.executable, path, case] if path.endswith(".py") else ["bash", path, case]
@@ -130,7 +202,7 @@ class Runner:
             with open(self.log(name), errors="replace") as f:
                 said = [l[8:].strip() for l in f if l.startswith("RESULT: ")]
             extra = "  ".join(said)
-        self.note(name, rc, seconds, True, extra)
+        self.note(name, rc, seconds, extra)
 
     def after(self, name, rc):
         killed = cleanup.kill_stragglers(f"{name}@{os.getpid()}")
@@ -159,14 +231,14 @@ class Runner:
             left = [l for l in cleanup.leftovers(self.before, self.scratch, self.shared) if l in left]
         with open(self.log("leftovers"), "w") as f:
             f.write("\n".join([f"cleared away at the end: {u}" for u in undone] + [f"still there: {l}" for l in left]) + "\n")
-        self.note("leftovers", 1 if left or undone else 0, time.monotonic() - begin, True)
+        self.note("leftovers", 1 if left or undone else 0, time.monotonic() - begin)
         if not (self.keep and self.failed):
             shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def tests():
     """[(name, kind, arguments)]."""
-    out = [("cargo", "cargo", ())]
+    out = [(t.shown, "cargo", (t,)) for t in cargo_targets()]
     for p in sorted(glob.glob(os.path.join(ROOT, "capi-tests/groups/*.sh"))):
         out.append(("groups." + os.path.basename(p)[:-3], "group", (p,)))
     for p in sorted(glob.glob(os.path.join(ROOT, "capi-tests/devices/*.py")) + glob.glob(os.path.join(ROOT, "capi-tests/devices/*.sh"))):
@@ -218,7 +290,9 @@ def main():
         for name, kind, args in chosen:
             t = time.monotonic()
             if kind == "cargo":
-                runner.cargo(name)
+                if not stages.get(kind):
+                    runner.build([a[0] for _, k, a in chosen if k == kind])
+                runner.cargo(name, *args)
             elif kind == "group":
                 runner.group(name, *args)
             elif kind == "device":
@@ -226,7 +300,7 @@ def main():
             else:
                 rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, f"capi-tests/{name}.sh")], 3600)
                 runner.after(name, rc)
-                runner.note(name, rc, seconds, True)
+                runner.note(name, rc, seconds)
             stages[kind] = stages.get(kind, 0) + time.monotonic() - t
     finally:
         runner.finish()

@@ -436,7 +436,7 @@ fn direct_io() {
         Some(LevelFile { file, name: p.to_owned(), raw, direct: true })
     };
     let (Some(base), Some(top)) = (direct(&raw, true), direct(&p, false)) else {
-        println!("skipped: no O_DIRECT here");
+        crate::testing::skip::skip_on_this_file_system("no O_DIRECT here");
         return;
     };
     let levels = [base, top];

@@ -383,7 +383,7 @@ fn locks_of_other_programs_on_the_base() {
     for (byte, wanted) in [(202, false), (300, false), (304, false), (199, true), (205, true), (299, true), (305, true)]
     {
         let Some(mut child) = locking_process(&image, byte) else {
-            println!("SKIP: needs perl for a process that holds a record lock");
+            crate::testing::skip::skip("needs perl for a process that holds a record lock");
             return;
         };
         let got = open();

@@ -221,7 +221,7 @@ mod tests {
         let args = [&args[..], &[path.as_os_str(), "unit".as_ref(), "s".as_ref(), "print".as_ref()]].concat();
         let seen = run("parted", &args).unwrap();
         if seen.status == NOT_STARTED {
-            println!("SKIP: parted is not installed");
+            crate::testing::skip::skip("parted is not installed");
             return;
         }
         assert_eq!((seen.status, seen.err.as_str()), (0, ""), "{}", seen.out);

@@ -330,7 +330,7 @@ fn exit_codes_of_check() {
 fn sparse_images() {
     let c = Checked { dir: dir() };
     if !on_ext4(c.dir.path()) {
-        println!("skipped: not on ext4");
+        crate::testing::skip::skip_on_this_file_system("not on ext4");
         return;
     }
     let punch = |f: &File| {

@@ -18,6 +18,7 @@ use crate::format::header::Version;
 use crate::image::grow::grow;
 use crate::image::target::Target;
 use crate::sys::store::record::{self, Thing};
+use crate::testing::rng::Rng;
 
 /// Contents by snapshot.
 type Disk = BTreeMap<String, BTreeMap<u32, u8>>;
@@ -45,18 +46,6 @@ fn copy(from: &Path) -> (tempfile::TempDir, PathBuf) {
     }
     let dd = dir.path().canonicalize().unwrap().join(FILE_NAME);
     (dir, dd)
-}
-
-/// A small generator, so that a failure can be found again.
-struct Coins(u64);
-
-impl Coins {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }
 
 /// What a mount does before it takes the disk.
@@ -144,7 +133,7 @@ fn crashes_without(syncs: Option<Thing>, name: &str, from: &Path, act: &dyn Fn(&
     act(&dd).unwrap();
     let mut made = 0;
     let steps = guard.0.steps();
-    let mut coins = Coins(0x9e37_79b9_7f4a_7c15 ^ steps as u64);
+    let mut coins = Rng::new(steps as u64);
     for at in 0..=steps {
         let mut try_one = |kind: &str, choose: &mut dyn FnMut(Thing, usize) -> bool| {
             let dir = folder();
@@ -161,8 +150,8 @@ fn crashes_without(syncs: Option<Thing>, name: &str, from: &Path, act: &dyn Fn(&
         }
         for n in 0..if full() { 4 } else { 1 } {
             let seed = coins.next();
-            let mut coins = Coins(seed | 1);
-            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_, _| coins.next().is_multiple_of(2));
+            let mut coins = Rng::new(seed);
+            try_one(&format!("power cut {n}, seed {seed:#x}"), &mut |_, _| coins.coin());
         }
     }
     let begun = guard.0.begun();

@@ -159,7 +159,7 @@ mod tests {
         let mode = std::fs::metadata(deep.join("control")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         if !nix::unistd::geteuid().is_root() {
-            println!("SKIP: only root is answered");
+            crate::testing::skip::skip("only root is answered");
             return;
         }
         let e = ask(&deep, &Command::Info, Duration::from_millis(50)).unwrap_err();

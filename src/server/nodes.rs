@@ -149,7 +149,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let probe = dir.path().join("x");
         if mknod(&probe, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), nix::sys::stat::makedev(7, 1)).is_err() {
-            println!("SKIP: making device nodes needs root");
+            crate::testing::skip::skip("making device nodes needs root");
             return;
         }
         let rdev = nix::sys::stat::makedev(259, 200);

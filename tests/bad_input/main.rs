@@ -4,6 +4,8 @@
 //!
 //! `BAD_INPUT_SHOW=1` prints every message.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod disks;
 mod images;
 mod make;
@@ -38,7 +40,7 @@ pub fn is_root() -> bool {
 }
 
 pub fn has_devices() -> bool {
-    is_root() && Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists()
+    common::skip::no_devices().is_none()
 }
 
 /// Runs `ploop`, which must end in good time and not by a panic.
@@ -131,7 +133,7 @@ fn judge(row: &Row) -> Result<(), String> {
 fn judge_all(rows: &[Row]) {
     let skipped = rows.iter().filter(|r| r.needs_root() && !has_devices()).count();
     if skipped > 0 {
-        println!("SKIP: {skipped} rows mount, which needs root, /dev/fuse and /dev/loop-control");
+        common::skip::skip(&format!("{skipped} rows mount, which needs root, /dev/fuse and /dev/loop-control"));
     }
     let todo: Vec<&Row> = rows.iter().filter(|r| !r.needs_root() || has_devices()).collect();
     let next = std::sync::atomic::AtomicUsize::new(0);

@@ -13,7 +13,7 @@ use nix::sys::socket::{
 };
 
 use crate::make::{base, disk};
-use crate::{has_devices, ploop, scratch, soon, text};
+use crate::{ploop, scratch, soon, text};
 
 /// Messages and visitors; see below.
 pub const ROWS: usize = 13;
@@ -53,8 +53,7 @@ impl Drop for Device {
 
 #[test]
 fn the_control_socket_bears_anything() {
-    if !has_devices() {
-        println!("SKIP: needs root, /dev/fuse and /dev/loop-control");
+    if !crate::common::skip::devices() {
         return;
     }
     let folder = scratch();

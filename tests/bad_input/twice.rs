@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crate::make::{BS, base, disk, xml};
-use crate::{has_devices, ploop, scratch, text};
+use crate::{ploop, scratch, text};
 
 /// Ways that are tried; see below.
 pub const ROWS: usize = 9;
@@ -24,8 +24,7 @@ fn args(dir: &Path, of: &[&str]) -> Vec<String> {
 
 #[test]
 fn an_image_in_use_is_not_mounted_again() {
-    if !has_devices() {
-        println!("SKIP: needs root, /dev/fuse and /dev/loop-control");
+    if !crate::common::skip::devices() {
         return;
     }
     let folder = scratch();

@@ -1,6 +1,8 @@
 //! What the device tests share: a scratch folder, images, checks that nothing is left.
 #![allow(dead_code)]
 
+#[path = "../common/mod.rs"]
+pub mod common;
 pub mod load;
 pub mod served_file;
 
@@ -25,17 +27,10 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// `None`, and a word of why, where there can be no devices.
+    /// `None` where there can be no devices and the test may be skipped (`common::skip`).
     pub fn new(name: &str) -> Option<Bench> {
-        if !nix::unistd::geteuid().is_root() {
-            println!("SKIP: {name}: device tests need root");
+        if !common::skip::devices_for(name) {
             return None;
-        }
-        for node in ["/dev/fuse", "/dev/loop-control"] {
-            if !Path::new(node).exists() {
-                println!("SKIP: {name}: there is no {node}");
-                return None;
-            }
         }
         let dir = tempfile::Builder::new().prefix("ploop-device-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let slots = std::env::var("PLOOP_TAKEOVER").is_ok_and(|way| way == "slots");
@@ -126,22 +121,10 @@ impl Drop for Bench {
 
 /// A count: reduced in CI, usual, or full, by `$PLOOP_TEST`.
 pub fn count<T>(ci: T, usual: T, full: T) -> T {
-    match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => full,
-        Ok("ci") => ci,
-        _ => usual,
-    }
-}
-
-/// A small generator; the same seed, which must not be 0, makes the same choices.
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % n
+    match common::counts() {
+        common::Counts::Full => full,
+        common::Counts::Reduced => ci,
+        common::Counts::Usual => usual,
     }
 }
 

@@ -13,7 +13,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use crate::device_common::{Bench, Rng, count, output, pattern, run};
+use crate::device_common::common::rng::Rng;
+use crate::device_common::{Bench, count, output, pattern, run};
 use crate::tape::{Event, Taped, play};
 use crate::{BLOCK, apply};
 use ploop::descriptor::Descriptor;
@@ -240,7 +241,8 @@ fn online_operations_survive_the_hosts_power_cut() {
     let Some(t) = Bench::new("online_operations_survive_the_hosts_power_cut") else { return };
     // Full: at every change in turn, in a life with each kind of operation.
     let (rounds, cuts) = count((40, Some(12)), (40, Some(8)), (6, None));
-    let mut rng = crate::seeded();
+    let seed = crate::seeded();
+    let mut rng = Rng::new(seed.0);
     let dir = t.dir.path().canonicalize().expect("folder");
     let mnt = dir.join("host");
     fs::create_dir(&mnt).expect("mount point");

@@ -2,7 +2,7 @@
 //! the image holds all that a sync covered and anything of the rest; what the file system in the disk has called durable
 //! must be there.
 //!
-//! `PLOOP_TEST=full` cuts at 500 places, `ci` at 50, otherwise 20. `POWERCUT_SEED=N` repeats a run's choices.
+//! `PLOOP_TEST=full` cuts at 500 places, `ci` at 50, otherwise 20. `PLOOP_SEED=N` repeats a run's choices.
 
 #[path = "../device_common/mod.rs"]
 mod device_common;
@@ -15,7 +15,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use device_common::{Bench, Rng, count, pattern, run};
+use device_common::common::{self, rng::Rng, seed::Seed};
+use device_common::{Bench, count, pattern, run};
 use ploop::chain::Marked;
 use ploop::device::{self, Device};
 use ploop::format::header::Version;
@@ -36,12 +37,11 @@ const BAT: u64 = 64 << 10;
 /// Blocks of the file that is rewritten in place.
 const SLOTS: u64 = 512;
 
-/// Told, so that a run can be repeated.
-fn seeded() -> Rng {
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
-    let seed = std::env::var("POWERCUT_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(clock | 1);
-    println!("POWERCUT_SEED={seed}");
-    Rng(seed)
+/// Each run makes new choices unless a seed is asked for.
+fn seeded() -> Seed {
+    let seed = common::seed::one(Some("POWERCUT_SEED"), common::seed::fresh());
+    println!("PLOOP_SEED={}", seed.0);
+    seed
 }
 
 /// A mounted file system, unmounted at the end whatever it is.
@@ -241,7 +241,8 @@ fn examine(t: &Bench, image: &Path, dir: &Path, story: &Story, mark: u64, what: 
 fn what_was_synced_survives_a_power_cut() {
     let Some(t) = Bench::new("what_was_synced_survives_a_power_cut") else { return };
     let cuts = count(50, 20, 500);
-    let mut rng = seeded();
+    let seed = seeded();
+    let mut rng = Rng::new(seed.0);
     let dir = t.dir.path().join("mnt");
     fs::create_dir(&dir).expect("mount point");
     let (real, tape, start) = (t.dir.path().join("real"), t.dir.path().join("tape"), t.dir.path().join("start"));

@@ -4,11 +4,13 @@
 //! A mutation fuzzer of our own that follows from a seed. What an input leads to (its error, numbers left out) serves as
 //! coverage: an input that leads somewhere new is kept and mutated further. The corpus in tests/fuzz/corpus comes first.
 //!
-//! `PLOOP_FUZZ_SECONDS`: for so long each (an hour in full; 2 s otherwise); `PLOOP_FUZZ_SEED`; `PLOOP_FUZZ_KEEP=1`
+//! `PLOOP_FUZZ_SECONDS`: for so long each (an hour in full; 2 s otherwise); `PLOOP_SEED`; `PLOOP_FUZZ_KEEP=1`
 //! writes the inputs that led somewhere new into the corpus; `PLOOP_FUZZ_WATCHED=1` sets no limits of time and address
 //! space, for valgrind and AddressSanitizer. A failing input is left in target/tmp/fuzz-TARGET-failed:
 //! put it into the corpus, and it is replayed first.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod descriptor;
 mod drive;
 mod image;
@@ -55,7 +57,7 @@ pub trait Target {
 fn seconds() -> u64 {
     match std::env::var("PLOOP_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()) {
         Some(n) => n,
-        None if std::env::var("PLOOP_TEST").as_deref() == Ok("full") => 3600,
+        None if common::counts() == common::Counts::Full => 3600,
         None => 2,
     }
 }
@@ -93,7 +95,8 @@ fn fuzz<T: Target>(mut target: T) {
         let limit = 3 << 30;
         let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_AS, limit, limit);
     }
-    let seed = std::env::var("PLOOP_FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let replayed = common::seed::one(Some("PLOOP_FUZZ_SEED"), 1);
+    let seed = replayed.0;
     let mut rng = Rng::new(seed);
     let mut files: Vec<PathBuf> =
         fs::read_dir(corpus(T::NAME)).map(|d| d.flatten().map(|e| e.path()).collect()).unwrap_or_default();

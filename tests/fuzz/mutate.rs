@@ -1,36 +1,6 @@
 //! Mutations of bytes, all from one seed.
 
-/// splitmix64
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x6a09_e667_f3bc_c909)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`, which is not 0.
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    pub fn index(&mut self, n: usize) -> usize {
-        self.below(n.max(1) as u64) as usize
-    }
-
-    /// Below `usual`, and once in so many times below `rare`.
-    pub fn mostly(&mut self, once_in: u64, usual: usize, rare: usize) -> usize {
-        let limit = if self.below(once_in) == 0 { rare } else { usual };
-        self.index(limit)
-    }
-}
+pub use crate::common::rng::Rng;
 
 /// FNV-1a
 pub fn hash(bytes: &[u8]) -> u64 {

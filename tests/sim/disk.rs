@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
-use crate::rng::Rng;
+use crate::testing::rng::Rng;
 
 pub type Stamp = u64;
 pub const META: Stamp = 1 << 63;

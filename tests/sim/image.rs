@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::engine::api::LevelConfig;
 
 use crate::disk::{Arena, META, POISON, SECTOR, SimFile, Stamp};
-use crate::rng::Rng;
+use crate::testing::rng::Rng;
 
 pub const PAGE_SECTORS: u64 = 8;
 /// Words of the header, in BAT entries.

@@ -3,10 +3,10 @@
 //! The engine's sources are compiled here once more, because only a test's build of them can break its rules on purpose
 //! (`engine::breach`).
 //!
-//! `PLOOP_TEST=ci` runs 2,000 seeds, `PLOOP_TEST=full` 100,000, otherwise 50. `SIM_SEED=N cargo test --test sim the_engine`
-//! replays one and prints what happened (`SIM_LIVE=1`: at once). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
+//! `PLOOP_TEST=ci` runs 2,000 seeds, `PLOOP_TEST=full` 100,000, otherwise 50. `PLOOP_SEED=N cargo test --test sim the_engine`
+//! replays one and prints what happened (`SIM_LIVE=1`: at once; `SIM_SEED` is the older name). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
 //! tells how far it is, `SIM_STOP=1` ends with the first failure,
-//! `SIM_BREAK=NAME` looks for one breach only (with `SIM_SEED`: in that run, and prints it).
+//! `SIM_BREAK=NAME` looks for one breach only (with `PLOOP_SEED`: in that run, and prints it).
 
 mod act;
 mod background;
@@ -27,8 +27,9 @@ mod format {
     pub use ploop::format::*;
 }
 mod rest;
-mod rng;
 mod table;
+#[path = "../common/mod.rs"]
+mod testing;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -80,11 +81,16 @@ fn run(seed: u64, maker: Maker, broken: Break, traced: bool) -> Result<Cover, St
 }
 
 fn seeds() -> u64 {
-    match std::env::var("PLOOP_TEST").as_deref() {
-        Ok("full") => 100_000,
-        Ok("ci") => 2000,
-        _ => 50,
+    match testing::counts() {
+        testing::Counts::Full => 100_000,
+        testing::Counts::Reduced => 2000,
+        testing::Counts::Usual => 50,
     }
+}
+
+/// The one seed to run, and to say what happens in.
+fn asked() -> Option<u64> {
+    testing::seed::asked(Some("SIM_SEED"))
 }
 
 /// A step of the engine that never ends cannot be stopped, but it can be named: the whole test is aborted.
@@ -100,7 +106,7 @@ fn watch(seed: Arc<AtomicU64>) {
                 return;
             }
             if since > 120 {
-                eprintln!("seed {now} does not end: SIM_SEED={now} SIM_LIVE=1 cargo test --test sim the_engine");
+                eprintln!("seed {now} does not end: PLOOP_SEED={now} SIM_LIVE=1 cargo test --test sim the_engine");
                 std::process::abort();
             }
         }
@@ -113,10 +119,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs many seeds (or the one asked for); returns what they met.
 fn many(maker: Maker, seeds: u64) -> Cover {
-    if let Some(seed) = std::env::var("SIM_SEED").ok().and_then(|s| s.parse().ok()) {
+    if let Some(seed) = asked() {
         match run(seed, maker, Break::None, true) {
             Ok(cover) => println!("seed {seed} passes\n{}", cover.table()),
-            Err(text) => panic!("{text}\nSIM_SEED={seed} cargo test --test sim"),
+            Err(text) => panic!("{text}\nreplay: {}", testing::seed::replay(seed)),
         }
         return Cover::default();
     }
@@ -160,7 +166,7 @@ fn many(maker: Maker, seeds: u64) -> Cover {
     let count = failures.len();
     assert!(
         failures.is_empty(),
-        "{}\n{count} of {seeds} seeds fail; SIM_SEED=N cargo test --test sim",
+        "{}\n{count} of {seeds} seeds fail; replay: PLOOP_SEED=N cargo test --test sim the_engine",
         shown.join("\n")
     );
     cover
@@ -180,7 +186,7 @@ fn the_engine_passes() {
     let cover = many(real, seeds());
     println!("{}", cover.table());
     // Fifty seeds need not meet everything.
-    if seeds() >= 200 && std::env::var_os("SIM_SEED").is_none() {
+    if seeds() >= 200 && asked().is_none() {
         let missing = cover.missing(&[cover::WANTED, background::WANTED].concat());
         assert!(missing.is_empty(), "never happened: {missing:?}");
     }
@@ -224,7 +230,7 @@ fn each_broken_rule_of_the_engine_is_found() {
 
 /// A breach is found in 500 seeds or fewer, and again when the seed that found it is replayed.
 fn search(name: &str, run: impl Fn(u64, bool) -> Result<Cover, String>) {
-    if let Some(seed) = std::env::var("SIM_SEED").ok().and_then(|s| s.parse().ok()) {
+    if let Some(seed) = asked() {
         println!("{name}: {}", run(seed, true).err().unwrap_or_else(|| format!("seed {seed} does not find it")));
         return;
     }

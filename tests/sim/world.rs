@@ -11,8 +11,8 @@ use crate::cover::Cover;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::{Chain, Shape};
 use crate::oracle::Oracle;
-use crate::rng::Rng;
 use crate::table::Table;
+use crate::testing::rng::Rng;
 
 /// An engine, a model of one, or one that an adapter breaks.
 pub trait Machine {

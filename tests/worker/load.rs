@@ -6,21 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ploop::sys::aligned::AlignedBuf;
 
-/// A small generator; the same seed gives the same load.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % n
-    }
-}
+use crate::common::rng::Rng;
 
 /// Fills sectors so that each tells where it belongs and when it was written.
 pub fn stamp(buf: &mut [u8], offset: u64, seq: u64) {
@@ -73,7 +59,7 @@ pub fn check(file: &File, r: &Region, buf: &mut AlignedBuf, wanted: &mut [u8]) -
 /// One thread of load over its regions until told to stop.
 pub fn work(file: &File, regions: &mut [Region], seed: u64, stop: &AtomicBool, ops: &AtomicU64) -> Result<(), String> {
     use nix::fcntl::{FallocateFlags, fallocate};
-    let mut random = Random::new(seed);
+    let mut random = Rng::new(seed);
     let longest = regions.iter().map(|r| r.len).max().unwrap_or(512);
     let mut buf = AlignedBuf::new(longest);
     let mut wanted = vec![0; longest];

@@ -3,6 +3,8 @@
 //! `cargo test --test worker [SCENE...]`; `KILLS=N` sets how many workers are killed. As a tool:
 //! `worker run IMAGE... -- COMMAND...` runs a command with the FUSE file in `$FILE` and a loop device in `$DEV`.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod load;
 mod rig;
 mod scenes;
@@ -33,8 +35,7 @@ fn main() {
 }
 
 fn test(args: &[String]) {
-    if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
-        println!("worker: skipped, needs root and /dev/fuse");
+    if !common::skip::devices() {
         return;
     }
     rig::own_mounts();

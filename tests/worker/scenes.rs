@@ -12,7 +12,8 @@ use ploop::chain::Marked;
 use ploop::server::proto::{FromWorker, ToWorker};
 use ploop::sys::aligned::AlignedBuf;
 
-use super::load::{self, Random, Region};
+use super::common::{self, rng::Rng};
+use super::load::{self, Region};
 use super::rig::{Options, Rig, make_image};
 
 type Scene = fn(&Path);
@@ -377,7 +378,7 @@ fn kills_in_a_chain(dir: &Path) {
         rig.serve(false);
         let file = rig.open();
         let mut buf = AlignedBuf::new(1 << 20);
-        let mut random = Random::new(n as u64);
+        let mut random = Rng::new(n as u64);
         for _ in 0..40 {
             let offset = random.below(127 * 2048) * 512;
             buf.fill(0);
@@ -428,7 +429,7 @@ fn kill_under(
     dir: &Path,
     images: &[PathBuf],
     regions: &dyn Fn(u64) -> Vec<Vec<Region>>,
-    kill: &dyn Fn(&mut Rig, &mut Random) -> Duration,
+    kill: &dyn Fn(&mut Rig, &mut Rng) -> Duration,
 ) {
     let mut rig = Rig::new(&dir.join("file"), images, &Options::default());
     rig.serve(false);
@@ -446,7 +447,9 @@ fn kill_under(
                 s.spawn(move || load::work(file, mine, t as u64 + 1, stop, ops))
             })
             .collect();
-        let mut random = Random::new(u64::from(std::process::id()));
+        let seed = common::seed::one(None, common::seed::fresh());
+        println!("PLOOP_SEED={}", seed.0);
+        let mut random = Rng::new(seed.0);
         for _ in 0..kill_count() {
             pauses.push(kill(&mut rig, &mut random));
             if threads.iter().any(|t| t.is_finished()) {

@@ -1,4 +1,4 @@
-//! A small generator of pseudo-random numbers: the same seed gives the same run on every machine.
+//! A small generator of pseudo-random numbers, the one of all tests: the same seed gives the same run on every machine.
 
 pub struct Rng(u64);
 
@@ -25,8 +25,15 @@ impl Rng {
         self.next() % n
     }
 
+    /// An index of `n` things; 0 if there are none.
     pub fn index(&mut self, n: usize) -> usize {
-        self.below(n as u64) as usize
+        self.below(n.max(1) as u64) as usize
+    }
+
+    /// An index below `usual`, and once in so many times below `rare`.
+    pub fn mostly(&mut self, once_in: u64, usual: usize, rare: usize) -> usize {
+        let limit = if self.below(once_in) == 0 { rare } else { usual };
+        self.index(limit)
     }
 
     /// True in `n` of 1000 cases.
