@@ -376,9 +376,7 @@ impl<S: Shared> Engine<S> {
     pub(in super::super) fn merge_page_failed(&mut self, page: u32, errno: Errno, out: &mut Vec<Action>) {
         let Some(b) = self.background.as_ref().filter(|b| b.state == BackgroundState::Running) else { return };
         let next = match &b.work {
-            Work::MergeTop(merge) => {
-                merge.waiting.first().copied().unwrap_or(merge.cursor as u32)
-            }
+            Work::MergeTop(merge) => merge.waiting.first().copied().unwrap_or(merge.cursor as u32),
             Work::Relocate(relocate) => relocate.cursor() as u32,
             Work::MergeFrozen(_) => return,
         };

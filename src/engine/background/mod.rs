@@ -98,7 +98,7 @@ impl Background {
             BackgroundWork::MergeTop { target, pages } => {
                 forget_doubtful_progress(shared);
                 let work = Work::MergeTop(MergeTop::new(pages.clone(), shared));
-                (work, Target::new(target, levels, clusters, shift, shared.progress(SYNC_WORD) != 0))
+                (work, Target::new(target, levels, clusters, shift, is_doubtful(shared)))
             }
             BackgroundWork::MergeFrozen { high, target, pages } => {
                 let end = match levels.get(usize::from(*high)) {
@@ -107,7 +107,7 @@ impl Background {
                 };
                 forget_doubtful_progress(shared);
                 let work = Work::MergeFrozen(MergeFrozen::new(*high, pages.clone(), end, shared));
-                (work, Target::new(target, levels, end, shift, shared.progress(SYNC_WORD) != 0))
+                (work, Target::new(target, levels, end, shift, is_doubtful(shared)))
             }
             BackgroundWork::Relocate { from } => (Work::Relocate(Relocate::new(*from)), None),
         };
@@ -140,9 +140,14 @@ impl Background {
 /// A killed worker may have been told that a sync of the target failed, and nobody else is told: whatever was written before
 /// is written again, the BAT pages too. [`SYNC_WORD`] stays until a sync has covered that.
 fn forget_doubtful_progress<S: Shared>(shared: &S) {
-    if shared.progress(SYNC_WORD) != 0 && !breaks(Breach::TrustTargetAfterKill) {
+    if is_doubtful(shared) {
         (0..SYNC_WORD).for_each(|word| shared.set_progress(word, 0));
     }
+}
+
+/// The fate of a sync of the target is unknown.
+fn is_doubtful<S: Shared>(shared: &S) -> bool {
+    shared.progress(SYNC_WORD) != 0 && !breaks(Breach::TrustTargetAfterKill)
 }
 
 impl<S: Shared> Engine<S> {
