@@ -112,7 +112,7 @@ impl World {
     fn late_sync(&mut self, level: usize, issued: u64) {
         match self.rng.below(3) {
             0 => {}
-            1 if (self.settings.sync_error > 0 || level != self.shape.top()) && self.rng.below(3) == 0 => {
+            1 if level != self.shape.top() || self.settings.sync_error > 0 && self.rng.below(3) == 0 => {
                 self.say(|_| "the sync in flight fails".into());
                 self.chain.files[level].sync_failed(issued, &mut self.rng);
                 self.faults += 1;
