@@ -141,9 +141,6 @@ pub struct WorkerStart {
     /// How many these are.
     #[serde(default)]
     pub merge_fds: usize,
-    /// Another process writes to this level, where nothing is read from it.
-    #[serde(default, rename = "yielded")]
-    pub released_level: Option<usize>,
     /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
     #[serde(default)]
     pub slot_fds: usize,
@@ -171,7 +168,6 @@ impl WorkerStart {
             merge: None,
             merge_range: None,
             merge_fds: 0,
-            released_level: None,
             slot_fds: 0,
         }
     }
@@ -245,9 +241,6 @@ pub enum ToWorker {
     Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
-    /// Let another process write to this level from now on, or to none; answer `LevelReleased`.
-    #[serde(rename = "Yield")]
-    ReleaseLevel(Option<usize>),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -265,11 +258,6 @@ pub enum FromWorker {
     /// The change of the chain is made; `Ready` follows. A warning: it may not survive a power cut.
     Switched {
         warning: Option<String>,
-    },
-    /// The answer to `ReleaseLevel`. An error: another process writes to the level that was to be taken back.
-    #[serde(rename = "Yielded")]
-    LevelReleased {
-        error: Option<(i32, String)>,
     },
     /// The former top is complete and unmarked, or why it is not.
     Finished {

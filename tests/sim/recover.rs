@@ -118,8 +118,6 @@ impl World {
                 self.faults += 1;
                 if level == self.shape.top() {
                     self.write_back_errors += 1;
-                } else if let Some(s) = &mut self.background {
-                    s.spoiled = true;
                 }
             }
             _ => self.chain.files[level].synced(issued),

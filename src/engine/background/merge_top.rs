@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::api::{Action, Errno, PROGRESS_WORDS, Shared};
+use super::super::api::{Action, Errno, SYNC_WORD, Shared};
 use super::super::breach::{Breach, breaks};
 use super::super::io::Extent;
 use super::super::map::MapEntry;
@@ -78,7 +78,7 @@ impl MergeTop {
         let cursor = shared.progress(0);
         let mut revisits = BTreeMap::new();
         let mut free_words = Vec::new();
-        for word in (1..PROGRESS_WORDS).rev() {
+        for word in (1..SYNC_WORD).rev() {
             match shared.progress(word) {
                 0 => free_words.push(word),
                 n => drop(revisits.insert((n - 1) as u32, Revisit { stage: Stage::Waiting, word: Some(word) })),

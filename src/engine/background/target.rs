@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::super::api::{Action, BAT_PAGE, Errno, LevelConfig, Shared, TargetConfig};
+use super::super::api::{Action, BAT_PAGE, Errno, LevelConfig, SYNC_WORD, Shared, TargetConfig};
 use super::super::breach::{Breach, breaks};
 use super::super::request::{Fragment, IntMap};
 use super::super::space::Space;
@@ -75,11 +75,20 @@ pub(in super::super) struct Target {
     final_running: bool,
     /// Progress that was recorded last.
     recorded: u64,
+    /// Every BAT page is written again, changed or not.
+    doubtful: bool,
 }
 
 impl Target {
     /// `end`: clusters that may be merged into it.
-    pub fn new(config: &TargetConfig, levels: &[LevelConfig], end: u64, cluster_shift: u32) -> Option<Target> {
+    /// `doubtful`: a sync of it may have failed, so that its BAT on disk need not be the one that is read.
+    pub fn new(
+        config: &TargetConfig,
+        levels: &[LevelConfig],
+        end: u64,
+        cluster_shift: u32,
+        doubtful: bool,
+    ) -> Option<Target> {
         let (raw, v1, first_data, clusters) = match *levels.get(usize::from(config.level))? {
             LevelConfig::Raw { bytes } => (Some(bytes), false, 0, u32::MAX),
             LevelConfig::Ploop { v1, clusters, first_data, .. } => (None, v1, first_data, clusters),
@@ -108,6 +117,7 @@ impl Target {
             final_done: false,
             final_running: false,
             recorded: 0,
+            doubtful,
         })
     }
 
@@ -295,6 +305,8 @@ impl<S: Shared> Engine<S> {
                 let Some(page) = target.pages.get_mut(&number) else { return };
                 page.bytes.copy_from_slice(bytes);
                 page.loaded = true;
+                page.changed = target.doubtful;
+                target.changed_pages += usize::from(target.doubtful);
                 let waiters = std::mem::take(&mut page.waiters);
                 self.ready.extend(waiters);
             }
@@ -392,6 +404,7 @@ impl<S: Shared> Engine<S> {
 
     fn sync_target(&mut self, out: &mut Vec<Action>) {
         let Some(level) = self.target().map(|t| t.level) else { return };
+        self.pending.shared.set_progress(SYNC_WORD, 1);
         let op = self.start_background_op(BackgroundOp::Sync);
         out.push(Action::Sync { op, level });
     }
@@ -453,7 +466,11 @@ impl<S: Shared> Engine<S> {
         let Some(target) = self.target() else { return };
         target.phase = Phase::Idle;
         target.final_done |= std::mem::take(&mut target.final_running);
+        let doubtful = target.doubtful;
         self.record_progress();
+        if !doubtful {
+            self.pending.shared.set_progress(SYNC_WORD, 0);
+        }
         let Some(b) = &mut self.background else { return };
         let quiet = b.target.as_ref().is_none_or(|t| t.unpublished == 0 && t.changed_pages == 0) && b.copying == 0;
         let complete = match &b.work {
@@ -462,6 +479,8 @@ impl<S: Shared> Engine<S> {
             Work::Relocate(_) => false,
         };
         if quiet && complete {
+            // Everything has been written anew.
+            self.pending.shared.set_progress(SYNC_WORD, 0);
             self.background_done(out);
         } else {
             self.advance_publish(out);

@@ -140,8 +140,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         }
     }
     if writable || attach.marked != Marked::Ignore {
-        open_files::lock(&files, writable, takeover, target.or(inherited.start.released_level))
-            .map_err(|e| better_reason(e, &files, attach))?;
+        open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
     }
     let mut poison_counts = PoisonCounts::default();
     if takeover {
@@ -249,7 +248,6 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         shm,
         poison_counts,
         log,
-        released_level: inherited.start.released_level,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
     if let Some(left) = left {
