@@ -5,11 +5,11 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::bail;
+use crate::descriptor::commit_by_fd;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::merge::MergeTransition;
 use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
 use crate::server::supervisor::Supervisor;
-use crate::server::worker::commit;
 use crate::server::worker_process::Descriptors;
 use crate::sys::file_id::FileId;
 use crate::units::MAX_CHAIN;
@@ -135,7 +135,7 @@ impl Supervisor {
 pub(super) fn is_committed(plan: &Plan) -> bool {
     let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
     match (names, &plan.fds.extra[..]) {
-        (Some(names), [folder, new, ..]) => commit::is_committed(names, folder, new).unwrap_or(true),
+        (Some(names), [folder, new, ..]) => commit_by_fd::is_committed(names, folder, new).unwrap_or(true),
         _ => false,
     }
 }

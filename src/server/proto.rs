@@ -7,6 +7,7 @@ use crate::sys::file_id::FileId;
 use serde::{Deserialize, Serialize};
 
 pub use crate::chain::Marked;
+pub use crate::descriptor::commit_by_fd::CommitNames;
 
 /// No frame is larger.
 pub const MAX_FRAME: usize = 256 * 1024;
@@ -223,13 +224,6 @@ pub struct MergeOrder {
     /// The change to the chain without the levels above `low`; its descriptors come with the order.
     #[serde(rename = "swap")]
     pub switch: ChainSwitch,
-}
-
-/// File names in the folder of a descriptor: the new content is renamed over the old.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CommitNames {
-    pub tmp: PathBuf,
-    pub name: PathBuf,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 mod blocking;
-pub mod commit;
 mod core;
 mod dispatch;
 mod files;
