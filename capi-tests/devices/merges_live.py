@@ -347,13 +347,17 @@ MOMENTS = devlib.pick(2, 10)
 DISK = GIB
 
 
-def prepare(disk, which):
-    """A level full of new data to merge, two levels for "top", three for "frozen"."""
+def prepare(disk, which, anew):
+    """A level full of new data to merge, two levels for "top", three for "frozen"; `anew`: mounted with all of them, so that
+    no change of the chain came before the merge."""
     disk.fill(256 * MIB, BULK, 1, BULK)
     if which == "frozen":
         disk.put()
         # A part of it is covered by the top.
         disk.fill(256 * MIB, MIB, BULK // MIB // 2, 64 * KIB)
+    if anew:
+        disk.umount()
+        disk.mount()
 
 
 def victim_pid(disk, victim, call):
@@ -384,14 +388,11 @@ def killed_at_steps(t, name, kind, which):
     disk.fill(0, MIB, 200)
     disk.spare(512 * MIB, MIB, 100)
     disk.put()
-    if kind != "descriptor":
-        disk.umount()
-        disk.mount()
     took, struck = None, 0
     for victim in ("worker", "supervisor", "caller"):
         # The first merge is not disturbed: it tells how long one takes.
         for i in range(MOMENTS) if took else range(-1, MOMENTS):
-            prepare(disk, which)
+            prepare(disk, which, i % 2 == 0)
             load = Churn(t, disk, 2, 400)
             call = Call(t, *disk.merge(which))
             if i < 0:
