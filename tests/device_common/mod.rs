@@ -78,7 +78,7 @@ impl Bench {
 
     /// Nothing of the device is left.
     pub fn assert_gone(&self, device: &Device) {
-        let r = served::record(&device);
+        let r = served::record(device);
         // A number may be somebody else's by now.
         if runtime::number(&r.name).is_none() {
             assert!(nodes::existing(Path::new("/dev"), &r.name).is_empty(), "nodes of {} are left", r.name);
