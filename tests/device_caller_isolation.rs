@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use device_common::*;
-use ploop::device::{self, State};
+use ploop::device::{self, State, served};
 use ploop::server::proto::{Answer, Command as Order};
 use ploop::server::{control, runtime};
 
@@ -50,7 +50,7 @@ fn server_is_isolated_from_its_caller() {
     let name = attach_in_child(&image, &prefix);
     let device = device::by_node(&name).unwrap().unwrap();
     assert_eq!(device.state, State::Running);
-    for process in [device.record.supervisor, device.record.worker] {
+    for process in [served::record(&device).supervisor, served::record(&device).worker] {
         let proc = PathBuf::from(format!("/proc/{}", process.pid));
         assert_eq!(fs::read_link(proc.join("cwd")).unwrap(), Path::new("/"));
         assert!(!String::from_utf8_lossy(&fs::read(proc.join("environ")).unwrap()).contains("LEAK"));
@@ -96,7 +96,7 @@ fn the_callers_priority_is_left() {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         status.lines().find_map(|l| l.strip_prefix(key)).unwrap().trim().to_owned()
     };
-    for process in [device.record.supervisor, device.record.worker] {
+    for process in [served::record(&device).supervisor, served::record(&device).worker] {
         let pid = process.pid.to_string();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -117,17 +117,17 @@ fn removed_program() {
     fs::copy(env!("CARGO_BIN_EXE_ploop-server"), &copy).unwrap();
     let name = attach_in_child(&image, &format!("export PLOOP_SERVER={};", copy.display()));
     let device = device::by_node(&name).unwrap().unwrap();
-    let program = fs::read_link(format!("/proc/{}/exe", device.record.worker.pid)).unwrap();
+    let program = fs::read_link(format!("/proc/{}/exe", served::record(&device).worker.pid)).unwrap();
     assert_eq!(program, copy);
     fs::remove_file(&copy).unwrap();
-    kill(device.record.worker);
+    kill(served::record(&device).worker);
     let worker = within(20, "another worker", || {
-        Some(record(&name).worker).filter(|w| *w != device.record.worker && runtime::alive(*w))
+        Some(record(&name).worker).filter(|w| *w != served::record(&device).worker && runtime::alive(*w))
     });
     write_at(device.node(), 0, &pattern(1, 4096));
-    kill(device.record.supervisor);
+    kill(served::record(&device).supervisor);
     within(20, "another supervisor", || {
-        Some(record(&name).supervisor).filter(|s| *s != device.record.supervisor && runtime::alive(*s))
+        Some(record(&name).supervisor).filter(|s| *s != served::record(&device).supervisor && runtime::alive(*s))
     });
     assert_eq!(record(&name).worker, worker);
     device::detach(&name).unwrap();
@@ -166,8 +166,11 @@ fn rude_clients_block_nobody() {
     assert!(UnixStream::connect(dir.join("control")).is_err());
     let (answer, _) = control::ask(&dir, &Order::Flush, std::time::Duration::from_secs(20)).unwrap();
     assert!(matches!(answer, Answer::Done), "{answer:?}");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(device.record.supervisor.pid), nix::sys::signal::Signal::SIGTERM)
-        .unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(served::record(&device).supervisor.pid),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
     pause(300);
     assert_eq!(device::by_node(device.name()).unwrap().unwrap().state, State::Running);
     device::detach(device.name()).unwrap();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use device_common::*;
-use ploop::device::{self, Device};
+use ploop::device::{self, Device, served};
 use ploop::server::runtime;
 use ploop::sys::aligned::AlignedBuf;
 
@@ -63,7 +63,7 @@ fn another_worker(device: &Device) {
     kill(old);
     within(20, "another worker, or the state failed", || {
         let now = device::by_node(device.name()).unwrap()?;
-        let other = now.record.worker != old && runtime::alive(now.record.worker);
+        let other = served::record(&now).worker != old && runtime::alive(served::record(&now).worker);
         (other || now.state == device::State::Failed).then_some(())
     });
 }

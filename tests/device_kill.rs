@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use device_common::load::{Load, check_lanes, kill_process};
 use device_common::*;
 use ploop::Kind;
-use ploop::device::{self, State};
+use ploop::device::{self, State, served};
 use ploop::server::proto::ProcessId;
 use ploop::server::runtime;
 
@@ -54,10 +54,10 @@ fn worker_killed_under_load_with_slots() {
 fn kill_workers(t: &Bench) {
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
-    assert!(!t.slots || device.record.slots);
+    assert!(!t.slots || served::record(&device).slots);
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3).map(|lane| writer(device.node(), lane, &stop)).collect();
-    let mut worker = device.record.worker;
+    let mut worker = served::record(&device).worker;
     let rounds = count(12, 12, 100);
     for i in 0..rounds {
         pause(30 + 37 * (i % 5));
@@ -71,7 +71,7 @@ fn kill_workers(t: &Bench) {
     for writer in writers {
         assert!(writer.join().unwrap().unwrap() > 0);
     }
-    assert_eq!(record(device.name()).supervisor, device.record.supervisor);
+    assert_eq!(record(device.name()).supervisor, served::record(&device).supervisor);
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);
     t.sound(&image);
@@ -94,8 +94,8 @@ fn successors_killed_with_slots() {
     let device = t.attach(&image).unwrap();
     let load = Load::start(device.node());
     let rounds = count(12, 40, 150);
-    let supervisor = device.record.supervisor;
-    let mut worker = device.record.worker;
+    let supervisor = served::record(&device).supervisor;
+    let mut worker = served::record(&device).worker;
     for round in 0..rounds {
         pause(20 + 13 * (round % 4));
         kill_process(worker);
@@ -137,7 +137,7 @@ fn kill_supervisors(t: &Bench) {
     let device = t.attach(&image).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let writing = writer(device.node(), 0, &stop);
-    let mut supervisor = device.record.supervisor;
+    let mut supervisor = served::record(&device).supervisor;
     for _ in 0..3 {
         kill(supervisor);
         supervisor = within(20, "another supervisor", || {
@@ -145,14 +145,14 @@ fn kill_supervisors(t: &Bench) {
             (r.supervisor != supervisor && runtime::alive(r.supervisor)).then_some(r.supervisor)
         });
         // The worker is the same one and goes on.
-        assert_eq!(record(device.name()).worker, device.record.worker);
+        assert_eq!(record(device.name()).worker, served::record(&device).worker);
     }
     let found =
         within(5, "an answer", || device::by_node(device.name()).unwrap().filter(|d| d.state == State::Running));
-    assert_eq!(found.record.diskseq, device.record.diskseq);
+    assert_eq!(served::record(&found).diskseq, served::record(&device).diskseq);
     // The new one can do what the old one could: replace a worker, follow the nodes, end the device.
-    kill(found.record.worker);
-    within(20, "another worker", || Some(record(device.name()).worker).filter(|w| *w != found.record.worker));
+    kill(served::record(&found).worker);
+    within(20, "another worker", || Some(record(device.name()).worker).filter(|w| *w != served::record(&found).worker));
     pause(100);
     stop.store(true, Ordering::Relaxed);
     writing.join().unwrap().unwrap();
@@ -169,10 +169,10 @@ fn both_killed() {
     let data = pattern(9, 1 << 20);
     write_at(device.node(), 0, &data);
     // Stopped first, so that the worker has no time for a new supervisor.
-    let pid = nix::unistd::Pid::from_raw(device.record.worker.pid);
+    let pid = nix::unistd::Pid::from_raw(served::record(&device).worker.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    kill(device.record.supervisor);
-    kill(device.record.worker);
+    kill(served::record(&device).supervisor);
+    kill(served::record(&device).worker);
     let file = OpenOptions::new().write(true).open(device.node()).unwrap();
     let e = file.write_all_at(&data, 8 << 20).and_then(|()| file.sync_all()).unwrap_err();
     assert_eq!(e.raw_os_error(), Some(libc::EIO));
@@ -183,8 +183,8 @@ fn both_killed() {
     // The next attach cleans up; the image is marked in use, which a list of files refuses.
     let e = t.attach(&image).unwrap_err();
     assert_eq!(e.kind(), Kind::InUse, "{e}");
-    assert!(device::by_node(device.name()).unwrap().is_none() || record(device.name()) != dead.record);
-    assert!(!runtime::backing_is_ours(&dead.record));
+    assert!(device::by_node(device.name()).unwrap().is_none() || record(device.name()) != *served::record(&dead));
+    assert!(!runtime::backing_is_ours(served::record(&dead)));
     let mut spec = t.spec(&image);
     spec.marked = ploop::server::proto::Marked::Recover;
     let device = device::attach(spec).unwrap();
@@ -205,7 +205,7 @@ fn no_worker_can_serve() {
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
     file.read_exact_at(&mut header, 0).unwrap();
     file.write_all_at(&[0xaa; 64], 0).unwrap();
-    kill(device.record.worker);
+    kill(served::record(&device).worker);
     let failed =
         within(20, "state failed", || device::by_node(device.name()).unwrap().filter(|d| d.state == State::Failed));
     assert_eq!(failed.state.as_str(), "failed");
@@ -242,13 +242,13 @@ fn mounted_and_dead() {
     assert_eq!(e.kind(), Kind::DevIoc, "{e}");
     assert!(e.to_string().contains("mounted"), "{e}");
     // Nothing changed: node and device are as they were.
-    assert!(device.node().exists() && runtime::backing_is_ours(&device.record));
+    assert!(device.node().exists() && runtime::backing_is_ours(served::record(&device)));
     fs::write(target.join("file"), "content").unwrap();
 
-    let pid = nix::unistd::Pid::from_raw(device.record.worker.pid);
+    let pid = nix::unistd::Pid::from_raw(served::record(&device).worker.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    kill(device.record.supervisor);
-    kill(device.record.worker);
+    kill(served::record(&device).supervisor);
+    kill(served::record(&device).worker);
     let e = device::clean(device.name()).unwrap_err();
     assert_eq!(e.kind(), Kind::DevIoc, "{e}");
     assert!(runtime::device_dir(device.name()).exists());
@@ -316,7 +316,7 @@ fn killed_while_attaching() {
     println!("{failed} attaches failed, {devices} devices");
     // Loop devices that were made are gone, unless another test has one of the number now.
     for backing in seen.iter().filter(|b| !b.is_empty()) {
-        let used = || device::list().unwrap().iter().any(|d| d.record.backing == *backing);
+        let used = || device::list().unwrap().iter().any(|d| d.disk == *backing);
         within(10, backing, || (!runtime::is_bound(backing) || used()).then_some(()));
     }
     let mut spec = t.spec(&image);

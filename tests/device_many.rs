@@ -226,7 +226,7 @@ fn many_devices_at_once() {
         within(10, "the end of a server", || gone().then_some(()));
         let there = device::by_node(&r.name).unwrap();
         // The number may be somebody else's by now.
-        assert!(there.is_none_or(|d| d.record.token != r.token), "{} is still there", r.name);
+        assert!(there.is_none_or(|d| d.instance != r.token), "{} is still there", r.name);
     }
     println!(
         "{count} devices, {PROCESSES} processes: attached in {:.1} s, loaded in {:.1} s, detached in {:.1} s; CPU per device: \

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 use device_common::*;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use ploop::Kind;
-use ploop::device::{self, AttachSpec, State};
+use ploop::device::{self, AttachSpec, State, served};
 use ploop::server::runtime;
 
 /// A loop device over a file of noise, with a chosen number.
@@ -70,7 +70,7 @@ fn recycled_loop_device() {
     let Some(t) = Bench::new("recycled_loop_device") else { return };
     let image = t.image("a.hdd", "64M");
     let device = t.attach(&image).unwrap();
-    let r = &device.record;
+    let r = served::record(&device);
     let pid = nix::unistd::Pid::from_raw(r.worker.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
     kill(r.supervisor);
@@ -102,18 +102,18 @@ fn detached_behind_our_back() {
     let device = t.attach(&image).unwrap();
     let data = pattern(5, 1 << 16);
     write_at(device.node(), 4096, &data);
-    run(Command::new("losetup").arg("-d").arg(Path::new("/dev").join(&device.record.backing)));
+    run(Command::new("losetup").arg("-d").arg(Path::new("/dev").join(&device.disk)));
     // Its names go, the image is closed as after a clean stop.
     within(10, "the end of the device", || (!runtime::device_dir(device.name()).exists()).then_some(()));
     assert!(!device.node().exists());
     let end = std::time::Instant::now();
-    while runtime::alive(device.record.supervisor) {
+    while runtime::alive(served::record(&device).supervisor) {
         assert!(end.elapsed().as_secs() < 5);
         pause(10);
     }
     let _ = ploop::sys::loopdev::remove(
         std::os::fd::AsFd::as_fd(&fs::File::options().read(true).write(true).open("/dev/loop-control").unwrap()),
-        device.record.backing.strip_prefix("loop").unwrap().parse().unwrap(),
+        device.disk.strip_prefix("loop").unwrap().parse().unwrap(),
     );
     t.sound(&image);
     let device = t.attach(&image).unwrap();

@@ -36,7 +36,7 @@ fn nodes_follow_parted_and_come_back() {
     parted(&node, &["rm", "2"]);
     within(1, "the end of the second node", || (!part(&node, 2).exists()).then_some(()));
     // Each node is the partition of its number.
-    let known = partitions::known(&device.record.backing);
+    let known = partitions::known(&device.disk);
     assert_eq!(known.iter().map(|p| p.number).collect::<Vec<_>>(), [1, 3]);
     for p in &known {
         let meta = fs::metadata(part(&node, p.number)).unwrap();
@@ -65,7 +65,7 @@ fn nodes_follow_parted_and_come_back() {
     run(Command::new("umount").arg(&target));
     // What tells the kernel to read the table again ends in the same nodes, where it cannot read it too.
     let _ = output(Command::new("blockdev").arg("--rereadpt").arg(node));
-    within(3, "the partitions", || (partitions::known(&device.record.backing).len() == 2).then_some(()));
+    within(3, "the partitions", || (partitions::known(&device.disk).len() == 2).then_some(()));
     within(3, "the nodes", || block_node(&part(node, 3)));
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);

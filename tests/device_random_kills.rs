@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use device_common::common::rng::Rng;
 use device_common::load::kill_process;
 use device_common::*;
-use ploop::device::{self, Device, State};
+use ploop::device::{self, Device, State, served};
 use ploop::server::proto::{DeviceRecord, ProcessId};
 use ploop::server::runtime;
 use ploop::sys::aligned::AlignedBuf;
@@ -185,7 +185,7 @@ impl Disk {
             if settling {
                 pause(400);
             }
-            self.serving().filter(|d| d.record.diskseq == device.record.diskseq)
+            self.serving().filter(|d| served::record(d).diskseq == served::record(&device).diskseq)
         })
     }
 

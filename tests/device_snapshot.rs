@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use device_common::common::rng::Rng;
 use device_common::*;
 use ploop::descriptor::Descriptor;
-use ploop::device::{self, Device};
+use ploop::device::{self, Device, served};
 use ploop::format::guid::{self, Guid};
 use ploop::image::check::read_header;
 use ploop::server::proto::ProcessId;
@@ -190,7 +190,7 @@ fn snapshots_at_random_moments() {
         times.push(start.elapsed().as_millis());
         taken.push(check_frozen(&disk, &guid, old));
         assert_eq!(disk.descriptor().images.len(), i + 2);
-        assert_eq!(disk.device().record.levels.len(), i + 2);
+        assert_eq!(disk.device().images.len(), i + 2);
     }
     let rounds = fio.end();
     // Nothing has touched them since.
@@ -283,7 +283,7 @@ fn merged_in_random_order() {
     // A range, then the top, so that one image is left.
     run(ploop().args(["snapshot-merge", "-A"]).arg(&disk.dd));
     assert_eq!(disk.descriptor().images.len(), 1);
-    assert_eq!(disk.device().record.levels.len(), 1);
+    assert_eq!(disk.device().images.len(), 1);
     let rounds = fio.end();
     disk.umount();
     disk.t.sound(&disk.top());
@@ -327,7 +327,7 @@ fn killed_in_the_middle() {
         bulk("b");
         let upper = disk.snapshot();
         let content = disk.content(&upper);
-        let before = disk.device().record;
+        let before = served::record(&disk.device()).clone();
         let delay = 5 + (round as u64 * 37) % 240;
         let snapshots = round % 4 == 3;
         let new = Guid::generate().to_string();
@@ -421,7 +421,7 @@ fn beside_the_running_disk() {
         run(ploop().args(["mount", "-r", "-u", &guid.to_string()]).arg(&disk.dd));
     }
     let mut beside: Vec<Device> = device::by_base(&base, None).unwrap();
-    beside.retain(|d| d.record.read_only);
+    beside.retain(|d| d.read_only);
     assert_eq!(beside.len(), 3);
     for device in &beside {
         let of = taken.iter().find(|t| device.component().starts_with(&t.0.to_string())).unwrap();
@@ -440,7 +440,7 @@ fn beside_the_running_disk() {
     let done = replace(&[], &taken[1].0);
     assert!(done.status.success(), "{done:?}");
     assert_eq!(disk.descriptor().image(&taken[1].0).unwrap().file, copy);
-    assert_eq!(disk.device().record.levels[1].path, copy);
+    assert_eq!(disk.device().images[1].path, copy);
     fs::remove_file(&taken[1].1).unwrap();
     assert_eq!(disk.content(&taken[1].0), taken[1].2);
     // Back, under the name.
@@ -452,12 +452,12 @@ fn beside_the_running_disk() {
     run(ploop().args(["replace", "-u", &taken[1].0.to_string(), "-k", "-i"]).arg(&again).arg(&disk.dd));
     assert_eq!(fs::metadata(&copy).unwrap().ino(), inode);
     assert!(!again.exists());
-    assert_eq!(disk.device().record.ids[1].ino, inode);
+    assert_eq!(disk.device().images[1].id.ino, inode);
     assert_eq!(disk.content(&taken[2].0), taken[2].2);
     // By device.
     fs::copy(&taken[0].1, &again).unwrap();
     run(ploop().args(["replace", "-d", &disk.node, "-l", "0", "-i"]).arg(&again));
-    assert_eq!(disk.device().record.levels[0].path, again);
+    assert_eq!(disk.device().images[0].path, again);
     fs::copy(&taken[0].1, second.join("third")).unwrap();
     run(ploop().args(["replace", "-d", &disk.node, "-l", "0", "-i"]).arg(second.join("third")));
     // The descriptor was not told: by its base nothing runs, but locks tell that the top is in use.

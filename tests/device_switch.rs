@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use device_common::load::*;
 use device_common::*;
-use ploop::device::{self, CommitFile, Device, State, SwitchSpec};
+use ploop::device::{self, CommitFile, Device, State, SwitchSpec, served};
 use ploop::error::Kind;
 use ploop::format::header::Version;
 use ploop::image::check::read_header;
@@ -74,7 +74,7 @@ fn grow(t: &Bench) {
     // The way back: the same chain without a level below, which holds nothing that is not above it, cannot be told from
     // here; but a chain that is not running is refused.
     let mut stale = now(&again);
-    stale.record.ids[0].ino += 1;
+    stale.images[0].id.ino += 1;
     let path = new_delta(t, &files[0], "never");
     let spec = SwitchSpec { levels: with_new_top(&stale, &path), commit: None, linger: 0 };
     let e = device::switch(&stale, &spec, &mut |_| panic!("served")).unwrap_err();
@@ -123,7 +123,7 @@ fn what_cannot_be_served_changes_nothing() {
     let try_file = |path: &Path| {
         let spec = SwitchSpec { levels: with_new_top(&now(&device), path), commit: None, linger: 0 };
         let e = device::switch(&now(&device), &spec, &mut |_| panic!("served")).unwrap_err();
-        assert_eq!(settled(device.name()).levels, device.record.levels);
+        assert_eq!(settled(device.name()).levels, served::record(&device).levels);
         e
     };
     // Another cluster size, another version, no image at all, an image that somebody else has open.
@@ -270,7 +270,7 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
                 }
                 false => refused += 1,
             }
-            assert_eq!(after.diskseq, device.record.diskseq);
+            assert_eq!(after.diskseq, served::record(&device).diskseq);
             if files.len() > 120 {
                 break;
             }
@@ -320,7 +320,8 @@ fn both_of_the_new_chain_killed_with_slots() {
         });
         let state = within(30, "an end", || {
             let d = device::by_node(device.name()).unwrap()?;
-            let settled = d.record.supervisor != before.supervisor && runtime::alive(d.record.worker);
+            let settled =
+                served::record(&d).supervisor != before.supervisor && runtime::alive(served::record(&d).worker);
             (d.state == State::Dead || d.state == State::Running && settled).then_some(d.state)
         });
         stop.store(true, Ordering::Relaxed);
@@ -351,16 +352,17 @@ fn both_of_the_new_chain_killed_with_slots() {
 
 /// Asks for a change and dies before the answer.
 fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -> ploop::Result<()> {
-    let kept = running.record.levels.iter().zip(&running.record.ids).enumerate();
+    let name = |i: &device::Image| LevelName { path: i.path.clone(), raw: i.raw };
+    let kept = running.images.iter().enumerate();
     let mut levels: Vec<SwitchLevel> =
-        kept.map(|(i, (name, id))| SwitchLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
+        kept.map(|(i, image)| SwitchLevel { name: name(image), id: image.id, from: Some(i) }).collect();
     let meta = fs::metadata(path).unwrap();
     let name = LevelName { path: path.into(), raw: false };
     levels.push(SwitchLevel { name, id: FileId::from(&meta), from: None });
     let names = CommitNames { tmp: tmp.file_name().unwrap().into(), name: dd.file_name().unwrap().into() };
     let swap = ChainSwitch {
         levels,
-        expected: running.record.ids.clone(),
+        expected: running.ids(),
         commit: Some(names),
         token: meta.ino() << 8 | 1,
         ask: false,

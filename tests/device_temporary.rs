@@ -55,7 +55,7 @@ impl Disk {
 }
 
 fn token(node: &str) -> Option<String> {
-    device::by_node(node).ok().flatten().map(|d| d.record.token)
+    device::by_node(node).ok().flatten().map(|d| d.instance)
 }
 
 #[test]

@@ -63,7 +63,7 @@ pub unsafe extern "C" fn ploop_is_mounted(di: *mut ploop_disk_images_data) -> c_
         };
         Ok(match ops::find::of_base(&base, "")? {
             None => false,
-            Some(device) if ops::find::runs(device.state) => true,
+            Some(device) if device.state.runs() => true,
             Some(device) => bail!(
                 Sys,
                 "{} holds this disk but does not run (state: {}); see ploop doctor",
@@ -155,7 +155,7 @@ pub unsafe extern "C" fn ploop_find_top_delta_name_and_format(
             bail!(Param, "device is NULL or empty; give its path, /dev/ploopN");
         };
         let found = ops::device_chain::device(&device)?;
-        let raw = found.record.levels.last().is_some_and(|l| l.raw);
+        let raw = found.images.last().is_some_and(|l| l.raw);
         let texts = [
             (image, image_size, found.top().as_os_str()),
             (format, format_size, OsStr::new(if raw { "raw" } else { "ploop1" })),
@@ -266,7 +266,7 @@ unsafe fn found_text<S: AsRef<OsStr>>(found: Option<S>, out: *mut c_char, len: c
 /// The node of ours for what is mounted: a mount may have been made by the name of the block device behind it.
 fn mounted_node(device: &Device, mount: &Mount) -> OsString {
     let source = mount.source.as_os_str();
-    let behind = format!("/dev/{}", device.record.backing);
+    let behind = format!("/dev/{}", device.disk);
     match source.to_str().and_then(|s| s.strip_prefix(&behind)) {
         Some(partition) if partition.is_empty() || partition.starts_with('p') => {
             let mut node = device.node().as_os_str().to_owned();

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{find, online};
+use super::online;
 use crate::bail;
 use crate::descriptor::{self, Descriptor};
 use crate::device::{self, Device};
@@ -75,8 +75,8 @@ pub fn replace(node: &str, level: usize, new: &Path) -> Result<()> {
 /// Says so if a descriptor names the disk that was just changed by device: it tells another story from now on.
 fn warn_of_descriptor(device: &Device) {
     let beside = device.base().with_file_name(descriptor::FILE_NAME);
-    for path in device.record.descriptor.iter().chain([&beside]) {
-        let top = device.record.levels.last().map(|l| &l.path);
+    for path in device.descriptor.iter().chain([&beside]) {
+        let top = device.images.last().map(|i| &i.path);
         if Descriptor::read(path).is_ok_and(|d| d.image(&d.top).map(|i| &i.file) == top) {
             report::warn(format_args!(
                 "{} does not tell what {} runs now; changes by descriptor, like ploop snapshot {0}, keep the two together",
@@ -93,7 +93,7 @@ fn warn_of_descriptor(device: &Device) {
 pub fn level_of(node: &str, image: &Path) -> Result<usize> {
     let device = device(node)?;
     let id = FileId::at(image).ctx(Kind::Fstat, || format!("cannot look at image {}", image.display()))?;
-    match device.record.ids.iter().position(|i| *i == id) {
+    match device.level_of(id) {
         Some(level) => Ok(level),
         None => bail!(Param, "{} is no image of {}", image.display(), device.node().display()),
     }
@@ -103,7 +103,7 @@ pub fn level_of(node: &str, image: &Path) -> Result<usize> {
 /// image; `Sysfs`: no such device or level.
 pub fn merge_range(node: &str, low: usize, high: Option<usize>) -> Result<Range> {
     let device = device(node)?;
-    let levels = &device.record.levels;
+    let levels = &device.images;
     let top = levels.len().saturating_sub(1);
     if top == 0 {
         bail!(Param, "{} has a single image: there is nothing to merge", device.node().display());
@@ -121,7 +121,7 @@ pub fn merge_range(node: &str, low: usize, high: Option<usize>) -> Result<Range>
         high,
         top,
         raw: levels[low].raw,
-        writable_top: high == top && !device.record.read_only && find::runs(device.state),
+        writable_top: high == top && !device.read_only && device.state.runs(),
         files: levels[low..=high].iter().rev().map(|l| l.path.clone()).collect(),
     })
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use crate::device::{self, Device, State};
 use crate::fs::helper;
-use crate::server::{runtime, spawn};
 
 /// One thing that was looked at.
 #[derive(Clone, Debug)]
@@ -43,8 +42,8 @@ pub fn machine() -> Vec<Finding> {
     let mut all = vec![kernel(), rights()];
     all.push(node("FUSE", "/dev/fuse", "fuse", "c 10 229"));
     all.push(node("loop devices", "/dev/loop-control", "loop", "c 10 237"));
-    all.push(server());
-    all.push(good("driver", format!("{} (a FUSE file behind a loop device)", super::mount::DRIVER)));
+    all.extend(server());
+    all.push(driver());
     all.push(takeover());
     all.push(program("mke2fs", "making file systems", "e2fsprogs", Grade::Missing));
     all.push(program("fsck.ext4", "checking file systems (mount -F)", "e2fsprogs", Grade::Warning));
@@ -61,7 +60,7 @@ fn kernel() -> Finding {
 
 /// How requests survive a killed server. The kernel tells it with the first mount; till then its version has to do.
 fn takeover() -> Finding {
-    let wanted = match super::mount::slots_wanted() {
+    let wanted = match device::slots_wanted() {
         Ok(wanted) => wanted,
         Err(e) => return bad(Grade::Warning, "takeover", e.to_string(), "unset PLOOP_TAKEOVER"),
     };
@@ -139,8 +138,22 @@ fn node(subject: &str, path: &str, module: &str, numbers: &str) -> Finding {
     }
 }
 
-fn server() -> Finding {
-    match spawn::find_server() {
+/// The driver that new devices get.
+fn driver() -> Finding {
+    let driver = match device::driver() {
+        Ok(driver) => driver,
+        Err(e) => return bad(Grade::Missing, "driver", e.to_string(), "unset PLOOP_DRIVER"),
+    };
+    let shown = format!("{} ({})", driver.name(), driver.summary());
+    match driver.probe() {
+        Ok(_) => good("driver", shown),
+        Err(e) => bad(Grade::Missing, "driver", format!("{shown}: {e}"), "see the other lines for what it needs"),
+    }
+}
+
+/// The program whose processes serve devices, if the driver has one.
+fn server() -> Option<Finding> {
+    Some(match device::driver().ok()?.program()? {
         Ok(path) => good("ploop-server", path.display().to_string()),
         Err(e) => bad(
             Grade::Missing,
@@ -148,7 +161,7 @@ fn server() -> Finding {
             e.to_string(),
             "build or install the whole package (cargo build builds it), or name the program in $PLOOP_SERVER",
         ),
-    }
+    })
 }
 
 fn program(name: &str, what: &str, package: &str, grade: Grade) -> Finding {
@@ -188,14 +201,14 @@ pub fn devices() -> Vec<Finding> {
 
 fn one(d: &Device) -> Finding {
     let subject = d.node().display().to_string();
-    let of = match d.record.levels.is_empty() {
+    let of = match d.images.is_empty() {
         true => "no record of its image".to_string(),
         false => format!("{} of {}", d.state.as_str(), d.top().display()),
     };
-    let remedy = match d.state {
+    let remedy = match &d.state {
         State::Running | State::Starting => {
             // A device works without a supervisor, but nobody would start a new worker.
-            return match runtime::alive(d.record.supervisor) || d.state == State::Starting {
+            return match device::is_supervised(d) || d.state == State::Starting {
                 true => good(&subject, of),
                 false => bad(
                     Grade::Warning,
@@ -209,6 +222,10 @@ fn one(d: &Device) -> Finding {
             "writes wait for space: free some on the file system of {}; they go on by themselves",
             d.top().display()
         ),
+        State::Stalled => format!(
+            "a process that serves it does not answer (stopped or stuck), and its I/O waits: read the system's log; ploop reload {subject} replaces the processes"
+        ),
+        State::Unknown(_) => "this version does not know that state, a newer one serves it: use the ploop that is installed with its server".into(),
         State::Failed => format!(
             "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log. If its I/O waits and the image is right again: ploop reload {subject}. Else save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"
         ),

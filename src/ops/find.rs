@@ -6,12 +6,10 @@ use std::path::{self, Path, PathBuf};
 
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::device::{self, Device, State};
+use crate::device::{self, Aliases, Device, State};
 use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
-use crate::server::proto::DeviceRecord;
-use crate::server::{nodes, partitions, runtime};
 use crate::sys::file_id::FileId;
 
 /// A component name that is longer would be found by nobody.
@@ -44,12 +42,12 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
     let base = &disk.first_image()?.file;
     let folder = |path: &Path| path.parent().and_then(id);
     let (Some(now), here) = (id(base), folder(base)) else { return Ok(()) };
-    let replaced = device::list_of(|r| {
-        let Some(named) = r.levels.first().map(|l| l.path.as_path()) else { return false };
+    let replaced = device::list_of(|d| {
+        let Some(named) = d.images.first().map(|i| i.path.as_path()) else { return false };
         let same_name = named.file_name() == base.file_name() && folder(named) == here;
-        same_name && !r.read_only && r.ids.first() != Some(&now)
+        same_name && !d.read_only && d.base_id() != Some(now)
     })?;
-    let found = replaced.into_iter().find(|d| d.state != State::Dead && !lives_elsewhere(d));
+    let found = replaced.into_iter().find(|d| d.state != State::Dead && !device::base_has_name(d));
     let Some(device) = found else { return Ok(()) };
     bail!(
         InUse,
@@ -61,21 +59,11 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
     )
 }
 
-/// The base of a device was moved, with its folder perhaps: it has a name of its own still.
-fn lives_elsewhere(device: &Device) -> bool {
-    let Some(base) = device.record.ids.first() else { return false };
-    let Ok(open) = fs::read_dir(format!("/proc/{}/fd", device.record.worker.pid)) else { return false };
-    open.flatten()
-        .filter(|fd| id(&fd.path()).as_ref() == Some(base))
-        .filter_map(|fd| fs::read_link(fd.path()).ok())
-        .any(|name| id(&name).as_ref() == Some(base))
-}
-
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     let disk = LockedDescriptor::open(descriptor)?;
     let Some(found) = of_base(&disk.first_image()?.file, component)? else { return Ok(None) };
-    if !runs(found.state) {
+    if !found.state.runs() {
         bail!(
             Sys,
             "{} holds this disk but does not run (state: {}); see ploop doctor",
@@ -84,11 +72,6 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
         );
     }
     Ok(Some(found.node().to_owned()))
-}
-
-/// Is the device there for its users (perhaps waiting for space, perhaps refusing writes)?
-pub fn runs(state: State) -> bool {
-    matches!(state, State::Running | State::NoSpace | State::Failed)
 }
 
 /// Nodes of all devices over the base of this disk, whatever their components. No lock is taken.
@@ -105,25 +88,8 @@ pub fn find_dev(component: &str, base: &Path) -> Result<Option<PathBuf>> {
 
 /// The numbers and nodes by which a device's mounts are known.
 pub fn names(device: &Device) -> Names {
-    names_of(&device.record)
-}
-
-fn names_of(record: &DeviceRecord) -> Names {
-    let mut names = Names::default();
-    // A record whose disk is another one by now names nothing that is ours.
-    if !runtime::backing_is_ours(record) {
-        return names;
-    }
-    names.devs.push(record.rdev);
-    names.nodes.push(record.node.clone());
-    names.nodes.push(Path::new("/dev").join(&record.backing));
-    for known in partitions::known(&record.backing) {
-        names.devs.push(known.rdev);
-        names.nodes.push(Path::new("/dev").join(format!("{}p{}", record.backing, known.number)));
-    }
-    let folder = record.node.parent().unwrap_or(Path::new("/dev"));
-    names.nodes.extend(nodes::existing(folder, &record.name).into_iter().map(|(path, _)| path));
-    names
+    let Aliases { devs, nodes } = device::aliases(device);
+    Names { devs, nodes }
 }
 
 /// The mounts of a device in our mount namespace, oldest first.
@@ -159,10 +125,10 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
             mounts.iter().rev().filter(here).collect()
         }
     };
-    let mount_of = |record: &DeviceRecord| {
-        let names = names_of(record);
+    let mount_of = |device: &Device| {
+        let names = names(device);
         visible.iter().copied().find(|m| names.mounted_by(m))
     };
-    let found = device::list_of(|r| mount_of(r).is_some())?.into_iter().next();
-    Ok(found.and_then(|device| mount_of(&device.record).cloned().map(|mount| (device, mount))))
+    let found = device::list_of(|d| mount_of(d).is_some())?.into_iter().next();
+    Ok(found.and_then(|device| mount_of(&device).cloned().map(|mount| (device, mount))))
 }

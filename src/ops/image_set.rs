@@ -109,7 +109,7 @@ pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
     if found.is_none() {
         find::refuse_replaced(disk)?;
     }
-    Ok(found.filter(|d| !d.record.read_only && d.state != device::State::Dead))
+    Ok(found.filter(|d| !d.read_only && d.state != device::State::Dead))
 }
 
 /// The device that runs this disk and may write to its top, whatever its component.
@@ -122,13 +122,13 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
     if found.is_empty() {
         find::refuse_replaced(disk)?;
     }
-    Ok(found.into_iter().find(|d| !d.record.read_only && d.state != device::State::Dead))
+    Ok(found.into_iter().find(|d| !d.read_only && d.state != device::State::Dead))
 }
 
 /// Devices with this file among their levels.
 pub fn users(path: &Path) -> Result<Vec<Device>> {
     let Ok(id) = FileId::at(path) else { return Ok(Vec::new()) };
-    let mut found = match device::list_of(|r| r.ids.contains(&id)) {
+    let mut found = match device::list_of(|d| d.level_of(id).is_some()) {
         // Who is not root may not be allowed to ask, and the locks still tell.
         Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
         other => other.unwrap_or_default(),

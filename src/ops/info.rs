@@ -15,7 +15,7 @@ use crate::descriptor::LockedDescriptor;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat::{self, Entry};
 use crate::format::gpt::Gpt;
-use crate::format::header::{self, Header};
+use crate::format::header::{self, Header, Version};
 use crate::format::limits;
 use crate::fs::probe::{self, Found};
 pub use crate::fs::stat::FsInfo;
@@ -40,7 +40,7 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
         return Ok(info);
     }
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| find::runs(d.state)) {
+    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
         return match find::mounts_of(&device)?.first() {
             Some(m) => FsInfo::of(&m.target),
             None => bail!(
@@ -88,9 +88,9 @@ pub struct Spec {
 /// What the top of a disk is: from its device if it runs, else from the file.
 pub fn spec(descriptor: &Path) -> Result<Spec> {
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| find::runs(d.state)) {
-        let r = &device.record;
-        return Ok(Spec { sectors: r.size_sectors, cluster: r.cluster_sectors, version: r.fmt_version });
+    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
+        let version = device.version.map_or(0, Version::number);
+        return Ok(Spec { sectors: device.sectors, cluster: device.cluster_sectors, version });
     }
     let chain = disk.chain(&disk.top)?;
     let Some(top) = chain.last() else { bail!(DiskDescr, "{} has no images", disk.path.display()) };

@@ -83,7 +83,7 @@ fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
 fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let meta = fs::metadata(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
-    Ok(device.record.ids.contains(&FileId::from(&meta)))
+    Ok(device.level_of(FileId::from(&meta)).is_some())
 }
 
 fn running(

@@ -18,7 +18,6 @@ use crate::fs::probe::{self, Found};
 use crate::fs::stat;
 use crate::image::open;
 use crate::report;
-use crate::server::proto::DeviceRecord;
 use crate::sys::file_id::FileId;
 use crate::units::ClusterSize;
 
@@ -116,7 +115,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         descriptor: Some(disk.path.clone()),
         device: params.device.clone(),
         trace: trace(params),
-        slots: slots_wanted()?,
+        slots: device::slots_wanted()?,
     })?;
     let mounted = finish(device, params)?;
     if params.target.is_some() {
@@ -165,7 +164,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         descriptor: None,
         device: params.device.clone(),
         trace: trace(params),
-        slots: slots_wanted()?,
+        slots: device::slots_wanted()?,
     })
     .map_err(|e| match e.kind() {
         Kind::InUse => in_use(e, &top),
@@ -291,14 +290,14 @@ fn refuse_twice(levels: &[Level]) -> Result<()> {
 /// What a device of ours writes to has no other users; what it reads is not written to.
 fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
     let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
-    let clash = |record: &DeviceRecord| {
-        let written = if record.read_only { None } else { record.ids.last() };
-        let top = if read_only { None } else { ids.last() };
-        let file = written.filter(|w| ids.contains(w)).or(top.filter(|t| record.ids.contains(t)))?;
-        ids.iter().position(|i| i == file).and_then(|at| levels.get(at))
+    let top = ids.last().copied().filter(|_| !read_only);
+    let clash = |device: &Device| {
+        let written = device.written_id().filter(|w| ids.contains(w));
+        let file = written.or(top.filter(|t| device.level_of(*t).is_some()))?;
+        ids.iter().position(|i| *i == file).and_then(|at| levels.get(at))
     };
-    for device in device::list_of(|r| clash(r).is_some())?.iter().filter(|d| d.state != State::Dead) {
-        let Some(level) = clash(&device.record) else { continue };
+    for device in device::list_of(|d| clash(d).is_some())?.iter().filter(|d| d.state != State::Dead) {
+        let Some(level) = clash(device) else { continue };
         bail!(
             Mount,
             "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",
@@ -310,25 +309,7 @@ fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
     Ok(())
 }
 
-/// The driver that this version has; `$PLOOP_DRIVER` may name it.
-pub const DRIVER: &str = "fuse_loop";
-
-/// `$PLOOP_TAKEOVER`: how requests survive a killed server. Without it as the kernel can.
-pub fn slots_wanted() -> Result<bool> {
-    match std::env::var("PLOOP_TAKEOVER") {
-        Ok(way) if way == "slots" => Ok(true),
-        Ok(way) if !way.is_empty() => bail!(Param, "$PLOOP_TAKEOVER is {way:?}: \"slots\" or nothing wanted"),
-        _ => Ok(false),
-    }
-}
-
 fn attach(spec: AttachSpec) -> Result<Device> {
-    match std::env::var("PLOOP_DRIVER") {
-        Ok(driver) if !driver.is_empty() && driver != DRIVER => {
-            bail!(Device, "$PLOOP_DRIVER asks for driver {driver:?}; this version has only {DRIVER}")
-        }
-        _ => {}
-    }
     let mode = if spec.read_only { "ro" } else { "rw" };
     let levels: Vec<PathBuf> = spec.levels.iter().map(|l| l.path.clone()).collect();
     let device = device::attach(spec)?;

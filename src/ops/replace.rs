@@ -46,7 +46,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
         bail!(Format, "image {} is raw: only ploop1 images can be compared and replaced", image.file.display());
     }
     if let Some(device) = device
-        && device.record.ids.contains(&id_of(&image.file)?)
+        && device.level_of(id_of(&image.file)?).is_some()
     {
         online::replace(&mut disk, &device, &image, &new, keep_name)?;
         report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
@@ -86,7 +86,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
             let Some(device) = device else {
                 bail!(Param, "level {level}: levels are those of a running device, and this disk does not run");
             };
-            device.record.ids.get(usize::from(*level)).and_then(|id| of_id(*id))
+            device.images.get(usize::from(*level)).and_then(|i| of_id(i.id))
         }
     };
     match (found, which) {

@@ -209,7 +209,7 @@ fn open_holder(device: &Device) -> Result<File> {
     let file =
         OpenOptions::new().read(true).open(node).ctx(Kind::Device, || format!("cannot open {}", node.display()))?;
     match device::by_node(&node.to_string_lossy())? {
-        Some(found) if found.record.token == device.record.token => Ok(file),
+        Some(found) if found.is_same(device) => Ok(file),
         _ => bail!(Device, "{} is not the device of the temporary snapshot any more", node.display()),
     }
 }

@@ -7,11 +7,10 @@ use nix::unistd::geteuid;
 
 use super::{image_set, umount};
 use crate::descriptor::Descriptor;
-use crate::device::Device;
+use crate::device::{self, Device};
 use crate::error::Result;
 use crate::format::guid::Guid;
 use crate::report;
-use crate::server::partitions;
 use crate::sys::file_id::FileId;
 
 /// Prefix of the components of temporary snapshots that stay until they are unmounted.
@@ -22,7 +21,7 @@ pub const UNTIL_UMOUNT: char = '~';
 pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let Ok(id) = FileId::at(&image.file) else { return Ok(false) };
-    for device in image_set::users(&image.file)?.iter().filter(|d| d.record.ids.last() == Some(&id)) {
+    for device in image_set::users(&image.file)?.iter().filter(|d| d.top_id() == Some(id)) {
         let node = device.node().display();
         if !idle(device) {
             return Ok(false);
@@ -43,15 +42,15 @@ pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
 /// No process, only a mount perhaps, has the device of a temporary snapshot open, and it was not taken to live until it is
 /// unmounted. What cannot be found out counts as use.
 fn idle(device: &Device) -> bool {
-    let record = &device.record;
-    if !record.read_only || device.component().is_empty() || device.component().starts_with(UNTIL_UMOUNT) {
+    if !device.read_only || device.component().is_empty() || device.component().starts_with(UNTIL_UMOUNT) {
         return false;
     }
     if !geteuid().is_root() {
         return false;
     }
-    let mut disks = vec![record.rdev];
-    disks.extend(partitions::known(&record.backing).iter().map(|p| p.rdev));
+    let mut disks = vec![device.rdev];
+    let Ok(partitions) = device::partitions(device) else { return false };
+    disks.extend(partitions.iter().map(|p| p.rdev));
     let Ok(processes) = fs::read_dir("/proc") else { return false };
     for process in processes.flatten() {
         let name = process.file_name();
@@ -64,7 +63,7 @@ fn idle(device: &Device) -> bool {
             // Only what may be it is looked at: files of dead servers would hold us up.
             let Ok(link) = fs::read_link(&file) else { continue };
             let target = link.file_name().unwrap_or_default().as_encoded_bytes();
-            if !target.starts_with(record.name.as_bytes()) && !target.starts_with(record.backing.as_bytes()) {
+            if !target.starts_with(device.name.as_bytes()) && !target.starts_with(device.disk.as_bytes()) {
                 continue;
             }
             if fs::metadata(&file).is_ok_and(|m| m.file_type().is_block_device() && disks.contains(&m.rdev())) {

@@ -140,7 +140,7 @@ impl Place {
     fn of(device: &Device, table: &[Mount]) -> Place {
         let names = find::names(device);
         let targets = table.iter().filter(|m| names.mounted_by(m)).map(|m| m.target.clone()).collect();
-        Place { names, targets, hosts: device.record.ids.iter().map(|id| id.dev).collect() }
+        Place { names, targets, hosts: device.images.iter().map(|i| i.id.dev).collect() }
     }
 
     /// An image of this disk, or a mount of it, is in the other's file system.

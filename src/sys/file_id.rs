@@ -6,7 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use nix::sys::stat::{FileStat, fstat};
+use nix::fcntl::AtFlags;
+use nix::sys::stat::{FileStat, fstat, fstatat};
 use serde::{Deserialize, Serialize};
 
 /// Device and inode number. In messages and records `[dev, ino]`.
@@ -26,6 +27,15 @@ impl FileId {
     /// Of the file that a path leads to.
     pub fn at(path: &Path) -> io::Result<FileId> {
         fs::metadata(path).map(|m| FileId::from(&m))
+    }
+
+    /// Of what has this name in an open folder, a symbolic link included; none: nothing has.
+    pub fn in_folder(folder: impl AsFd, name: &Path) -> io::Result<Option<FileId>> {
+        match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat.into())),
+            Err(nix::Error::ENOENT) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Of what has this name, a symbolic link included.
@@ -72,6 +82,10 @@ mod tests {
         assert_eq!(FileId::of(fs::File::open(&link).unwrap()).unwrap(), id);
         assert_eq!((FileId::at(&link).unwrap(), FileId::at_nofollow(&path).unwrap()), (id, id));
         assert_ne!(FileId::at_nofollow(&link).unwrap(), id);
+        let folder = fs::File::open(dir.path()).unwrap();
+        assert_eq!(FileId::in_folder(&folder, Path::new("a")).unwrap(), Some(id));
+        assert_eq!(FileId::in_folder(&folder, Path::new("b")).unwrap(), FileId::at_nofollow(&link).ok());
+        assert_eq!(FileId::in_folder(&folder, Path::new("c")).unwrap(), None);
     }
 
     #[test]

@@ -95,7 +95,7 @@ pub fn new_delta(t: &Bench, like: &Path, name: &str) -> PathBuf {
 }
 
 pub fn with_new_top(device: &Device, path: &Path) -> Vec<NewLevel> {
-    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
     levels.push(NewLevel::File { path: path.into(), raw: false, fd: path_fd(path) });
     levels
 }

@@ -13,7 +13,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use ploop::device::{self, AttachSpec, Device, Level};
+use ploop::device::{self, AttachSpec, Device, Level, served};
 use ploop::server::proto::Marked;
 use ploop::server::{nodes, runtime};
 
@@ -78,7 +78,7 @@ impl Bench {
 
     /// Nothing of the device is left.
     pub fn assert_gone(&self, device: &Device) {
-        let r = &device.record;
+        let r = served::record(device);
         // A number may be somebody else's by now.
         if runtime::number(&r.name).is_none() {
             assert!(nodes::existing(Path::new("/dev"), &r.name).is_empty(), "nodes of {} are left", r.name);

@@ -2,91 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
 
-use crate::bail;
-use crate::device::Device;
+use crate::device::{self, Device, Freeze};
 use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts;
 use crate::ops::find;
-use crate::report;
-use crate::server::helper::{JobEvent, remote_error};
-use crate::server::proto::{Answer, Command};
-use crate::server::{control, frame, freeze, runtime};
 
-/// Writing back a host's memory takes its time.
-const FREEZE: Duration = Duration::from_secs(300);
-/// Thawing writes a block.
-const THAW: Duration = Duration::from_secs(60);
-
-/// Frozen file systems; dropping thaws them. If this process ends, the process that holds the freeze thaws them.
-#[derive(Debug)]
-pub struct Frozen {
-    /// None: thawed, or nothing was mounted.
-    owner: Option<OwnedFd>,
-    files: Vec<File>,
+/// Freezes what is mounted from the device in any mount namespace; those that cannot be frozen are synced.
+pub fn start(device: &Device) -> Result<Box<dyn Freeze>> {
+    device::freeze(device, mounted(device)?)
 }
 
-impl Frozen {
-    /// Freezes what is mounted from the device in any mount namespace; those that cannot be frozen are synced.
-    pub fn start(device: &Device) -> Result<Frozen> {
-        let files = mounted(device)?;
-        if files.is_empty() {
-            return Ok(Frozen { owner: None, files });
-        }
-        let (mine, theirs) = frame::pair()?;
-        let mut fds: Vec<BorrowedFd> = vec![theirs.as_fd()];
-        fds.extend(files.iter().map(AsFd::as_fd));
-        let dir = runtime::device_dir(device.name());
-        match control::ask_with(&dir, &Command::Freeze, &fds, Duration::from_secs(10))?.0 {
-            Answer::Error { code, message } => return Err(remote_error(code, message)),
-            _ => drop(theirs),
-        }
-        let mut frozen = Frozen { owner: Some(mine), files };
-        match frozen.hear(FREEZE)? {
-            Some(JobEvent::Frozen) => Ok(frozen),
-            Some(JobEvent::Error { code, message }) => {
-                frozen.owner = None;
-                Err(remote_error(code, message))
-            }
-            _ => bail!(Sys, "the process that was to freeze the file system of {} died", device.node().display()),
-        }
-    }
-
-    /// Thaws. An error: they were not frozen all the time, or are still.
-    pub fn thaw(&mut self) -> Result<()> {
-        let Some(owner) = &self.owner else { return Ok(()) };
-        // If it has died this fails, and the answer tells.
-        let _ = freeze::let_go(owner.as_fd());
-        let heard = self.hear(THAW);
-        self.owner = None;
-        match heard? {
-            Some(JobEvent::Error { code, message }) => Err(remote_error(code, message)),
-            Some(_) => Ok(()),
-            None => freeze::thaw_directly(&self.files),
-        }
-    }
-
-    fn hear(&self, limit: Duration) -> Result<Option<JobEvent>> {
-        match &self.owner {
-            Some(owner) => Ok(frame::recv_within::<JobEvent>(owner, limit)?.map(|(event, _)| event)),
-            None => Ok(None),
-        }
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        if let Err(e) = self.thaw() {
-            report::warn(e);
-        }
-    }
-}
-
-/// One open folder of each file system that is mounted from the device.
+/// One open folder of each file system that is mounted from the device in any mount namespace.
 fn mounted(device: &Device) -> Result<Vec<File>> {
     let names = find::names(device);
     let mut namespaces = BTreeSet::new();

@@ -36,10 +36,9 @@ pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, an
 
 /// One merge of the server's. `gone`: the snapshots that disappear.
 fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid, gone: &[Guid]) -> Result<()> {
-    let ids = &device.record.ids;
     let level = |disk: &Descriptor, guid: &Guid| {
         let image = disk.image(guid).map(|i| FileId::at_nofollow(&i.file));
-        let found = image.and_then(std::io::Result::ok).and_then(|id| ids.iter().position(|i| *i == id));
+        let found = image.and_then(std::io::Result::ok).and_then(|id| device.level_of(id));
         found.ok_or_else(|| {
             Error::new(Kind::Param, format!("snapshot {guid} is no level of {}", device.node().display()))
         })
@@ -118,11 +117,11 @@ fn unmark(disk: &mut LockedDescriptor, guids: &[Guid]) {
 /// left to whoever asked.
 pub fn merge_levels(device: &Device, low: usize, high: usize) -> Result<()> {
     check_state(device)?;
-    let top = device.record.levels.len().saturating_sub(1);
+    let top = device.images.len().saturating_sub(1);
     if low >= high || high > top {
         bail!(Param, "levels {low}..{high} of {}: the highest is {top}", device.node().display());
     }
-    let writable_top = high == top && !device.record.read_only;
+    let writable_top = high == top && !device.read_only;
     if writable_top && low + 1 < high {
         merge_in_one(device, low, high - 1)?;
         let Some(device) = device::by_node(device.name())? else {
@@ -134,10 +133,10 @@ pub fn merge_levels(device: &Device, low: usize, high: usize) -> Result<()> {
 }
 
 fn merge_in_one(device: &Device, low: usize, high: usize) -> Result<()> {
-    let levels = device.record.levels.len();
+    let levels = device.images.len();
     let kept = (0..=low).chain(high + 1..levels).map(NewLevel::Kept).collect();
     let spec = SwitchSpec { levels: kept, commit: None, linger: 0 };
-    let is_top = high + 1 == levels && !device.record.read_only;
+    let is_top = high + 1 == levels && !device.read_only;
     run(device, (low, high), is_top, &spec).map_err(|u| match u.untouched {
         true => u.error,
         false => u.error.context("the merge was begun and stays so; the device is as it was"),

@@ -30,12 +30,12 @@ pub fn check_chain(disk: &Descriptor, device: &Device) -> Result<()> {
     for image in &chain {
         ids.push(FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?);
     }
-    if ids != device.record.ids {
+    if ids != device.ids() {
         bail!(
             Param,
             "{} runs a chain of {} images, the descriptor has another one of {}: unmount it and mount it again",
             device.node().display(),
-            device.record.ids.len(),
+            device.images.len(),
             ids.len()
         );
     }
@@ -45,7 +45,7 @@ pub fn check_chain(disk: &Descriptor, device: &Device) -> Result<()> {
 /// The chain of a device can be changed now.
 fn check_state(device: &Device) -> Result<()> {
     let node = device.node().display();
-    match device.state {
+    match &device.state {
         State::Running => Ok(()),
         State::NoSpace => {
             bail!(Write, "{node}: writes wait for space on the file system of its image; make room first")
@@ -59,7 +59,7 @@ fn levels_of(next: &Descriptor, device: &Device) -> Result<Vec<NewLevel>> {
     let mut levels = Vec::new();
     for image in next.chain(&next.top)? {
         let id = FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
-        levels.push(match device.record.ids.iter().position(|i| *i == id) {
+        levels.push(match device.level_of(id) {
             Some(level) => NewLevel::Kept(level),
             None => NewLevel::File {
                 path: image.file.clone(),

@@ -22,7 +22,7 @@ const READ: Access = Access { write: false, direct: false };
 pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new: &Path, keep_name: bool) -> Result<()> {
     check_chain(disk, device)?;
     let id = FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
-    let Some(level) = device.record.ids.iter().position(|i| *i == id) else {
+    let Some(level) = device.level_of(id) else {
         bail!(Param, "{} is no image of {}", image.file.display(), device.node().display());
     };
     check_level(device, level)?;
@@ -56,17 +56,17 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
 pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
     check_state(device)?;
     check_level(device, level)?;
-    let Some(name) = device.record.levels.get(level) else {
+    let Some(name) = device.images.get(level) else {
         bail!(Param, "{} has no level {level}", device.node().display());
     };
     let new = new.canonicalize().ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
     let id = FileId::at_nofollow(&new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
-    if device.record.ids.contains(&id) {
+    if device.level_of(id).is_some() {
         bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
     }
     // What runs there, whatever has its name by now.
     let old = lock_image(&name.path, None, READ, Sharing::Readers).map_err(|e| image_set::named(e, &name.path))?;
-    let running = FileId::at_nofollow(&name.path).is_ok_and(|i| device.record.ids.get(level) == Some(&i));
+    let running = FileId::at_nofollow(&name.path).is_ok_and(|id| id == name.id);
     if !running {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
     }
@@ -85,10 +85,10 @@ fn warn(warning: Option<&str>) {
 
 fn check_level(device: &Device, level: usize) -> Result<()> {
     let node = device.node().display();
-    if level + 1 >= device.record.levels.len() {
+    if level + 1 >= device.images.len() {
         bail!(Param, "level {level} of {node} is its top: only those below it can be replaced while it runs");
     }
-    if device.record.levels.get(level).is_some_and(|l| l.raw) {
+    if device.images.get(level).is_some_and(|l| l.raw) {
         bail!(Format, "level {level} of {node} is raw: only ploop1 images can be compared and replaced");
     }
     Ok(())
@@ -96,7 +96,7 @@ fn check_level(device: &Device, level: usize) -> Result<()> {
 
 /// The running chain with the file at `new` in the place of a level, called `name`.
 fn levels_with(device: &Device, level: usize, name: &Path, new: &Path) -> Result<Vec<NewLevel>> {
-    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
     if let Some(place) = levels.get_mut(level) {
         *place = NewLevel::File { path: name.to_owned(), raw: false, fd: open_level(new, None)? };
     }

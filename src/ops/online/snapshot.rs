@@ -3,11 +3,10 @@
 use std::cell::RefCell;
 use std::path::Path;
 
-use super::freeze::Frozen;
-use super::{Ended, change, check_chain, check_state};
+use super::{Ended, change, check_chain, check_state, freeze};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::device::{self, Device, NewLevel, SwitchSpec};
+use crate::device::{self, Device, Freeze, NewLevel, SwitchSpec};
 use crate::error::{Kind, Result};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
@@ -15,7 +14,6 @@ use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::store;
-use crate::units::ClusterSize;
 
 /// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta `path`, complete,
 /// empty and durable. The file systems mounted from the device are frozen meanwhile. When this returns, the former top is
@@ -49,17 +47,15 @@ pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, 
 /// mounted from it are frozen meanwhile. After an error the file is removed.
 pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     check_state(device)?;
-    let record = &device.record;
-    if record.read_only {
+    if device.read_only {
         bail!(Param, "{} is read-only: it gets no new top", device.node().display());
     }
-    let version = if record.fmt_version == 1 { Version::V1 } else { Version::V2 };
-    let cluster = ClusterSize::from_sectors(u64::from(record.cluster_sectors))?;
-    create_delta(file, version, cluster, record.size_sectors)?;
+    let version = device.version.unwrap_or(Version::V2);
+    create_delta(file, version, device.cluster()?, device.sectors)?;
     put_on(device, file, sync).inspect_err(|e| {
         // The server may have gone on without us.
         let id = FileId::at(file).ok();
-        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.record.ids.last() == id.as_ref());
+        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == id);
         match runs || e.kind() == Kind::Protocol {
             true => report::warn(format_args!("{} stays: it may be in use", file.display())),
             false => undo(file),
@@ -68,7 +64,7 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
 }
 
 fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
-    let mut levels: Vec<NewLevel> = (0..device.record.levels.len()).map(NewLevel::Kept).collect();
+    let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
     let path = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
     levels.push(NewLevel::File { path, raw: false, fd: open_level(file, None)? });
     let rest = Rest::default();
@@ -81,20 +77,20 @@ fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
 
 /// The file systems of a device, perhaps at rest.
 #[derive(Default)]
-struct Rest(RefCell<Option<Frozen>>);
+struct Rest(RefCell<Option<Box<dyn Freeze>>>);
 
 impl Rest {
     /// Once; a second supervisor asks again.
     fn freeze(&self, device: &Device) -> Result<()> {
         let mut frozen = self.0.borrow_mut();
         if frozen.is_none() {
-            *frozen = Some(Frozen::start(device)?);
+            *frozen = Some(freeze::start(device)?);
         }
         Ok(())
     }
 
     fn thaw(&self) -> Result<()> {
-        self.0.borrow_mut().as_mut().map_or(Ok(()), Frozen::thaw)
+        self.0.borrow_mut().as_mut().map_or(Ok(()), |frozen| frozen.thaw())
     }
 }
 

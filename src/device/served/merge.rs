@@ -5,8 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::Duration;
 
-use crate::device::Device;
-use crate::device::switch::{CommitFile, SwitchSpec, ask, retained};
+use crate::device::driver::{Unmerged, Watch};
+use crate::device::model::Device;
+use crate::device::served::switch::{ask, chain_switch, commit_names, retained};
+use crate::device::spec::{CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, ChainSwitch, Command, MergeOrder};
@@ -19,14 +21,6 @@ const FIRST_LOOK: Duration = Duration::from_millis(5);
 /// The supervisor answers questions at once.
 const SHORT: Duration = Duration::from_secs(10);
 
-/// What happens meanwhile.
-pub trait Watch {
-    /// So many of all clusters have been looked at.
-    fn progress(&mut self, seen: u64, all: u64);
-    /// Asked now and then: the merge is to be given up.
-    fn cancelled(&mut self) -> bool;
-}
-
 /// Merges the top of a running device into the level below it; then the device serves the chain without the top, and
 /// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
 /// before. Answers a warning: the change may not survive a power cut.
@@ -37,41 +31,20 @@ pub fn merge_top(
     commit: Option<&CommitFile>,
     watch: &mut dyn Watch,
 ) -> Result<Option<String>, Unmerged> {
-    let record = &device.record;
-    let Some(rest) = record.levels.len().checked_sub(1).filter(|n| *n > 0) else {
+    let Some(rest) = device.images.len().checked_sub(1).filter(|n| *n > 0) else {
         let one = format!("{} has a chain of one image: nothing to merge", device.name());
         return Err(Unmerged::before(Error::new(Kind::Param, one)));
     };
     let switch = ChainSwitch {
-        levels: (0..rest).map(|i| retained(record, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
-        expected: record.ids.clone(),
-        commit: commit.map(CommitFile::names),
+        levels: (0..rest).map(|i| retained(device, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
+        expected: device.ids(),
+        commit: commit.map(commit_names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
         ask: false,
         linger: 0,
     };
     let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
     watched(device, &Command::Merge(switch), &fds, watch)
-}
-
-/// A merge that did not come to its end.
-#[derive(Debug)]
-pub struct Unmerged {
-    pub error: Error,
-    /// The image that was to take everything is as it was; else its own content is spoiled until a merge is finished.
-    pub untouched: bool,
-}
-
-impl Unmerged {
-    fn before(error: Error) -> Unmerged {
-        Unmerged { error, untouched: true }
-    }
-}
-
-impl From<Unmerged> for Error {
-    fn from(unmerged: Unmerged) -> Error {
-        unmerged.error
-    }
 }
 
 /// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
@@ -83,7 +56,7 @@ pub fn merge_levels(
     then: &SwitchSpec,
     watch: &mut dyn Watch,
 ) -> Result<Option<String>, Unmerged> {
-    let (switch, fds) = then.chain_switch(device).map_err(Unmerged::before)?;
+    let (switch, fds) = chain_switch(then, device).map_err(Unmerged::before)?;
     watched(device, &Command::MergeLevels(MergeOrder { low, high, switch }), &fds, watch)
 }
 

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::bail;
-use crate::device::{State, find, lock};
+use crate::device::served::{find, lock};
+use crate::device::state::State;
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::{Helper, Job, remote_error};
 use crate::server::proto::{Answer, Command};
@@ -76,7 +77,7 @@ fn clean_locked(name: &str, wait: bool) -> Result<()> {
     Helper::start(&spawn::find_server()?, &job)?.finish(CLEAN).map_err(|e: Error| e.context(format!("cleaning {name}")))
 }
 
-/// Cleans all dead devices that can be cleaned; the others stay for somebody to look at.
+/// Cleans all dead devices that can be cleaned; the rest stays for the administrator to look at.
 pub(super) fn clean_dead() -> Result<()> {
     if !runtime::run_dir().exists() {
         return Ok(());

@@ -1,53 +1,25 @@
 //! Attaching: a server is started and says when the device is there.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::bail;
-use crate::device::{Device, State, clean, find};
+use crate::device::model::Device;
+use crate::device::served::model::device_of;
+use crate::device::served::{clean, find};
+use crate::device::spec::AttachSpec;
+use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
-use crate::server::proto::{AttachRequest, LevelName, Marked};
+use crate::server::proto::{AttachRequest, LevelName};
 use crate::server::{runtime, spawn};
 use crate::sys::file_id::FileId;
 use crate::units::{ClusterSize, MAX_CHAIN};
 
-/// Attempts to find a name that nobody else takes at the same time.
+/// Attempts to find a name that no other process takes at the same time.
 const NAMES: usize = 8;
 
-/// One image of a chain.
-#[derive(Debug)]
-pub struct Level {
-    /// As the user or the descriptor names it, absolute; for lists and messages only.
-    pub path: PathBuf,
-    pub raw: bool,
-    /// The image itself, O_PATH: what is opened is what was checked, whatever happens to names meanwhile.
-    pub fd: OwnedFd,
-}
-
-/// What to attach, and how.
-#[derive(Debug)]
-pub struct AttachSpec {
-    /// Base first.
-    pub levels: Vec<Level>,
-    /// Cluster size of a raw base.
-    pub raw_cluster: Option<ClusterSize>,
-    pub read_only: bool,
-    pub marked: Marked,
-    /// Empty for the main use of an image.
-    pub component: String,
-    /// The DiskDescriptor.xml that the chain comes from.
-    pub descriptor: Option<PathBuf>,
-    /// `/dev/NAME` if the user asks for one; else the smallest free `/dev/ploopN`.
-    pub device: Option<String>,
-    pub trace: bool,
-    /// The way of takeover for kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
-    pub slots: bool,
-}
-
-/// Makes a block device of an image chain. It outlives this process; [`detach`](crate::device::detach) ends it.
-/// After an error nothing is left behind. Needs root.
+/// Starts a server for an image chain and waits for its device. Needs root.
 pub fn attach(spec: AttachSpec) -> Result<Device> {
     if spec.levels.is_empty() || spec.levels.len() > MAX_CHAIN {
         bail!(Param, "{} images given: 1 to {MAX_CHAIN} can be attached", spec.levels.len());
@@ -90,12 +62,12 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
     let fds: Vec<BorrowedFd> = spec.levels.iter().map(|l| l.fd.as_fd()).collect();
     for _ in 0..NAMES {
         match spawn::start(&request, &fds) {
-            // Somebody who does not share our records (another root folder over the same /dev) took the name meanwhile.
+            // A process without our records (another root folder over the same /dev) took the name meanwhile.
             Err(e) if e.kind() == Kind::Mknod && request.device.is_none() => {
                 report::say(1, format_args!("{e}; trying another name"));
                 request.token = uuid::Uuid::new_v4().to_string();
             }
-            started => return Ok(Device { record: started?, state: State::Running }),
+            started => return Ok(device_of(started?, State::Running)),
         }
     }
     bail!(Mknod, "{NAMES} names for a device in /dev were taken by others while it was being made; try again")
@@ -109,5 +81,14 @@ fn no_space_timeout() -> Result<Option<u64>> {
             Err(_) => bail!(Param, "$PLOOP_ENOSPC_TIMEOUT is {text:?}: a number of seconds wanted"),
         },
         _ => Ok(None),
+    }
+}
+
+/// `$PLOOP_TAKEOVER`: how requests survive a killed server. Without it as the kernel can.
+pub fn slots_wanted() -> Result<bool> {
+    match std::env::var("PLOOP_TAKEOVER") {
+        Ok(way) if way == "slots" => Ok(true),
+        Ok(way) if !way.is_empty() => bail!(Param, "$PLOOP_TAKEOVER is {way:?}: \"slots\" or nothing wanted"),
+        _ => Ok(false),
     }
 }

@@ -1,0 +1,207 @@
+//! What a driver is: the trait that all operations on devices go through.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use crate::device::model::{Aliases, Device, Partition};
+use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::error::{Error, Kind, Result};
+
+/// What a driver can do beyond attaching, finding and detaching. What is not offered here is answered with an error of
+/// kind [`Kind::Param`], before anything has changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Capabilities {
+    /// [`Driver::switch`]
+    pub switch: bool,
+    /// [`Driver::merge_top`]
+    pub merge_top: bool,
+    /// [`Driver::merge_frozen`]
+    pub merge_frozen: bool,
+    /// [`Driver::set_size`]
+    pub set_size: bool,
+    /// [`Driver::relocate`]
+    pub relocate: bool,
+    /// [`Driver::track`]
+    pub track: bool,
+    /// [`Driver::freeze`]
+    pub freeze: bool,
+    /// [`Driver::partitions`]
+    pub partitions: bool,
+    /// [`Driver::reload`]
+    pub reload: bool,
+}
+
+/// What happens during long work on a device.
+pub trait Watch {
+    /// So many of all clusters have been looked at.
+    fn progress(&mut self, seen: u64, all: u64);
+    /// Asked now and then: the work is to be given up.
+    fn cancelled(&mut self) -> bool;
+}
+
+/// A merge that did not come to its end.
+#[derive(Debug)]
+pub struct Unmerged {
+    pub error: Error,
+    /// The image that was to take everything is as it was; else its own content is spoiled until a merge is finished.
+    pub untouched: bool,
+}
+
+impl Unmerged {
+    /// Nothing has been changed yet.
+    pub fn before(error: Error) -> Unmerged {
+        Unmerged { error, untouched: true }
+    }
+}
+
+impl From<Unmerged> for Error {
+    fn from(unmerged: Unmerged) -> Error {
+        unmerged.error
+    }
+}
+
+/// Frozen file systems of a device; dropping it thaws them.
+pub trait Freeze: Debug {
+    /// Thaws. An error: they were not frozen all the time, or are still. Thawed already: nothing happens.
+    fn thaw(&mut self) -> Result<()>;
+}
+
+/// What is written to a device's images during a copy; dropping it ends the tracking.
+pub trait Tracker: Debug {
+    /// The next range of bytes of the top's file that has to be copied again; none: nothing was written since.
+    fn next_dirty(&mut self) -> Result<Option<Range<u64>>>;
+}
+
+/// Makes block devices of image chains and serves them. All methods may be called from any thread of any process.
+pub trait Driver: Sync {
+    /// As `$PLOOP_DRIVER` and messages name it.
+    fn name(&self) -> &'static str;
+
+    /// What it is made of, for people.
+    fn summary(&self) -> &'static str;
+
+    /// What it can do on this machine; an error says what it lacks to work here at all.
+    fn probe(&self) -> Result<Capabilities>;
+
+    /// The program whose processes serve the devices; none: the kernel serves them. An error: it was not found.
+    fn program(&self) -> Option<Result<PathBuf>> {
+        None
+    }
+
+    /// Makes a block device of an image chain; it outlives this process. After an error nothing is left behind.
+    fn attach(&self, spec: AttachSpec) -> Result<Device>;
+
+    /// Whether a device of this name (`ploop0` or its node) is this driver's, whatever its state.
+    fn has(&self, name: &str) -> Result<bool>;
+
+    /// Devices that `wanted` picks, by number, dead ones among them. The state that `wanted` sees is the recorded one; the
+    /// real one is found out for those alone that it picks, since that costs more than all the rest.
+    fn list(&self, wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>>;
+
+    /// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); none: not a device of this driver.
+    fn find(&self, node: &str) -> Result<Option<Device>>;
+
+    /// Detaches the device and closes its image cleanly. Busy: an error of kind `DevIoc`, nothing changed.
+    fn detach(&self, name: &str) -> Result<()>;
+
+    /// The numbers and nodes of the disk and its partitions; none if the disk is not the device's any more.
+    fn aliases(&self, device: &Device) -> Aliases;
+
+    /// What to mount of it: the first partition of a disk with a GPT, else the disk. The node is made if it is missing.
+    fn mount_source(&self, device: &Device) -> Result<PathBuf>;
+
+    /// A process is there that replaces one that serves the device, if it dies. Always for what the kernel serves.
+    fn is_supervised(&self, _device: &Device) -> bool {
+        true
+    }
+
+    /// The base that the device serves has a name now, though perhaps not the one under which it was attached.
+    fn base_has_name(&self, _device: &Device) -> bool {
+        false
+    }
+
+    /// Gives up a device that cannot be served any more: its I/O fails from now on.
+    fn abort(&self, _name: &str) -> Result<()> {
+        Err(self.unsupported("giving up a device"))
+    }
+
+    /// Removes what a crashed host or a killed server left of a device.
+    fn clean(&self, _name: &str) -> Result<()> {
+        Err(self.unsupported("cleaning up after a device"))
+    }
+
+    /// Whether writes that find no space in the host's file system wait for it (the rule) or fail.
+    fn hold_for_space(&self, _name: &str, _hold: bool) -> Result<()> {
+        Err(self.unsupported("waiting for space"))
+    }
+
+    /// Replaces the processes that serve a device by those of the program that is installed now.
+    fn reload(&self, _name: &str) -> Result<()> {
+        Err(self.unsupported("reloading a device"))
+    }
+
+    /// Makes a running device serve another chain of the same content; see [`switch`](crate::device::switch) and
+    /// [`switch_prepared`](crate::device::switch_prepared).
+    fn switch(
+        &self,
+        _device: &Device,
+        _spec: &SwitchSpec,
+        _prepared: Option<&mut dyn FnMut() -> Result<()>>,
+        _serving: &mut dyn FnMut(Option<&str>),
+    ) -> Result<()> {
+        Err(self.unsupported("changing the chain of a running device"))
+    }
+
+    /// Merges the top of a running device into the level below it; see [`merge_top`](crate::device::merge::merge_top).
+    fn merge_top(
+        &self,
+        _device: &Device,
+        _commit: Option<&CommitFile>,
+        _watch: &mut dyn Watch,
+    ) -> Result<Option<String>, Unmerged> {
+        Err(Unmerged::before(self.unsupported("merging the top of a running device")))
+    }
+
+    /// Merges levels below a writable top; see [`merge_levels`](crate::device::merge::merge_levels).
+    fn merge_frozen(
+        &self,
+        _device: &Device,
+        _levels: (usize, usize),
+        _then: &SwitchSpec,
+        _watch: &mut dyn Watch,
+    ) -> Result<Option<String>, Unmerged> {
+        Err(Unmerged::before(self.unsupported("merging frozen levels of a running device")))
+    }
+
+    /// Gives a running device another size, in sectors.
+    fn set_size(&self, _device: &Device, _sectors: u64) -> Result<()> {
+        Err(self.unsupported("changing the size of a running device"))
+    }
+
+    /// Moves what the top of a running device keeps in clusters of its file from number `from` on into free ones before it.
+    fn relocate(&self, _device: &Device, _from: u32, _watch: &mut dyn Watch) -> Result<()> {
+        Err(self.unsupported("relocating clusters of a running device"))
+    }
+
+    /// Begins to track what is written to the images of a running device.
+    fn track(&self, _device: &Device) -> Result<Box<dyn Tracker>> {
+        Err(self.unsupported("tracking the writes of a running device"))
+    }
+
+    /// Freezes file systems of a device, of each of which one open file is given. They are thawed if this process ends.
+    fn freeze(&self, _device: &Device, _files: Vec<File>) -> Result<Box<dyn Freeze>> {
+        Err(self.unsupported("freezing the file systems of a device"))
+    }
+
+    /// Partitions of the disk as the kernel has them now, by number.
+    fn partitions(&self, _device: &Device) -> Result<Vec<Partition>> {
+        Err(self.unsupported("listing the partitions of a device"))
+    }
+
+    /// The error for what this driver does not offer.
+    fn unsupported(&self, what: &str) -> Error {
+        Error::new(Kind::Param, format!("{what} is not supported by driver {}", self.name()))
+    }
+}

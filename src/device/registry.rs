@@ -1,0 +1,323 @@
+//! The drivers of this version, and the way from a device to its own.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::bail;
+use crate::device::driver::{Driver, Freeze, Tracker, Unmerged, Watch};
+use crate::device::model::{Aliases, Detail, Device, Partition};
+use crate::device::served::Served;
+use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::error::{IoContext, Kind, Result};
+use crate::sys::file_id::FileId;
+
+/// Names the driver for new devices.
+const VARIABLE: &str = "PLOOP_DRIVER";
+
+/// In the order in which they are preferred.
+const DRIVERS: [&dyn Driver; 1] = [&Served];
+
+/// The driver that new devices get: the one that `$PLOOP_DRIVER` names, else the preferred one.
+pub fn driver() -> Result<&'static dyn Driver> {
+    named(std::env::var(VARIABLE).ok().as_deref())
+}
+
+fn named(wanted: Option<&str>) -> Result<&'static dyn Driver> {
+    let [preferred, ..] = DRIVERS;
+    let Some(wanted) = wanted.filter(|w| !w.is_empty()) else { return Ok(preferred) };
+    match DRIVERS.into_iter().find(|d| d.name() == wanted) {
+        Some(driver) => Ok(driver),
+        None => {
+            let known: Vec<&str> = DRIVERS.iter().map(|d| d.name()).collect();
+            bail!(Device, "${VARIABLE} asks for driver {wanted:?}; this version has only {}", known.join(", "))
+        }
+    }
+}
+
+/// The driver that serves a device, whatever `$PLOOP_DRIVER` names.
+fn of(device: &Device) -> &'static dyn Driver {
+    match device.detail {
+        Detail::Served(_) => &Served,
+    }
+}
+
+/// The driver that has a device of this name; the preferred one, which then says so, if none has.
+fn of_name(name: &str) -> Result<&'static dyn Driver> {
+    let [preferred, ..] = DRIVERS;
+    for driver in DRIVERS {
+        if driver.has(name)? {
+            return Ok(driver);
+        }
+    }
+    Ok(preferred)
+}
+
+/// Makes a block device of an image chain. It outlives this process; [`detach`] ends it. After an error nothing is left
+/// behind. Needs root.
+pub fn attach(spec: AttachSpec) -> Result<Device> {
+    driver()?.attach(spec)
+}
+
+/// All devices, by number, dead ones among them.
+pub fn list() -> Result<Vec<Device>> {
+    list_of(|_| true)
+}
+
+/// Those devices that `wanted` picks, by number. It sees the recorded state: the real one is found out for what it picks
+/// alone, which costs more than all the rest where there are many.
+pub fn list_of(wanted: impl Fn(&Device) -> bool) -> Result<Vec<Device>> {
+    let mut found = Vec::new();
+    for driver in DRIVERS {
+        found.extend(driver.list(&wanted)?);
+    }
+    Ok(found)
+}
+
+/// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); `None`: not a device of ours.
+///
+/// A node that exists must be of the very disk that the device has, else it is refused: error 2.
+pub fn by_node(node: &str) -> Result<Option<Device>> {
+    for driver in DRIVERS {
+        if let Some(device) = driver.find(node)? {
+            return Ok(Some(device));
+        }
+    }
+    Ok(None)
+}
+
+/// Devices whose base is this very file (device and inode number, not the name); with a component: only those that were
+/// attached with it (empty: without any).
+pub fn by_base(base: &Path, component: Option<&str>) -> Result<Vec<Device>> {
+    let id = match FileId::at(base) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.ctx(Kind::Fstat, || format!("cannot look at {}", base.display()))?,
+    };
+    list_of(|d| d.base_id() == Some(id) && component.is_none_or(|c| c == d.component))
+}
+
+/// Detaches the device and closes its image cleanly. Busy: error 3, nothing changed. An error of the last flush is
+/// reported; the device is gone then, and the image stays marked in use.
+pub fn detach(name: &str) -> Result<()> {
+    of_name(name)?.detach(name)
+}
+
+/// Whether writes that find no space in the host's file system wait for it (the rule) or fail.
+pub fn hold_for_space(name: &str, hold: bool) -> Result<()> {
+    of_name(name)?.hold_for_space(name, hold)
+}
+
+/// Gives up a device that cannot be served any more: its I/O fails from now on.
+pub fn abort(name: &str) -> Result<()> {
+    of_name(name)?.abort(name)
+}
+
+/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
+/// are gone and nothing of it is mounted anywhere.
+pub fn clean(name: &str) -> Result<()> {
+    of_name(name)?.clean(name)
+}
+
+/// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
+/// device that no worker could serve is tried once more.
+pub fn reload(name: &str) -> Result<()> {
+    of_name(name)?.reload(name)
+}
+
+/// The numbers and nodes by which a device and its partitions are known to the mount table; none if the disk is not its own
+/// any more.
+pub fn aliases(device: &Device) -> Aliases {
+    of(device).aliases(device)
+}
+
+/// What to mount: `/dev/NAMEp1` if the disk has a GPT, else `/dev/NAME`. The node is made if this process's /dev lacks it.
+pub fn mount_source(device: &Device) -> Result<PathBuf> {
+    of(device).mount_source(device)
+}
+
+/// Partitions of the disk as the kernel has them now, by number.
+pub fn partitions(device: &Device) -> Result<Vec<Partition>> {
+    of(device).partitions(device)
+}
+
+/// A process is there that replaces one that serves the device, if it dies.
+pub fn is_supervised(device: &Device) -> bool {
+    of(device).is_supervised(device)
+}
+
+/// The base that the device serves has a name now, though perhaps not the one under which it was attached.
+pub fn base_has_name(device: &Device) -> bool {
+    of(device).base_has_name(device)
+}
+
+/// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all that was
+/// answered is durable in the old chain first. `serving` is called as soon as I/O goes on, with a warning if the change
+/// may not survive a power cut; this returns when the former top, if it became a lower level, is complete and unmarked
+/// and does not change any more.
+///
+/// `serving` not called: the device serves the chain it had, except after an error of kind [`Kind::Protocol`], after
+/// which that cannot be told.
+pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
+    of(device).switch(device, spec, None, serving)
+}
+
+/// The same, and `prepared` is called when nothing is left to be done but what requests have to wait for. Its error ends
+/// the change before anything has changed.
+pub fn switch_prepared(
+    device: &Device,
+    spec: &SwitchSpec,
+    prepared: &mut dyn FnMut() -> Result<()>,
+    serving: &mut dyn FnMut(Option<&str>),
+) -> Result<()> {
+    of(device).switch(device, spec, Some(prepared), serving)
+}
+
+/// Merges the top of a running device into the level below it; then the device serves the chain without the top, and
+/// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
+/// before. Answers a warning: the change may not survive a power cut.
+///
+/// After an error the device serves the chain it had.
+pub fn merge_top(
+    device: &Device,
+    commit: Option<&CommitFile>,
+    watch: &mut dyn Watch,
+) -> Result<Option<String>, Unmerged> {
+    of(device).merge_top(device, commit, watch)
+}
+
+/// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
+/// device serves the chain `then`. I/O goes on. Answers a warning as [`merge_top`] does. A merge that ends before its time
+/// leaves the chain as it was, and is finished by merging again.
+pub fn merge_levels(
+    device: &Device,
+    levels: (usize, usize),
+    then: &SwitchSpec,
+    watch: &mut dyn Watch,
+) -> Result<Option<String>, Unmerged> {
+    of(device).merge_frozen(device, levels, then, watch)
+}
+
+/// Gives a running device another size, in sectors.
+pub fn set_size(device: &Device, sectors: u64) -> Result<()> {
+    of(device).set_size(device, sectors)
+}
+
+/// Moves what the top of a running device keeps in clusters of its file from number `from` on into free ones before it.
+pub fn relocate(device: &Device, from: u32, watch: &mut dyn Watch) -> Result<()> {
+    of(device).relocate(device, from, watch)
+}
+
+/// Begins to track what is written to the images of a running device.
+pub fn track(device: &Device) -> Result<Box<dyn Tracker>> {
+    of(device).track(device)
+}
+
+/// Freezes file systems of a device, of each of which one open file is given, for as long as the answer lives.
+pub fn freeze(device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
+    of(device).freeze(device, files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::driver::Capabilities;
+    use crate::device::served;
+    use crate::device::state::State;
+    use crate::server::proto::DeviceRecord;
+
+    /// Offers nothing.
+    struct Bare;
+
+    impl Driver for Bare {
+        fn name(&self) -> &'static str {
+            "bare"
+        }
+        fn summary(&self) -> &'static str {
+            "nothing"
+        }
+        fn probe(&self) -> Result<Capabilities> {
+            Ok(Capabilities::default())
+        }
+        fn attach(&self, _: AttachSpec) -> Result<Device> {
+            Err(self.unsupported("attaching"))
+        }
+        fn has(&self, _: &str) -> Result<bool> {
+            Ok(false)
+        }
+        fn list(&self, _: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>> {
+            Ok(Vec::new())
+        }
+        fn find(&self, _: &str) -> Result<Option<Device>> {
+            Ok(None)
+        }
+        fn detach(&self, _: &str) -> Result<()> {
+            Err(self.unsupported("detaching"))
+        }
+        fn aliases(&self, _: &Device) -> Aliases {
+            Aliases::default()
+        }
+        fn mount_source(&self, _: &Device) -> Result<PathBuf> {
+            Err(self.unsupported("mounting"))
+        }
+    }
+
+    struct NoWatch;
+
+    impl Watch for NoWatch {
+        fn progress(&mut self, _: u64, _: u64) {}
+        fn cancelled(&mut self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn drivers_are_chosen_by_name() {
+        assert_eq!(named(None).unwrap().name(), "fuse_loop");
+        assert_eq!(named(Some("")).unwrap().name(), "fuse_loop");
+        assert_eq!(named(Some("fuse_loop")).unwrap().name(), "fuse_loop");
+        let e = named(Some("dm")).err().unwrap();
+        assert_eq!(e.kind(), Kind::Device);
+        assert_eq!(e.to_string(), "$PLOOP_DRIVER asks for driver \"dm\"; this version has only fuse_loop");
+    }
+
+    #[test]
+    fn what_a_driver_lacks_is_refused_by_name() {
+        let device = served::device_of(DeviceRecord::default(), State::Running);
+        let spec = SwitchSpec { levels: Vec::new(), commit: None, linger: 0 };
+        let d: &dyn Driver = &Bare;
+        let refused = [
+            d.switch(&device, &spec, None, &mut |_| {}),
+            d.merge_top(&device, None, &mut NoWatch).map(drop).map_err(Into::into),
+            d.merge_frozen(&device, (0, 1), &spec, &mut NoWatch).map(drop).map_err(Into::into),
+            d.set_size(&device, 1),
+            d.relocate(&device, 1, &mut NoWatch),
+            d.track(&device).map(drop),
+            d.freeze(&device, Vec::new()).map(drop),
+            d.partitions(&device).map(drop),
+            d.reload("x"),
+            d.abort("x"),
+            d.clean("x"),
+            d.hold_for_space("x", true),
+        ];
+        for result in refused {
+            let e = result.unwrap_err();
+            assert_eq!(e.kind(), Kind::Param);
+            assert!(e.to_string().ends_with("is not supported by driver bare"), "{e}");
+        }
+    }
+
+    #[test]
+    fn the_served_driver_refuses_what_its_capabilities_lack() {
+        let device = served::device_of(DeviceRecord::default(), State::Running);
+        let offered = served::CAPABILITIES;
+        let refused = [
+            (offered.set_size, set_size(&device, 1)),
+            (offered.relocate, relocate(&device, 1, &mut NoWatch)),
+            (offered.track, track(&device).map(drop)),
+            (offered.partitions, partitions(&device).map(drop)),
+        ];
+        for (offered, result) in refused {
+            let refused = matches!(&result, Err(e) if e.kind() == Kind::Param);
+            assert_eq!(refused, !offered, "{result:?}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Devices that a server of ours serves: a supervisor and a worker for each, behind a FUSE file and a loop device.
+//!
+//! What a name means is never taken from the name: a device is the record in /run/ploop/NAME together with the number
+//! and the sequence number of the disk behind, and both are compared with the kernel's before anything is done.
+
+mod attach;
+mod clean;
+mod find;
+mod freeze;
+mod lock;
+mod merge;
+mod model;
+mod mount_source;
+mod switch;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+
+use crate::bail;
+use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
+use crate::device::model::{Aliases, Device, Partition};
+use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::error::Result;
+use crate::server::{partitions, runtime, spawn};
+
+pub use attach::slots_wanted;
+#[cfg(test)]
+pub(super) use model::device_of;
+pub use model::record;
+
+pub(super) const CAPABILITIES: Capabilities = Capabilities {
+    switch: true,
+    merge_top: true,
+    merge_frozen: true,
+    set_size: false,
+    relocate: false,
+    track: false,
+    freeze: true,
+    partitions: true,
+    reload: true,
+};
+
+/// What makes the block devices.
+const NODES: [&str; 2] = ["/dev/fuse", "/dev/loop-control"];
+
+/// The driver.
+#[derive(Debug)]
+pub(super) struct Served;
+
+impl Driver for Served {
+    fn name(&self) -> &'static str {
+        "fuse_loop"
+    }
+
+    fn summary(&self) -> &'static str {
+        "a FUSE file behind a loop device"
+    }
+
+    fn probe(&self) -> Result<Capabilities> {
+        for node in NODES {
+            if !fs::metadata(node).is_ok_and(|m| m.file_type().is_char_device()) {
+                bail!(Device, "driver {} needs {node}, which is not there", self.name());
+            }
+        }
+        spawn::find_server()?;
+        Ok(CAPABILITIES)
+    }
+
+    fn program(&self) -> Option<Result<PathBuf>> {
+        Some(spawn::find_server())
+    }
+
+    fn attach(&self, spec: AttachSpec) -> Result<Device> {
+        attach::attach(spec)
+    }
+
+    fn has(&self, name: &str) -> Result<bool> {
+        Ok(fs::symlink_metadata(runtime::device_dir(&runtime::name_of(name)?)).is_ok())
+    }
+
+    fn list(&self, wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>> {
+        find::list_of(wanted)
+    }
+
+    fn find(&self, node: &str) -> Result<Option<Device>> {
+        find::by_node(node)
+    }
+
+    fn detach(&self, name: &str) -> Result<()> {
+        clean::detach(name)
+    }
+
+    fn aliases(&self, device: &Device) -> Aliases {
+        mount_source::aliases(record(device))
+    }
+
+    fn mount_source(&self, device: &Device) -> Result<PathBuf> {
+        mount_source::mount_source(record(device))
+    }
+
+    fn is_supervised(&self, device: &Device) -> bool {
+        runtime::alive(record(device).supervisor)
+    }
+
+    fn base_has_name(&self, device: &Device) -> bool {
+        find::base_has_name(device)
+    }
+
+    fn abort(&self, name: &str) -> Result<()> {
+        clean::abort(name)
+    }
+
+    fn clean(&self, name: &str) -> Result<()> {
+        clean::clean(name)
+    }
+
+    fn hold_for_space(&self, name: &str, hold: bool) -> Result<()> {
+        clean::hold_for_space(name, hold)
+    }
+
+    fn reload(&self, name: &str) -> Result<()> {
+        switch::reload(name)
+    }
+
+    fn switch(
+        &self,
+        device: &Device,
+        spec: &SwitchSpec,
+        prepared: Option<&mut dyn FnMut() -> Result<()>>,
+        serving: &mut dyn FnMut(Option<&str>),
+    ) -> Result<()> {
+        switch::switch(device, spec, prepared, serving)
+    }
+
+    fn merge_top(
+        &self,
+        device: &Device,
+        commit: Option<&CommitFile>,
+        watch: &mut dyn Watch,
+    ) -> Result<Option<String>, Unmerged> {
+        merge::merge_top(device, commit, watch)
+    }
+
+    fn merge_frozen(
+        &self,
+        device: &Device,
+        levels: (usize, usize),
+        then: &SwitchSpec,
+        watch: &mut dyn Watch,
+    ) -> Result<Option<String>, Unmerged> {
+        merge::merge_levels(device, levels, then, watch)
+    }
+
+    fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
+        Ok(Box::new(freeze::Frozen::start(device, files)?))
+    }
+
+    fn partitions(&self, device: &Device) -> Result<Vec<Partition>> {
+        let known = partitions::known(&device.disk).into_iter();
+        Ok(known.map(|p| Partition { number: p.number, rdev: p.rdev, start: p.start, length: p.length }).collect())
+    }
+}

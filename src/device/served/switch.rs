@@ -1,0 +1,182 @@
+//! Changing the chain that a running device serves, and the program that serves it.
+#![forbid(unsafe_code)]
+
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use crate::bail;
+use crate::device::model::Device;
+use crate::device::served::{find, record};
+use crate::device::spec::{CommitFile, NewLevel, SwitchSpec};
+use crate::device::state::State;
+use crate::error::{IoContext, Kind, Result};
+use crate::report;
+use crate::server::helper::{Go, remote_error};
+use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, LevelName, SwitchLevel};
+use crate::server::{control, frame, runtime, spawn};
+use crate::sys::file_id::FileId;
+
+/// A change waits for what the device writes, completing a former top writes what was left out of it, and a merge copies
+/// disks. A supervisor that dies closes the connection.
+const CHANGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// A worker without a supervisor starts one in less.
+const SUPERVISOR: Duration = Duration::from_secs(15);
+
+/// So many supervisors may die in one change.
+const DEATHS: u32 = 20;
+
+/// The message, and the descriptors that go with it.
+pub(super) fn chain_switch<'a>(spec: &'a SwitchSpec, device: &Device) -> Result<(ChainSwitch, Vec<BorrowedFd<'a>>)> {
+    let mut levels = Vec::with_capacity(spec.levels.len());
+    let mut fds: Vec<BorrowedFd> = Vec::new();
+    for level in &spec.levels {
+        levels.push(match level {
+            NewLevel::Kept(i) => retained(device, *i)?,
+            NewLevel::File { path, raw, fd } => {
+                let id = FileId::of(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
+                fds.push(fd.as_fd());
+                let name = LevelName { path: path.clone(), raw: *raw };
+                SwitchLevel { name, id, from: None }
+            }
+        });
+    }
+    if let Some(commit) = &spec.commit {
+        fds.extend(commit.fds().map(AsFd::as_fd));
+    }
+    let switch = ChainSwitch {
+        levels,
+        expected: device.ids(),
+        commit: spec.commit.as_ref().map(commit_names),
+        token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
+        ask: false,
+        linger: spec.linger,
+    };
+    Ok((switch, fds))
+}
+
+pub(super) fn commit_names(commit: &CommitFile) -> CommitNames {
+    let (tmp, name) = commit.names();
+    CommitNames { tmp: tmp.to_owned(), name: name.to_owned() }
+}
+
+/// Has the supervisor change the chain. `prepared`: called when nothing is left to be done but what requests have to wait
+/// for; its error ends the change before anything has changed.
+pub(super) fn switch(
+    device: &Device,
+    spec: &SwitchSpec,
+    prepared: Option<&mut dyn FnMut() -> Result<()>>,
+    serving: &mut dyn FnMut(Option<&str>),
+) -> Result<()> {
+    let (mut switch, fds) = chain_switch(spec, device)?;
+    switch.ask = prepared.is_some();
+    let command = Command::Switch(switch);
+    match prepared {
+        Some(prepared) => ask(device.name(), &command, &fds, prepared, serving).map(drop),
+        None => ask(device.name(), &command, &fds, &mut || Ok(()), serving).map(drop),
+    }
+}
+
+/// A level that stays.
+pub(super) fn retained(device: &Device, i: usize) -> Result<SwitchLevel> {
+    let Some(image) = device.images.get(i) else {
+        bail!(Param, "{} has no level {i}: its chain has {}", device.name, device.images.len());
+    };
+    let name = LevelName { path: image.path.clone(), raw: image.raw };
+    Ok(SwitchLevel { name, id: image.id, from: Some(i) })
+}
+
+/// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
+/// device that no worker could serve is tried once more.
+pub fn reload(name: &str) -> Result<()> {
+    let name = runtime::name_of(name)?;
+    let path = spawn::find_server()?;
+    let program = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path);
+    let program = program.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
+    let found = find::by_name(&name)?;
+    let failed = found.as_ref().is_some_and(|d| State::from_word(&record(d).state) == State::Failed);
+    let before = found.map(|d| record(&d).supervisor);
+    let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
+    ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {})?;
+    if failed {
+        // Its supervisor has not changed.
+        return Ok(());
+    }
+    // The worker starts the new supervisor when the old one is gone.
+    let end = Instant::now() + SUPERVISOR;
+    loop {
+        let now = find::by_name(&name)?.map(|d| record(&d).supervisor);
+        if now != before && now.is_some_and(runtime::alive) {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            bail!(Device, "{name}: the new worker has not found a supervisor within {} s", SUPERVISOR.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Asks for a change, and answers the last word. A supervisor that dies meanwhile is replaced: the next one is asked the
+/// same, and makes the change only once.
+pub(super) fn ask(
+    name: &str,
+    command: &Command,
+    fds: &[BorrowedFd],
+    prepared: &mut dyn FnMut() -> Result<()>,
+    serving: &mut dyn FnMut(Option<&str>),
+) -> Result<Answer> {
+    let dir = runtime::device_dir(name);
+    let mut end = Instant::now() + SUPERVISOR;
+    let mut told = false;
+    let mut deaths = 0;
+    loop {
+        let Some(device) = find::by_name(name)? else {
+            bail!(DevNotMounted, "there is no device {name}");
+        };
+        if device.state == State::Dead {
+            bail!(Device, "{name} has lost its server; unmount what is mounted from it and detach it");
+        }
+        let asked = control::send_command(&dir, command, fds, SUPERVISOR);
+        if asked.is_ok() {
+            deaths += 1;
+        }
+        let connected = asked.is_ok();
+        let answer = asked.and_then(|connection| {
+            loop {
+                match frame::recv_within::<Answer>(&connection, CHANGE)? {
+                    Some((Answer::Switched { warning }, _)) => {
+                        if !std::mem::replace(&mut told, true) {
+                            serving(warning.as_deref());
+                        }
+                    }
+                    Some((Answer::Prepared, _)) => {
+                        prepared()?;
+                        if frame::send(&connection, &Go, &[]).is_err() {
+                            return Err(control::ended(&dir));
+                        }
+                    }
+                    Some((answer, _)) => return Ok(answer),
+                    None => return Err(control::ended(&dir)),
+                }
+            }
+        });
+        if connected {
+            end = Instant::now() + SUPERVISOR;
+        }
+        match answer {
+            Ok(Answer::Error { code, message }) => return Err(remote_error(code, message)),
+            // What the supervisor before had begun is not known to this one.
+            Ok(Answer::NotMerged { code, message, untouched }) => {
+                return Ok(Answer::NotMerged { code, message, untouched: untouched && deaths < 2 });
+            }
+            Ok(answer) => return Ok(answer),
+            // Between two supervisors.
+            Err(e) if e.kind() == Kind::Device && Instant::now() < end && deaths < DEATHS => {
+                report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
