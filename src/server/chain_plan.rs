@@ -115,7 +115,7 @@ impl Supervisor {
         start.token = switch.token;
         start.released_level = None;
         let fds = Descriptors {
-            fuse: clone(&fds.fuse)?,
+            queue: clone(&fds.queue)?,
             shm: clone(&fds.shm)?,
             witness,
             binary: program.map_or_else(|| clone(&fds.binary), Ok)?,

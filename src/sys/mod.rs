@@ -22,3 +22,4 @@ pub mod signals;
 pub mod statx;
 pub mod stdio;
 pub mod store;
+pub mod wait;
