@@ -41,6 +41,7 @@ fn extras(limits: Limits) -> usize {
 }
 
 /// Where each kind of buffer begins; the big ones come first.
+#[derive(Clone, Copy, Debug)]
 struct Places {
     bounces: usize,
     smalls: usize,
@@ -99,7 +100,7 @@ impl BufId {
 pub struct Memory {
     pub arena: &'static Arena,
     pub limits: Limits,
-    threads: usize,
+    places: Places,
 }
 
 impl Memory {
@@ -108,12 +109,12 @@ impl Memory {
     pub fn new(threads: usize, shared: bool, limits: Limits) -> io::Result<Memory> {
         let places = Places::new(threads, limits);
         let make = if shared { Arena::leak_shared } else { Arena::leak };
-        Ok(Memory { arena: make(places.extras, extras(limits) * limits.max_io)?, limits, threads })
+        Ok(Memory { arena: make(places.extras, extras(limits) * limits.max_io)?, limits, places })
     }
 
     /// Numbers that are the same where every buffer lies at the same place.
     pub fn shape(&self) -> [u64; 6] {
-        [REQUESTS, BIGS, SMALLS, SMALL, self.arena.bytes(), self.places().extras].map(|n| n as u64)
+        [REQUESTS, BIGS, SMALLS, SMALL, self.arena.bytes(), self.places.extras].map(|n| n as u64)
     }
 
     /// Bytes that fit into a buffer; there may be none, or none of that number.
@@ -121,37 +122,33 @@ impl Memory {
         if usize::from(id.0) < BIGS + SMALLS + extras(self.limits) { self.buffer(id).len } else { 0 }
     }
 
-    fn places(&self) -> Places {
-        Places::new(self.threads, self.limits)
-    }
-
     pub fn buffer(&self, id: BufId) -> Span {
         let (n, big) = (usize::from(id.0), self.limits.max_io);
         if id.is_big() {
             Span { at: n * big, len: big }
         } else if n < BIGS + SMALLS {
-            Span { at: self.places().smalls + (n - BIGS) * SMALL, len: SMALL }
+            Span { at: self.places.smalls + (n - BIGS) * SMALL, len: SMALL }
         } else {
             assert!(n < BIGS + SMALLS + extras(self.limits), "there is no buffer {n}");
-            Span { at: self.places().extras + (n - BIGS - SMALLS) * big, len: big }
+            Span { at: self.places.extras + (n - BIGS - SMALLS) * big, len: big }
         }
     }
 
     pub fn bounce(&self, id: BounceId) -> Span {
         let n = usize::from(id.0);
         assert!(n < BOUNCES, "there is no bounce buffer {n}");
-        Span { at: self.places().bounces + n * BOUNCE, len: BOUNCE }
+        Span { at: self.places.bounces + n * BOUNCE, len: BOUNCE }
     }
 
     /// The buffers for pages of BATs that belong to an I/O thread.
     pub fn pages(&self, thread: usize) -> Vec<Span> {
-        let first = self.places().pages + thread * PAGES * BAT_PAGE;
+        let first = self.places.pages + thread * PAGES * BAT_PAGE;
         (0..PAGES).map(|i| Span { at: first + i * BAT_PAGE, len: BAT_PAGE }).collect()
     }
 
     /// Bytes that are zero and never change.
     pub fn zeroes(&self) -> Span {
-        Span { at: self.places().zeroes, len: ZEROES }
+        Span { at: self.places.zeroes, len: ZEROES }
     }
 }
 
@@ -341,7 +338,7 @@ mod tests {
         assert!(all.windows(2).all(|w| w[0].at + w[0].len <= w[1].at));
         assert!(all.last().is_some_and(|s| s.at + s.len <= m.arena.bytes()));
         assert!(all.iter().all(|s| s.at % 4096 == 0));
-        assert!(m.places().extras <= 26 << 20);
+        assert!(m.places.extras <= 26 << 20);
         let extra = m.buffer(BufId::extra(EXTRAS - 1));
         assert!(extra.at + extra.len <= m.arena.bytes());
     }

@@ -201,3 +201,99 @@ impl QueueReader<FuseQueue> for FuseReader {
         Ok(!self.armed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    const SESSION: FuseSession = FuseSession { minor: 45, max_write: 1 << 20, flags: 0 };
+
+    fn queue() -> (OwnedFd, FuseQueue) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (kernel, dev) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        (kernel, FuseQueue::open(dev, SESSION))
+    }
+
+    fn head(opcode: u32, len: usize, mode: u32) -> [u8; HEAD] {
+        let mut h = [0; HEAD];
+        h[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+        h[4..8].copy_from_slice(&opcode.to_le_bytes());
+        h[8..16].copy_from_slice(&(6 | protocol::RESENT).to_le_bytes());
+        h[48..56].copy_from_slice(&4096u64.to_le_bytes());
+        h[56..64].copy_from_slice(&512u64.to_le_bytes());
+        h[64..68].copy_from_slice(&mode.to_le_bytes());
+        h
+    }
+
+    #[test]
+    fn requests_are_those_of_any_disk() {
+        let (_kernel, queue) = queue();
+        let op = |opcode, len, mode| queue.parse_kept(&head(opcode, len, mode)).unwrap().op;
+        assert_eq!(op(opcode::READ, 80, 0), Op::Read { offset: 4096, len: 512 });
+        assert_eq!(op(opcode::WRITE, 80 + 512, 0), Op::Write { offset: 4096, len: 512 });
+        for mode in [PUNCH, ZERO] {
+            assert_eq!(op(opcode::FALLOCATE, 72, mode), Op::Zero { offset: 4096, len: 512 });
+        }
+        assert_eq!(op(opcode::FALLOCATE, 72, 0), Op::Unsupported(libc::EOPNOTSUPP));
+        assert_eq!(op(opcode::FSYNC, 56, 0), Op::Flush);
+        for own in [opcode::GETATTR, opcode::OPEN, opcode::STATFS, opcode::FLUSH, opcode::RELEASE] {
+            assert_eq!(op(own, 56, 0), Op::Own);
+        }
+        assert_eq!(op(opcode::INTERRUPT, 48, 0), Op::NoReply);
+        assert_eq!(op(22, 56, 0), Op::Unsupported(libc::ENOSYS));
+        assert!(queue.parse(&head(opcode::READ, 80, 0), 79).is_none());
+        let request = queue.parse(&head(opcode::READ, 80, 0), 80).unwrap();
+        assert!(request.resent);
+        assert_eq!((request.unique, queue.stable_id(request.unique)), (6 | protocol::RESENT, 6));
+    }
+
+    #[test]
+    fn own_answers() {
+        let (kernel, queue) = queue();
+        let geometry = Geometry { bytes: 10 << 20, block_bytes: 1 << 20 };
+        let wanted = |reply: protocol::Reply| reply.bytes().to_vec();
+        for (code, wanted) in [
+            (opcode::GETATTR, wanted(protocol::Reply::attr(4, 10 << 20))),
+            (opcode::OPEN, wanted(protocol::Reply::open(4))),
+            (opcode::STATFS, wanted(protocol::Reply::statfs(4, 10 << 20, 1 << 20))),
+            (opcode::RELEASE, wanted(protocol::Reply::status(4, 0))),
+        ] {
+            queue.answer_own(&KernelRequest { unique: 4, code, op: Op::Own, resent: false }, &geometry).unwrap();
+            let mut got = [0; 256];
+            let len = nix::unistd::read(&kernel, &mut got).unwrap();
+            assert_eq!(got[..len], wanted);
+        }
+    }
+
+    /// A successor gets every request that comes after the end of the reading.
+    #[test]
+    fn a_reader_that_is_quiet_has_no_poll_left() {
+        let (kernel, queue) = queue();
+        let arena = Arena::leak(1 << 20, 0).unwrap();
+        let (data, mut head) = (Span { at: 0, len: 4096 }, [0; HEAD]);
+        assert!(matches!(queue.read(arena, &mut head, data), Err(ReadError::Empty)));
+        let mut ring = Ring::new(8, arena).unwrap();
+        let mut reader = FuseReader::default();
+        assert!(reader.quiesce(&mut ring).unwrap());
+
+        let mut reader = FuseReader::default();
+        reader.arm(&queue, &mut ring).unwrap();
+        reader.arm(&queue, &mut ring).unwrap();
+        assert!(!reader.quiesce(&mut ring).unwrap());
+        let mut done = Vec::new();
+        while done.len() < 2 {
+            ring.submit(1).unwrap();
+            ring.completions(&mut done);
+        }
+        assert!(done.iter().all(|c| TAGS.contains(&c.tag)));
+        assert_eq!(done.iter().filter(|c| reader.on_completion(c.tag)).count(), 1);
+        assert!(reader.quiesce(&mut ring).unwrap());
+        nix::unistd::write(&kernel, &[1; 56]).unwrap();
+        ring.submit(0).unwrap();
+        done.clear();
+        ring.completions(&mut done);
+        assert!(done.is_empty(), "{done:?}");
+    }
+}
