@@ -1,6 +1,7 @@
 //! The disk object of C callers: a malloc'ed mirror with the classic's visible fields, and behind its `runtime` what the
 //! library itself knows: where the descriptor is and the component's name.
 
+use super::state::State;
 use super::types::{ploop_disk_images_data, ploop_disk_images_runtime_data, ploop_image_data, ploop_snapshot_data};
 use crate::bail;
 use crate::descriptor::{Descriptor, ImageMode};
@@ -11,15 +12,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::thread;
-
-/// What is behind `runtime`.
-pub struct State {
-    /// Absolute path of the descriptor.
-    descriptor: PathBuf,
-    component: Option<String>,
-    /// A call panicked: what the object holds cannot be trusted.
-    broken: bool,
-}
 
 /// The caller's object during one call.
 pub struct Disk {

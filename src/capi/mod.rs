@@ -34,5 +34,6 @@ pub mod kernel_consts;
 pub mod log;
 pub mod mount;
 pub mod snapshots;
+mod state;
 pub mod tools;
 pub mod types;

@@ -134,7 +134,7 @@ pub struct ploop_snapshot_data {
 
 /// State of the library behind a ploop_disk_images_data; opaque.
 pub struct ploop_disk_images_runtime_data {
-    pub(super) state: super::handle::State,
+    pub(super) state: super::state::State,
 }
 
 /// A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that

@@ -13,7 +13,7 @@ use crate::sys::aligned::{AlignedBuf, read_full, write_all};
 use crate::units::{ClusterSize, MAX_CHAIN, SECTOR};
 
 use super::table::{scan_carried, scan_level};
-use super::{Chain, LevelFile, Marked, OpenOptions};
+use super::{Carried, Chain, LevelFile, Marked, OpenOptions};
 
 /// The part of a file that its header is read and written with: direct I/O needs whole sectors of up to this size.
 pub(super) const HEAD: usize = 4096;
@@ -56,38 +56,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
     let cluster = check_together(levels, &kinds, options.raw_cluster)?;
     let was_marked = check_marks(levels, &kinds, options)?;
 
-    let mut configs = Vec::with_capacity(levels.len());
-    let mut top_scan = None;
-    let mut carried = Vec::new();
-    for (i, (level, kind)) in levels.iter().zip(&kinds).enumerate() {
-        match kind {
-            Kinds::Raw { bytes } => configs.push(LevelConfig::Raw { bytes: *bytes }),
-            Kinds::Ploop { header, len } => {
-                let is_top = i + 1 == levels.len();
-                let scan = match (&options.carried, is_top) {
-                    (Some(slots), true) => {
-                        let (scan, c) = scan_carried(level, header, *len, slots)?;
-                        carried = c;
-                        Some(scan)
-                    }
-                    // Scanned by the first worker, and frozen since: users wait.
-                    (Some(_), false) => None,
-                    (None, false) if options.known_below => None,
-                    (None, _) => Some(scan_level(level, header, *len)?),
-                };
-                configs.push(LevelConfig::Ploop {
-                    v1: header.version == Version::V1,
-                    clusters: header.clusters(),
-                    first_data: header.first_data(),
-                    file_clusters: (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32,
-                });
-                if is_top {
-                    top_scan = scan;
-                }
-            }
-        }
-    }
-
+    let (configs, top_scan, carried) = configure(levels, &kinds, cluster, options)?;
     let mut chain = Chain {
         cluster,
         version: None,
@@ -124,6 +93,47 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
         _ => {}
     }
     Ok(chain)
+}
+
+/// The levels as the engine has them, the scan of the top, and what a takeover carries over.
+fn configure(
+    levels: &[LevelFile],
+    kinds: &[Kinds],
+    cluster: ClusterSize,
+    options: &OpenOptions,
+) -> Result<(Vec<LevelConfig>, Option<Scan>, Vec<Carried>)> {
+    let mut configs = Vec::with_capacity(levels.len());
+    let mut top_scan = None;
+    let mut carried = Vec::new();
+    for (i, (level, kind)) in levels.iter().zip(kinds).enumerate() {
+        match kind {
+            Kinds::Raw { bytes } => configs.push(LevelConfig::Raw { bytes: *bytes }),
+            Kinds::Ploop { header, len } => {
+                let is_top = i + 1 == levels.len();
+                let scan = match (&options.carried, is_top) {
+                    (Some(slots), true) => {
+                        let (scan, c) = scan_carried(level, header, *len, slots)?;
+                        carried = c;
+                        Some(scan)
+                    }
+                    // The first worker scanned it, and it is frozen since: users wait.
+                    (Some(_), false) => None,
+                    (None, false) if options.known_below => None,
+                    (None, _) => Some(scan_level(level, header, *len)?),
+                };
+                configs.push(LevelConfig::Ploop {
+                    v1: header.version == Version::V1,
+                    clusters: header.clusters(),
+                    first_data: header.first_data(),
+                    file_clusters: (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32,
+                });
+                if is_top {
+                    top_scan = scan;
+                }
+            }
+        }
+    }
+    Ok((configs, top_scan, carried))
 }
 
 /// What a level is, by itself.

@@ -22,8 +22,8 @@ impl Descriptor {
         self.store(path, false)
     }
 
-    /// Writes the descriptor durably under the temporary name beside `path`, for somebody else to rename it over `path`.
-    /// Answers that name.
+    /// Writes the descriptor durably under the temporary name beside `path`, for the worker that serves the disk to rename it
+    /// over `path` ([`commit_by_fd`](super::commit_by_fd)). Returns that name.
     pub fn prepare(&self, path: &Path) -> Result<PathBuf> {
         self.write_tmp(path, true)
     }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod commit;
+pub mod commit_by_fd;
 mod lock;
 mod model;
 mod parse;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::bail;
+use crate::descriptor::commit_by_fd;
 use crate::device::{Device, State, find};
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
@@ -78,7 +79,7 @@ impl CommitFile {
 
     /// The change has been made: the descriptor is the new file. An error: this cannot be told.
     pub fn is_committed(&self) -> Result<bool> {
-        crate::server::worker::commit::is_committed(&self.names, &self.folder, &self.new)
+        commit_by_fd::is_committed(&self.names, &self.folder, &self.new)
     }
 }
 

@@ -216,6 +216,9 @@ pub enum BackgroundControl {
 /// Words of the shared table for the progress of background work.
 pub const PROGRESS_WORDS: usize = 128;
 
+/// The last of them: not 0 while the fate of a sync of a merge's target is unknown.
+pub const SYNC_WORD: usize = PROGRESS_WORDS - 1;
+
 /// What must survive the worker's exit: the changes of the BAT that are not durable yet, and the outcome of syncs.
 ///
 /// A slot holds `cluster << 32 | entry`: "the entry of `cluster` is `entry`" (0: not allocated), or [`Shared::FREE`].

@@ -75,6 +75,8 @@ pub enum Breach {
     LowerSourceWins,
     /// A cluster is moved while writes are in flight on it.
     RelocateUndrained,
+    /// A successor goes on with a merge whose target's last sync has an unknown outcome, as if it had worked.
+    TrustTargetAfterKill,
 }
 
 /// All of them.
@@ -116,6 +118,7 @@ pub const ALL: &[Breach] = &[
     Breach::UnpublishedEnd,
     Breach::LowerSourceWins,
     Breach::RelocateUndrained,
+    Breach::TrustTargetAfterKill,
 ];
 
 #[cfg(test)]

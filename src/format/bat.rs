@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::format::header::Version;
+use crate::format::version::Version;
 use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 
 /// Bytes of the header before the first entry.

@@ -2,8 +2,10 @@
 
 use crate::bail;
 use crate::error::{Error, Kind, Result};
-use crate::format::{bat, geometry};
+use crate::format::{bat, geometry, limits};
 use crate::units::ClusterSize;
+
+pub use crate::format::version::Version;
 
 /// Bytes of the header.
 pub const SIZE: usize = 64;
@@ -23,34 +25,6 @@ pub const FLAG_CONVERT: u32 = 0x2;
 const SIGNATURE_V1: &[u8; 16] = b"WithoutFreeSpace";
 const SIGNATURE_V2: &[u8; 16] = b"WithouFreSpacExt";
 const TYPE: u32 = 2;
-
-/// Version of the format: what BAT entries count.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
-pub enum Version {
-    /// Sectors; sizes below 2 TiB.
-    V1,
-    /// Clusters.
-    V2,
-}
-
-impl Version {
-    /// 1 or 2.
-    pub fn number(self) -> u32 {
-        match self {
-            Version::V1 => 1,
-            Version::V2 => 2,
-        }
-    }
-
-    /// From 1 or 2.
-    pub fn from_number(n: u32) -> Result<Version> {
-        match n {
-            1 => Ok(Version::V1),
-            2 => Ok(Version::V2),
-            _ => bail!(Param, "format version {n}: must be 1 or 2"),
-        }
-    }
-}
 
 /// A decoded header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -112,7 +86,7 @@ impl Header {
     pub fn new(version: Version, cluster: ClusterSize, sectors: u64) -> Result<Header> {
         let bs = u64::from(cluster.sectors());
         let too_large = || {
-            let max = crate::format::limits::format_max(version, cluster);
+            let max = limits::format_max(version, cluster);
             Error::new(
                 Kind::Param,
                 format!("disk size {sectors} sectors: version {} holds at most {max}", version.number()),

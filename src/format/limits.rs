@@ -2,7 +2,7 @@
 
 use crate::bail;
 use crate::error::Result;
-use crate::format::header::Version;
+use crate::format::version::Version;
 use crate::units::ClusterSize;
 
 /// Largest disk that is made with a file system: 16 TiB, in sectors.

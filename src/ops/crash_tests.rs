@@ -10,7 +10,7 @@ use super::replace::{Which, replace};
 use super::snapshot::{self, SnapshotParams};
 use super::switch::{SwitchParams, switch};
 use super::testkit::{content, files, g, make_disk, put, sizes, small};
-use super::{recovery, temporary_snapshot};
+use super::{merge_temporary, recovery};
 use crate::descriptor::{Descriptor, FILE_NAME, ImageMode, LockedDescriptor};
 use crate::error::{Kind, Result};
 use crate::format::guid::{self, Guid};
@@ -53,7 +53,7 @@ fn open_again(dd: &Path) {
     let mut disk = LockedDescriptor::open(dd).unwrap();
     let top = disk.top;
     recovery::before_mount(&mut disk, &top, false).unwrap();
-    temporary_snapshot::merge_unused(&mut disk).unwrap();
+    merge_temporary::merge_unused(&mut disk).unwrap();
 }
 
 struct Case<'a> {

@@ -4,14 +4,18 @@
 
 pub mod check;
 pub mod create;
+mod delete_leaf;
 pub mod device_chain;
 pub mod doctor;
 pub mod find;
+mod image_copy;
 mod image_set;
 pub mod info;
 pub mod list;
 pub mod merge;
+mod merge_temporary;
 pub mod mount;
+mod mount_images;
 pub mod online;
 mod orphans;
 mod recovery;

@@ -2,16 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use super::image_copy::copy_of;
 use super::{image_set, online, recovery};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
 use crate::device::Device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
-use crate::image::check::{CheckOptions, check_file};
-use crate::image::lock::{self, LockedImage, Sharing};
+use crate::image::lock::Sharing;
 use crate::image::open::Access;
-use crate::image::same::{same_content, same_shape};
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::store;
@@ -96,25 +95,6 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
         (None, Which::File(file)) => bail!(Param, "{} is no image of this disk", file.display()),
         (None, Which::Level(level)) => bail!(Param, "the running device has no level {level}"),
     }
-}
-
-/// Makes sure that `new` can stand in for the image `old`, and that it is durable; `others` may use it meanwhile.
-pub(super) fn copy_of(
-    disk: Option<&Descriptor>,
-    image: &Path,
-    old: &LockedImage,
-    new: &Path,
-    others: Sharing,
-) -> Result<LockedImage> {
-    let dir = disk.map(|d| d.dir.as_path());
-    let held = lock::lock_image(new, dir, READ, others).map_err(|e| image_set::named(e, new))?;
-    let options = CheckOptions { check: true, force: true, read_only: true, ..CheckOptions::default() };
-    check_file(new, dir, &options)?;
-    same_shape(image, new)?;
-    same_content(&old.file, &old.path, &held.file, new)?;
-    store::sync_all(&held.file).ctx(Kind::Fsync, || format!("cannot sync image {}", new.display()))?;
-    descriptor::sync_parent(new)?;
-    Ok(held)
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
+use super::delete_leaf::delete_leaf;
 use super::mount::{self, MountParams};
-use super::{image_set, merge, online, recovery, temporary_snapshot, umount};
+use super::temporary_snapshot::UNTIL_UMOUNT;
+use super::{image_set, merge, merge_temporary, online, recovery, umount};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
@@ -47,9 +49,6 @@ pub struct TemporarySnapshot {
     pub holder: Option<File>,
 }
 
-/// Prefix of the components of temporary snapshots that stay until they are unmounted.
-pub const UNTIL_UMOUNT: char = '~';
-
 /// Takes a snapshot: the top becomes snapshot `guid`, an empty delta the new top. Of a running disk, if it runs under
 /// this component.
 pub fn create(descriptor: &Path, component: &str, params: &SnapshotParams) -> Result<()> {
@@ -64,7 +63,7 @@ fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &Snapshot
     disk.descriptor.clone().add_snapshot(image_set::new_name(disk, None)?, params.guid, params.temporary)?;
     recovery::check_files(disk, &guid::TOP)?;
     image_set::running(disk, component)?;
-    temporary_snapshot::merge_unused(disk)?;
+    merge_temporary::merge_unused(disk)?;
     // Its chain may be shorter by now.
     let device = image_set::running(disk, component)?;
     let path = image_set::new_name(disk, params.snap_dir.as_deref())?;
@@ -147,32 +146,9 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
         }
     }
     report::say(0, format_args!("snapshot {guid} is deleted"));
-    if let Err(e) = temporary_snapshot::merge_unused(disk) {
+    if let Err(e) = merge_temporary::merge_unused(disk) {
         report::warn(format_args!("a temporary snapshot stays: {e}"));
     }
-    Ok(())
-}
-
-/// Removes a snapshot on which nothing stands.
-pub(super) fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
-    let mut next = disk.descriptor.clone();
-    let file = next.delete_leaf(guid)?;
-    let held = match image_set::lock_image(disk, &file, Access::default(), Sharing::Exclusive) {
-        Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
-            return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
-        }
-        // Gone already: what is left to do is to forget it.
-        Err(e) if e.errno() == Some(libc::ENOENT) => None,
-        other => Some(other?),
-    };
-    if *guid == disk.top
-        && let Some(top) = next.image(&guid::TOP)
-    {
-        next.size_sectors = image_set::Shape::above(&next, top)?.sectors;
-    }
-    disk.commit_as(next)?;
-    drop(held);
-    image_set::remove(&[file]);
     Ok(())
 }
 
@@ -189,7 +165,7 @@ pub fn create_temporary(descriptor: &Path, component: &str, params: &TemporaryPa
     let taken = mount_temporary(&mut disk, component, params);
     if taken.is_err() {
         // No process uses it yet, so it can be removed.
-        if let Err(e) = temporary_snapshot::merge_unused(&mut disk) {
+        if let Err(e) = merge_temporary::merge_unused(&mut disk) {
             report::warn(format_args!("the temporary snapshot {} stays for now: {e}", params.guid));
         }
     }

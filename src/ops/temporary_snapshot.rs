@@ -1,58 +1,23 @@
-//! Temporary snapshots go away when nobody uses them: those taken for a backup, those whose children were the reason to
-//! keep them, and those that an interrupted merge had begun to merge.
+//! The devices that show temporary snapshots: which of them no process uses any more, and their end.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::unistd::geteuid;
 
-use super::{image_set, merge, snapshot, umount};
-use crate::descriptor::{Descriptor, LockedDescriptor};
+use super::{image_set, umount};
+use crate::descriptor::Descriptor;
 use crate::device::Device;
-use crate::error::{Kind, Result};
+use crate::error::Result;
 use crate::format::guid::Guid;
 use crate::report;
 use crate::server::partitions;
 use crate::sys::file_id::FileId;
 
-/// Removes all temporary snapshots that nobody uses. What is in use stays, and is no error.
-pub fn merge_unused(disk: &mut LockedDescriptor) -> Result<()> {
-    // Removing one can make another one removable.
-    let mut kept: Vec<Guid> = Vec::new();
-    loop {
-        let next = disk.snapshots.iter().find(|s| s.temporary && !kept.contains(&s.guid)).map(|s| s.guid);
-        let Some(guid) = next else { return Ok(()) };
-        match remove(disk, &guid) {
-            Ok(true) => {
-                report::say(0, format_args!("temporary snapshot {guid} is removed"));
-                kept.clear();
-            }
-            Ok(false) => kept.push(guid),
-            Err(e) if e.kind() == Kind::Busy => {
-                report::say(1, format_args!("temporary snapshot {guid} stays: {e}"));
-                kept.push(guid);
-            }
-            Err(e) => return Err(e.context(format_args!("temporary snapshot {guid}"))),
-        }
-    }
-}
+/// Prefix of the components of temporary snapshots that stay until they are unmounted.
+pub const UNTIL_UMOUNT: char = '~';
 
-/// Removes one if that is possible now.
-fn remove(disk: &mut LockedDescriptor, guid: &Guid) -> Result<bool> {
-    if !end_idle(disk, guid)? {
-        return Ok(false);
-    }
-    match disk.children(guid).as_slice() {
-        [] if disk.parent(guid)?.is_some() => snapshot::delete_leaf(disk, guid).map(|()| true),
-        [child] => {
-            let child = *child;
-            merge::range(disk, &child, guid, None).map(|()| true)
-        }
-        _ => Ok(false),
-    }
-}
-
-/// Ends the devices that show this temporary snapshot if nobody uses them. False: somebody does. As a lower delta of other
+/// Ends the devices that show this temporary snapshot if no process uses them. False: one does. As a lower delta of other
 /// devices it can be merged.
 pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
@@ -75,11 +40,11 @@ pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     Ok(true)
 }
 
-/// Nobody but perhaps a mount has the device of a temporary snapshot open, and it was not taken to live until it is
+/// No process, only a mount perhaps, has the device of a temporary snapshot open, and it was not taken to live until it is
 /// unmounted. What cannot be found out counts as use.
 fn idle(device: &Device) -> bool {
     let record = &device.record;
-    if !record.read_only || device.component().is_empty() || device.component().starts_with(snapshot::UNTIL_UMOUNT) {
+    if !record.read_only || device.component().is_empty() || device.component().starts_with(UNTIL_UMOUNT) {
         return false;
     }
     if !geteuid().is_root() {

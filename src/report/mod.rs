@@ -10,24 +10,19 @@ pub mod cancel;
 
 use crate::error::Error;
 use crate::sys::calendar::local_timestamp;
-use crate::sys::stdio::{self, Stream};
+use crate::sys::console;
+use crate::sys::stdio::Stream;
 use nix::errno::Errno;
-use nix::time::{ClockId, clock_gettime};
 use std::cell::Cell;
 use std::ffi::c_char;
 use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Console level: print nothing (the initial value).
-pub const NO_CONSOLE: i32 = -2;
-/// Console level: errors to standard error only.
-pub const NO_STDOUT: i32 = -1;
-/// Console levels from here on prefix each line with the time.
-pub const TIMESTAMPS: i32 = 4;
+pub use crate::sys::console::{NO_CONSOLE, NO_STDOUT, TIMESTAMPS};
 
 /// Level of errors and important warnings.
 pub const ERROR: i32 = -1;
@@ -35,11 +30,8 @@ pub const ERROR: i32 = -1;
 /// Longest text kept as a thread's last error, in bytes.
 pub const LAST_ERROR_MAX: usize = 8191;
 
-static VERBOSE: AtomicI32 = AtomicI32::new(NO_CONSOLE);
 static LOG_LEVEL: AtomicI32 = AtomicI32::new(3);
 static LOG_FILE: Mutex<Option<File>> = Mutex::new(None);
-/// Microseconds of the monotonic clock (plus one, so that 0 means "never") when a setter was first called.
-static TIME_BASE: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     /// NUL-terminated. Const-initialised and without a destructor, so that its address, which C callers hold, is valid for
@@ -49,7 +41,7 @@ thread_local! {
 
 /// Progress and details: `level` 0 is normal progress, 1 a detail, 3 debug. Keeps `errno`.
 pub fn say(level: i32, message: impl Display) {
-    let console = wants_console(level);
+    let console = console::wants(level);
     if console || LOG_LEVEL.load(Ordering::Relaxed) >= level {
         emit(level, &message.to_string());
     }
@@ -69,25 +61,24 @@ pub fn warn(message: impl Display) {
 
 /// Sets the console level.
 pub fn set_verbose_level(level: i32) {
-    start_clock();
-    VERBOSE.store(level, Ordering::Relaxed);
+    console::set_level(level);
 }
 
 /// The console level.
 pub fn verbose_level() -> i32 {
-    VERBOSE.load(Ordering::Relaxed)
+    console::level()
 }
 
 /// Sets the log file's level.
 pub fn set_log_level(level: i32) {
-    start_clock();
+    console::start_clock();
     LOG_LEVEL.store(level, Ordering::Relaxed);
 }
 
 /// Opens `path` for appending (made with 0666 less the umask) and then closes the old log file; `None` only closes. The
 /// old file stays in use when the new one cannot be opened.
 pub fn set_log_file(path: Option<&Path>) -> io::Result<()> {
-    start_clock();
+    console::start_clock();
     let new = match path {
         Some(path) => Some(OpenOptions::new().append(true).create(true).open(path)?),
         None => None,
@@ -134,18 +125,10 @@ fn keep(text: &str) {
     });
 }
 
-fn wants_console(level: i32) -> bool {
-    let verbose = VERBOSE.load(Ordering::Relaxed);
-    verbose != NO_CONSOLE && verbose >= level
-}
-
 fn emit(level: i32, text: &str) {
     let errno = Errno::last();
-    if wants_console(level) {
-        let stream = if level < 0 { Stream::Err } else { Stream::Out };
-        let mut prefix = [0; PREFIX_MAX];
-        let prefix = String::from_utf8_lossy(console_prefix(&mut prefix));
-        stdio::print(stream, &format!("{prefix}{text}\n"));
+    if console::wants(level) {
+        console::print(if level < 0 { Stream::Err } else { Stream::Out }, text);
     }
     log(level, text);
     errno.set();
@@ -161,50 +144,9 @@ fn log(level: i32, text: &str) {
     }
 }
 
-const PREFIX_MAX: usize = 40;
-
-/// `[SS.uuuuuu] ` at console level 4 and above, else nothing. Async-signal-safe.
-fn console_prefix(buf: &mut [u8; PREFIX_MAX]) -> &[u8] {
-    if VERBOSE.load(Ordering::Relaxed) < TIMESTAMPS {
-        return &[];
-    }
-    let since = monotonic_us().saturating_sub(TIME_BASE.load(Ordering::Relaxed).saturating_sub(1));
-    let mut rest: &mut [u8] = buf;
-    // Writing integers into a slice allocates nothing; 40 bytes hold any u64.
-    let _ = write!(rest, "[{:2}.{:06}] ", since / 1_000_000, since % 1_000_000);
-    let left = rest.len();
-    &buf[..PREFIX_MAX - left]
-}
-
-fn start_clock() {
-    let _ = TIME_BASE.compare_exchange(0, monotonic_us() + 1, Ordering::Relaxed, Ordering::Relaxed);
-}
-
-fn monotonic_us() -> u64 {
-    match clock_gettime(ClockId::CLOCK_MONOTONIC) {
-        Ok(t) => t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000,
-        Err(_) => 0,
-    }
-}
-
-/// The log file hears of a cancellation when the operation ends.
+/// The log file has the cancellation when the operation ends: the signal handler must not take its lock.
 fn log_cancel() {
     log(0, "Cancelled");
-}
-
-/// "Cancelling..." from a signal handler: to the console past all locks and buffers, not to the log file, whose lock the
-/// interrupted thread may hold.
-fn announce_cancel() {
-    if wants_console(0) {
-        const TEXT: &[u8] = b"Cancelling...\n";
-        let mut prefix = [0; PREFIX_MAX];
-        let mut line = [0; PREFIX_MAX + TEXT.len()];
-        let prefix = console_prefix(&mut prefix);
-        let len = prefix.len() + TEXT.len();
-        line[..prefix.len()].copy_from_slice(prefix);
-        line[prefix.len()..len].copy_from_slice(TEXT);
-        stdio::raw_write(1, &line[..len]);
-    }
 }
 
 #[cfg(test)]

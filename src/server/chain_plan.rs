@@ -5,11 +5,11 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::bail;
+use crate::descriptor::commit_by_fd;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::merge_top::MergeTransition;
+use crate::server::merge::MergeTransition;
 use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
 use crate::server::supervisor::Supervisor;
-use crate::server::worker::commit;
 use crate::server::worker_process::Descriptors;
 use crate::sys::file_id::FileId;
 use crate::units::MAX_CHAIN;
@@ -81,20 +81,22 @@ impl Supervisor {
         let mut start = self.start.clone();
         let mut merge: &[OwnedFd] = &fds.merge;
         let ended = match (&self.merge_transition, &self.start.merge) {
-            (Some(MergeTransition::Begin(next, sent)), _) => {
-                start.merge = Some(next.clone());
-                merge = sent;
+            (Some(MergeTransition::Begin { then, fds, range }), _) => {
+                start.merge = Some(then.clone());
+                start.merge_range = *range;
+                merge = fds;
                 false
             }
             (Some(MergeTransition::End), _) => true,
             (None, Some(m)) if m.token == switch.token => true,
             (None, Some(_)) if !same => {
-                bail!(Busy, "{name}: its top is being merged; wait for the end of that, or cancel it")
+                bail!(Busy, "{name}: levels of it are being merged; wait for the end of that, or cancel it")
             }
             _ => false,
         };
         if ended {
             start.merge = None;
+            start.merge_range = None;
             merge = &[];
         }
         let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
@@ -107,13 +109,14 @@ impl Supervisor {
         }
         start.takeover = true;
         start.succeed = Some(Succession { wait: false, new_top, commit: switch.commit.clone(), linger: switch.linger });
-        start.finish = match ended && same {
-            // What was to be the target.
-            true => top.checked_sub(1),
-            false => switch.levels[..top].iter().position(|l| l.from == Some(old_top)),
+        // What was the top, or a merge's target, is a frozen level now, unless it is the new top.
+        let opened = match self.start.merged_levels().filter(|_| ended) {
+            Some((target, _)) => target,
+            None => old_top,
         };
+        let writable = if attach.read_only { top + 1 } else { top };
+        start.finish = switch.levels[..writable].iter().position(|l| l.from == Some(opened));
         start.token = switch.token;
-        start.released_level = None;
         let fds = Descriptors {
             queue: clone(&fds.queue)?,
             shm: clone(&fds.shm)?,
@@ -132,7 +135,7 @@ impl Supervisor {
 pub(super) fn is_committed(plan: &Plan) -> bool {
     let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
     match (names, &plan.fds.extra[..]) {
-        (Some(names), [folder, new, ..]) => commit::is_committed(names, folder, new).unwrap_or(true),
+        (Some(names), [folder, new, ..]) => commit_by_fd::is_committed(names, folder, new).unwrap_or(true),
         _ => false,
     }
 }

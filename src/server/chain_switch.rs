@@ -43,7 +43,7 @@ pub enum ChangeRequest {
     Reload(u64),
     /// The top merged into the level below it, then this chain.
     MergeTop(ChainSwitch),
-    /// Frozen levels merged, then the chain without them.
+    /// Frozen levels merged into the lowest of them, then the chain without the others.
     MergeFrozen(MergeOrder),
     /// The worker has merged it.
     MergeComplete,
@@ -85,11 +85,11 @@ impl Supervisor {
         let (switch, program) = match request {
             ChangeRequest::Switch(switch) => (switch, None),
             ChangeRequest::MergeTop(switch) => {
-                self.begin_merge(switch, fds, client);
+                self.begin_merge(switch, None, fds, client);
                 return false;
             }
             ChangeRequest::MergeFrozen(order) => {
-                self.merge_frozen(&order, fds, client);
+                self.begin_merge(order.switch, Some((order.low, order.high)), fds, client);
                 return false;
             }
             ChangeRequest::MergeComplete => {

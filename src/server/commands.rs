@@ -21,7 +21,6 @@ impl Supervisor {
                 let failed = status.failed || self.failed.is_some();
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
                 let merging = self.start.merge.as_ref().map(|_| (status.background_seen.min(total), total));
-                let merging = merging.or(self.frozen_merge.progress);
                 let record = self.record.clone();
                 let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
                 control::answer(&client, &answer);
@@ -65,10 +64,7 @@ impl Supervisor {
                     client: Some(client),
                 });
             }
-            Command::CancelMerge => {
-                self.frozen_merge.cancel = true;
-                self.cancel_merge(client);
-            }
+            Command::CancelMerge => self.cancel_merge(client),
             Command::Reload { token } if self.can_change() => {
                 self.changes.push_back(PendingChange {
                     request: ChangeRequest::Reload(token),

@@ -35,6 +35,8 @@ impl Supervisor {
         }
         let gone = self.record.state == "stopped" && self.failed.is_none();
         if gone {
+            let why = Error::new(Kind::Abort, format!("the merge was ended, since {} was detached", self.record.name));
+            self.refuse_merging(&why);
             self.give_up();
             let _ = runtime::remove_dir(&self.dir);
         }

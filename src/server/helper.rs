@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::merge_job::{self, MergeJob};
 use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport, Wanted};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::process;
@@ -42,8 +41,6 @@ pub enum Job {
     Abort { transport: Transport, connection: u64 },
     /// Hold file systems frozen; see [`freeze::hold`] for the descriptors that come with it.
     Freeze,
-    /// Merge the levels whose descriptors come with it. Events: `Progress`; `Done` or `NotMerged`.
-    Merge(MergeJob),
 }
 
 /// What a helper reports.
@@ -53,8 +50,6 @@ pub enum JobEvent {
     Attached(Binding),
     Opened,
     Frozen,
-    Progress { done: u64, total: u64 },
-    NotMerged { code: i32, message: String, untouched: bool },
     Done,
     Error { code: i32, message: String },
 }
@@ -178,7 +173,6 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
         Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
         Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
-        Job::Merge(job) => Ok(merge_job::merge(&job, &fds, sock)),
     }
 }
 

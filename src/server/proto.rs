@@ -8,6 +8,7 @@ use crate::sys::file_id::FileId;
 use serde::{Deserialize, Serialize};
 
 pub use crate::chain::Marked;
+pub use crate::descriptor::commit_by_fd::CommitNames;
 
 /// No frame is larger.
 pub const MAX_FRAME: usize = 256 * 1024;
@@ -134,9 +135,6 @@ pub struct WorkerStart {
     /// How many these are.
     #[serde(default)]
     pub merge_fds: usize,
-    /// Another process writes to this level, where nothing is read from it.
-    #[serde(default, rename = "yielded")]
-    pub released_level: Option<usize>,
     /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
     #[serde(default)]
     pub slot_fds: usize,
@@ -164,7 +162,6 @@ impl WorkerStart {
             merge: None,
             merge_range: None,
             merge_fds: 0,
-            released_level: None,
             slot_fds: 0,
         }
     }
@@ -223,13 +220,6 @@ pub struct MergeOrder {
     pub switch: ChainSwitch,
 }
 
-/// File names in the folder of a descriptor: the new content is renamed over the old.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CommitNames {
-    pub tmp: PathBuf,
-    pub name: PathBuf,
-}
-
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant)]
 pub enum ToWorker {
@@ -245,9 +235,6 @@ pub enum ToWorker {
     Retire(ChainSwitch),
     /// The worker before has retired: take over.
     Go,
-    /// Let another process write to this level from now on, or to none; answer `LevelReleased`.
-    #[serde(rename = "Yield")]
-    ReleaseLevel(Option<usize>),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -265,11 +252,6 @@ pub enum FromWorker {
     /// The change of the chain is made; `Ready` follows. A warning: it may not survive a power cut.
     Switched {
         warning: Option<String>,
-    },
-    /// The answer to `ReleaseLevel`. An error: another process writes to the level that was to be taken back.
-    #[serde(rename = "Yielded")]
-    LevelReleased {
-        error: Option<(i32, String)>,
     },
     /// The former top is complete and unmarked, or why it is not.
     Finished {

@@ -20,8 +20,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::server::chain_switch::PendingChange;
 use crate::server::control::{self, Client, ClientEvent};
 use crate::server::helper::{Helper, Job, JobEvent};
-use crate::server::merge_frozen::FrozenMerge;
-use crate::server::merge_top::MergeTransition;
+use crate::server::merge::MergeTransition;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
@@ -83,8 +82,6 @@ pub struct Supervisor {
     pub(super) waiting: Option<Worker>,
     /// Clients that wait until the former top is finished.
     pub(super) finishing: Vec<OwnedFd>,
-    /// The merge of frozen levels that is under way.
-    pub(super) frozen_merge: FrozenMerge,
     /// Clients that wait for the end of a merge.
     pub(super) merging: Vec<OwnedFd>,
     pub(super) merge_transition: Option<MergeTransition>,
@@ -141,7 +138,6 @@ impl Supervisor {
             initiator: None,
             waiting: None,
             finishing: Vec::new(),
-            frozen_merge: FrozenMerge::default(),
             merging: Vec::new(),
             merge_transition: None,
             end_merge_due: None,
@@ -172,9 +168,6 @@ impl Supervisor {
                     return;
                 }
                 continue;
-            }
-            if self.failed.is_none() && self.stopping.is_empty() {
-                self.reclaim_released_level();
             }
             if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {
                 return;
@@ -409,7 +402,6 @@ impl Supervisor {
                 FromWorker::Slots => self.slots = std::mem::take(&mut worker.slots),
                 FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
                 FromWorker::Closed { error } => worker.closed = Some(error),
-                FromWorker::LevelReleased { error } => worker.released = Some(error),
                 FromWorker::Merged { error } => {
                     worker.merged = Some(error);
                     self.on_merge_outcome();

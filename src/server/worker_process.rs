@@ -78,8 +78,6 @@ pub struct Worker {
     pub finished: Option<Option<(i32, String)>>,
     /// The merge has come to its end, or to an error.
     pub merged: Option<Option<(i32, String)>>,
-    /// The worker has changed its lock on a level, or could not.
-    pub released: Option<Option<(i32, String)>>,
 }
 
 impl Worker {
@@ -124,7 +122,6 @@ impl Worker {
             switched: None,
             finished: None,
             merged: None,
-            released: None,
         }
     }
 

@@ -4,6 +4,8 @@ pub mod aligned;
 pub mod arena;
 pub mod cache;
 pub mod calendar;
+pub mod cancel;
+pub mod console;
 pub mod fiemap;
 pub mod file_id;
 pub mod file_lock;

@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 extern "C" fn cancel(_signal: c_int) {
-    crate::report::cancel::request();
+    super::cancel::request();
 }
 
 /// SIGTERM, SIGINT and SIGHUP ask the operation of the interrupted thread to stop instead of ending the process. System

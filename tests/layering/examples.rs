@@ -153,25 +153,76 @@ fn cycles_between_files() {
         ],
         "src/chain/a.rs:1: chain::a imports chain::b, which forms a cycle: chain::a > chain::b > chain::c > chain::a",
     );
-    // A parent that uses its child while the child uses the parent's items.
-    one(
-        &[
-            root,
-            ("chain/mod.rs", "mod a;\nuse a::A;\npub struct Chain(A);"),
-            ("chain/a.rs", "use super::Chain;\npub struct A;"),
-        ],
-        "src/chain/mod.rs:2: chain imports chain::a, which forms a cycle",
-    );
-    one(
-        &[
-            root,
-            ("chain/mod.rs", "mod a;\nfn f() { a::g() }\npub struct Chain;"),
-            ("chain/a.rs", "use super::Chain;\npub fn g() {}"),
-        ],
-        "src/chain/mod.rs:2: chain imports chain::a, which forms a cycle",
-    );
     // The same name that goes through the parent's private import.
     none(&[root, parent, ("chain/a.rs", "use super::b::B;"), ("chain/b.rs", "pub struct B;")]);
+}
+
+#[test]
+fn a_module_is_made_of_its_descendants() {
+    let root = ("lib.rs", "pub mod chain; pub mod error;\nuse chain::Chain;\npub struct Root;");
+    // The parent uses its child, by an import or a path, and the child uses the parent's items.
+    none(&[
+        root,
+        ("chain/mod.rs", "mod a;\nuse a::A;\npub struct Chain(A);"),
+        ("chain/a.rs", "use super::Chain;\nuse crate::Root;\npub struct A;"),
+    ]);
+    none(&[
+        root,
+        ("chain/mod.rs", "mod a;\nfn f() { a::g() }\npub struct Chain;"),
+        ("chain/a.rs", "use super::Chain;\npub fn g() {}"),
+    ]);
+    // The parent's file stands beside the folder, and the descendant is a grandchild.
+    none(&[
+        root,
+        ("chain.rs", "mod a;\nuse a::b::B;\npub struct Chain(B);"),
+        ("chain/a.rs", "pub mod b;"),
+        ("chain/a/b.rs", "use crate::chain::Chain;\npub struct B;"),
+    ]);
+    // The same of a command's root.
+    none(&[
+        root,
+        ("chain.rs", "pub struct Chain;"),
+        ("bin/x/main.rs", "mod a;\nfn main() { a::run() }\npub struct Options;"),
+        ("bin/x/a.rs", "use crate::Options;\npub fn run() {}"),
+    ]);
+}
+
+#[test]
+fn cycles_across_folders() {
+    let root = ("lib.rs", "pub mod chain;");
+    // Two folders whose children use each other's modules.
+    one(
+        &[
+            root,
+            ("chain/mod.rs", "pub mod a; pub mod b;\npub struct Chain;"),
+            ("chain/a/mod.rs", "pub mod x;\npub struct A;"),
+            ("chain/a/x.rs", "use crate::chain::b::B;\npub struct X;"),
+            ("chain/b/mod.rs", "use super::a::x::X;\npub struct B;"),
+        ],
+        "src/chain/a/x.rs:1: chain::a::x imports chain::b, which forms a cycle: chain::a::x > chain::b > chain::a::x",
+    );
+    // The child uses its parent, which gets back to the child through its sibling.
+    one(
+        &[
+            root,
+            ("chain/mod.rs", "pub mod a; pub mod b;"),
+            ("chain/a/mod.rs", "pub mod x;\nuse super::b::B;\npub struct A(B);"),
+            ("chain/a/x.rs", "use super::A;\npub struct X;"),
+            ("chain/b.rs", "use super::a::x::X;\npub struct B;"),
+        ],
+        "src/chain/a/mod.rs:2: chain::a imports chain::b, which forms a cycle: \
+         chain::a > chain::b > chain::a::x > chain::a",
+    );
+    // Two siblings in a folder.
+    one(
+        &[
+            root,
+            ("chain/mod.rs", "mod a; mod b;\nuse a::A;\nuse b::B;"),
+            ("chain/a.rs", "pub struct A(super::b::B);"),
+            ("chain/b.rs", "pub struct B(super::a::A);"),
+        ],
+        "src/chain/a.rs:1: chain::a imports chain::b, which forms a cycle: chain::a > chain::b > chain::a",
+    );
 }
 
 #[test]

@@ -32,8 +32,6 @@ pub struct Session {
     pub paused: bool,
     /// Its files can share data.
     shares: bool,
-    /// A sync of the target has failed, and only the witness of a successor may know.
-    pub spoiled: bool,
 }
 
 pub fn level_of(act: &Action, top: usize) -> usize {
@@ -55,12 +53,13 @@ impl World {
     pub fn begin_background(&mut self, takeover: bool) -> Option<BackgroundConfig> {
         let before = self.background.take().filter(|_| takeover);
         if let Some(session) = before {
-            if matches!(session.told, Some(Err(_))) || session.spoiled {
-                self.cover.hit_if(session.spoiled, "a merge is not gone on with after a failed sync of its target");
+            if matches!(session.told, Some(Err(_))) {
                 return None;
             }
+            let doubt = self.table.progress(SYNC_WORD) != 0;
+            self.cover.hit_if(doubt, "a merge begins anew after a sync of unknown outcome");
             self.cover.hit("background work taken over");
-            let resumed = self.table.progress(0) > 0 && !matches!(session.kind, Kind::Relocate { .. });
+            let resumed = self.table.progress(0) > 0 && !doubt && !matches!(session.kind, Kind::Relocate { .. });
             self.cover.hit_if(resumed, "a merge goes on where it was");
             return self.make_ready(session.kind, session.level, session.paused);
         }
@@ -88,8 +87,7 @@ impl World {
 
     fn make_ready(&mut self, kind: Kind, level: usize, paused: bool) -> Option<BackgroundConfig> {
         let shares = self.settings.shares;
-        let session =
-            Session { kind, level, told: None, faults: self.faults, cancelled: false, paused, shares, spoiled: false };
+        let session = Session { kind, level, told: None, faults: self.faults, cancelled: false, paused, shares };
         let top = self.shape.top();
         let work = match kind {
             Kind::Relocate { from } => {
@@ -452,7 +450,7 @@ pub const WANTED: &[&str] = &[
     "background work paused",
     "background work taken over",
     "a merge goes on where it was",
-    "a merge is not gone on with after a failed sync of its target",
+    "a merge begins anew after a sync of unknown outcome",
     "BAT page of a target written",
     "kill during a merge of the top",
     "kill of a merge that had come to agreement",

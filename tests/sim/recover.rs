@@ -112,14 +112,12 @@ impl World {
     fn late_sync(&mut self, level: usize, issued: u64) {
         match self.rng.below(3) {
             0 => {}
-            1 if self.settings.sync_error > 0 && self.rng.below(3) == 0 => {
+            1 if level != self.shape.top() || self.settings.sync_error > 0 && self.rng.below(3) == 0 => {
                 self.say(|_| "the sync in flight fails".into());
                 self.chain.files[level].sync_failed(issued, &mut self.rng);
                 self.faults += 1;
                 if level == self.shape.top() {
                     self.write_back_errors += 1;
-                } else if let Some(s) = &mut self.background {
-                    s.spoiled = true;
                 }
             }
             _ => self.chain.files[level].synced(issued),
@@ -414,11 +412,15 @@ impl World {
         self.ages.clear();
         self.unwritten.clear();
         self.unwritten_at_sync.clear();
-        let engine = (self.maker)(config, carried, self.table.clone());
+        let mut engine = (self.maker)(config, carried, self.table.clone());
         self.background.take_if(|_| !engine.works_in_background());
-        self.engine = Some(engine);
         if paused {
-            self.feed(Event::Background(BackgroundControl::Pause));
+            let mut actions = Vec::new();
+            engine.step(Event::Background(BackgroundControl::Pause), &mut actions);
+            if !actions.is_empty() {
+                self.fail("a paused engine asks for something before it has a request");
+            }
         }
+        self.engine = Some(engine);
     }
 }

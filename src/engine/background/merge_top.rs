@@ -12,9 +12,9 @@
 //! other words (one more than) the clusters below that for which that is not so, because they came into the top later. A
 //! write that a killed worker left half done is not answered: it comes again, and goes to both files again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::api::{Action, Errno, PROGRESS_WORDS, Shared};
+use super::super::api::{Action, Errno, SYNC_WORD, Shared};
 use super::super::breach::{Breach, breaks};
 use super::super::io::Extent;
 use super::super::map::MapEntry;
@@ -59,8 +59,8 @@ pub(in super::super) struct MergeTop {
     /// Clusters below have been looked at.
     cursor: u64,
     revisits: BTreeMap<u32, Revisit>,
-    /// How many of them wait.
-    waiting: usize,
+    /// Those of them that wait to be copied.
+    waiting: BTreeSet<u32>,
     free_words: Vec<usize>,
     /// Some cluster behind the recorded cursor is named nowhere: the cursor stands where it is until all are published.
     overflowed: bool,
@@ -78,7 +78,7 @@ impl MergeTop {
         let cursor = shared.progress(0);
         let mut revisits = BTreeMap::new();
         let mut free_words = Vec::new();
-        for word in (1..PROGRESS_WORDS).rev() {
+        for word in (1..SYNC_WORD).rev() {
             match shared.progress(word) {
                 0 => free_words.push(word),
                 n => drop(revisits.insert((n - 1) as u32, Revisit { stage: Stage::Waiting, word: Some(word) })),
@@ -87,7 +87,7 @@ impl MergeTop {
         MergeTop {
             pages,
             cursor,
-            waiting: revisits.len(),
+            waiting: revisits.keys().copied().collect(),
             revisits,
             free_words,
             overflowed: false,
@@ -110,7 +110,7 @@ impl MergeTop {
 
     /// Every cluster of the top has been copied.
     pub fn has_settled(&self) -> bool {
-        self.cursor >= self.end && self.waiting == 0 && self.copying.is_empty()
+        self.cursor >= self.end && self.waiting.is_empty() && self.copying.is_empty()
     }
 
     /// The cluster's content is in both files, and is kept so.
@@ -122,8 +122,8 @@ impl MergeTop {
     /// Every cluster that came before is named in the shared table, or the recorded cursor lies before it.
     fn revisit<S: Shared>(&mut self, cluster: u32, shared: &S) {
         if let Some(r) = self.revisits.get_mut(&cluster) {
-            self.waiting += usize::from(r.stage != Stage::Waiting);
             r.stage = Stage::Waiting;
+            self.waiting.insert(cluster);
             return;
         }
         let word = self.free_words.pop();
@@ -139,12 +139,12 @@ impl MergeTop {
             }
         }
         self.revisits.insert(cluster, Revisit { stage: Stage::Waiting, word });
-        self.waiting += 1;
+        self.waiting.insert(cluster);
     }
 
     fn forget<S: Shared>(&mut self, cluster: u32, shared: &S) {
         if let Some(r) = self.revisits.remove(&cluster) {
-            self.waiting -= usize::from(r.stage == Stage::Waiting);
+            self.waiting.remove(&cluster);
             if let Some(word) = r.word {
                 shared.set_progress(word, 0);
                 self.free_words.push(word);
@@ -279,7 +279,7 @@ impl<S: Shared> Engine<S> {
         }
         merge.revisit(cluster, &self.pending.shared);
         if merge.revisits.len() > MAX_REVISITS
-            && let Some((&first, _)) = merge.revisits.iter().find(|(_, r)| r.stage == Stage::Waiting)
+            && let Some(&first) = merge.waiting.first()
         {
             merge.cursor = u64::from(first);
             merge.pages.insert(bat::page_of(first));
@@ -307,10 +307,10 @@ impl<S: Shared> Engine<S> {
             if !may_copy {
                 return;
             }
-            let waiting = merge.revisits.iter().find(|(_, r)| r.stage == Stage::Waiting).map(|(c, _)| *c);
+            let waiting = merge.waiting.first().copied();
             let cluster = match waiting {
-                Some(c) if merge.waiting > 0 => c,
-                _ => match merge.next_page() {
+                Some(c) => c,
+                None => match merge.next_cluster() {
                     Some(c) => c,
                     None => return,
                 },
@@ -360,7 +360,7 @@ impl<S: Shared> Engine<S> {
             if let Work::MergeTop(merge) = &mut b.work {
                 match merge.revisits.get_mut(&cluster) {
                     Some(r) => {
-                        merge.waiting -= usize::from(r.stage == Stage::Waiting);
+                        merge.waiting.remove(&cluster);
                         r.stage = Stage::Copying;
                     }
                     None => merge.copying.push(cluster),
@@ -376,10 +376,7 @@ impl<S: Shared> Engine<S> {
     pub(in super::super) fn merge_page_failed(&mut self, page: u32, errno: Errno, out: &mut Vec<Action>) {
         let Some(b) = self.background.as_ref().filter(|b| b.state == BackgroundState::Running) else { return };
         let next = match &b.work {
-            Work::MergeTop(merge) => {
-                let waiting = merge.revisits.iter().find(|(_, r)| r.stage == Stage::Waiting).map(|(c, _)| *c);
-                waiting.unwrap_or(merge.cursor as u32)
-            }
+            Work::MergeTop(merge) => merge.waiting.first().copied().unwrap_or(merge.cursor as u32),
             Work::Relocate(relocate) => relocate.cursor() as u32,
             Work::MergeFrozen(_) => return,
         };
@@ -454,7 +451,7 @@ enum Visit {
 
 impl MergeTop {
     /// The cluster at the cursor, which skips the pages without entries; `None`: all have been looked at.
-    fn next_page(&mut self) -> Option<u32> {
+    fn next_cluster(&mut self) -> Option<u32> {
         if self.cursor >= self.end {
             return None;
         }

@@ -24,7 +24,7 @@ pub mod pages;
 pub(super) mod relocate;
 pub(super) mod target;
 
-use super::api::{Action, BackgroundConfig, BackgroundControl, BackgroundWork, Errno, LevelConfig, Shared};
+use super::api::{Action, BackgroundConfig, BackgroundControl, BackgroundWork, Errno, LevelConfig, SYNC_WORD, Shared};
 use super::breach::{Breach, breaks};
 use super::{CANCELED, Engine, Op};
 use merge_frozen::MergeFrozen;
@@ -96,16 +96,18 @@ impl Background {
     ) -> Background {
         let (work, target) = match &config.work {
             BackgroundWork::MergeTop { target, pages } => {
+                forget_doubtful_progress(shared);
                 let work = Work::MergeTop(MergeTop::new(pages.clone(), shared));
-                (work, Target::new(target, levels, clusters, shift))
+                (work, Target::new(target, levels, clusters, shift, is_doubtful(shared)))
             }
             BackgroundWork::MergeFrozen { high, target, pages } => {
                 let end = match levels.get(usize::from(*high)) {
                     Some(LevelConfig::Ploop { clusters: n, .. }) => u64::from(*n).min(clusters),
                     _ => 0,
                 };
+                forget_doubtful_progress(shared);
                 let work = Work::MergeFrozen(MergeFrozen::new(*high, pages.clone(), end, shared));
-                (work, Target::new(target, levels, end, shift))
+                (work, Target::new(target, levels, end, shift, is_doubtful(shared)))
             }
             BackgroundWork::Relocate { from } => (Work::Relocate(Relocate::new(*from)), None),
         };
@@ -133,6 +135,19 @@ impl Background {
     pub(super) fn may_copy(&self, idle_limit: usize) -> bool {
         !self.paused && self.copying < if self.busy > 0 { AT_ONCE_BUSY } else { idle_limit.max(1) }
     }
+}
+
+/// A killed worker may have been told that a sync of the target failed, and nobody else is told: whatever was written before
+/// is written again, the BAT pages too. [`SYNC_WORD`] stays until a sync has covered that.
+fn forget_doubtful_progress<S: Shared>(shared: &S) {
+    if is_doubtful(shared) {
+        (0..SYNC_WORD).for_each(|word| shared.set_progress(word, 0));
+    }
+}
+
+/// The fate of a sync of the target is unknown.
+fn is_doubtful<S: Shared>(shared: &S) -> bool {
+    shared.progress(SYNC_WORD) != 0 && !breaks(Breach::TrustTargetAfterKill)
 }
 
 impl<S: Shared> Engine<S> {

@@ -1,8 +1,9 @@
 //! The level that a merge writes to: its space, the pages of its BAT, and how what was copied becomes durable.
 //!
-//! Publishing is: sync the data, write the changed BAT pages, sync again, record the progress. The pages that are
-//! written are the ones that stood when the first sync began. The pages of a target that are needed are read one after
-//! another and dropped when they are clean; a raw target has none, each of its clusters is where it belongs.
+//! The pages of a target that are needed are read one after another and dropped when they are clean; a raw target has
+//! none, each of its clusters is where it belongs.
+
+mod publish;
 
 use std::collections::VecDeque;
 
@@ -11,7 +12,7 @@ use super::super::breach::{Breach, breaks};
 use super::super::request::{Fragment, IntMap};
 use super::super::space::Space;
 use super::super::{Engine, IO, NO_SPACE, TOO_BIG};
-use super::{BackgroundOp, BackgroundState, Work};
+use super::BackgroundOp;
 use crate::format::bat;
 
 /// Clean pages kept in memory, 4 KiB each.
@@ -75,11 +76,20 @@ pub(in super::super) struct Target {
     final_running: bool,
     /// Progress that was recorded last.
     recorded: u64,
+    /// Every BAT page is written again, changed or not.
+    doubtful: bool,
 }
 
 impl Target {
     /// `end`: clusters that may be merged into it.
-    pub fn new(config: &TargetConfig, levels: &[LevelConfig], end: u64, cluster_shift: u32) -> Option<Target> {
+    /// `doubtful`: a sync of it may have failed, so that its BAT on disk need not be the one that is read.
+    pub fn new(
+        config: &TargetConfig,
+        levels: &[LevelConfig],
+        end: u64,
+        cluster_shift: u32,
+        doubtful: bool,
+    ) -> Option<Target> {
         let (raw, v1, first_data, clusters) = match *levels.get(usize::from(config.level))? {
             LevelConfig::Raw { bytes } => (Some(bytes), false, 0, u32::MAX),
             LevelConfig::Ploop { v1, clusters, first_data, .. } => (None, v1, first_data, clusters),
@@ -108,6 +118,7 @@ impl Target {
             final_done: false,
             final_running: false,
             recorded: 0,
+            doubtful,
         })
     }
 
@@ -295,6 +306,8 @@ impl<S: Shared> Engine<S> {
                 let Some(page) = target.pages.get_mut(&number) else { return };
                 page.bytes.copy_from_slice(bytes);
                 page.loaded = true;
+                page.changed = target.doubtful;
+                target.changed_pages += usize::from(target.doubtful);
                 let waiters = std::mem::take(&mut page.waiters);
                 self.ready.extend(waiters);
             }
@@ -337,146 +350,5 @@ impl<S: Shared> Engine<S> {
                 self.abort_background(errno, out);
             }
         }
-    }
-
-    /// Begins to publish what was copied, where that is due.
-    pub(super) fn advance_publish(&mut self, out: &mut Vec<Action>) {
-        let closing = self.closing && self.is_quiet();
-        let Some(b) = self.background.as_mut().filter(|b| !b.has_failed()) else { return };
-        let state = b.state;
-        let (complete, cursor) = match &b.work {
-            Work::MergeTop(m) => (m.has_settled() && b.copying == 0, m.safe_cursor()),
-            Work::MergeFrozen(m) => (m.is_complete() && b.copying == 0, m.safe_cursor()),
-            Work::Relocate(_) => return,
-        };
-        let Some(target) = b.target.as_mut().filter(|t| t.phase == Phase::Idle) else { return };
-        let finishes = complete && state == BackgroundState::Running;
-        let last = !breaks(Breach::UnpublishedEnd)
-            && complete
-            && state == BackgroundState::Done
-            && closing
-            && !target.final_done;
-        let due = std::mem::take(&mut target.due);
-        let full = target.unpublished >= BATCH || target.changed_pages >= CHANGED_PAGES;
-        if !(finishes || last || full || due) {
-            return;
-        }
-        target.cursor = cursor;
-        if let Work::MergeTop(merge) = &mut b.work {
-            merge.begin_publish();
-        }
-        let nothing_new = target.unpublished == 0 && target.changed_pages == 0;
-        if nothing_new && !last && !finishes {
-            // All before it is durable already.
-            self.record_progress();
-            return;
-        }
-        target.final_running = last;
-        target.unpublished = 0;
-        target.changed_pages = 0;
-        for (number, page) in target.pages.iter_mut().filter(|(_, p)| p.changed) {
-            page.changed = false;
-            page.publishing = true;
-            target.writing.push((*number, page.bytes.clone()));
-        }
-        target.phase = Phase::DataSync;
-        if breaks(Breach::ProgressBeforeSync) {
-            self.record_progress();
-        }
-        if breaks(Breach::TargetEntryBeforeData) {
-            self.target_synced(Ok(()), out);
-            return;
-        }
-        self.sync_target(out);
-    }
-
-    fn sync_target(&mut self, out: &mut Vec<Action>) {
-        let Some(level) = self.target().map(|t| t.level) else { return };
-        let op = self.start_background_op(BackgroundOp::Sync);
-        out.push(Action::Sync { op, level });
-    }
-
-    pub(super) fn target_synced(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
-        if self.background.as_ref().is_none_or(|b| b.has_failed()) {
-            return;
-        }
-        if let Err(errno) = result
-            && !breaks(Breach::MergeSwallow)
-        {
-            self.abort_background(errno, out);
-            return;
-        }
-        let Some(target) = self.target() else { return };
-        if target.phase == Phase::DataSync && !target.writing.is_empty() {
-            target.phase = Phase::Pages;
-            self.write_target_pages(out);
-        } else {
-            self.published(out);
-        }
-    }
-
-    fn write_target_pages(&mut self, out: &mut Vec<Action>) {
-        while let Some(target) = self.target().filter(|t| t.in_flight < PAGES_AT_ONCE) {
-            let Some((page, data)) = target.writing.pop() else { return };
-            target.in_flight += 1;
-            let level = target.level;
-            let op = self.start_background_op(BackgroundOp::WritePage { page });
-            out.push(Action::WriteBat { op, level, page, data });
-        }
-    }
-
-    pub(super) fn target_page_written(&mut self, page: u32, result: Result<(), Errno>, out: &mut Vec<Action>) {
-        let failed = self.background.as_ref().is_none_or(|b| b.has_failed());
-        let Some(target) = self.target() else { return };
-        target.in_flight = target.in_flight.saturating_sub(1);
-        if failed {
-            return;
-        }
-        if let Some(page) = target.pages.get_mut(&page) {
-            page.publishing = false;
-        }
-        if let Err(errno) = result
-            && !breaks(Breach::MergeSwallow)
-        {
-            self.abort_background(errno, out);
-            return;
-        }
-        self.write_target_pages(out);
-        if let Some(target) = self.target().filter(|t| t.in_flight == 0 && t.writing.is_empty()) {
-            target.phase = Phase::FinalSync;
-            self.sync_target(out);
-        }
-    }
-
-    /// What was copied before the publishing began is durable, and so are the entries that name it.
-    fn published(&mut self, out: &mut Vec<Action>) {
-        let Some(target) = self.target() else { return };
-        target.phase = Phase::Idle;
-        target.final_done |= std::mem::take(&mut target.final_running);
-        self.record_progress();
-        let Some(b) = &mut self.background else { return };
-        let quiet = b.target.as_ref().is_none_or(|t| t.unpublished == 0 && t.changed_pages == 0) && b.copying == 0;
-        let complete = match &b.work {
-            Work::MergeTop(merge) => merge.has_settled(),
-            Work::MergeFrozen(merge) => merge.is_complete(),
-            Work::Relocate(_) => false,
-        };
-        if quiet && complete {
-            self.background_done(out);
-        } else {
-            self.advance_publish(out);
-        }
-    }
-
-    /// A successor goes on where this publishing began.
-    fn record_progress(&mut self) {
-        let Some(b) = &mut self.background else { return };
-        let Some(target) = &mut b.target else { return };
-        match &mut b.work {
-            Work::MergeTop(merge) => merge.end_publish(target.cursor, &self.pending.shared),
-            _ if target.recorded != target.cursor => self.pending.shared.set_progress(0, target.cursor),
-            _ => {}
-        }
-        target.recorded = target.cursor;
     }
 }

@@ -9,7 +9,8 @@ use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::image::lock::{Sharing, lock_image};
 use crate::image::open::{Access, open_level};
-use crate::ops::{image_set, replace as offline};
+use crate::ops::image_copy::copy_of;
+use crate::ops::image_set;
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::store;
@@ -26,7 +27,7 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
     };
     check_level(device, level)?;
     let old_held = image_set::lock_image(disk, &image.file, READ, Sharing::Readers)?;
-    let new_held = offline::copy_of(Some(disk), &image.file, &old_held, new, Sharing::Readers)?;
+    let new_held = copy_of(Some(disk), &image.file, &old_held, new, Sharing::Readers)?;
     if !keep_name {
         let mut next = disk.descriptor.clone();
         next.set_file(&image.guid, new.to_owned())?;
@@ -69,7 +70,7 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
     if !running {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
     }
-    let held = offline::copy_of(None, &name.path, &old, &new, Sharing::Readers)?;
+    let held = copy_of(None, &name.path, &old, &new, Sharing::Readers)?;
     let levels = levels_with(device, level, &new, &new)?;
     let switched = device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut warn);
     drop((old, held));

@@ -127,8 +127,6 @@ pub struct Core {
     pub closing: AtomicBool,
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
-    /// The level that another process may write to.
-    pub released_level: Mutex<Option<usize>>,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
     pub finished: Mutex<Option<Option<(i32, String)>>>,
     /// An I/O thread stopped reading requests for want of buffers.
@@ -150,7 +148,6 @@ pub struct CoreConfig {
     pub shm: Shm,
     pub poison_counts: PoisonCounts,
     pub log: Log,
-    pub released_level: Option<usize>,
 }
 
 impl Core {
@@ -172,7 +169,6 @@ impl Core {
             writable: p.writable,
             closing: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
-            released_level: Mutex::new(p.released_level),
             finished: Mutex::new(None),
             starving: AtomicBool::new(false),
             shm: p.shm,

@@ -10,6 +10,7 @@ use nix::unistd::fdatasync;
 
 use crate::bail;
 use crate::chain::{self, Chain, LevelFile, Marked, OpenOptions};
+use crate::descriptor::commit_by_fd;
 use crate::engine::Engine;
 use crate::engine::api::{BackgroundConfig, BackgroundWork, Config, Shared, SyncState};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -24,7 +25,7 @@ use crate::units::ClusterSize;
 use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
 use super::request_journal::{self, PriorJournal, RequestJournal};
-use super::{commit, locked, log, open_files, supervisor_link};
+use super::{locked, log, open_files, supervisor_link};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -141,8 +142,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         }
     }
     if writable || attach.marked != Marked::Ignore {
-        open_files::lock(&files, writable, takeover, target.or(inherited.start.released_level))
-            .map_err(|e| better_reason(e, &files, attach))?;
+        open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
     }
     let mut poison_counts = PoisonCounts::default();
     if takeover {
@@ -202,7 +202,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
         let fds = std::mem::take(&mut *locked(&inherited.commit));
-        warning = commit::commit(names, &fds).inspect_err(|_| {
+        warning = commit_by_fd::commit(names, &fds).inspect_err(|_| {
             if let (true, Some(top)) = (new_top && !takeover, files.last()) {
                 // It stays what it was: an empty image outside of every chain.
                 let _ = chain::close(top, &chain, chain.alloc.end);
@@ -251,7 +251,6 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         shm,
         poison_counts,
         log,
-        released_level: inherited.start.released_level,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
     if let Some(left) = left {

@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 mod blocking;
-pub mod commit;
 mod core;
 mod dispatch;
 mod files;
@@ -35,7 +34,7 @@ use crate::server::proto::{FromWorker, WorkerReady};
 use crate::server::shm::Shm;
 use crate::sys::{process, process_hardening};
 
-use self::core::{Core, THREADS};
+use self::core::{Core, MAIN_THREAD, Pending, THREADS};
 use init::Inherited;
 use memory::Memory;
 use supervisor_link::{End, SupervisorLink};
@@ -156,6 +155,10 @@ fn start(
     match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, inherited.start.token, resend)) {
         Ok(()) => {
             process_hardening::reserve_heap(HEAP);
+            if locked(&core.engine).background_state().is_some() {
+                // The engine begins background work with the first event that it is given.
+                core.submit_event(MAIN_THREAD, Pending::Tick);
+            }
             supervisor_link::pause(succeed.map_or(0, |s| s.linger));
             Ok((core, chain, ready, no_merge))
         }

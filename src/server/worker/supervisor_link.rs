@@ -11,7 +11,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::image::lock;
 use crate::server::proto::{ChainSwitch, FromWorker, ProcessId, ToWorker};
 use crate::server::{frame, runtime};
 
@@ -344,7 +343,6 @@ impl SupervisorLink {
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
             Ok(Some((ToWorker::Retire(switch), fds))) => self.retire(core, inherited, switch, fds),
-            Ok(Some((ToWorker::ReleaseLevel(level), _))) => self.release_level(core, level),
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
@@ -404,20 +402,6 @@ impl SupervisorLink {
         });
         self.merge_result = Some(error);
         self.report_merge(core);
-    }
-
-    fn release_level(&self, core: &Core, level: Option<usize>) {
-        let before = std::mem::replace(&mut *locked(&core.released_level), level);
-        let file = |level: Option<usize>| level.and_then(|l| core.levels.get(l));
-        let result = match (file(before), file(level)) {
-            (_, Some(level)) => lock::unlock_read(&level.file).map_err(|e| (level, e)),
-            (Some(before), None) => lock::lock_read(&before.file).map_err(|e| (before, e)),
-            (None, None) => Ok(()),
-        };
-        let error = result
-            .err()
-            .map(|(level, e)| (Kind::Flock.code(), format!("cannot change the lock on {}: {e}", level.name.display())));
-        let _ = self.send(&FromWorker::LevelReleased { error });
     }
 
     /// The merge cannot go on.

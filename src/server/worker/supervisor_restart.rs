@@ -69,7 +69,6 @@ pub fn start_supervisor(
         takeover: true,
         succeed: None,
         retired: retired.map(|(switch, _)| switch.clone()),
-        released_level: *locked(&core.released_level),
         finish: inherited.start.finish.filter(|_| locked(&core.finished).is_none()),
         slot_fds: slots.len(),
         ..inherited.start.clone()

@@ -246,7 +246,6 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         shm: shm.clone(),
         poison_counts: PoisonCounts::default(),
         log: log::new(&dir.join("log"), false).0,
-        released_level: None,
     };
     (Core::new(parts).unwrap(), kernel)
 }

@@ -1,9 +1,9 @@
-//! Merging the top of a running device into the level below it.
+//! Merging levels of a running device: its top into the level below it, or frozen levels into the lowest of them.
 //!
-//! 1. The worker is replaced by one that opens that level for writing, marks it in use and merges (`engine::background`):
-//!    the chain stays what it was, and the successor of a worker that exits merges.
-//! 2. When it reports that the two agree, the chain is changed to the one without the top
-//!    ([`chain_switch`](super::chain_switch)): the retiring worker makes everything durable in the level below first.
+//! 1. The worker is replaced by one that opens the lowest level for writing, marks it in use and merges
+//!    (`engine::background`): the chain stays what it was, and the successor of a worker that exits goes on merging.
+//! 2. When it reports that the target has everything, durably, the chain is changed to the one without the other levels
+//!    ([`chain_switch`](super::chain_switch)): the retiring worker makes durable in the target what came last.
 //!
 //! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor,
 //! and the client need not wait.
@@ -26,13 +26,24 @@ const LATER: Duration = Duration::from_secs(5);
 /// What the next change of the chain does to the merge.
 #[derive(Debug)]
 pub enum MergeTransition {
-    Begin(ChainSwitch, Vec<OwnedFd>),
+    /// `range`: target and highest level; none: the top into the level below it.
+    Begin {
+        then: ChainSwitch,
+        fds: Vec<OwnedFd>,
+        range: Option<(usize, usize)>,
+    },
     End,
 }
 
 impl Supervisor {
-    /// A client wants the top merged.
-    pub(super) fn begin_merge(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>, client: Option<OwnedFd>) {
+    /// A client wants levels merged; `range`: target and highest level, none: the top into the level below it.
+    pub(super) fn begin_merge(
+        &mut self,
+        switch: ChainSwitch,
+        range: Option<(usize, usize)>,
+        fds: Vec<OwnedFd>,
+        client: Option<OwnedFd>,
+    ) {
         let token = self.start.merge.as_ref().map(|m| m.token);
         if token == Some(switch.token) && switch.token != 0 {
             // A client that got no answer retries.
@@ -40,30 +51,52 @@ impl Supervisor {
             return;
         }
         if switch.token != 0 && switch.token == self.start.token {
+            let switched = Answer::Switched { warning: None };
+            client.iter().for_each(|c| control::answer(c, &switched));
             client.iter().for_each(|c| control::answer(c, &Answer::Done));
             return;
         }
-        match self.try_begin(switch, fds) {
+        match self.try_begin(switch, range, fds) {
             Ok(()) => self.merging.extend(client),
             // No worker has served it.
             Err(e) => client.iter().for_each(|c| control::answer(c, &not_merged(&e, true))),
         }
     }
 
-    fn try_begin(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>) -> Result<()> {
+    fn try_begin(&mut self, switch: ChainSwitch, range: Option<(usize, usize)>, fds: Vec<OwnedFd>) -> Result<()> {
+        self.wait_while(|s| s.start.finish.is_some(), None)?;
         let name = &self.record.name;
         if self.start.merge.is_some() {
-            bail!(Busy, "{name}: its top is being merged already; wait for the end of that, or cancel it");
+            bail!(Busy, "{name}: levels of it are being merged already; wait for the end of that, or cancel it");
         }
         let levels = self.start.attach.levels.len();
-        let shorter = switch.levels.len() + 1 == levels;
-        if !shorter || switch.levels.iter().enumerate().any(|(i, l)| l.from != Some(i)) || self.start.attach.read_only {
-            bail!(Param, "{name}: its chain of {levels} images is not one whose top can be merged as asked");
+        let read_only = self.start.attach.read_only;
+        let (low, high) = match range {
+            Some((low, high)) => {
+                let frozen = if read_only { levels } else { levels.saturating_sub(1) };
+                if low >= high || high >= frozen {
+                    bail!(Param, "{name}: levels {low} to {high} are to be merged, there are {frozen} frozen ones");
+                }
+                (low, high)
+            }
+            None if levels < 2 || read_only => {
+                bail!(Param, "{name}: its chain of {levels} images has no top that can be merged")
+            }
+            None => (levels - 2, levels - 1),
+        };
+        // The target keeps its place, the levels above it up to `high` go.
+        let kept: Vec<Option<usize>> = (0..=low).chain(high + 1..levels).map(Some).collect();
+        if switch.levels.iter().map(|l| l.from).ne(kept) {
+            bail!(
+                Param,
+                "{name}: the chain to follow is not that of {levels} images without levels {} to {high}",
+                low + 1
+            );
         }
         // What will follow is checked before anything is written.
         self.plan(&switch, &fds, None)?;
         let begin = self.same_levels(switch.token ^ 2);
-        self.merge_transition = Some(MergeTransition::Begin(switch, fds));
+        self.merge_transition = Some(MergeTransition::Begin { then: switch, fds, range });
         let result = self.try_change(&begin, Vec::new(), None);
         self.merge_transition = None;
         result?;
@@ -91,11 +124,11 @@ impl Supervisor {
         self.changes.push_back(PendingChange { request, fds: Vec::new(), client: None });
     }
 
-    /// Top and target agree: the chain without the top follows.
+    /// The target has everything: the chain without the merged levels follows.
     pub(super) fn finish_merge(&mut self) {
         // Another worker may have started the merge anew meanwhile.
-        let agreed = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
-        let Some(switch) = self.start.merge.clone().filter(|_| agreed) else { return };
+        let complete = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
+        let Some(switch) = self.start.merge.clone().filter(|_| complete) else { return };
         let fds = self.fds.iter().flat_map(|f| &f.merge).map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
         let result =
             fds.ctx(Kind::Sys, || "cannot duplicate a descriptor").and_then(|fds| self.try_change(&switch, fds, None));
@@ -126,8 +159,13 @@ impl Supervisor {
                 self.end_merge_due = Some(Instant::now() + LATER);
             }
         }
-        log(&self.record.name, &format!("its top is not merged: {why}"));
-        self.merging.drain(..).for_each(|c| control::answer(&c, &not_merged(&why, false)));
+        log(&self.record.name, &format!("its levels are not merged: {why}"));
+        self.refuse_merging(&why);
+    }
+
+    /// Answers the clients that wait for a merge which has ended before its time.
+    pub(super) fn refuse_merging(&mut self, why: &Error) {
+        self.merging.drain(..).for_each(|c| control::answer(&c, &not_merged(why, false)));
     }
 
     /// A merge that could not be ended is ended now, perhaps.

@@ -2,21 +2,26 @@
 //!
 //! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of the caller matter, and
 //! so that a successor can tell whether it has happened.
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AtFlags, renameat};
 use nix::sys::stat::fstatat;
+use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::proto::CommitNames;
 use crate::sys::file_id::FileId;
 
-/// Device and inode number.
+/// File names in the folder of a descriptor: the new content is renamed over the old.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CommitNames {
+    pub tmp: PathBuf,
+    pub name: PathBuf,
+}
+
 /// The file `name` in the folder is the new one: the change has been made.
 pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Result<bool> {
     check(&names.tmp)?;
