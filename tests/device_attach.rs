@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 
 use device_common::*;
 use ploop::device::{self, State};
+use ploop::server::transport::{Patience, Transport, Wanted};
 
 #[test]
 fn attach_list_write_detach() {
@@ -40,4 +41,32 @@ fn attach_list_write_detach() {
     device::detach(device.node().to_str().unwrap()).unwrap();
     t.assert_gone(&device);
     t.sound(&image);
+}
+
+#[test]
+fn a_bound_block_device_follows_the_size_of_its_file() {
+    let Some(t) = Bench::new("capacity") else { return };
+    let dir = t.dir.path().join("capacity");
+    fs::create_dir(&dir).unwrap();
+    let disk = fs::File::create_new(dir.join(ploop::server::transport::fuse_loop::DISK)).unwrap();
+    disk.set_len(4 << 20).unwrap();
+    let block_device = Transport::FuseLoop.binding();
+    let wanted = Wanted { number: None, read_only: false, name: "capacity".into() };
+    let mut made = Vec::new();
+    let binding = block_device.bind(&dir, &wanted, &mut |b| {
+        made.push(b.rdev);
+        Ok(())
+    });
+    let binding = binding.unwrap();
+    assert_eq!(made.last(), Some(&binding.rdev));
+    assert_eq!(Transport::of(&binding.backing), Transport::FuseLoop);
+    let sectors = || fs::read_to_string(format!("/sys/block/{}/size", binding.backing)).unwrap();
+    assert_eq!(sectors().trim(), "8192");
+    disk.set_len(6 << 20).unwrap();
+    block_device.set_capacity(&binding).unwrap();
+    assert_eq!(sectors().trim(), "12288");
+    let patience = Patience { busy: std::time::Duration::from_secs(5), mounted: std::time::Duration::ZERO };
+    block_device.unbind(&binding, patience, &mut || Ok(())).unwrap();
+    assert!(!block_device.is_bound(&binding.backing));
+    assert!(block_device.set_capacity(&binding).is_err());
 }

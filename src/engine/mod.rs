@@ -377,7 +377,7 @@ impl<S: Shared> Engine<S> {
             }
             Err(NO_SPACE) if self.space.not_grown() => {}
             Err(NO_SPACE) if self.may_wait_for_space() => {
-                // Writes wait for space. A zeroing must not wait: on a loop device it would stop all other I/O.
+                // Writes wait for space. A zeroing must not wait: a block device may stop all other I/O for it.
                 for fragment in std::mem::take(&mut self.space.waiters) {
                     if self.is_write(fragment.req) || breaks(Breach::HoldZeroings) {
                         self.space.waiters.push(fragment);

@@ -2,40 +2,36 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, umount2};
 use nix::sys::socket::{getsockopt, sockopt};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
 use crate::server::nodes::Nodes;
-use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, FuseSession, ToWorker, WorkerStart};
+use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart};
 use crate::server::supervisor::Supervisor;
+use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
 use crate::server::worker_process::{Descriptors, Worker};
-use crate::server::{control, daemon, frame, fuse, mounts, runtime, shm};
+use crate::server::{control, daemon, frame, runtime, shm};
 use crate::sys::file_id::FileId;
 use crate::sys::process;
 
 /// The first message must come at once.
 const GREETING: Duration = Duration::from_secs(30);
-const HANDSHAKE: Duration = Duration::from_secs(30);
 /// Opening and checking a chain: hundreds of thousands of BAT pages on a slow disk.
 const OPEN: Duration = Duration::from_secs(300);
-/// Binding the loop device: until a takeover is tried, and until the device is given up.
+/// Binding the block device: until a takeover is tried, and until the device is given up.
 const BIND: Duration = Duration::from_secs(60);
 const BIND_AGAIN: Duration = Duration::from_secs(30);
 /// Undoing it.
 const UNDO: Duration = Duration::from_secs(60);
 /// Reading the partition table.
 const TABLE: Duration = Duration::from_secs(20);
-
-/// Loop devices are numbered from here, out of the way of programs that request the first free one.
-const FIRST_LOOP: u32 = 10_000;
 
 /// Mode `supervise`: one device, asked for by the socket on standard input.
 pub fn supervise() -> i32 {
@@ -83,15 +79,12 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
     let binary = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe");
     let binary = binary.ctx(Kind::Sys, || "cannot open /proc/self/exe")?;
     let (dir, record, listener) = choose_name(&request)?;
-    let cleanup = Cleanup { dir: Some(dir.clone()) };
-    let disk = dir.join(runtime::DISK);
-    File::create_new(&disk).ctx(Kind::Creat, || format!("cannot make {}", disk.display()))?;
-    let dev = fuse::open_and_mount(&disk)?;
-    let session = fuse::handshake(dev.as_fd(), HANDSHAKE, request.slots)?;
-    let mut supervisor = prepare(&dir, record, request, session, binary, listener, dev, levels)?;
+    let cleanup = Cleanup { dir: Some(dir.clone()), transport: transport::probe() };
+    let connection = cleanup.transport.create(&dir, request.slots)?;
+    let mut supervisor = prepare(&dir, record, request, connection, binary, listener, levels)?;
     cleanup.keep();
     daemon::lock_memory();
-    match supervisor.bring_up(&disk) {
+    match supervisor.bring_up() {
         Ok(()) => Ok(supervisor),
         Err(e) => {
             supervisor.undo();
@@ -100,15 +93,13 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
 fn prepare(
     dir: &Path,
     mut record: DeviceRecord,
     attach: AttachRequest,
-    fuse: FuseSession,
+    connection: Connection<Session>,
     binary: File,
     listener: OwnedFd,
-    dev: OwnedFd,
     levels: Vec<OwnedFd>,
 ) -> Result<Supervisor> {
     // A description of the top that nothing is read from or written to: it sees errors of write-back from now on.
@@ -117,11 +108,11 @@ fn prepare(
         _ => "/dev/null".into(),
     };
     let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
-    record.slots = fuse.slots();
-    record.connection = mounts::anonymous_number(&dir.join(runtime::DISK)).unwrap_or(0);
-    let start = WorkerStart::new(attach, fuse, record.name.clone());
+    record.slots = connection.session.recovery() == Recovery::Journal;
+    record.connection = connection.number;
+    let start = WorkerStart::new(attach, connection.session, record.name.clone());
     let fds = Descriptors {
-        fuse: dev,
+        queue: connection.queue,
         shm: shm::create()?,
         witness: witness.into(),
         binary: binary.into(),
@@ -136,7 +127,7 @@ fn prepare(
 /// Reserves a name by making its folder, complete with record and control socket.
 fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedFd)> {
     let new = runtime::new_dir()?;
-    let cleanup = Cleanup { dir: Some(new.clone()) };
+    let cleanup = Cleanup { dir: Some(new.clone()), transport: Transport::default() };
     let listener = control::listen_at(&new, runtime::CONTROL)?;
     let me = runtime::process(std::process::id() as i32);
     let mut record = DeviceRecord {
@@ -176,9 +167,10 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
     Ok((runtime::device_dir(&record.name), record, listener))
 }
 
-/// Removes a folder, and a mount in it, unless all went well.
+/// Removes a folder, and what the transport has made in it, unless all went well.
 struct Cleanup {
     dir: Option<PathBuf>,
+    transport: Transport,
 }
 
 impl Cleanup {
@@ -190,22 +182,24 @@ impl Cleanup {
 impl Drop for Cleanup {
     fn drop(&mut self) {
         if let Some(dir) = &self.dir {
-            // Nothing is bound to the file yet, and the connection is closed, so this does not wait.
-            let _ = umount2(&dir.join(runtime::DISK), MntFlags::MNT_DETACH);
+            // No block device is bound yet, and the connection is closed, so this does not wait.
+            self.transport.discard(dir);
             let _ = runtime::remove_dir(dir);
         }
     }
 }
 
 impl Supervisor {
+    fn transport(&self) -> Transport {
+        self.start.session.transport()
+    }
+
     /// From an empty folder to a running device.
-    fn bring_up(&mut self, disk: &Path) -> Result<()> {
+    fn bring_up(&mut self) -> Result<()> {
         self.start_worker(false);
         self.wait_ready(Instant::now() + OPEN)?;
-        self.bind(disk)?;
-        // From here on the loop device alone holds the FUSE file, and no process finds it by a name.
-        umount2(disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot detach {}", disk.display()))?;
-        let _ = std::fs::remove_file(disk);
+        self.bind()?;
+        self.transport().hide(&self.dir)?;
         self.nodes.update(self.record.rdev, &[])?;
         self.record.state = "running".into();
         self.save();
@@ -234,14 +228,10 @@ impl Supervisor {
         }
     }
 
-    fn bind(&mut self, disk: &Path) -> Result<()> {
+    fn bind(&mut self) -> Result<()> {
         let top = self.record.levels.last().map(|l| l.path.display().to_string()).unwrap_or_default();
-        let job = Job::Attach {
-            disk: disk.into(),
-            first: FIRST_LOOP + runtime::number(&self.record.name).filter(|n| *n < 5_000).unwrap_or(5_000),
-            read_only: self.record.read_only,
-            name: top,
-        };
+        let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name: top };
+        let job = Job::Attach { transport: self.transport(), dir: self.dir.clone(), wanted };
         let helper = self.helper(&job)?;
         let mut end = Instant::now() + BIND;
         let mut again = true;
@@ -270,7 +260,7 @@ impl Supervisor {
                         worker.kill();
                     }
                 }
-                None => break Err(Error::new(Kind::Loop, "the loop device could not be bound in time")),
+                None => break Err(Error::new(Kind::Loop, "the block device could not be bound in time")),
             }
         };
         if result.is_err() {
@@ -311,8 +301,7 @@ impl Supervisor {
                 self.release_helper(helper, !done);
             }
         }
-        let disk = self.dir.join(runtime::DISK);
-        let _ = umount2(&disk, MntFlags::MNT_DETACH);
+        self.transport().discard(&self.dir);
         // The mark goes if the worker got so far as to set it.
         let end = Instant::now() + UNDO;
         self.send_to_worker(&ToWorker::Close);

@@ -118,7 +118,7 @@ impl Supervisor {
         start.finish = switch.levels[..writable].iter().position(|l| l.from == Some(opened));
         start.token = switch.token;
         let fds = Descriptors {
-            fuse: clone(&fds.fuse)?,
+            queue: clone(&fds.queue)?,
             shm: clone(&fds.shm)?,
             witness,
             binary: program.map_or_else(|| clone(&fds.binary), Ok)?,

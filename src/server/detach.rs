@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
-use crate::server::loopdev::Patience;
 use crate::server::proto::{Answer, ToWorker, WorkerReady};
 use crate::server::supervisor::{Supervisor, log};
+use crate::server::transport::Patience;
 use crate::server::{control, frame, runtime};
 
 /// How long other processes may keep the device busy.
@@ -162,7 +162,7 @@ impl Supervisor {
         }
         // By the kernel's own switch too: a worker that sleeps in the kernel keeps the connection open.
         if connection != 0
-            && let Ok(helper) = self.helper(&Job::Abort { connection })
+            && let Ok(helper) = self.helper(&Job::Abort { transport: self.start.session.transport(), connection })
         {
             let _ = helper.finish(Duration::from_secs(5));
         }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,6 +14,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::proto::MAX_FRAME;
 use crate::sys::scm;
+use crate::sys::wait::{wait, wait_forever};
 
 /// Longest wait of [`send`] for a receiver that does not read.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
@@ -68,7 +69,7 @@ pub fn recv<T: DeserializeOwned>(sock: impl AsFd) -> Result<Option<(T, Vec<Owned
         match scm::recv(sock, &mut buf, 0) {
             // A socket that does not block.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(sock, PollFlags::POLLIN)], PollTimeout::NONE).or_else(interrupted).map(drop)?;
+                wait_forever(sock, PollFlags::POLLIN)?;
             }
             other => return decode(other, &buf),
         }
@@ -113,28 +114,6 @@ fn decode<T: DeserializeOwned>(got: io::Result<scm::Received>, buf: &[u8]) -> Re
     let value = serde_json::from_slice(&buf[..got.len])
         .map_err(|e| Error::with(Kind::Protocol, "a message that is not understood was received", e))?;
     Ok(Some((value, got.fds)))
-}
-
-/// Waits for `flags` until `end`; false: the time is over. A hang-up counts as an event.
-pub(crate) fn wait(fd: BorrowedFd, flags: PollFlags, end: Instant) -> Result<bool> {
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        // Rounded up, or the last millisecond would be spent in a busy loop.
-        let timeout = PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
-        if poll(&mut [PollFd::new(fd, flags)], timeout).or_else(interrupted)? > 0 {
-            return Ok(true);
-        }
-        if left.is_zero() {
-            return Ok(false);
-        }
-    }
-}
-
-fn interrupted(e: nix::Error) -> Result<i32> {
-    match e {
-        nix::Error::EINTR => Ok(0),
-        e => Err(e).ctx(Kind::Sys, || "cannot wait for a message"),
-    }
 }
 
 #[cfg(test)]

@@ -1,32 +1,30 @@
 //! Short-lived processes that do what a device's server must not do itself: open, bind, scan and unbind its own device.
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::loopdev::{self, Binding, Patience};
+use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport, Wanted};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::process;
 
-/// Mount namespaces that are made for one action, our own [`abort`] for one, hold copies of all mounts so long at most.
+/// Mount namespaces that are made for one action, that of an abort for one, hold copies of all mounts so long at most.
 const MOMENT: Duration = Duration::from_secs(2);
 
 /// What a helper is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
-    /// Bind the file `disk` to a loop device from number `first` on. Events: `Chosen` each
-    /// time one is made, then it waits for [`Go`]; `Attached`.
-    Attach { disk: PathBuf, first: u32, read_only: bool, name: String },
+    /// Bind a block device to the connection in the folder `dir`. Events: `Chosen` each time one is made, then it waits
+    /// for [`Go`]; `Attached`.
+    Attach { transport: Transport, dir: PathBuf, wanted: Wanted },
     /// Undo an attach that was killed or gave up.
     UndoAttach { backing: String, rdev: u64 },
     /// Unbind. Events: `Opened`, then it waits for [`Go`]; `Done`.
@@ -39,8 +37,8 @@ pub enum Job {
         #[serde(default)]
         wait: bool,
     },
-    /// All requests of a FUSE connection fail from now on.
-    Abort { connection: u64 },
+    /// All requests of a connection fail from now on.
+    Abort { transport: Transport, connection: u64 },
     /// Hold file systems frozen; see [`freeze::hold`] for the descriptors that come with it.
     Freeze,
 }
@@ -147,31 +145,39 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
     // A reclaim of memory must not end in the device that this process is about to bind.
     let _ = process::set_io_flusher();
     match job {
-        Job::Attach { disk, first, read_only, name } => {
-            let chosen = |binding: &Binding| {
+        Job::Attach { transport, dir, wanted } => {
+            let mut chosen = |binding: &Binding| {
                 frame::send(sock, &JobEvent::Chosen(binding.clone()), &[])?;
                 wait_for_go(sock)
             };
-            loopdev::attach(&disk, first, read_only, &name, chosen).map(JobEvent::Attached)
+            transport.binding().bind(&dir, &wanted, &mut chosen).map(JobEvent::Attached)
         }
-        Job::UndoAttach { backing, rdev } => loopdev::undo_attach(&backing, rdev).map(|()| JobEvent::Done),
+        Job::UndoAttach { backing, rdev } => {
+            Transport::of(&backing).binding().undo(&backing, rdev).map(|()| JobEvent::Done)
+        }
         Job::Detach { binding, patience } => {
-            let opened = || {
+            let mut opened = || {
                 frame::send(sock, &JobEvent::Opened, &[])?;
                 wait_for_go(sock)
             };
-            loopdev::detach(&binding, patience, opened).map(|()| JobEvent::Done)
+            block_device(&binding).unbind(&binding, patience, &mut opened).map(|()| JobEvent::Done)
         }
         Job::Scan { binding } => {
-            let disk = loopdev::open(&binding, 0).ctx(Kind::Open, || format!("cannot open {}", binding.backing))?;
+            let disk = block_device(&binding)
+                .open(&binding, 0)
+                .ctx(Kind::Open, || format!("cannot open {}", binding.backing))?;
             partitions::scan(&binding.backing, &disk)
                 .ctx(Kind::Device, || format!("cannot make the partitions of {} known", binding.backing))?;
             Ok(JobEvent::Done)
         }
         Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
-        Job::Abort { connection } => abort(connection).map(|()| JobEvent::Done),
+        Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
     }
+}
+
+fn block_device(binding: &Binding) -> &'static dyn BlockBinding {
+    Transport::of(&binding.backing).binding()
 }
 
 fn wait_for_go(sock: BorrowedFd) -> Result<()> {
@@ -218,19 +224,16 @@ fn clean(name: &str, wait: bool) -> Result<()> {
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
-            loopdev::detach(&binding, patience, || {
+            block_device(&binding).unbind(&binding, patience, &mut || {
                 remove_nodes(name, record.rdev);
                 Ok(())
             })?;
         } else if record.state == "starting" {
-            loopdev::undo_attach(&record.backing, record.rdev)?;
+            Transport::of(&record.backing).binding().undo(&record.backing, record.rdev)?;
         }
     }
     remove_nodes(name, record.rdev);
-    let disk = dir.join(runtime::DISK);
-    while mounts::anonymous_number(&disk).is_some() {
-        umount2(&disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot unmount {}", disk.display()))?;
-    }
+    transport::clean(&dir)?;
     runtime::remove_dir(&dir).ctx(Kind::Unlink, || format!("cannot remove {}", dir.display()))
 }
 
@@ -242,24 +245,4 @@ fn remove_nodes(name: &str, rdev: u64) {
             let _ = fs::remove_file(path);
         }
     }
-}
-
-/// By the control file system, mounted where no other process sees it.
-fn abort(connection: u64) -> Result<()> {
-    let none: Option<&str> = None;
-    unshare(CloneFlags::CLONE_NEWNS).ctx(Kind::Sys, || "cannot make a mount namespace")?;
-    match mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none) {
-        // In a plain chroot the root folder is no mount point; what is mounted over /proc must still be seen by no
-        // other process.
-        Err(nix::errno::Errno::EINVAL) => {
-            mount(none, "/proc", none, MsFlags::MS_PRIVATE, none).ctx(Kind::Mount, || "cannot make /proc private")?
-        }
-        other => other.ctx(Kind::Mount, || "cannot make / private")?,
-    }
-    // Any folder will do: the mount is seen by this process alone.
-    mount(Some("none"), "/proc", Some("fusectl"), MsFlags::empty(), none)
-        .ctx(Kind::Mount, || "cannot mount fusectl")?;
-    let path = format!("/proc/{connection}/abort");
-    let mut file = File::options().write(true).open(&path).ctx(Kind::Open, || format!("cannot open fusectl{path}"))?;
-    std::io::Write::write_all(&mut file, b"1").ctx(Kind::Write, || format!("cannot write fusectl{path}"))
 }

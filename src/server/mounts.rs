@@ -10,7 +10,7 @@ use std::path::Path;
 use nix::sys::stat::makedev;
 
 use crate::server::partitions;
-use crate::server::runtime::parse_dev;
+use crate::server::sysfs::parse_dev;
 
 /// Where a device is mounted. Octal escapes are not decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -10,7 +10,7 @@ use std::path::Path;
 use nix::sys::stat::makedev;
 
 use crate::format::gpt::Gpt;
-use crate::server::runtime::parse_dev;
+use crate::server::sysfs::parse_dev;
 use crate::sys::partition;
 use crate::units::SECTOR;
 

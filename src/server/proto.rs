@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::server::transport::Session;
 use crate::sys::file_id::FileId;
 use serde::{Deserialize, Serialize};
 
@@ -65,7 +66,7 @@ pub struct DeviceRecord {
     pub rdev: u64,
     /// BLKGETDISKSEQ of it, 0 where the kernel has none.
     pub diskseq: u64,
-    /// FUSE connection number.
+    /// The connection's number: see `transport::Connection`.
     pub connection: u64,
     pub supervisor: ProcessId,
     pub worker: ProcessId,
@@ -100,15 +101,7 @@ pub struct ProcessId {
     pub start_time: u64,
 }
 
-/// What the kernel and we agreed on in FUSE_INIT; a successor needs it, because INIT is not repeated.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct FuseSession {
-    pub minor: u32,
-    pub max_write: u32,
-    pub flags: u64,
-}
-
-/// Supervisor to worker, first frame. With it, in this order: /dev/fuse, the shared memory, the witness (a description
+/// Supervisor to worker, first frame. With it, in this order: the queue, the shared memory, the witness (a description
 /// of the top opened at attach and used only to find out, after a worker's exit, whether write-back failed; for
 /// a read-only device /dev/null), the server's binary, the listening control socket, and one O_PATH descriptor for each
 /// level, base first.
@@ -116,7 +109,8 @@ pub struct FuseSession {
 pub struct WorkerStart {
     pub attach: AttachRequest,
     pub takeover: bool,
-    pub fuse: FuseSession,
+    #[serde(rename = "fuse")]
+    pub session: Session,
     pub device_name: String,
     /// The worker is to take over in a change of the chain. The descriptors of the commit follow those of the levels.
     #[serde(default)]
@@ -155,11 +149,11 @@ impl WorkerStart {
     }
 
     /// For the first worker of a device.
-    pub fn new(attach: AttachRequest, fuse: FuseSession, device_name: String) -> WorkerStart {
+    pub fn new(attach: AttachRequest, session: Session, device_name: String) -> WorkerStart {
         WorkerStart {
             attach,
             takeover: false,
-            fuse,
+            session,
             device_name,
             succeed: None,
             retired: None,

@@ -7,11 +7,11 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::makedev;
-
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::proto::{DeviceRecord, MAX_FRAME, ProcessId};
+pub use crate::server::sysfs::disk_identity;
+use crate::server::transport::{self, Transport};
 
 /// Layout of the record that this version writes.
 pub const RECORD_VERSION: u32 = 1;
@@ -19,7 +19,6 @@ pub const RECORD_VERSION: u32 = 1;
 /// Names of the files in a device's folder.
 pub const STATE: &str = "state";
 pub const CONTROL: &str = "control";
-pub const DISK: &str = "disk";
 pub const LOG: &str = "worker.log";
 
 /// Names of new folders before they are complete.
@@ -177,7 +176,7 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
 
 /// Removes a device's folder with what we put there; anything else keeps it.
 pub fn remove_dir(dir: &Path) -> io::Result<()> {
-    for file in [CONTROL, DISK, LOG, "state.new", STATE] {
+    for file in transport::FILES.into_iter().chain([CONTROL, LOG, "state.new", STATE]) {
         match fs::remove_file(dir.join(file)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -231,23 +230,9 @@ pub fn remove_unborn() {
     }
 }
 
-/// Device number and disk sequence number (0: the kernel has none) of a whole disk, from /sys; opens nothing.
-pub fn disk_identity(backing: &str) -> Option<(u64, u64)> {
-    let dir = Path::new("/sys/block").join(backing);
-    let (major, minor) = parse_dev(&fs::read_to_string(dir.join("dev")).ok()?)?;
-    let seq = fs::read_to_string(dir.join("diskseq")).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0);
-    Some((makedev(major, minor), seq))
-}
-
-/// `7:10000`, as /sys writes it.
-pub fn parse_dev(text: &str) -> Option<(u64, u64)> {
-    let (major, minor) = text.trim().split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
-}
-
-/// A loop device is bound to a file.
+/// Something is bound to the block device of this name.
 pub fn is_bound(backing: &str) -> bool {
-    Path::new("/sys/block").join(backing).join("loop").exists()
+    Transport::of(backing).binding().is_bound(backing)
 }
 
 /// The disk behind is the very one that the record was made for: same boot, number and sequence number.
@@ -257,14 +242,8 @@ pub fn backing_is_ours(record: &DeviceRecord) -> bool {
         && record.boot == boot_id()
         && disk_identity(&record.backing) == Some((record.rdev, record.diskseq))
         && is_bound(&record.backing)
-        // Without sequence numbers: at least a file without a name, as the FUSE file is.
-        && (record.diskseq != 0 || backing_file(&record.backing) == "/")
-}
-
-/// What the kernel shows of a loop device's file; `/` for one whose mount was detached.
-pub fn backing_file(backing: &str) -> String {
-    let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
-    file.trim_end_matches('\n').to_string()
+        // Without sequence numbers it is looked at more closely.
+        && (record.diskseq != 0 || Transport::of(&record.backing).binding().may_be_ours(&record.backing))
 }
 
 #[cfg(test)]

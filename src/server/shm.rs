@@ -12,7 +12,6 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use crate::bail;
 use crate::engine::api::{PROGRESS_WORDS, Shared, Status, SyncState};
 use crate::error::{IoContext, Kind, Result};
-use crate::server::fuse::RESENT;
 use crate::sys::shared_words::{self, SharedWords};
 
 /// "ploopshm"
@@ -86,8 +85,10 @@ pub struct RequestKey {
 }
 
 impl RequestKey {
+    /// `unique` and `opcode` as the transport has them, `unique` without what changes when the kernel gives out the
+    /// request again.
     pub fn new(unique: u64, opcode: u32, offset: u64, len: u64) -> RequestKey {
-        RequestKey { unique: unique & !RESENT, offset, len: u64::from(opcode) << 48 | len & ((1 << 48) - 1) }
+        RequestKey { unique, offset, len: u64::from(opcode) << 48 | len & ((1 << 48) - 1) }
     }
 
     fn words(self) -> [u64; 3] {
@@ -376,7 +377,7 @@ mod tests {
             shm.mark(1, None);
             shm.mark(0, Some(guilty));
             let how = shm.count_marked_requests();
-            assert_eq!(shm.is_poisoned(key(40 | RESENT), &how), death == 3);
+            assert_eq!(shm.is_poisoned(key(40), &how), death == 3);
             assert!(!shm.is_poisoned(innocent, &how));
         }
         let shm = Shm::map(fd.as_fd()).unwrap();

@@ -1,4 +1,4 @@
-//! The supervisor: holds what a device needs to exist (the FUSE connection, the shared memory, the images' identities)
+//! The supervisor: holds what a device needs to exist (the queue's connection, the shared memory, the images' identities)
 //! and keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
 //!
 //! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop
@@ -20,11 +20,11 @@ use crate::error::{IoContext, Kind, Result};
 use crate::server::chain_switch::PendingChange;
 use crate::server::control::{self, Client, ClientEvent};
 use crate::server::helper::{Helper, Job, JobEvent};
-use crate::server::loopdev::Binding;
 use crate::server::merge::MergeTransition;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart};
 use crate::server::shm::Shm;
+use crate::server::transport::Binding;
 use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
 

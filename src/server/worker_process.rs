@@ -15,7 +15,7 @@ use crate::sys::pidfd;
 
 /// What a worker gets with its first message, and gives to a supervisor that it has to start.
 pub struct Descriptors {
-    pub fuse: OwnedFd,
+    pub queue: OwnedFd,
     pub shm: OwnedFd,
     pub witness: OwnedFd,
     pub binary: OwnedFd,
@@ -31,7 +31,7 @@ pub struct Descriptors {
 impl Descriptors {
     /// In the order of the protocol.
     pub fn all(&self) -> Vec<BorrowedFd<'_>> {
-        let fixed = [&self.fuse, &self.shm, &self.witness, &self.binary, &self.listener];
+        let fixed = [&self.queue, &self.shm, &self.witness, &self.binary, &self.listener];
         fixed.into_iter().chain(&self.levels).chain(&self.extra).chain(&self.merge).map(AsFd::as_fd).collect()
     }
 
@@ -39,11 +39,11 @@ impl Descriptors {
     pub fn from_all(fds: Vec<OwnedFd>, levels: usize, merge: usize) -> Option<Descriptors> {
         let mut fds = fds.into_iter();
         let mut next = || fds.next();
-        let (fuse, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
+        let (queue, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
         let mut rest: Vec<OwnedFd> = fds.collect();
         let mut extra = if rest.len() < levels + merge { return None } else { rest.split_off(levels) };
         let merge = extra.split_off(extra.len() - merge);
-        Some(Descriptors { fuse, shm, witness, binary, listener, levels: rest, extra, merge })
+        Some(Descriptors { queue, shm, witness, binary, listener, levels: rest, extra, merge })
     }
 
     /// The server's program, whatever became of its file's name.

@@ -12,6 +12,7 @@ pub const DIRECT_IO: u32 = 16;
 const LOOP_CLR_FD: u32 = 0x4c01;
 const LOOP_SET_STATUS64: u32 = 0x4c04;
 const LOOP_GET_STATUS64: u32 = 0x4c05;
+const LOOP_SET_CAPACITY: u32 = 0x4c07;
 const LOOP_CONFIGURE: u32 = 0x4c0a;
 const LOOP_CTL_ADD: u32 = 0x4c80;
 const LOOP_CTL_REMOVE: u32 = 0x4c81;
@@ -100,6 +101,11 @@ pub fn configure(device: BorrowedFd, file: BorrowedFd, info: Info) -> io::Result
 /// Unbinds the loop device when its last opener goes; ENXIO if it is not bound.
 pub fn clear(device: BorrowedFd) -> io::Result<()> {
     number(device, LOOP_CLR_FD, 0).map(drop)
+}
+
+/// Takes over the size that the file has now.
+pub fn set_capacity(device: BorrowedFd) -> io::Result<()> {
+    number(device, LOOP_SET_CAPACITY, 0).map(drop)
 }
 
 /// ENXIO if the device is not bound, or bound no more once the last opener goes.

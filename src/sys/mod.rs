@@ -24,3 +24,4 @@ pub mod signals;
 pub mod statx;
 pub mod stdio;
 pub mod store;
+pub mod wait;

@@ -12,7 +12,8 @@ use std::time::Duration;
 use nix::fcntl::FallocateFlags;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use ploop::server::fuse::{self, HEAD, Head, Op, Reply};
+use ploop::server::transport::fuse_loop::connection;
+use ploop::server::transport::fuse_loop::protocol::{self, HEAD, Head, Op, Reply};
 
 /// Set in the process that serves: path of the mount point.
 const SERVE: &str = "PLOOP_TEST_SERVED_FILE";
@@ -86,13 +87,13 @@ impl Drop for ServedFile {
 pub fn serve_if_asked<C: Content>(content: impl FnOnce() -> C) {
     let Some(path) = std::env::var_os(SERVE).map(PathBuf::from) else { return };
     let content = Arc::new(content());
-    let dev = fuse::open_and_mount(&path).expect("mount");
-    fuse::handshake(dev.as_fd(), Duration::from_secs(10), false).expect("handshake");
+    let dev = connection::open_and_mount(&path).expect("mount");
+    connection::handshake(dev.as_fd(), Duration::from_secs(10), false).expect("handshake");
     let told = content.clone();
     std::thread::spawn(move || listen(&*told, &path));
     println!("\n@done");
     let _ = io::stdout().flush();
-    let mut buf = vec![0; fuse::MAX_IO + 8192];
+    let mut buf = vec![0; protocol::MAX_IO + 8192];
     loop {
         let mut ready = [PollFd::new(dev.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut ready, PollTimeout::NONE);
@@ -104,7 +105,7 @@ pub fn serve_if_asked<C: Content>(content: impl FnOnce() -> C) {
         let mut head = [0; HEAD];
         let n = len.min(HEAD);
         head[..n].copy_from_slice(&buf[..n]);
-        let Some(request) = fuse::parse(&head, len) else { std::process::exit(1) };
+        let Some(request) = protocol::parse(&head, len) else { std::process::exit(1) };
         if let Some(answer) = act(&request, &head, &buf[..len], &*content) {
             let _ = nix::unistd::write(&dev, &answer);
         }
@@ -132,7 +133,7 @@ fn act(request: &Head, head: &[u8], all: &[u8], content: &impl Content) -> Optio
     match request.op {
         Op::Read { offset, len } => match content.read(offset, len as usize) {
             Ok(data) => {
-                let mut out = fuse::reply_head(id, 0, data.len()).to_vec();
+                let mut out = protocol::reply_head(id, 0, data.len()).to_vec();
                 out.extend(data);
                 Some(out)
             }

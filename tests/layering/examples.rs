@@ -84,8 +84,8 @@ fn imports_that_one_room_must_not_make() {
         ),
         (
             "server/worker",
-            "server/transport",
-            "src/server/worker/x.rs:1: server::worker::x imports server::transport::x, which server::worker must not",
+            "server/transport/fuse_loop",
+            "src/server/worker/x.rs:1: server::worker::x imports server::transport::fuse_loop::x, which server::worker must not",
         ),
         (
             "engine",

@@ -32,7 +32,9 @@ const FORBIDDEN: &[(&str, &str, &str)] = &[
     ("fs", "server", "what is inside a disk does not depend on who serves it"),
     ("device", "server::worker", "a driver talks to the supervisor"),
     ("server::online", "server::supervisor", "operations on a running chain know their host, not the event loop"),
-    ("server::worker", "server::transport", "the worker serves any transport"),
+    ("server::worker", "server::transport::fuse_loop", "the worker serves any transport"),
+    ("server::worker", "server::transport::ublk", "the worker serves any transport"),
+    ("server::worker", "server::transport::nbd", "the worker serves any transport"),
     ("engine", "server::transport", "the engine serves any transport"),
 ];
 

@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use ploop::chain::Marked;
 use ploop::format::header::{Header, Version};
-use ploop::server::proto::{AttachRequest, FromWorker, FuseSession, LevelName, ToWorker, WorkerReady, WorkerStart};
-use ploop::server::{frame, fuse, shm};
+use ploop::server::proto::{AttachRequest, FromWorker, LevelName, ToWorker, WorkerReady, WorkerStart};
+use ploop::server::transport::fuse_loop::connection;
+use ploop::server::transport::{Recovery, Session};
+use ploop::server::{frame, shm};
 use ploop::units::ClusterSize;
 
 /// Makes an empty image of `sectors`.
@@ -65,7 +67,7 @@ pub struct Rig {
     pub file: PathBuf,
     attach: AttachRequest,
     fds: Vec<OwnedFd>,
-    session: FuseSession,
+    session: Session,
     /// Those of the worker that said so last.
     slots: Vec<OwnedFd>,
     worker: Option<(Child, OwnedFd)>,
@@ -89,8 +91,10 @@ impl Rig {
     /// Mounts a FUSE file at `file` (made here) for the images, base first. No worker runs yet.
     pub fn new(file: &Path, images: &[PathBuf], options: &Options) -> Rig {
         File::create(file).unwrap();
-        let dev = fuse::open_and_mount(file).unwrap();
-        let session = fuse::handshake(dev.as_fd(), Duration::from_secs(5), SLOTS.load(Ordering::Relaxed)).unwrap();
+        let dev = connection::open_and_mount(file).unwrap();
+        let session =
+            connection::handshake(dev.as_fd(), Duration::from_secs(5), SLOTS.load(Ordering::Relaxed)).unwrap();
+        let session = Session::FuseLoop(session);
         let top = images.last().unwrap();
         let witness = if options.read_only { Path::new("/dev/null") } else { top };
         CONNECTIONS.lock().unwrap().push(connection_of(file));
@@ -129,7 +133,7 @@ impl Rig {
 
     /// Requests are kept in slots: the test wants it so, or the kernel cannot give them out again.
     pub fn keeps_slots(&self) -> bool {
-        self.session.slots()
+        self.session.recovery() == Recovery::Journal
     }
 
     /// Where a new supervisor of the test's leaves its report.

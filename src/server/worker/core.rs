@@ -1,7 +1,6 @@
 //! What all threads of the worker share: the engine, the requests, the buffers, and how actions are carried out.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -9,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
-use crate::server::fuse::{self, Head};
 use crate::server::shm::{PoisonCounts, RequestKey, Shm};
+use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
 use crate::sys::arena::Span;
 
 use super::dispatch::EngineRequest;
@@ -90,7 +89,7 @@ struct Slot {
     unique: AtomicU64,
     offset: AtomicU64,
     len: AtomicU64,
-    opcode: AtomicU32,
+    code: AtomicU32,
     /// [`RESENT_FLAG`], [`ReplyKind`] and buffer.
     how: AtomicU32,
 }
@@ -107,7 +106,7 @@ pub trait IoSubmitter {
 }
 
 pub struct Core {
-    pub fuse: OwnedFd,
+    pub queue: Queue,
     pub memory: Memory,
     pub common: Common,
     slots: Box<[Slot]>,
@@ -122,9 +121,7 @@ pub struct Core {
     pub notices: Inbox<Notice>,
     /// Base first.
     pub levels: Vec<LevelFile>,
-    pub device_bytes: u64,
-    /// For STATFS.
-    pub block_bytes: u32,
+    pub geometry: Geometry,
     pub writable: bool,
     /// The block device is gone: no more requests for data.
     pub closing: AtomicBool,
@@ -132,7 +129,7 @@ pub struct Core {
     pub retiring: AtomicBool,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
     pub finished: Mutex<Option<Option<(i32, String)>>>,
-    /// An I/O thread stopped reading /dev/fuse for want of buffers.
+    /// An I/O thread stopped reading requests for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,
     pub poison_counts: PoisonCounts,
@@ -141,13 +138,12 @@ pub struct Core {
 
 /// What a [`Core`] is made of.
 pub struct CoreConfig {
-    pub fuse: OwnedFd,
+    pub queue: Queue,
     pub memory: Memory,
     pub journal: Option<RequestJournal>,
     pub engine: Engine<Shm>,
     pub levels: Vec<LevelFile>,
-    pub device_bytes: u64,
-    pub block_bytes: u32,
+    pub geometry: Geometry,
     pub writable: bool,
     pub shm: Shm,
     pub poison_counts: PoisonCounts,
@@ -157,7 +153,7 @@ pub struct CoreConfig {
 impl Core {
     pub fn new(p: CoreConfig) -> std::io::Result<Core> {
         Ok(Core {
-            fuse: p.fuse,
+            queue: p.queue,
             memory: p.memory,
             common: Common::new(),
             slots: (0..REQUESTS).map(|_| Slot::default()).collect(),
@@ -169,8 +165,7 @@ impl Core {
             background: Jobs::new(),
             notices: Inbox::new()?,
             levels: p.levels,
-            device_bytes: p.device_bytes,
-            block_bytes: p.block_bytes,
+            geometry: p.geometry,
             writable: p.writable,
             closing: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
@@ -192,12 +187,12 @@ impl Core {
     }
 
     /// Remembers a request until it is answered. Its data are in `buf` by now.
-    pub fn register(&self, id: u32, head: &Head, request: &EngineRequest, buf: BufId) {
+    pub fn register(&self, id: u32, from: &KernelRequest, request: &EngineRequest, buf: BufId) {
         let slot = &self.slots[id as usize];
-        slot.unique.store(head.unique, Relaxed);
+        slot.unique.store(from.unique, Relaxed);
         slot.offset.store(request.offset, Relaxed);
         slot.len.store(request.len, Relaxed);
-        slot.opcode.store(head.opcode, Relaxed);
+        slot.code.store(from.code, Relaxed);
         let resent = if request.resent { RESENT_FLAG } else { 0 };
         slot.how.store(resent | (request.answer as u32) << 16 | u32::from(buf.raw()), Relaxed);
         if let Some(journal) = &self.journal {
@@ -210,7 +205,7 @@ impl Core {
         if let Some(journal) = &self.journal {
             journal.done(id, Err(errno));
         }
-        self.send(&fuse::Reply::status(unique, errno));
+        self.send(unique, Reply::Error(errno));
     }
 
     /// A request has its answer, or needs none.
@@ -228,7 +223,12 @@ impl Core {
     fn key(&self, id: ReqId) -> Option<RequestKey> {
         let slot = self.slots.get(id.0 as usize)?;
         let (offset, len) = (slot.offset.load(Relaxed), slot.len.load(Relaxed));
-        Some(RequestKey::new(slot.unique.load(Relaxed), slot.opcode.load(Relaxed), offset, len))
+        Some(self.request_key(slot.unique.load(Relaxed), slot.code.load(Relaxed), offset, len))
+    }
+
+    /// What a request is known by after a worker's exit.
+    pub fn request_key(&self, unique: u64, code: u32, offset: u64, len: u64) -> RequestKey {
+        RequestKey::new(self.queue.stable_id(unique), code, offset, len)
     }
 
     /// Where the bytes of an operation are.
@@ -342,19 +342,15 @@ impl Core {
         if let Some(journal) = self.journal.as_ref().filter(|_| !read) {
             journal.done(req.0, result);
         }
-        match result {
-            Ok(()) if read => {
-                let head = fuse::reply_head(unique, 0, len as usize);
-                let data = self.memory.buffer(buf).part(0, len as usize);
-                let sent = self.memory.arena.write_after(self.fuse.as_fd(), &head, data);
-                self.sent(unique, sent.map(drop));
-            }
-            Ok(()) if (how & !RESENT_FLAG) >> 16 == ReplyKind::Write as u32 => {
-                self.send(&fuse::Reply::written(unique, len as u32))
-            }
-            Ok(()) => self.send(&fuse::Reply::status(unique, 0)),
-            Err(e) => self.send(&fuse::Reply::status(unique, e)),
-        }
+        self.send(
+            unique,
+            match result {
+                Ok(()) if read => Reply::Data(self.memory.buffer(buf).part(0, len as usize)),
+                Ok(()) if (how & !RESENT_FLAG) >> 16 == ReplyKind::Write as u32 => Reply::Written(len as u32),
+                Ok(()) => Reply::Done,
+                Err(e) => Reply::Error(e),
+            },
+        );
         self.forget(req.0);
         if how & RESENT_FLAG != 0
             && let Some(key) = self.key(req)
@@ -364,18 +360,19 @@ impl Core {
         submitter.free(self, buf, req.0);
     }
 
-    /// Answers without data, or with few.
-    pub fn send(&self, reply: &fuse::Reply) {
-        let sent = nix::unistd::write(&self.fuse, reply.bytes());
-        self.sent(reply.unique(), sent.map(drop).map_err(std::io::Error::from));
+    /// Sends an answer.
+    pub fn send(&self, unique: u64, reply: Reply) {
+        self.sent(unique, self.queue.reply(self.memory.arena, unique, reply));
+    }
+
+    /// Has the queue answer a request.
+    pub fn answer_own(&self, request: &KernelRequest) {
+        self.sent(request.unique, self.queue.answer_own(request, &self.geometry));
     }
 
     fn sent(&self, unique: u64, result: std::io::Result<()>) {
-        match result {
-            Ok(()) => {}
-            // No request waits for it any more: the caller was killed, or the connection has ended.
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) || fuse::is_over(&e) => {}
-            Err(e) => self.log.line(format!("the answer to request {unique} was refused: {e}")),
+        if let Err(e) = result {
+            self.log.line(format!("the answer to request {unique} was refused: {e}"));
         }
     }
 

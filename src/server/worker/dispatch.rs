@@ -4,15 +4,10 @@
 use std::sync::atomic::Ordering;
 
 use crate::engine::api::{Errno, RequestKind};
-use crate::server::fuse::{Head, MAX_IO, Op, Reply};
-use crate::server::shm::RequestKey;
+use crate::server::transport::{KernelRequest, Op, Reply};
 use crate::units::SECTOR;
 
 use super::core::{Core, ReplyKind};
-
-/// FALLOCATE modes that mean "reads as zero": punch a hole, zero the range; both keep the size.
-const PUNCH: u32 = 0x03;
-const ZERO: u32 = 0x11;
 
 /// A request for the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,19 +24,21 @@ pub struct EngineRequest {
 pub enum Verdict {
     Submit(EngineRequest),
     Reply(Reply),
+    /// The queue answers it.
+    Own,
     /// No answer may be sent.
     NoReply,
 }
 
 /// Looks at a request, which nothing has been done for. An error is its answer.
-pub fn dispatch(core: &Core, head: &Head, resent: bool) -> Result<Verdict, Errno> {
-    let unique = head.unique;
+pub fn dispatch(core: &Core, request: &KernelRequest, resent: bool) -> Result<Verdict, Errno> {
     let reply = |reply| Ok(Verdict::Reply(reply));
-    let (kind, answer, offset, len) = match head.op {
+    let device_bytes = core.geometry.bytes;
+    let (kind, answer, offset, len) = match request.op {
         Op::Read { offset, len } => {
-            let len = u64::from(len).min(core.device_bytes.saturating_sub(offset));
+            let len = u64::from(len).min(device_bytes.saturating_sub(offset));
             if len == 0 {
-                return reply(Reply::status(unique, 0));
+                return reply(Reply::Done);
             }
             (RequestKind::Read, ReplyKind::Read, offset, len)
         }
@@ -49,29 +46,25 @@ pub fn dispatch(core: &Core, head: &Head, resent: bool) -> Result<Verdict, Errno
             let len = u64::from(len);
             within(core, offset, len)?;
             if len == 0 {
-                return reply(Reply::written(unique, 0));
+                return reply(Reply::Written(0));
             }
             (RequestKind::Write, ReplyKind::Write, offset, len)
         }
-        Op::Fallocate { mode, .. } if mode != PUNCH && mode != ZERO => return Err(libc::EOPNOTSUPP),
-        Op::Fallocate { offset, len, .. } => {
+        Op::Zero { offset, len } => {
             if !core.writable {
                 return Err(libc::EROFS);
             }
-            let len = len.min(core.device_bytes.saturating_sub(offset));
+            let len = len.min(device_bytes.saturating_sub(offset));
             if len == 0 {
-                return reply(Reply::status(unique, 0));
+                return reply(Reply::Done);
             }
             (RequestKind::Zero, ReplyKind::Status, offset, len)
         }
-        Op::Fsync if !core.writable => return reply(Reply::status(unique, 0)),
-        Op::Fsync => (RequestKind::Flush, ReplyKind::Status, 0, 0),
-        Op::GetAttr => return reply(Reply::attr(unique, core.device_bytes)),
-        Op::Open => return reply(Reply::open(unique)),
-        Op::StatFs => return reply(Reply::statfs(unique, core.device_bytes, core.block_bytes)),
-        Op::Nothing => return reply(Reply::status(unique, 0)),
+        Op::Flush if !core.writable => return reply(Reply::Done),
+        Op::Flush => (RequestKind::Flush, ReplyKind::Status, 0, 0),
+        Op::Own => return Ok(Verdict::Own),
         Op::NoReply => return Ok(Verdict::NoReply),
-        Op::Unknown => return Err(libc::ENOSYS),
+        Op::Unsupported(errno) => return Err(errno),
     };
     if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
         return Err(libc::EINVAL);
@@ -79,13 +72,16 @@ pub fn dispatch(core: &Core, head: &Head, resent: bool) -> Result<Verdict, Errno
     if core.closing.load(Ordering::Acquire) {
         return Err(libc::EIO);
     }
-    let key = RequestKey::new(unique, head.opcode, offset, len);
+    let key = core.request_key(request.unique, request.code, offset, len);
     if resent && core.shm.is_poisoned(key, &core.poison_counts) {
-        core.log.line(format!("request {unique} {:?} has caused several worker exits: it fails with EIO", head.op));
+        core.log.line(format!(
+            "request {} {:?} has caused several worker exits: it fails with EIO",
+            request.unique, request.op
+        ));
         core.shm.clear_poison(key);
         return Err(libc::EIO);
     }
-    if matches!(kind, RequestKind::Read | RequestKind::Write) && len > MAX_IO as u64 {
+    if matches!(kind, RequestKind::Read | RequestKind::Write) && len > core.memory.limits.max_io as u64 {
         return Err(libc::EIO);
     }
     Ok(Verdict::Submit(EngineRequest { kind, answer, offset, len, resent }))
@@ -96,7 +92,7 @@ fn within(core: &Core, offset: u64, len: u64) -> Result<(), Errno> {
         return Err(libc::EROFS);
     }
     match offset.checked_add(len) {
-        Some(end) if end <= core.device_bytes => Ok(()),
+        Some(end) if end <= core.geometry.bytes => Ok(()),
         _ => Err(libc::ENOSPC),
     }
 }

@@ -18,6 +18,7 @@ use crate::format::header::Version;
 use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart};
 use crate::server::runtime;
 use crate::server::shm::{PoisonCounts, Shm};
+use crate::server::transport::{Geometry, Queue, Recovery};
 use crate::sys::process_hardening;
 use crate::units::ClusterSize;
 
@@ -30,7 +31,7 @@ use super::{locked, log, open_files, supervisor_link};
 const MAP_PAGES: usize = 8192;
 /// Seconds after which a changed page of the BAT is written without a flush.
 const BAT_AGE: u32 = 5;
-/// The largest block size that STATFS reports: the loop device's discard granularity.
+/// The largest granularity of discards that the block device gets.
 const MAX_BLOCK: u64 = 1 << 20;
 
 /// The descriptors that came with [`WorkerStart`], kept in their order for a new supervisor.
@@ -46,7 +47,7 @@ pub struct Inherited {
     slots: Mutex<Vec<OwnedFd>>,
 }
 
-const FUSE: usize = 0;
+const QUEUE: usize = 0;
 const SHM: usize = 1;
 const WITNESS: usize = 2;
 const BINARY: usize = 3;
@@ -107,8 +108,9 @@ pub struct Worker {
 
 /// Gets the memory for I/O, which takes longer than all the rest.
 pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
-    let memory =
-        Memory::new(THREADS, inherited.start.fuse.slots()).ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    let session = &inherited.start.session;
+    let memory = Memory::new(THREADS, session.recovery() == Recovery::Journal, session.limits())
+        .ctx(Kind::Malloc, || "cannot get memory for I/O")?;
     // The error is logged where there is a log.
     let _ = process_hardening::lock_memory();
     Ok(memory)
@@ -165,13 +167,15 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     };
     // Before the chain is opened: that marks the image.
     let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
-    let journal = match inherited.start.fuse.slots() {
-        true => Some(RequestJournal::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?),
-        false => None,
+    let journal = match inherited.start.session.recovery() {
+        Recovery::Journal => {
+            Some(RequestJournal::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?)
+        }
+        Recovery::Kernel => None,
     };
     let left = std::mem::take(&mut *locked(&inherited.slots));
     let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
-    let fuse = inherited.fds[FUSE].try_clone().ctx(Kind::Sys, || "cannot duplicate /dev/fuse")?;
+    let queue = inherited.fds[QUEUE].try_clone().ctx(Kind::Sys, || "cannot duplicate the queue")?;
     let linger = succeed.map_or(0, |s| s.linger);
     supervisor_link::pause(linger);
     let mut chain = chain::open(&files, &options)?;
@@ -237,13 +241,12 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     // The engine gets a tick once a second.
     engine.set_enospc_limit(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
     let core = Core::new(CoreConfig {
-        fuse,
+        queue: Queue::open(queue, inherited.start.session),
         memory,
         journal,
         engine,
         levels: files,
-        device_bytes: chain.device_bytes,
-        block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32,
+        geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
         writable,
         shm,
         poison_counts,

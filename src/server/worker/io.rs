@@ -1,8 +1,8 @@
-//! An I/O thread: reads requests from /dev/fuse, feeds the engine, does the file I/O by its ring, answers.
+//! An I/O thread: reads requests from the queue, feeds the engine, does the file I/O by its ring, answers.
 //!
 //! One turn takes whatever is there: completions, requests, work from other threads; locks the engine once; and hands
 //! all new operations to the kernel in one system call, which also waits. No request lies unread while a thread with
-//! buffers sleeps: the poll of /dev/fuse is armed after a read found nothing and completes at once if something has
+//! buffers sleeps: its reader of the queue is armed after a read found nothing and completes at once if something has
 //! come since; a thread that stops for want of buffers wakes the other one, and the thread that frees a buffer then
 //! looks again.
 #![forbid(unsafe_code)]
@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use crate::engine::api::{Action, ReqId, Request, RequestKind};
-use crate::server::fuse::{self, HEAD, Head};
+use crate::server::transport::{HEAD, KernelRequest, ReadError, Reader, TAGS};
 use crate::sys::ring::Completion;
 
 use super::core::{Core, Notice, Pending, THREADS};
@@ -23,9 +23,7 @@ use super::memory::{BufId, SMALL};
 /// Requests read in one turn; the answers of the first must not wait for ever.
 const BATCH: usize = 32;
 
-const TAG_FUSE: u64 = u64::MAX;
-const TAG_INBOX: u64 = u64::MAX - 1;
-const TAG_CANCEL: u64 = u64::MAX - 2;
+const TAG_INBOX: u64 = u64::MAX;
 
 /// Why reading requests ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,12 +43,9 @@ pub struct IoThread<'a> {
     number: usize,
     files: Files,
     pending: Vec<Pending>,
-    /// The poll of /dev/fuse is under way.
-    armed: bool,
+    reader: Reader<'a>,
     /// Requests may be there.
     may_read: bool,
-    /// Its end was asked for, since another worker takes over.
-    cancelled: bool,
     /// The main thread knows that no more requests are read.
     quiet: bool,
 }
@@ -64,9 +59,8 @@ impl<'a> IoThread<'a> {
             number,
             files,
             pending: Vec::with_capacity(512),
-            armed: false,
+            reader: core.queue.reader(),
             may_read: true,
-            cancelled: false,
             quiet: false,
         })
     }
@@ -96,11 +90,7 @@ impl<'a> IoThread<'a> {
             self.files.ring.completions(&mut done);
             for c in done.drain(..) {
                 match c.tag {
-                    TAG_FUSE => {
-                        self.armed = false;
-                        self.may_read = true;
-                    }
-                    TAG_CANCEL => {}
+                    tag if TAGS.contains(&tag) => self.may_read |= self.reader.on_completion(tag),
                     TAG_INBOX => {
                         let inbox = &self.core.inboxes[self.number];
                         inbox.take(&mut actions);
@@ -122,10 +112,7 @@ impl<'a> IoThread<'a> {
             Drained::Batch => {}
             Drained::Empty => {
                 self.may_read = false;
-                if !self.armed {
-                    self.files.ring.poll_in(self.core.fuse.as_fd(), true, TAG_FUSE)?;
-                    self.armed = true;
-                }
+                self.reader.arm(&mut self.files.ring)?;
             }
             Drained::Starved => {
                 if self.core.status().no_space {
@@ -143,14 +130,10 @@ impl<'a> IoThread<'a> {
         Ok(())
     }
 
-    /// Reads no more requests, and leaves no poll behind: the kernel would wake it up instead of the successor.
+    /// Reads no more requests, and leaves nothing behind that would take one from the successor.
     fn stop_reading(&mut self) -> io::Result<()> {
         self.may_read = false;
-        if self.armed && !self.cancelled {
-            self.files.ring.cancel_poll(TAG_FUSE, TAG_CANCEL)?;
-            self.cancelled = true;
-        }
-        if !self.armed && !self.quiet {
+        if !self.quiet && self.reader.quiesce(&mut self.files.ring)? {
             self.quiet = true;
             self.core.notices.push(Notice::Quiet);
         }
@@ -175,25 +158,25 @@ impl<'a> IoThread<'a> {
             let Some((big, id)) = self.files.stash.next() else {
                 return Drained::Starved;
             };
-            let (fuse, span) = (core.fuse.as_fd(), core.memory.buffer(big));
+            let span = core.memory.buffer(big);
             let read = match &core.journal {
-                None => core.memory.arena.read_after(fuse, &mut head, span),
-                Some(journal) => journal.read(fuse, id, big, span, &mut head),
+                None => core.queue.read(core.memory.arena, &mut head, span),
+                Some(journal) => journal.read(&core.queue, id, big, span, &mut head),
             };
             let len = match read {
                 Ok(len) => len,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                Err(ReadError::Empty) => {
                     core.starving.store(false, Ordering::Release);
                     return Drained::Empty;
                 }
-                Err(e) if fuse::is_over(&e) => return Drained::Over,
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ENOENT)) => continue,
-                Err(e) => {
+                Err(ReadError::Over) => return Drained::Over,
+                Err(ReadError::Again) => continue,
+                Err(ReadError::Failed(e)) => {
                     core.log.line(format!("cannot read a request from the kernel: {e}"));
                     continue;
                 }
             };
-            match fuse::parse(&head, len) {
+            match core.queue.parse(&head, len) {
                 Some(request) => self.accept(&request, big, id),
                 None => {
                     core.log.line(format!("a request of {len} bytes from the kernel is not understood: {head:?}"));
@@ -206,22 +189,23 @@ impl<'a> IoThread<'a> {
 
     /// Answers a request or makes it known to the engine. `big` holds the data of a write; it and the number `id` are
     /// the next ones of the stash, which are taken here if they are needed.
-    fn accept(&mut self, head: &Head, big: BufId, id: u32) {
+    fn accept(&mut self, from: &KernelRequest, big: BufId, id: u32) {
         let core = self.core;
         if core.log.trace {
-            core.log.line(format!("request {} {:?}", head.unique, head.op));
+            core.log.line(format!("request {} {:?}", from.unique, from.op));
         }
-        match dispatch(core, head, head.resent()) {
+        match dispatch(core, from, from.resent) {
             Ok(Verdict::Submit(request)) => {
                 let buf = self.choose_buffer(request.kind, big, request.len as usize);
-                core.register(id, head, &request, buf);
+                core.register(id, from, &request, buf);
                 let EngineRequest { kind, offset, len, .. } = request;
                 self.pending.push(Pending::Request(Request { id: ReqId(id), kind, offset, len }));
                 return;
             }
-            Ok(Verdict::Reply(reply)) => core.send(&reply),
+            Ok(Verdict::Reply(reply)) => core.send(from.unique, reply),
+            Ok(Verdict::Own) => core.answer_own(from),
             Ok(Verdict::NoReply) => {}
-            Err(errno) => core.refuse(id, head.unique, errno),
+            Err(errno) => core.refuse(id, from.unique, errno),
         }
         core.forget(id);
     }

@@ -1,6 +1,6 @@
 //! Buffers for requests, bounces and pages of BATs: all of the worker's I/O memory, made once.
 //!
-//! A request is read from /dev/fuse into a big buffer, because its length is not known before. Short ones move on into
+//! A request is read from the queue into a big buffer, because its length is not known before. Short ones move on into
 //! a small buffer at once, so that the big one is free for the next; few big ones are then enough, and their memory
 //! stays warm in the caches.
 //!
@@ -13,16 +13,15 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::engine::api::{BAT_PAGE, BounceId};
-use crate::server::fuse::MAX_IO;
+use crate::server::transport::Limits;
 use crate::sys::arena::{Arena, Span};
 
 use super::locked;
 
-/// Requests in flight that the worker can know; the kernel's loop device has 128.
+/// Requests in flight that the worker can know, more than any block device has.
 pub const REQUESTS: usize = 512;
 /// A request of up to so many bytes is kept in a small buffer.
 pub const SMALL: usize = 16 << 10;
-const BIG: usize = MAX_IO;
 const BIGS: usize = 16;
 const SMALLS: usize = 160;
 /// Bounce buffers of the engine, and the bytes of each.
@@ -33,18 +32,33 @@ pub const PAGES: usize = 32;
 /// Zeroes for file systems that cannot make them.
 const ZEROES: usize = 256 << 10;
 
-/// Further big buffers while writes wait for space: with the others one for each of 128 requests.
-const EXTRAS: usize = 128 - BIGS;
 /// So many are made at once.
 const EXTRA_STEP: usize = 8;
 
-const AT_BOUNCES: usize = BIGS * BIG;
-const AT_SMALLS: usize = AT_BOUNCES + BOUNCES * BOUNCE;
-const AT_PAGES: usize = AT_SMALLS + SMALLS * SMALL;
+/// Further big buffers while writes wait for space: with the others one for each request of the block device.
+fn extras(limits: Limits) -> usize {
+    limits.in_flight.saturating_sub(BIGS)
+}
 
-/// Where the memory of the extra buffers begins, behind all others.
-fn at_extras(threads: usize) -> usize {
-    (AT_PAGES + threads * PAGES * BAT_PAGE + ZEROES).next_multiple_of(2 << 20)
+/// Where each kind of buffer begins; the big ones come first.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    bounces: usize,
+    smalls: usize,
+    pages: usize,
+    zeroes: usize,
+    /// Behind all others.
+    extras: usize,
+}
+
+impl Places {
+    fn new(threads: usize, limits: Limits) -> Places {
+        let bounces = BIGS * limits.max_io;
+        let smalls = bounces + BOUNCES * BOUNCE;
+        let pages = smalls + SMALLS * SMALL;
+        let zeroes = pages + threads * PAGES * BAT_PAGE;
+        Places { bounces, smalls, pages, zeroes, extras: (zeroes + ZEROES).next_multiple_of(2 << 20) }
+    }
 }
 
 /// A data buffer of a request: big ones first, then small ones, then extra ones.
@@ -85,53 +99,56 @@ impl BufId {
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     pub arena: &'static Arena,
-    threads: usize,
+    pub limits: Limits,
+    places: Places,
 }
 
 impl Memory {
-    /// Maps and populates everything for so many I/O threads; `shared`: where a successor finds it.
-    pub fn new(threads: usize, shared: bool) -> io::Result<Memory> {
+    /// Maps and populates everything for so many I/O threads and a queue of these limits; `shared`: where a successor
+    /// finds it.
+    pub fn new(threads: usize, shared: bool, limits: Limits) -> io::Result<Memory> {
+        let places = Places::new(threads, limits);
         let make = if shared { Arena::leak_shared } else { Arena::leak };
-        Ok(Memory { arena: make(at_extras(threads), EXTRAS * BIG)?, threads })
+        Ok(Memory { arena: make(places.extras, extras(limits) * limits.max_io)?, limits, places })
     }
 
     /// Numbers that are the same where every buffer lies at the same place.
     pub fn shape(&self) -> [u64; 6] {
-        [REQUESTS, BIGS, SMALLS, SMALL, self.arena.bytes(), at_extras(self.threads)].map(|n| n as u64)
+        [REQUESTS, BIGS, SMALLS, SMALL, self.arena.bytes(), self.places.extras].map(|n| n as u64)
     }
 
     /// Bytes that fit into a buffer; there may be none, or none of that number.
     pub fn room(&self, id: BufId) -> usize {
-        if usize::from(id.0) < BIGS + SMALLS + EXTRAS { self.buffer(id).len } else { 0 }
+        if usize::from(id.0) < BIGS + SMALLS + extras(self.limits) { self.buffer(id).len } else { 0 }
     }
 
     pub fn buffer(&self, id: BufId) -> Span {
-        let n = usize::from(id.0);
+        let (n, big) = (usize::from(id.0), self.limits.max_io);
         if id.is_big() {
-            Span { at: n * BIG, len: BIG }
+            Span { at: n * big, len: big }
         } else if n < BIGS + SMALLS {
-            Span { at: AT_SMALLS + (n - BIGS) * SMALL, len: SMALL }
+            Span { at: self.places.smalls + (n - BIGS) * SMALL, len: SMALL }
         } else {
-            assert!(n < BIGS + SMALLS + EXTRAS, "there is no buffer {n}");
-            Span { at: at_extras(self.threads) + (n - BIGS - SMALLS) * BIG, len: BIG }
+            assert!(n < BIGS + SMALLS + extras(self.limits), "there is no buffer {n}");
+            Span { at: self.places.extras + (n - BIGS - SMALLS) * big, len: big }
         }
     }
 
     pub fn bounce(&self, id: BounceId) -> Span {
         let n = usize::from(id.0);
         assert!(n < BOUNCES, "there is no bounce buffer {n}");
-        Span { at: AT_BOUNCES + n * BOUNCE, len: BOUNCE }
+        Span { at: self.places.bounces + n * BOUNCE, len: BOUNCE }
     }
 
     /// The buffers for pages of BATs that belong to an I/O thread.
     pub fn pages(&self, thread: usize) -> Vec<Span> {
-        let first = AT_PAGES + thread * PAGES * BAT_PAGE;
+        let first = self.places.pages + thread * PAGES * BAT_PAGE;
         (0..PAGES).map(|i| Span { at: first + i * BAT_PAGE, len: BAT_PAGE }).collect()
     }
 
     /// Bytes that are zero and never change.
     pub fn zeroes(&self) -> Span {
-        Span { at: AT_PAGES + self.threads * PAGES * BAT_PAGE, len: ZEROES }
+        Span { at: self.places.zeroes, len: ZEROES }
     }
 }
 
@@ -242,7 +259,7 @@ impl Common {
     pub fn grow(&self, memory: &Memory) -> io::Result<usize> {
         let mut all = locked(&self.stash);
         let now = self.extras.load(Relaxed);
-        let then = (now + EXTRA_STEP).min(EXTRAS);
+        let then = (now + EXTRA_STEP).min(extras(memory.limits));
         for n in now..then {
             memory.arena.open(memory.buffer(BufId::extra(n)))?;
             all.bigs.push(BufId::extra(n));
@@ -306,9 +323,12 @@ fn cut<T>(from: &mut Vec<T>, to: &mut Vec<T>, share: usize) {
 mod tests {
     use super::*;
 
+    const LIMITS: Limits = Limits { max_io: 1 << 20, in_flight: 128 };
+    const EXTRAS: usize = 128 - BIGS;
+
     #[test]
     fn buffers_do_not_overlap() {
-        let m = Memory::new(2, false).unwrap();
+        let m = Memory::new(2, false, LIMITS).unwrap();
         let mut all: Vec<Span> = (0..BIGS + SMALLS).map(|i| m.buffer(BufId(i as u16))).collect();
         all.extend((0..BOUNCES).map(|i| m.bounce(BounceId(i as u16))));
         all.extend(m.pages(0));
@@ -318,14 +338,14 @@ mod tests {
         assert!(all.windows(2).all(|w| w[0].at + w[0].len <= w[1].at));
         assert!(all.last().is_some_and(|s| s.at + s.len <= m.arena.bytes()));
         assert!(all.iter().all(|s| s.at % 4096 == 0));
-        assert!(at_extras(2) <= 26 << 20);
+        assert!(m.places.extras <= 26 << 20);
         let extra = m.buffer(BufId::extra(EXTRAS - 1));
         assert!(extra.at + extra.len <= m.arena.bytes());
     }
 
     #[test]
     fn extra_buffers_come_and_go() {
-        let m = Memory::new(2, false).unwrap();
+        let m = Memory::new(2, false, LIMITS).unwrap();
         let common = Common::new();
         let mut mine = common.share();
         let mut held = Vec::new();

@@ -21,7 +21,6 @@ mod request_journal;
 mod supervisor_link;
 mod supervisor_restart;
 
-use std::os::fd::AsFd;
 use std::process::{abort, exit};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Mutex, MutexGuard};
@@ -31,7 +30,6 @@ use crate::bail;
 use crate::chain::{self, Chain};
 use crate::engine::api::Errno;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::fuse;
 use crate::server::proto::{FromWorker, WorkerReady};
 use crate::server::shm::Shm;
 use crate::sys::{process, process_hardening};
@@ -211,8 +209,7 @@ fn start_threads(link: &SupervisorLink, core: &'static Core, token: u64, resend:
         request_journal::replay(core, journal);
     } else if resend {
         // Before the first read: requests read by ourselves would come back to us, too.
-        fuse::resend(core.fuse.as_fd())
-            .ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
+        core.queue.resend().ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
     }
     let (report, reports) = sync_channel(THREADS);
     for number in 0..THREADS {

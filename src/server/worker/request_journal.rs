@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use crate::bail;
 use crate::engine::api::{Errno, ReqId, Request};
 use crate::error::{IoContext, Kind, Result};
-use crate::server::fuse::{self, HEAD, Head, Op, Reply};
+use crate::server::transport::{HEAD, KernelRequest, Op, Queue, ReadError, Reply};
 use crate::sys::arena::{Arena, Span};
 use crate::sys::shared_words::{self, SharedWords};
 
@@ -50,7 +50,7 @@ const AT_ROWS: usize = 64;
 const ROW: usize = 16;
 const WORDS: usize = AT_ROWS + REQUESTS * ROW;
 
-// In a row; the head of the request comes first. Its first word, length and code, is 0 as long as there is no request.
+// In a row; the head of the request comes first. Its first word is 0 as long as there is no request.
 const HEAD_WORDS: usize = HEAD / 8;
 const AT_BUFFER: usize = 10;
 const AT_RESULT: usize = 11;
@@ -96,8 +96,8 @@ impl JournalEntry {
     }
 
     /// The kernel gives out whole requests only.
-    fn request(&self) -> Option<Head> {
-        fuse::parse(&self.head, fuse::length(&self.head))
+    fn request(&self, queue: &Queue) -> Option<KernelRequest> {
+        queue.parse_kept(&self.head)
     }
 }
 
@@ -128,13 +128,20 @@ impl RequestJournal {
     }
 
     /// Reads a request into slot `id` and the buffer `big`, which is `span`; a copy of its head into `head`.
-    pub fn read(&self, fuse: BorrowedFd, id: u32, big: BufId, span: Span, head: &mut [u8; HEAD]) -> io::Result<usize> {
+    pub fn read(
+        &self,
+        queue: &Queue,
+        id: u32,
+        big: BufId,
+        span: Span,
+        head: &mut [u8; HEAD],
+    ) -> std::result::Result<usize, ReadError> {
         let row = self.row(id);
         row[0].store(0, Relaxed);
         // Not before: what was in the slot was done.
         row[AT_RESULT].store(0, Release);
         row[AT_BUFFER].store(u64::from(big.raw()), Release);
-        let read = self.arena.read_after_words(fuse, &row[..HEAD_WORDS], span);
+        let read = queue.read_words(self.arena, &row[..HEAD_WORDS], span);
         match read {
             Ok(_) => {
                 for (bytes, word) in head.chunks_mut(8).zip(row) {
@@ -229,9 +236,9 @@ impl PriorJournal {
     }
 
     /// Copies everything into the same slots and buffers of ours. The former worker's operations on files are over.
-    fn copy(&self, journal: &RequestJournal, memory: &Memory, common: &Common) -> Result<()> {
+    fn copy(&self, journal: &RequestJournal, queue: &Queue, memory: &Memory, common: &Common) -> Result<()> {
         for row in &self.rows {
-            let (buf, len) = match row.request().map(|r| r.op) {
+            let (buf, len) = match row.request(queue).map(|r| r.op) {
                 // Not to be answered, or nothing that we understand.
                 None | Some(Op::NoReply) => continue,
                 Some(Op::Write { len, .. }) if row.done.is_none() => (row.buf, len as usize),
@@ -269,28 +276,29 @@ pub fn import(core: &Core, left: &PriorJournal) -> Result<()> {
     let Some(journal) = &core.journal else {
         bail!(Protocol, "requests of the worker before were sent to one that keeps none")
     };
-    left.copy(journal, &core.memory, &core.common)
+    left.copy(journal, &core.queue, &core.memory, &core.common)
 }
 
 /// Answers or executes what was imported. No thread reads requests yet, and the supervisor has our journal.
 pub fn replay(core: &Core, journal: &RequestJournal) {
     let (mut pending, mut actions) = (Vec::new(), Vec::new());
     for row in journal.filled() {
-        let Some(head) = row.request() else { continue };
+        let Some(from) = row.request(&core.queue) else { continue };
         let verdict = match row.done {
-            Some(result) => Ok(Verdict::Reply(repeated(&head, result))),
-            None => dispatch(core, &head, true),
+            Some(result) => Ok(Verdict::Reply(repeated(&from, result))),
+            None => dispatch(core, &from, true),
         };
         match verdict {
             Ok(Verdict::Submit(request)) => {
-                core.register(row.id, &head, &request, row.buf);
+                core.register(row.id, &from, &request, row.buf);
                 let EngineRequest { kind, offset, len, .. } = request;
                 pending.push(Pending::Request(Request { id: ReqId(row.id), kind, offset, len }));
                 continue;
             }
-            Ok(Verdict::Reply(reply)) => core.send(&reply),
+            Ok(Verdict::Reply(reply)) => core.send(from.unique, reply),
+            Ok(Verdict::Own) => core.answer_own(&from),
             Ok(Verdict::NoReply) => {}
-            Err(errno) => core.refuse(row.id, head.unique, errno),
+            Err(errno) => core.refuse(row.id, from.unique, errno),
         }
         core.forget(row.id);
         core.give(row.buf, row.id);
@@ -300,11 +308,11 @@ pub fn replay(core: &Core, journal: &RequestJournal) {
 }
 
 /// The answer to a request that was executed before.
-fn repeated(head: &Head, result: std::result::Result<(), Errno>) -> Reply {
-    match (head.op, result) {
-        (Op::Write { len, .. }, Ok(())) => Reply::written(head.unique, len),
-        (_, Ok(())) => Reply::status(head.unique, 0),
-        (_, Err(errno)) => Reply::status(head.unique, errno),
+fn repeated(request: &KernelRequest, result: std::result::Result<(), Errno>) -> Reply {
+    match (request.op, result) {
+        (Op::Write { len, .. }, Ok(())) => Reply::Written(len),
+        (_, Ok(())) => Reply::Done,
+        (_, Err(errno)) => Reply::Error(errno),
     }
 }
 

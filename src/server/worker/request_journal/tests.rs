@@ -10,6 +10,8 @@ use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::server::proto::LevelName;
 use crate::server::shm::{self, PoisonCounts, Shm};
+use crate::server::transport::fuse_loop::connection::FuseSession;
+use crate::server::transport::{Geometry, Session};
 use crate::server::{frame, worker::core::CoreConfig};
 use crate::units::ClusterSize;
 
@@ -41,29 +43,37 @@ fn data(unique: u64, len: u32) -> Vec<u8> {
     request(WRITE, unique, 0, len).split_off(HEAD)
 }
 
+/// The requests in these tests are those of a FUSE file, without resend by the kernel.
+const SESSION: Session = Session::FuseLoop(FuseSession { minor: 45, max_write: 1 << 20, flags: 0 });
+
+fn dev(queue: &Queue) -> BorrowedFd<'_> {
+    let Queue::FuseLoop(queue) = queue;
+    queue.as_fd()
+}
+
 /// A worker's memory, with a socket for /dev/fuse.
 struct Desk {
     memory: Memory,
     common: Common,
     journal: RequestJournal,
     kernel: OwnedFd,
-    fuse: OwnedFd,
+    queue: Queue,
 }
 
 impl Desk {
     fn new() -> Desk {
-        let memory = Memory::new(2, true).unwrap();
+        let memory = Memory::new(2, true, SESSION.limits()).unwrap();
         let journal = RequestJournal::create(&memory).unwrap();
         let (kernel, fuse) = frame::pair().unwrap();
-        Desk { memory, common: Common::new(), journal, kernel, fuse }
+        Desk { memory, common: Common::new(), journal, kernel, queue: Queue::open(fuse, SESSION) }
     }
 
     /// As the I/O threads do it.
-    fn read(&self, id: u32, buf: BufId, r: &[u8]) -> Head {
+    fn read(&self, id: u32, buf: BufId, r: &[u8]) -> KernelRequest {
         nix::unistd::write(&self.kernel, r).unwrap();
         let mut head = [0; HEAD];
-        let len = self.journal.read(self.fuse.as_fd(), id, buf, self.memory.buffer(buf), &mut head).unwrap();
-        fuse::parse(&head, len).unwrap()
+        let len = self.journal.read(&self.queue, id, buf, self.memory.buffer(buf), &mut head).unwrap();
+        self.queue.parse(&head, len).unwrap()
     }
 
     fn left(&self) -> PriorJournal {
@@ -74,8 +84,8 @@ impl Desk {
     /// What a successor makes of it, and its successor, and what both have.
     fn has_successor(&self) -> (Desk, BTreeMap<u32, JournalEntry>) {
         let (one, two) = (Desk::new(), Desk::new());
-        self.left().copy(&one.journal, &one.memory, &one.common).unwrap();
-        one.left().copy(&two.journal, &two.memory, &two.common).unwrap();
+        self.left().copy(&one.journal, &one.queue, &one.memory, &one.common).unwrap();
+        one.left().copy(&two.journal, &two.queue, &two.memory, &two.common).unwrap();
         assert_eq!(one.journal.filled(), two.journal.filled());
         let rows = two.journal.filled().into_iter().map(|f| (f.id, f)).collect();
         (two, rows)
@@ -103,10 +113,10 @@ fn a_death_at_each_store() {
     desk.read(id, big, &request(GETATTR, 40, 0, 0));
     desk.journal.done(id, Err(libc::EIO));
     let mut empty = [0; HEAD];
-    nix::fcntl::fcntl(&desk.fuse, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
-    let none = desk.journal.read(desk.fuse.as_fd(), id, big, desk.memory.buffer(big), &mut empty);
+    nix::fcntl::fcntl(dev(&desk.queue), nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    let none = desk.journal.read(&desk.queue, id, big, desk.memory.buffer(big), &mut empty);
     // Nothing to be read, and the slot is free.
-    assert_eq!(none.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    assert!(matches!(none, Err(ReadError::Empty)), "{none:?}");
     assert!(desk.has_successor().1.is_empty());
 
     assert_eq!(desk.read(id, big, &head).unique, 42);
@@ -175,7 +185,7 @@ fn everything_is_found_and_belongs_to_nobody_else() {
     // Two with one buffer: that cannot be, and nothing is guessed.
     desk.journal.moved(6, BufId::from_raw(1));
     let another = Desk::new();
-    let e = desk.left().copy(&another.journal, &another.memory, &another.common).unwrap_err();
+    let e = desk.left().copy(&another.journal, &another.queue, &another.memory, &another.common).unwrap_err();
     assert_eq!(e.kind(), Kind::Protocol, "{e}");
 }
 
@@ -224,15 +234,14 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         failed: false,
         background: None,
     };
-    let Desk { memory, journal, kernel, fuse, .. } = Desk::new();
+    let Desk { memory, journal, kernel, queue, .. } = Desk::new();
     let parts = CoreConfig {
-        fuse,
+        queue,
         memory,
         journal: Some(journal),
         engine: Engine::new(config, chain.carried.clone(), shm.clone()),
         levels: files,
-        device_bytes: chain.device_bytes,
-        block_bytes: 1 << 20,
+        geometry: Geometry { bytes: chain.device_bytes, block_bytes: 1 << 20 },
         writable: true,
         shm: shm.clone(),
         poison_counts: PoisonCounts::default(),
@@ -251,16 +260,16 @@ fn left(core: &Core) -> PriorJournal {
 }
 
 /// The kernel hands a request to the worker, which puts it into slot `id`.
-fn hand(core: &Core, kernel: &OwnedFd, id: u32, buf: BufId, r: &[u8]) -> (Head, Verdict) {
+fn hand(core: &Core, kernel: &OwnedFd, id: u32, buf: BufId, r: &[u8]) -> (KernelRequest, Verdict) {
     nix::unistd::write(kernel, r).unwrap();
     let mut head = [0; HEAD];
-    let len = journal(core).read(core.fuse.as_fd(), id, buf, core.memory.buffer(buf), &mut head).unwrap();
-    let head = fuse::parse(&head, len).unwrap();
-    let verdict = dispatch(core, &head, false).unwrap();
+    let len = journal(core).read(&core.queue, id, buf, core.memory.buffer(buf), &mut head).unwrap();
+    let from = core.queue.parse(&head, len).unwrap();
+    let verdict = dispatch(core, &from, false).unwrap();
     if let Verdict::Submit(request) = &verdict {
-        core.register(id, &head, request, buf);
+        core.register(id, &from, request, buf);
     }
-    (head, verdict)
+    (from, verdict)
 }
 
 /// Answers that have come, by unique: the error, and how long they are.
@@ -313,9 +322,9 @@ fn a_request_that_kills_fails_at_last() {
     let memory = shm::create().unwrap();
     let shm = Shm::map(memory.as_fd()).unwrap();
     let (mut dead, kernel) = core(dir.path(), &shm);
-    let (head, verdict) = hand(&dead, &kernel, 9, BufId::from_raw(0), &request(WRITE, 2, 0, 4096));
+    let (from, verdict) = hand(&dead, &kernel, 9, BufId::from_raw(0), &request(WRITE, 2, 0, 4096));
     let Verdict::Submit(request) = verdict else { panic!("{verdict:?}") };
-    let key = crate::server::shm::RequestKey::new(head.unique, head.opcode, request.offset, request.len);
+    let key = crate::server::shm::RequestKey::new(from.unique, from.code, request.offset, request.len);
     for death in 1..=3 {
         shm.mark(0, Some(key));
         let poison_counts = shm.count_marked_requests();
@@ -341,7 +350,7 @@ fn done_comes_before_the_answer() {
     hand(core, &kernel, 5, BufId::from_raw(0), &request(WRITE, 2, 0, 512));
     // The kernel takes no answer.
     let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
-    while nix::sys::socket::send(std::os::fd::AsRawFd::as_raw_fd(&core.fuse), &[0; 4096], flags).is_ok() {}
+    while nix::sys::socket::send(std::os::fd::AsRawFd::as_raw_fd(&dev(&core.queue)), &[0; 4096], flags).is_ok() {}
     std::thread::scope(|s| {
         let answering = s.spawn(|| {
             let mut actions = vec![Action::Reply { req: ReqId(5), result: Ok(()) }];

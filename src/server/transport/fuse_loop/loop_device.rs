@@ -14,7 +14,9 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::{mounts, partitions, runtime};
+use crate::server::sysfs::disk_identity;
+use crate::server::transport::binding::{Binding, Patience};
+use crate::server::{mounts, partitions};
 use crate::sys::{loopdev, partition};
 
 /// How many numbers above the first choice are tried.
@@ -25,15 +27,6 @@ const CONTROL: (u64, u64) = (10, 237);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long the kernel may take to unbind a device that no process holds any more.
 const UNBIND: Duration = Duration::from_secs(20);
-
-/// One binding of one loop device: its name in /sys/block, number and disk sequence number.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Binding {
-    pub backing: String,
-    pub rdev: u64,
-    /// 0: the kernel has none.
-    pub diskseq: u64,
-}
 
 /// Opens a special file of /dev, or one made for the moment if /dev has none of that number.
 fn open_special(name: &str, kind: SFlag, rdev: u64, options: &OpenOptions) -> io::Result<File> {
@@ -69,7 +62,7 @@ fn control() -> Result<File> {
 /// Opens exactly the disk that `binding` names; ESTALE: the loop device serves another file by now, or none.
 pub fn open(binding: &Binding, flags: i32) -> io::Result<File> {
     let stale = || io::Error::from_raw_os_error(libc::ESTALE);
-    if runtime::disk_identity(&binding.backing) != Some((binding.rdev, binding.diskseq)) {
+    if disk_identity(&binding.backing) != Some((binding.rdev, binding.diskseq)) {
         return Err(stale());
     }
     let options = OpenOptions::new().read(true).custom_flags(flags).clone();
@@ -93,7 +86,7 @@ pub fn attach(
     first: u32,
     read_only: bool,
     name: &str,
-    mut chosen: impl FnMut(&Binding) -> Result<()>,
+    chosen: &mut dyn FnMut(&Binding) -> Result<()>,
 ) -> Result<Binding> {
     let control = control()?;
     for n in first..first + TRIES {
@@ -103,7 +96,7 @@ pub fn attach(
             Err(e) => return Err(Error::with(Kind::Loop, format!("cannot make the loop device {n}"), e)),
         }
         let backing = format!("loop{n}");
-        let Some((rdev, _)) = runtime::disk_identity(&backing) else {
+        let Some((rdev, _)) = disk_identity(&backing) else {
             bail!(Sysfs, "/sys/block/{backing}/dev cannot be read; is sysfs mounted at /sys?");
         };
         // The number is enough to find and undo it; the sequence number comes with the binding.
@@ -140,24 +133,15 @@ pub fn attach(
             }
         }
         set_queue(&binding.backing, "max_sectors_kb", "1024");
-        binding.diskseq = runtime::disk_identity(&binding.backing).map_or(0, |(_, seq)| seq);
+        binding.diskseq = disk_identity(&binding.backing).map_or(0, |(_, seq)| seq);
         return Ok(binding);
     }
     bail!(Loop, "all loop devices from {first} to {} are taken", first + TRIES - 1)
 }
 
-/// How long [`detach`] tries.
-#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
-pub struct Patience {
-    /// Another process has it open, udev for one.
-    pub busy: Duration,
-    /// It is mounted.
-    pub mounted: Duration,
-}
-
 /// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names), unbinds and removes it.
 /// Busy to the end: error 3, and all is as before, except that the names are gone.
-pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn detach(binding: &Binding, patience: Patience, opened: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     let start = Instant::now();
     let Some(device) = open_alone(binding, start, patience)? else {
         opened()?;
@@ -209,8 +193,7 @@ pub fn detach(binding: &Binding, patience: Patience, opened: impl FnOnce() -> Re
 }
 
 fn still_bound(binding: &Binding) -> bool {
-    runtime::is_bound(&binding.backing)
-        && runtime::disk_identity(&binding.backing) == Some((binding.rdev, binding.diskseq))
+    is_bound(&binding.backing) && disk_identity(&binding.backing) == Some((binding.rdev, binding.diskseq))
 }
 
 /// Removes a loop device that nothing is bound to; the kernel refuses if that is not so. An unbound device is harmless:
@@ -219,7 +202,7 @@ fn remove_unbound(backing: &str, rdev: u64) {
     let number = backing.strip_prefix("loop").and_then(|n| n.parse().ok());
     let (Some(number), Ok(control)) = (number, control()) else { return };
     let end = Instant::now() + Duration::from_secs(2);
-    while runtime::disk_identity(backing).is_some_and(|(now, _)| now == rdev) && !runtime::is_bound(backing) {
+    while disk_identity(backing).is_some_and(|(now, _)| now == rdev) && !is_bound(backing) {
         match loopdev::remove(control.as_fd(), number) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => sleep(Duration::from_millis(10)),
             _ => break,
@@ -252,17 +235,17 @@ fn open_alone(binding: &Binding, start: Instant, patience: Patience) -> Result<O
 
 /// Undoes an attach of unknown fate: whatever is bound to the device of number `rdev` came from the killed attach.
 pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
-    let Some((now, diskseq)) = runtime::disk_identity(backing) else { return Ok(()) };
+    let Some((now, diskseq)) = disk_identity(backing) else { return Ok(()) };
     if now != rdev {
         return Ok(());
     }
     let binding = Binding { backing: backing.into(), rdev, diskseq };
     // Bound to another program's file: the attach lost a race for the number.
-    if runtime::is_bound(backing) && !names_our_file(backing) {
+    if is_bound(backing) && !names_our_file(backing) {
         return Ok(());
     }
-    if runtime::is_bound(backing) {
-        return detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, || Ok(()));
+    if is_bound(backing) {
+        return detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, &mut || Ok(()));
     }
     remove_unbound(backing, rdev);
     Ok(())
@@ -270,6 +253,17 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
 
 /// The file behind is one of our FUSE files: by name while its mount is there, `/` once that is detached.
 fn names_our_file(backing: &str) -> bool {
-    let file = runtime::backing_file(backing);
+    let file = backing_file(backing);
     file == "/" || Path::new(&file).starts_with("/run/ploop")
+}
+
+/// A loop device is bound to a file.
+pub fn is_bound(backing: &str) -> bool {
+    Path::new("/sys/block").join(backing).join("loop").exists()
+}
+
+/// What the kernel shows of a loop device's file; `/` for one whose mount was detached.
+pub fn backing_file(backing: &str) -> String {
+    let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
+    file.trim_end_matches('\n').to_string()
 }
