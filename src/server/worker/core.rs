@@ -10,6 +10,7 @@ use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
 use crate::server::fuse::{self, Head};
+use crate::server::remote_error::RemoteError;
 use crate::server::shm::{PoisonCounts, RequestKey, Shm};
 use crate::sys::arena::Span;
 
@@ -131,7 +132,7 @@ pub struct Core {
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
-    pub finished: Mutex<Option<Option<(i32, String)>>>,
+    pub finished: Mutex<Option<Option<RemoteError>>>,
     /// An I/O thread stopped reading /dev/fuse for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,

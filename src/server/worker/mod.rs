@@ -34,6 +34,7 @@ use crate::engine::api::Errno;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::fuse;
 use crate::server::proto::{FromWorker, WorkerReady};
+use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
 use crate::sys::{process, process_hardening};
 
@@ -103,7 +104,7 @@ pub fn worker_main() -> ! {
                 .finish
                 .map(|level| thread("finish", move || finish::finish_thread(core, inherited, chain.cluster, level)));
             if let Some(Err(e)) = finisher {
-                *locked(&core.finished) = Some(Some((e.code(), e.to_string())));
+                *locked(&core.finished) = Some(Some(RemoteError::from(e)));
                 core.notices.push(core::Notice::Finished);
             }
             match link.serve(core, inherited) {
@@ -111,7 +112,7 @@ pub fn worker_main() -> ! {
                     link.await_finisher(core, inherited);
                     let closed =
                         finish(core, &chain, closed).and_then(|()| merge::leave_target(core, inherited, chain.cluster));
-                    let error = closed.err().map(|e| (e.code(), e.to_string()));
+                    let error = closed.err().map(RemoteError::from);
                     let code = i32::from(error.is_some());
                     let _ = link.send(&FromWorker::Closed { error });
                     exit(code)
@@ -122,7 +123,7 @@ pub fn worker_main() -> ! {
                         .and_then(|()| release_images(core));
                     supervisor_link::pause(switch.linger);
                     let retired = result.is_ok().then_some((&switch, &fds[..]));
-                    let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
+                    let error = result.as_ref().err().map(RemoteError::from);
                     // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
                     let _ = link.send(&FromWorker::Retired { error });
                     link.await_kill(core, inherited, retired)
