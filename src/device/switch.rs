@@ -88,7 +88,8 @@ pub struct SwitchSpec {
     /// Base first.
     pub levels: Vec<NewLevel>,
     pub commit: Option<CommitFile>,
-    /// Milliseconds by which each step is drawn out; 0 but in tests, which kill processes meanwhile.
+    /// Milliseconds by which each step is drawn out; 0 but in tests, which kill processes meanwhile. Without effect in
+    /// a release build.
     pub linger: u64,
 }
 

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cancel;
+pub mod progress;
 
 use crate::error::Error;
 use crate::sys::calendar::local_timestamp;
@@ -145,7 +146,7 @@ fn emit(level: i32, text: &str) {
         let stream = if level < 0 { Stream::Err } else { Stream::Out };
         let mut prefix = [0; PREFIX_MAX];
         let prefix = String::from_utf8_lossy(console_prefix(&mut prefix));
-        stdio::print(stream, &format!("{prefix}{text}\n"));
+        progress::aside(|| stdio::print(stream, &format!("{prefix}{text}\n")));
     }
     log(level, text);
     errno.set();

@@ -203,7 +203,9 @@ pub struct Succession {
     /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
+    /// See [`ChainSwitch::linger`].
     #[serde(default)]
+    #[cfg_attr(not(debug_assertions), serde(skip))]
     pub linger: u64,
 }
 
@@ -223,8 +225,10 @@ pub struct ChainSwitch {
     /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
-    /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
+    /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile. A release build neither
+    /// sends nor reads it.
     #[serde(default)]
+    #[cfg_attr(not(debug_assertions), serde(skip))]
     pub linger: u64,
 }
 
@@ -434,6 +438,16 @@ mod tests {
         old.as_object_mut().unwrap().remove("greeting");
         assert_eq!(serde_json::from_value::<DeviceRecord>(old).unwrap().greeting, first);
         assert_eq!(serde_json::from_value::<DeviceRecord>(record).unwrap().greeting, own);
+    }
+
+    #[test]
+    fn test_hooks_are_no_part_of_a_release() {
+        let succession = Succession { wait: false, new_top: false, commit: None, linger: 60 };
+        let text = serde_json::to_string(&succession).unwrap();
+        assert_eq!(text.contains("linger"), cfg!(debug_assertions));
+        let sent = r#"{"new_top":false,"commit":null,"linger":60}"#;
+        let got: Succession = serde_json::from_str(sent).unwrap();
+        assert_eq!(got.linger, if cfg!(debug_assertions) { 60 } else { 0 });
     }
 
     #[test]
