@@ -114,6 +114,28 @@ fn reload(t: &Bench) {
     t.sound(&image);
 }
 
+/// An unknown command and an older program are refused by name, and the device goes on.
+#[test]
+fn what_is_unknown_is_refused_by_name() {
+    let Some(t) = Bench::new("what_is_unknown_is_refused_by_name") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let before = settled(device.name());
+    let dir = runtime::device_dir(device.name());
+    let limit = Duration::from_secs(10);
+    let asked = control::send_command(&dir, &"Grow", &[], limit).unwrap();
+    let e = control::next_answer(&asked, &dir, limit).unwrap_err();
+    assert!(e.kind() == Kind::Param && e.to_string().contains("Grow"), "{e}");
+    // A program that does not know the mode `version`, as those of the first version.
+    let old = path_fd(Path::new("/bin/true"));
+    let (answer, _) = control::ask_with(&dir, &Command::Reload { token: 7 }, &[old.as_fd()], limit).unwrap();
+    let e = answer.into_result().unwrap_err();
+    assert!(e.kind() == Kind::Param && e.to_string().contains("version 1"), "{e}");
+    assert_eq!(settled(device.name()), before);
+    device::detach(device.name()).unwrap();
+    t.assert_gone(&device);
+}
+
 #[test]
 fn what_cannot_be_served_changes_nothing() {
     let Some(t) = Bench::new("what_cannot_be_served_changes_nothing") else { return };

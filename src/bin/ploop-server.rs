@@ -15,6 +15,7 @@ fn main() {
         "adopted" => attach::adopt(),
         "helper" => helper::main(),
         "worker" => worker(),
+        "version" => helper::tell_version(),
         _ => {
             eprintln!(
                 "ploop-server {} is started by libploop for each mounted disk; see ploop(8)",

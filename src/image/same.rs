@@ -10,6 +10,7 @@ use crate::format::header::{self, Header};
 use crate::image::open::{Access, open_level, reopen};
 use crate::image::target::{Table, read_table};
 use crate::report;
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_exact};
 
 /// Bytes compared at once.
@@ -80,7 +81,10 @@ pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<
     let read = |file: &File, name: &Path, buf: &mut [u8], at: u64| {
         read_exact(file, buf, at).ctx(Kind::Read, || format!("cannot read {} at offset {at}", name.display()))
     };
-    for ((cluster, mine), (_, yours)) in ours.entries.iter().zip(&theirs.entries) {
+    let mut shown = Progress::begin("comparing");
+    let total = ours.entries.len() as u64;
+    for (done, ((cluster, mine), (_, yours))) in ours.entries.iter().zip(&theirs.entries).enumerate() {
+        shown.at(done as u64, total);
         for at in (0..size).step_by(chunk as usize) {
             read(a, a_name, &mut one, u64::from(*mine) * size + at)?;
             read(b, b_name, &mut other, u64::from(*yours) * size + at)?;

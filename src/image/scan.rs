@@ -7,6 +7,7 @@ use std::ops::Range;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat::{self, Entry};
 use crate::format::header::Header;
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_exact};
 use crate::sys::fiemap;
 use crate::units::{ImageCluster, VirtCluster};
@@ -148,6 +149,7 @@ pub fn scan(file: &File, header: &Header, file_len: u64, visitor: &mut dyn Visit
         failed: None,
     };
     let mut buf = AlignedBuf::new(CHUNK.min(table) as usize);
+    let mut shown = Progress::begin("reading the BAT");
     let walked = fiemap::each_data(file, 0, table, &mut |start, end| {
         let mut at = start / PAGE as u64 * PAGE as u64;
         let end = end.next_multiple_of(PAGE as u64).min(table);
@@ -159,6 +161,7 @@ pub fn scan(file: &File, header: &Header, file_len: u64, visitor: &mut dyn Visit
                 return Err(io::Error::other("stopped"));
             }
             at += len as u64;
+            shown.at(at, table);
         }
         Ok(())
     });

@@ -19,6 +19,7 @@ use crate::image::merge::{BATCH, Failed, Merge, MergeLevel, MergeOptions, Merged
 use crate::image::open::Access;
 use crate::image::{complete, create};
 use crate::report;
+use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
 use crate::sys::store;
 
@@ -227,7 +228,9 @@ fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> R
 }
 
 fn run(merge: Merge<'_>) -> Result<Merged, Failed> {
+    let mut shown = Progress::begin("merging");
     let mut progress = |done: u64, total: u64| {
+        shown.at(done, total);
         if report::cancel::requested() {
             bail!(Sys, "the merge was cancelled after {done} of {total} bytes");
         }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cancel;
+pub mod progress;
 
 use crate::error::Error;
 use crate::sys::calendar::local_timestamp;
@@ -128,7 +129,7 @@ fn keep(text: &str) {
 fn emit(level: i32, text: &str) {
     let errno = Errno::last();
     if console::wants(level) {
-        console::print(if level < 0 { Stream::Err } else { Stream::Out }, text);
+        progress::aside(|| console::print(if level < 0 { Stream::Err } else { Stream::Out }, text));
     }
     log(level, text);
     errno.set();

@@ -13,7 +13,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
 use crate::server::nodes::Nodes;
-use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart};
+use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
 use crate::server::worker_process::{Descriptors, Worker};
@@ -141,6 +141,7 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
         state: "starting".into(),
         boot: runtime::boot_id(),
         token: request.token.clone(),
+        greeting: own_greeting(),
         ..Default::default()
     };
     let dev = runtime::dev_dir();
@@ -212,8 +213,8 @@ impl Supervisor {
             match &self.worker {
                 Some(worker) if worker.ready.is_some() => return Ok(()),
                 Some(worker) => {
-                    if let Some((code, message)) = &worker.refused {
-                        return Err(remote_error(*code, message.clone()));
+                    if let Some(error) = &worker.refused {
+                        return Err(error.clone().into());
                     }
                 }
                 None => bail!(Sys, "the server's worker cannot be started"),

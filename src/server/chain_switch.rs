@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 use crate::bail;
 use crate::error::{Error, Kind, Result};
 use crate::server::chain_plan::{Plan, is_committed};
-use crate::server::helper::{Go, remote_error};
+use crate::server::helper::Go;
 use crate::server::proto::{Answer, ChainSwitch, FromWorker, MergeOrder, ToWorker};
+use crate::server::remote_error::RemoteError;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker_process::Worker;
 use crate::server::{control, frame, runtime};
@@ -139,21 +140,22 @@ impl Supervisor {
     }
 
     /// The former top is complete, or not.
-    pub(super) fn on_former_top_finished(&mut self, error: Option<(i32, String)>) {
+    pub(super) fn on_former_top_finished(&mut self, error: Option<RemoteError>) {
         self.start.finish = None;
         let answer = match error {
             None => Answer::Done,
-            Some((code, message)) => {
-                log(&self.record.name, &format!("the former top stays marked in use: {message}"));
-                Answer::Error { code, message }
+            Some(error) => {
+                log(&self.record.name, &format!("the former top stays marked in use: {error}"));
+                error.into()
             }
         };
         self.finishing.drain(..).for_each(|c| control::answer(&c, &answer));
     }
 
     /// The change to the chain that is there, and the program that comes with it.
-    fn same_chain(&self, token: u64, fds: Vec<OwnedFd>) -> Result<(ChainSwitch, OwnedFd)> {
+    fn same_chain(&mut self, token: u64, fds: Vec<OwnedFd>) -> Result<(ChainSwitch, OwnedFd)> {
         let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
+        self.check_program(&program)?;
         Ok((self.same_levels(token), program))
     }
 
@@ -286,9 +288,9 @@ impl Supervisor {
                     self.slots.clear();
                     Ok(Some(worker))
                 }
-                Some((code, message)) => {
+                Some(error) => {
                     self.worker = Some(worker);
-                    Err(remote_error(code, message))
+                    Err(error.into())
                 }
             },
             _ => Ok(None),
@@ -403,13 +405,13 @@ impl Supervisor {
         }
         let refused = worker.refused.clone();
         if self.is_switched(switch) || is_committed(plan) {
-            if let Some((_, message)) = refused {
-                log(&self.record.name, &message);
+            if let Some(error) = refused {
+                log(&self.record.name, &error.message);
             }
             return Ok(HandoverOutcome::Committed);
         }
         Ok(match refused {
-            Some((code, message)) => HandoverOutcome::Unchanged(remote_error(code, message), ExitReason::Refused),
+            Some(error) => HandoverOutcome::Unchanged(error.into(), ExitReason::Refused),
             None => HandoverOutcome::Unchanged(
                 Error::new(Kind::Device, "the worker of the new chain exited"),
                 ExitReason::Killed,

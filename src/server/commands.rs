@@ -1,16 +1,22 @@
 //! What clients ask of a supervisor.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Result};
 use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
+use crate::server::greeting::Greeting;
 use crate::server::helper::{Helper, Job};
-use crate::server::proto::{Answer, Command, ToWorker};
+use crate::server::proto::{Answer, Command, ToWorker, own_greeting};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
 use crate::server::worker_process::{Descriptors, RestartPolicy};
+
+/// A program that does not tell its version in this time is not started as a server.
+const VERSION_LIMIT: Duration = Duration::from_secs(5);
 
 impl Supervisor {
     /// Does what a client asks for; an answer may come later.
@@ -90,8 +96,19 @@ impl Supervisor {
     /// No worker could serve; perhaps one can by now. The client is answered when one has flushed, or when none can
     /// again.
     fn retry_failed_device(&mut self, program: Vec<OwnedFd>, client: OwnedFd) {
-        if let (Some(fds), Some(program)) = (&mut self.fds, program.into_iter().next()) {
-            fds.binary = program;
+        if let Some(program) = program.into_iter().next() {
+            // No worker serves, so that this supervisor may wait for the program's answer.
+            let checked = Helper::ask_version(&path_of(&program)).and_then(|asked| {
+                let greeting = asked.greeting(VERSION_LIMIT);
+                self.release_helper(asked, true);
+                self.judge_program(greeting)
+            });
+            if let Err(e) = checked {
+                return control::answer(&client, &control::refusal(&e));
+            }
+            if let Some(fds) = &mut self.fds {
+                fds.binary = program;
+            }
         }
         self.failed = None;
         self.restarts = RestartPolicy::default();
@@ -101,4 +118,24 @@ impl Supervisor {
         self.flush_sent = true;
         self.start_worker(true);
     }
+
+    /// Asks a program that is to serve the device for its version, while the loop runs. An error: it is older than this
+    /// one, or does not answer.
+    pub(super) fn check_program(&mut self, program: &OwnedFd) -> Result<()> {
+        let asked = Helper::ask_version(&path_of(program))?;
+        let end = Instant::now() + VERSION_LIMIT;
+        while !self.poll_once(end, Some(asked.sock.as_fd())) && Instant::now() < end && self.aborting.is_empty() {}
+        let greeting = asked.greeting(Duration::ZERO);
+        self.release_helper(asked, true);
+        self.judge_program(greeting)
+    }
+
+    fn judge_program(&self, greeting: Result<Greeting>) -> Result<()> {
+        let judged = greeting.and_then(|g| g.replaces(&own_greeting()));
+        judged.map_err(|e| e.context(format!("{} is not reloaded", self.record.name)))
+    }
+}
+
+fn path_of(program: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", program.as_raw_fd()).into()
 }

@@ -11,9 +11,11 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::sys::time::TimeVal;
+use serde::Serialize;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
+use crate::server::greeting::{self, Incoming};
 use crate::server::proto::{Answer, Command};
 
 /// Most clients at a time; more wait in the kernel's queue.
@@ -58,8 +60,14 @@ pub fn ask(dir: &Path, command: &Command, limit: Duration) -> Result<(Answer, Ow
 /// The same with descriptors beside the command. Further answers come on the connection.
 pub fn ask_with(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Duration) -> Result<(Answer, OwnedFd)> {
     let sock = send_command(dir, command, fds, limit)?;
-    match frame::recv_within::<Answer>(&sock, limit)? {
-        Some((answer, _)) => Ok((answer, sock)),
+    next_answer(&sock, dir, limit).map(|answer| (answer, sock))
+}
+
+/// The next answer on a connection. Unsupported is an error that names the command.
+pub fn next_answer(sock: &OwnedFd, dir: &Path, limit: Duration) -> Result<Answer> {
+    match frame::recv_within::<Answer>(sock, limit)? {
+        Some((answer @ Answer::Unsupported { .. }, _)) => answer.into_result(),
+        Some((answer, _)) => Ok(answer),
         None => Err(ended(dir)),
     }
 }
@@ -71,7 +79,7 @@ pub fn ended(dir: &Path) -> Error {
 
 /// Sends a command, waiting no longer than `limit` for a supervisor that takes it. Answers the connection, on which the
 /// answers come.
-pub fn send_command(dir: &Path, command: &Command, fds: &[BorrowedFd], limit: Duration) -> Result<OwnedFd> {
+pub fn send_command(dir: &Path, command: &impl Serialize, fds: &[BorrowedFd], limit: Duration) -> Result<OwnedFd> {
     let sock = new_socket()?;
     let (_dir, address) = address(dir, super::runtime::CONTROL)?;
     // A supervisor that does not accept must not hang us once its queue is full.
@@ -105,7 +113,7 @@ pub struct Client {
 pub enum ClientEvent {
     Nothing,
     Command(Command, Vec<OwnedFd>),
-    /// Gone, or talking nonsense.
+    /// The client has gone, has sent no JSON, or has got its answer: the command is not supported.
     Closed,
 }
 
@@ -123,8 +131,12 @@ impl Client {
     }
 
     pub fn receive(&self) -> ClientEvent {
-        match frame::recv_within::<Command>(&self.sock, Duration::ZERO) {
-            Ok(Some((command, fds))) => ClientEvent::Command(command, fds),
+        match frame::receive_within::<Command>(&self.sock, Duration::ZERO) {
+            Ok(Some((Incoming::Known(command), fds))) => ClientEvent::Command(command, fds),
+            Ok(Some((Incoming::Unknown(unknown), _))) => {
+                answer(&self.sock, &Answer::Unsupported { what: unknown.name, version: greeting::VERSION });
+                ClientEvent::Closed
+            }
             Err(e) if e.errno() == Some(libc::ETIMEDOUT) => ClientEvent::Nothing,
             _ => ClientEvent::Closed,
         }
@@ -180,6 +192,16 @@ mod tests {
         answer(&client.sock, &Answer::Done);
         assert!(matches!(initiator.join().unwrap(), Ok(Answer::Done)));
         assert!(matches!(client.receive(), ClientEvent::Closed));
+        // An unknown command is answered at once, and once.
+        let (sock, theirs) = frame::pair().unwrap();
+        let client = Client { sock: theirs, since: Instant::now() };
+        frame::send(&sock, &"Grow", &[]).unwrap();
+        assert!(matches!(client.receive(), ClientEvent::Closed));
+        let e = next_answer(&sock, dir.path(), Duration::ZERO).unwrap_err();
+        assert!(e.kind() == Kind::Param && e.to_string().contains("Grow"), "{e}");
+        // An answer of a later version is no end of the supervisor.
+        frame::send(&client.sock, &"Later", &[]).unwrap();
+        assert_eq!(next_answer(&sock, dir.path(), Duration::ZERO).unwrap_err().kind(), Kind::Protocol);
         drop(listener);
         assert!(!has_listener(dir.path()));
     }

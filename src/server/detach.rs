@@ -111,7 +111,7 @@ impl Supervisor {
             if let Some(error) = worker.and_then(|w| w.closed.clone()) {
                 return match error {
                     None => Ok(()),
-                    Some((code, message)) => Err(remote_error(code, message)),
+                    Some(error) => Err(error.into()),
                 };
             }
             if let Some(why) = &self.failed {
@@ -207,6 +207,7 @@ impl Supervisor {
             fmt_version: r.fmt_version,
             was_marked: false,
             direct: true,
+            greeting: self.start.greeting.clone(),
         };
         if let Some(worker) = &mut self.worker {
             worker.ready = Some(ready);

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::greeting::{self, Incoming};
 use crate::server::proto::MAX_FRAME;
 use crate::sys::scm;
 use crate::sys::wait::{wait, wait_forever};
@@ -63,6 +64,11 @@ pub fn send_within<T: Serialize>(sock: impl AsFd, value: &T, fds: &[BorrowedFd],
 
 /// Receives one frame, waiting as long as it takes. `None`: the other side has closed.
 pub fn recv<T: DeserializeOwned>(sock: impl AsFd) -> Result<Option<(T, Vec<OwnedFd>)>> {
+    receive(sock)?.map(known).transpose()
+}
+
+/// Like [`recv`] for a receiver that goes on after a message that it does not understand.
+pub fn receive<T: DeserializeOwned>(sock: impl AsFd) -> Result<Option<(Incoming<T>, Vec<OwnedFd>)>> {
     let mut buf = vec![0; MAX_FRAME];
     let sock = sock.as_fd();
     loop {
@@ -78,6 +84,15 @@ pub fn recv<T: DeserializeOwned>(sock: impl AsFd) -> Result<Option<(T, Vec<Owned
 
 /// Receives one frame, waiting no longer than `limit`. `None`: the other side has closed.
 pub fn recv_within<T: DeserializeOwned>(sock: impl AsFd, limit: Duration) -> Result<Option<(T, Vec<OwnedFd>)>> {
+    receive_within(sock, limit)?.map(known).transpose()
+}
+
+/// Like [`recv_within`] for a receiver that goes on after a message that it does not understand. An error: what came is
+/// no JSON.
+pub fn receive_within<T: DeserializeOwned>(
+    sock: impl AsFd,
+    limit: Duration,
+) -> Result<Option<(Incoming<T>, Vec<OwnedFd>)>> {
     let sock = sock.as_fd();
     let end = Instant::now() + limit;
     let mut buf = vec![0; MAX_FRAME];
@@ -98,7 +113,19 @@ pub fn recv_within<T: DeserializeOwned>(sock: impl AsFd, limit: Duration) -> Res
     }
 }
 
-fn decode<T: DeserializeOwned>(got: io::Result<scm::Received>, buf: &[u8]) -> Result<Option<(T, Vec<OwnedFd>)>> {
+fn known<T>((message, fds): (Incoming<T>, Vec<OwnedFd>)) -> Result<(T, Vec<OwnedFd>)> {
+    match message {
+        Incoming::Known(message) => Ok((message, fds)),
+        Incoming::Unknown(unknown) => {
+            bail!(Protocol, "a message that is not understood was received: {:?}", unknown.name)
+        }
+    }
+}
+
+fn decode<T: DeserializeOwned>(
+    got: io::Result<scm::Received>,
+    buf: &[u8],
+) -> Result<Option<(Incoming<T>, Vec<OwnedFd>)>> {
     let got = match got {
         Ok(got) => got,
         // The peer exited with unread data: the connection is closed.
@@ -111,8 +138,8 @@ fn decode<T: DeserializeOwned>(got: io::Result<scm::Received>, buf: &[u8]) -> Re
     if got.len == 0 {
         return Ok(None);
     }
-    let value = serde_json::from_slice(&buf[..got.len])
-        .map_err(|e| Error::with(Kind::Protocol, "a message that is not understood was received", e))?;
+    let value = greeting::decode(&buf[..got.len])
+        .map_err(|e| Error::with(Kind::Protocol, "a message that is no JSON was received", e))?;
     Ok(Some((value, got.fds)))
 }
 
@@ -147,5 +174,14 @@ mod tests {
         assert_eq!(e.errno(), Some(libc::ETIMEDOUT));
         scm::send(a.as_fd(), b"{not json", &[], 0).unwrap();
         assert_eq!(recv::<u32>(&b).unwrap_err().kind(), Kind::Protocol);
+        // JSON of another kind is an error to some receivers and not to others.
+        send(&a, &"Grow", &[]).unwrap();
+        let e = recv::<u32>(&b).unwrap_err();
+        assert!(e.kind() == Kind::Protocol && e.to_string().contains("\"Grow\""), "{e}");
+        send(&a, &"Grow", &[a.as_fd()]).unwrap();
+        match receive_within::<u32>(&b, Duration::ZERO).unwrap() {
+            Some((Incoming::Unknown(unknown), fds)) => assert_eq!((&unknown.name[..], fds.len()), ("Grow", 1)),
+            other => panic!("{other:?}"),
+        }
     }
 }

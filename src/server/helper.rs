@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::greeting::Greeting;
+use crate::server::proto::own_greeting;
+use crate::server::remote_error::RemoteError;
 use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport, Wanted};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::process;
@@ -75,12 +78,30 @@ impl Helper {
 
     /// The same with descriptors beside the job.
     pub fn start_with(program: &Path, job: &Job, fds: &[BorrowedFd]) -> Result<Helper> {
-        let (ours, theirs) = frame::pair()?;
-        let child = command(program, "helper").stdin(theirs).spawn();
-        let child = child.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
-        let helper = Helper { child, sock: ours };
+        let helper = Helper::spawn(program, "helper")?;
         frame::send(&helper.sock, job, fds)?;
         Ok(helper)
+    }
+
+    /// Starts `program` to learn its version; [`Helper::greeting`] takes the answer as soon as the socket can be read.
+    pub fn ask_version(program: &Path) -> Result<Helper> {
+        Helper::spawn(program, "version")
+    }
+
+    fn spawn(program: &Path, mode: &str) -> Result<Helper> {
+        let (ours, theirs) = frame::pair()?;
+        let child = command(program, mode).stdin(theirs).spawn();
+        let child = child.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+        Ok(Helper { child, sock: ours })
+    }
+
+    /// The greeting of the program. One that knows no mode `version` ends without an answer: it is of version 1.
+    pub fn greeting(&self, limit: Duration) -> Result<Greeting> {
+        match frame::recv_within::<Greeting>(&self.sock, limit) {
+            Ok(Some((greeting, _))) => Ok(greeting),
+            Ok(None) => Ok(Greeting::default()),
+            Err(e) => Err(e.context("the program does not tell its version")),
+        }
     }
 
     /// Waits for the last event; kills the helper at the end of `limit`.
@@ -124,7 +145,13 @@ pub fn command(program: &Path, mode: &str) -> Command {
 
 /// An error that came over a socket.
 pub fn remote_error(code: i32, message: String) -> Error {
-    Error::new(Kind::from_code(code).unwrap_or(Kind::Sys), message)
+    RemoteError { code, message }.into()
+}
+
+/// Mode `version`: the greeting of this program to the socket on standard input.
+pub fn tell_version() -> i32 {
+    let Ok(sock) = process::take_standard(0) else { return 1 };
+    i32::from(frame::send(&sock, &own_greeting(), &[]).is_err())
 }
 
 /// Mode `helper`: one job from the socket on standard input.
@@ -244,5 +271,38 @@ fn remove_nodes(name: &str, rdev: u64) {
         if path != dev.join(name) || number == rdev {
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn programs_tell_their_version_or_are_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = |name: &str, lines: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{lines}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let ask = |path: &Path, limit: u64| {
+            let mut helper = Helper::ask_version(path).unwrap();
+            let greeting = helper.greeting(Duration::from_millis(limit));
+            let _ = helper.child.kill();
+            let _ = helper.child.wait();
+            greeting
+        };
+        assert_eq!(ask(&program("old", "exit 2"), 5000).unwrap(), Greeting::default());
+        let silent = ask(&program("silent", "exec sleep 5"), 50).unwrap_err();
+        assert!(silent.to_string().contains("does not tell its version"), "{silent}");
+        assert!(Helper::ask_version(&dir.path().join("none")).is_err());
+        // What the program sends.
+        let (ours, theirs) = frame::pair().unwrap();
+        frame::send(&theirs, &own_greeting(), &[]).unwrap();
+        let (got, _) = frame::recv_within::<Greeting>(&ours, Duration::ZERO).unwrap().unwrap();
+        assert_eq!(got, own_greeting());
     }
 }

@@ -16,7 +16,6 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
-use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, ChainSwitch, SwitchLevel};
 use crate::server::supervisor::{Supervisor, log};
 
@@ -119,7 +118,7 @@ impl Supervisor {
         let (Some(_), Some(told), false) = (&self.start.merge, told, self.ending) else { return };
         let request = match told {
             None => ChangeRequest::MergeComplete,
-            Some((code, message)) => ChangeRequest::EndMerge(remote_error(code, message)),
+            Some(error) => ChangeRequest::EndMerge(error.into()),
         };
         self.changes.push_back(PendingChange { request, fds: Vec::new(), client: None });
     }

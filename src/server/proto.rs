@@ -9,6 +9,14 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::chain::Marked;
 pub use crate::descriptor::commit_by_fd::CommitNames;
+use crate::error::Error;
+use crate::server::greeting::{self, Greeting};
+use crate::server::remote_error::RemoteError;
+
+/// What this build knows.
+pub fn own_greeting() -> Greeting {
+    Greeting::of::<Command, ToWorker>()
+}
 
 /// No frame is larger.
 pub const MAX_FRAME: usize = 256 * 1024;
@@ -91,6 +99,16 @@ pub struct DeviceRecord {
     /// Unanswered requests are kept in slots: the kernel cannot give them out again, or is not to.
     #[serde(default)]
     pub slots: bool,
+    /// What the supervisor understands; a client reads it before it sends a command.
+    #[serde(default)]
+    pub greeting: Greeting,
+}
+
+impl DeviceRecord {
+    /// The error for a command that the supervisor does not know: `None` if it does.
+    pub fn refuse(&self, command: &Command) -> Option<Error> {
+        self.greeting.refuse(command, &format!("the server of {}", self.name))
+    }
 }
 
 /// A process that cannot be mistaken for a later one of the same number.
@@ -138,6 +156,9 @@ pub struct WorkerStart {
     /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
     #[serde(default)]
     pub slot_fds: usize,
+    /// What the sender understands.
+    #[serde(default)]
+    pub greeting: Greeting,
 }
 
 impl WorkerStart {
@@ -163,6 +184,7 @@ impl WorkerStart {
             merge_range: None,
             merge_fds: 0,
             slot_fds: 0,
+            greeting: own_greeting(),
         }
     }
 }
@@ -176,7 +198,9 @@ pub struct Succession {
     /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
+    /// See [`ChainSwitch::linger`].
     #[serde(default)]
+    #[cfg_attr(not(debug_assertions), serde(skip))]
     pub linger: u64,
 }
 
@@ -196,8 +220,10 @@ pub struct ChainSwitch {
     /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
-    /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile.
+    /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile. A release build neither
+    /// sends nor reads it.
     #[serde(default)]
+    #[cfg_attr(not(debug_assertions), serde(skip))]
     pub linger: u64,
 }
 
@@ -247,7 +273,7 @@ pub enum FromWorker {
     Prepared,
     /// The answer to `Retire`. An error: the worker can serve no more, and the chain stays as it was.
     Retired {
-        error: Option<(i32, String)>,
+        error: Option<RemoteError>,
     },
     /// The change of the chain is made; `Ready` follows. A warning: it may not survive a power cut.
     Switched {
@@ -255,7 +281,7 @@ pub enum FromWorker {
     },
     /// The former top is complete and unmarked, or why it is not.
     Finished {
-        error: Option<(i32, String)>,
+        error: Option<RemoteError>,
     },
     /// The chain cannot be opened.
     Failed {
@@ -263,15 +289,20 @@ pub enum FromWorker {
         message: String,
     },
     Flushed {
-        error: Option<(i32, String)>,
+        error: Option<RemoteError>,
     },
     /// The top and the level below it agree now (and go on doing so), or the merge has ended before its time.
     Merged {
-        error: Option<(i32, String)>,
+        error: Option<RemoteError>,
     },
     /// An error: the in-use mark stays.
     Closed {
-        error: Option<(i32, String)>,
+        error: Option<RemoteError>,
+    },
+    /// The worker does not know this message of the supervisor, which is of version 2 or later.
+    Unsupported {
+        what: String,
+        version: u32,
     },
 }
 
@@ -285,6 +316,9 @@ pub struct WorkerReady {
     pub was_marked: bool,
     /// Direct I/O on every file of the chain.
     pub direct: bool,
+    /// What the worker understands.
+    #[serde(default)]
+    pub greeting: Greeting,
 }
 
 /// Client to supervisor, on /run/ploop/NAME/control; one answer each.
@@ -346,4 +380,71 @@ pub enum Answer {
         code: i32,
         message: String,
     },
+    /// The supervisor does not know this command. A client of version 1 sends no such command.
+    Unsupported {
+        what: String,
+        version: u32,
+    },
+}
+
+impl Answer {
+    /// The error that it reports, if it does; [`Answer::NotMerged`] counts as an outcome.
+    pub fn into_result(self) -> crate::error::Result<Answer> {
+        match self {
+            Answer::Error { code, message } => Err(RemoteError { code, message }.into()),
+            Answer::Unsupported { what, version } => Err(greeting::unsupported(&what, "the device's server", version)),
+            other => Ok(other),
+        }
+    }
+}
+
+impl From<RemoteError> for Answer {
+    fn from(e: RemoteError) -> Answer {
+        Answer::Error { code: e.code, message: e.message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_of_the_first_version_are_read() {
+        let first = Greeting::default();
+        let own = own_greeting();
+        assert!(first.commands.iter().all(|c| own.commands.contains(c)), "{own:?}");
+        own.replaces(&first).unwrap();
+        let ready =
+            r#"{"Ready":{"device_bytes":1,"cluster_sectors":2,"fmt_version":2,"was_marked":false,"direct":true}}"#;
+        let FromWorker::Ready(ready) = serde_json::from_str(ready).unwrap() else { panic!("not Ready") };
+        assert_eq!(ready.greeting, first);
+        let text = r#"{"Closed":{"error":[16,"lost"]}}"#;
+        let closed: FromWorker = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_string(&closed).unwrap(), text);
+        let record = serde_json::to_value(DeviceRecord { greeting: own.clone(), ..Default::default() }).unwrap();
+        let mut old = record.clone();
+        old.as_object_mut().unwrap().remove("greeting");
+        assert_eq!(serde_json::from_value::<DeviceRecord>(old).unwrap().greeting, first);
+        assert_eq!(serde_json::from_value::<DeviceRecord>(record).unwrap().greeting, own);
+    }
+
+    #[test]
+    fn test_hooks_are_no_part_of_a_release() {
+        let succession = Succession { wait: false, new_top: false, commit: None, linger: 60 };
+        let text = serde_json::to_string(&succession).unwrap();
+        assert_eq!(text.contains("linger"), cfg!(debug_assertions));
+        let sent = r#"{"new_top":false,"commit":null,"linger":60}"#;
+        let got: Succession = serde_json::from_str(sent).unwrap();
+        assert_eq!(got.linger, if cfg!(debug_assertions) { 60 } else { 0 });
+    }
+
+    #[test]
+    fn an_unsupported_command_is_an_error_by_name() {
+        let answer = Answer::Unsupported { what: "Grow".into(), version: 2 };
+        let e = answer.into_result().unwrap_err();
+        assert_eq!(e.code(), 38);
+        assert!(e.to_string().contains("Grow") && e.to_string().contains("version 2"), "{e}");
+        let refused = DeviceRecord { name: "ploop7".into(), ..Default::default() };
+        assert!(refused.refuse(&Command::Info).is_none());
+    }
 }

@@ -20,9 +20,11 @@ use crate::error::{IoContext, Kind, Result};
 use crate::server::chain_switch::PendingChange;
 use crate::server::control::{self, Client, ClientEvent};
 use crate::server::helper::{Helper, Job, JobEvent};
+pub(super) use crate::server::kernel_log::log;
 use crate::server::merge::MergeTransition;
 use crate::server::nodes::Nodes;
-use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart};
+use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart, own_greeting};
+use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
 use crate::server::transport::Binding;
 use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
@@ -118,6 +120,8 @@ impl Supervisor {
         let signals = asked.thread_block().and_then(|()| SignalFd::with_flags(&asked, flags)).ok();
         let nodes = Nodes::new(&runtime::dev_dir(), &record.name);
         let shm = Shm::map(fds.shm.as_fd()).ok();
+        // The record may be the one of an older supervisor.
+        let record = DeviceRecord { greeting: own_greeting(), ..record };
         Ok(Supervisor {
             dir,
             record,
@@ -400,13 +404,15 @@ impl Supervisor {
                     }
                 }
                 FromWorker::Slots => self.slots = std::mem::take(&mut worker.slots),
-                FromWorker::Failed { code, message } => worker.refused = Some((code, message)),
+                FromWorker::Failed { code, message } => worker.refused = Some(RemoteError { code, message }),
                 FromWorker::Closed { error } => worker.closed = Some(error),
                 FromWorker::Merged { error } => {
                     worker.merged = Some(error);
                     self.on_merge_outcome();
                 }
                 FromWorker::Prepared => worker.prepared = true,
+                // `Worker::receive` has handled it.
+                FromWorker::Unsupported { .. } => {}
                 FromWorker::Retired { error } => worker.retired = Some(error),
                 FromWorker::Switched { warning } => worker.switched = Some(warning),
                 FromWorker::Finished { error } => {
@@ -415,10 +421,7 @@ impl Supervisor {
                 }
                 FromWorker::Flushed { error } => {
                     self.flush_sent = false;
-                    let reply = match error {
-                        None => Answer::Done,
-                        Some((code, message)) => Answer::Error { code, message },
-                    };
+                    let reply = error.map_or(Answer::Done, Answer::from);
                     self.flushing.drain(..).for_each(|c| control::answer(&c, &reply));
                 }
             }
@@ -440,7 +443,7 @@ impl Supervisor {
             return;
         }
         self.worker = None;
-        let why = refused.map_or_else(|| "it exited".into(), |(_, message)| message);
+        let why = refused.map_or_else(|| "it exited".into(), |e| e.message);
         match self.restarts.next_start(Instant::now(), ready, killed) {
             Some(at) => self.restart = Some(at),
             None => self.fail(format!("no worker can serve it: {why}")),
@@ -498,16 +501,5 @@ impl Supervisor {
                 }
             }
         }
-    }
-}
-
-/// One line for the host's administrator, into the kernel's log: no file of ours could be on a device of ours.
-pub(super) fn log(name: &str, text: &str) {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let kmsg = std::fs::File::options().write(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
-    if let Ok(mut kmsg) = kmsg {
-        let line: String = format!("ploop-server: {name}: {text}\n").chars().take(900).collect();
-        let _ = kmsg.write_all(line.as_bytes());
     }
 }

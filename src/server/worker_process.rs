@@ -1,7 +1,7 @@
 //! The worker as its supervisor sees it: start, messages, exit.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -9,7 +9,10 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use crate::error::{IoContext, Kind, Result};
-use crate::server::proto::{FromWorker, ProcessId, ToWorker, WorkerReady, WorkerStart};
+use crate::server::greeting::{self, Incoming};
+use crate::server::kernel_log::log;
+use crate::server::proto::{FromWorker, ProcessId, ToWorker, WorkerReady, WorkerStart, own_greeting};
+use crate::server::remote_error::RemoteError;
 use crate::server::{frame, helper, runtime};
 use crate::sys::pidfd;
 
@@ -52,6 +55,9 @@ impl Descriptors {
     }
 }
 
+/// Most different texts that are logged about messages of one worker.
+const UNKNOWN_MAX: usize = 16;
+
 /// One worker process.
 pub struct Worker {
     pub id: ProcessId,
@@ -63,21 +69,23 @@ pub struct Worker {
     pub exited: bool,
     pub ready: Option<WorkerReady>,
     /// Why it could not open the chain.
-    pub refused: Option<(i32, String)>,
+    pub refused: Option<RemoteError>,
     /// It has closed the image: how that went.
-    pub closed: Option<Option<(i32, String)>>,
+    pub closed: Option<Option<RemoteError>>,
     /// The slots that it reads requests into, until the supervisor takes them.
     pub slots: Vec<OwnedFd>,
+    /// What was logged about messages that were not understood.
+    unknown: BTreeSet<String>,
     /// The worker waits for `Go`.
     pub prepared: bool,
     /// It serves nothing any more and has let go of the images, or why it has not.
-    pub retired: Option<Option<(i32, String)>>,
+    pub retired: Option<Option<RemoteError>>,
     /// It has made the change of the chain that it was started for; a warning.
     pub switched: Option<Option<String>>,
     /// The former top is complete, or why not.
-    pub finished: Option<Option<(i32, String)>>,
+    pub finished: Option<Option<RemoteError>>,
     /// The merge has come to its end, or to an error.
-    pub merged: Option<Option<(i32, String)>>,
+    pub merged: Option<Option<RemoteError>>,
 }
 
 impl Worker {
@@ -90,7 +98,7 @@ impl Worker {
         let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
         let worker = Worker::new(id, pidfd, ours, Some(child));
-        let start = WorkerStart { slot_fds: slots.len(), ..start.clone() };
+        let start = WorkerStart { slot_fds: slots.len(), greeting: own_greeting(), ..start.clone() };
         let sent: Vec<BorrowedFd> = fds.all().into_iter().chain(slots.iter().map(AsFd::as_fd)).collect();
         worker.send(&ToWorker::Start(start), &sent)?;
         Ok(worker)
@@ -117,6 +125,7 @@ impl Worker {
             refused: None,
             closed: None,
             slots: Vec::new(),
+            unknown: BTreeSet::new(),
             prepared: false,
             retired: None,
             switched: None,
@@ -133,21 +142,52 @@ impl Worker {
         }
     }
 
-    /// Takes one message, if there is one. The end of the connection is remembered.
+    /// Takes one message, if there is one. What a worker of a later version sends and this build does not understand is
+    /// logged and left out: such a worker serves all the same. The end of the connection is remembered.
     pub fn receive(&mut self) -> Option<FromWorker> {
-        let sock = self.sock.as_ref()?;
-        match frame::recv_within::<FromWorker>(sock, Duration::ZERO) {
-            Ok(Some((FromWorker::Slots, fds))) => {
-                self.slots = fds;
-                Some(FromWorker::Slots)
+        loop {
+            let sock = self.sock.as_ref()?;
+            match frame::receive_within::<FromWorker>(sock, Duration::ZERO) {
+                Ok(Some((Incoming::Known(FromWorker::Slots), fds))) => {
+                    self.slots = fds;
+                    return Some(FromWorker::Slots);
+                }
+                Ok(Some((Incoming::Known(FromWorker::Unsupported { what, version }), _))) => {
+                    if let Some(outcome) = self.unsupported(&what, version) {
+                        return Some(outcome);
+                    }
+                }
+                Ok(Some((Incoming::Known(message), _))) => return Some(message),
+                Ok(Some((Incoming::Unknown(unknown), _))) => {
+                    self.log_once(format!("its message {:?} is not understood and left out", unknown.name));
+                }
+                Err(e) if e.errno() == Some(libc::ETIMEDOUT) => return None,
+                // No JSON: nothing that follows can be trusted. The process is watched by its pidfd.
+                Ok(None) | Err(_) => {
+                    self.sock = None;
+                    return None;
+                }
             }
-            Ok(Some((message, _))) => Some(message),
-            Err(e) if e.errno() == Some(libc::ETIMEDOUT) => None,
-            // What is not understood cannot be trusted any more; the process is watched by its pidfd.
-            Ok(None) | Err(_) => {
-                self.sock = None;
-                None
-            }
+        }
+    }
+
+    /// The worker does not know a message: what waits for its answer gets an error that names it.
+    fn unsupported(&mut self, what: &str, version: u32) -> Option<FromWorker> {
+        let error = greeting::unsupported(what, "the worker", version);
+        self.log_once(error.to_string());
+        let error = Some(RemoteError::from(error));
+        match what {
+            "Flush" => Some(FromWorker::Flushed { error }),
+            "Retire" => Some(FromWorker::Retired { error }),
+            "Close" => Some(FromWorker::Closed { error }),
+            _ => None,
+        }
+    }
+
+    fn log_once(&mut self, text: String) {
+        if self.unknown.len() < UNKNOWN_MAX && !self.unknown.contains(&text) {
+            log(&format!("worker {}", self.id.pid), &text);
+            self.unknown.insert(text);
         }
     }
 
@@ -236,5 +276,34 @@ mod tests {
         let fds = Descriptors::from_all(fds, 2, 2).unwrap();
         assert_eq!((fds.levels.len(), fds.extra.len(), fds.merge.len()), (2, 1, 2));
         assert_eq!(fds.all().iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), numbers);
+    }
+
+    #[test]
+    fn messages_of_a_later_worker_do_not_end_the_connection() {
+        let (ours, theirs) = frame::pair().unwrap();
+        let mut worker = Worker::attach_running(std::process::id() as i32, ours).unwrap();
+        for _ in 0..3 {
+            frame::send(&theirs, &"Later", &[]).unwrap();
+            frame::send(&theirs, &serde_json::json!({"Flushed": {"error": {"other": 1}}}), &[]).unwrap();
+        }
+        frame::send(&theirs, &FromWorker::Prepared, &[]).unwrap();
+        assert!(matches!(worker.receive(), Some(FromWorker::Prepared)));
+        assert_eq!(worker.unknown.len(), 2, "each is logged once");
+        // What waits for an answer gets an error that names the message.
+        frame::send(&theirs, &FromWorker::Unsupported { what: "Grow".into(), version: 7 }, &[]).unwrap();
+        frame::send(&theirs, &FromWorker::Unsupported { what: "Retire".into(), version: 7 }, &[]).unwrap();
+        match worker.receive() {
+            Some(FromWorker::Retired { error: Some(e) }) => {
+                assert!(e.code == Kind::Param.code() && e.message.contains("Retire: the worker has version 7"), "{e}");
+            }
+            other => panic!("{other:?}"),
+        }
+        for i in 0..100 {
+            frame::send(&theirs, &format!("Later{i}"), &[]).unwrap();
+            assert!(worker.receive().is_none() && worker.sock.is_some());
+        }
+        assert_eq!(worker.unknown.len(), UNKNOWN_MAX);
+        crate::sys::scm::send(theirs.as_fd(), b"{not json", &[], 0).unwrap();
+        assert!(worker.receive().is_none() && worker.sock.is_none());
     }
 }

@@ -8,6 +8,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use ploop::error::{Kind, Result};
 use ploop::server::frame;
 use ploop::server::proto::{Answer, AttachRequest, Command, DeviceRecord, FromWorker, ToWorker};
+use ploop::server::remote_error::RemoteError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -63,7 +64,10 @@ impl Target for Messages {
         let mut seeds: Vec<Vec<u8>> =
             [Command::Info, Command::Stop, Command::HoldForSpace(true)].iter().map(encode).collect();
         seeds.extend([info.into_bytes(), encode(&Answer::Error { code: 3, message: "busy".into() })]);
-        seeds.extend([encode(&ToWorker::Close), encode(&FromWorker::Flushed { error: Some((5, "x".into())) })]);
+        seeds.extend([
+            encode(&ToWorker::Close),
+            encode(&FromWorker::Flushed { error: Some(RemoteError { code: 5, message: "x".into() }) }),
+        ]);
         seeds
     }
 

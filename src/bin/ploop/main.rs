@@ -169,6 +169,7 @@ fn ploop_command(args: &[OsString]) -> u8 {
         rest = tail;
     }
     report::set_verbose_level(level);
+    report::progress::draw_at_level(level);
     let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
     match COMMANDS.iter().find(|c| name == c.name) {
         Some(command) => run(command, args),

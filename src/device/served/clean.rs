@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use crate::bail;
-use crate::device::served::{find, lock};
+use crate::device::served::{find, lock, record};
 use crate::device::state::State;
 use crate::error::{Error, Kind, Result};
-use crate::server::helper::{Helper, Job, remote_error};
+use crate::server::helper::{Helper, Job};
 use crate::server::proto::{Answer, Command};
 use crate::server::{control, frame, runtime, spawn};
 
@@ -48,9 +48,12 @@ fn tell(name: &str, command: &Command) -> Result<()> {
         if device.state == State::Dead {
             return clean(name);
         }
+        if let Some(unsupported) = record(&device).refuse(command) {
+            return Err(unsupported);
+        }
         match control::ask(&runtime::device_dir(name), command, STOP) {
-            Ok((Answer::Error { code, message }, _)) => return Err(remote_error(code, message)),
-            Ok((_, connection)) => {
+            Ok((answer, connection)) => {
+                answer.into_result()?;
                 // Its end closes the connection; until then its process would be seen.
                 let _ = frame::recv_within::<Answer>(&connection, EXIT);
                 return Ok(());

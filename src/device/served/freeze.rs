@@ -11,7 +11,7 @@ use crate::device::model::Device;
 use crate::error::Result;
 use crate::report;
 use crate::server::helper::{JobEvent, remote_error};
-use crate::server::proto::{Answer, Command};
+use crate::server::proto::Command;
 use crate::server::{control, frame, freeze, runtime};
 
 /// Writing back a host's memory takes its time.
@@ -37,10 +37,8 @@ impl Frozen {
         let mut fds: Vec<BorrowedFd> = vec![theirs.as_fd()];
         fds.extend(files.iter().map(AsFd::as_fd));
         let dir = runtime::device_dir(device.name());
-        match control::ask_with(&dir, &Command::Freeze, &fds, Duration::from_secs(10))?.0 {
-            Answer::Error { code, message } => return Err(remote_error(code, message)),
-            _ => drop(theirs),
-        }
+        control::ask_with(&dir, &Command::Freeze, &fds, Duration::from_secs(10))?.0.into_result()?;
+        drop(theirs);
         let mut frozen = Frozen { owner: Some(mine), files };
         match frozen.hear(FREEZE)? {
             Some(JobEvent::Frozen) => Ok(frozen),

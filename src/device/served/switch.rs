@@ -13,7 +13,7 @@ use crate::device::spec::{CommitFile, NewLevel, SwitchSpec};
 use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
-use crate::server::helper::{Go, remote_error};
+use crate::server::helper::Go;
 use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, LevelName, SwitchLevel};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::file_id::FileId;
@@ -137,6 +137,9 @@ pub(super) fn ask(
         if device.state == State::Dead {
             bail!(Device, "{name} has lost its server; unmount what is mounted from it and detach it");
         }
+        if let Some(unsupported) = record(&device).refuse(command) {
+            return Err(unsupported);
+        }
         let asked = control::send_command(&dir, command, fds, SUPERVISOR);
         if asked.is_ok() {
             deaths += 1;
@@ -144,20 +147,19 @@ pub(super) fn ask(
         let connected = asked.is_ok();
         let answer = asked.and_then(|connection| {
             loop {
-                match frame::recv_within::<Answer>(&connection, CHANGE)? {
-                    Some((Answer::Switched { warning }, _)) => {
+                match control::next_answer(&connection, &dir, CHANGE)? {
+                    Answer::Switched { warning } => {
                         if !std::mem::replace(&mut told, true) {
                             serving(warning.as_deref());
                         }
                     }
-                    Some((Answer::Prepared, _)) => {
+                    Answer::Prepared => {
                         prepared()?;
                         if frame::send(&connection, &Go, &[]).is_err() {
                             return Err(control::ended(&dir));
                         }
                     }
-                    Some((answer, _)) => return Ok(answer),
-                    None => return Err(control::ended(&dir)),
+                    answer => return Ok(answer),
                 }
             }
         });
@@ -165,12 +167,11 @@ pub(super) fn ask(
             end = Instant::now() + SUPERVISOR;
         }
         match answer {
-            Ok(Answer::Error { code, message }) => return Err(remote_error(code, message)),
             // What the supervisor before had begun is not known to this one.
             Ok(Answer::NotMerged { code, message, untouched }) => {
                 return Ok(Answer::NotMerged { code, message, untouched: untouched && deaths < 2 });
             }
-            Ok(answer) => return Ok(answer),
+            Ok(answer) => return answer.into_result(),
             // Between two supervisors.
             Err(e) if e.kind() == Kind::Device && Instant::now() < end && deaths < DEATHS => {
                 report::say(2, format_args!("{name}: {e}; asking the next supervisor"));

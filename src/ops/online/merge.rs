@@ -9,6 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
 use crate::ops::image_set;
 use crate::report;
+use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
 
 /// Merges `descendant` and all between into `ancestor`, all of which the device runs. I/O goes on. What was begun is
@@ -77,9 +78,10 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
 
 /// Has the server do it.
 fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec) -> Result<(), Unmerged> {
+    let mut patience = Patience { shown: Progress::begin("merging") };
     let merged = match is_top {
-        true => merge_top(device, then.commit.as_ref(), &mut Patience),
-        false => merge_levels_of(device, levels, then, &mut Patience),
+        true => merge_top(device, then.commit.as_ref(), &mut patience),
+        false => merge_levels_of(device, levels, then, &mut patience),
     };
     if let Some(warning) = merged? {
         report::warn(warning);
@@ -88,10 +90,14 @@ fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec)
 }
 
 /// Waits until it is done or the operation is cancelled.
-struct Patience;
+struct Patience {
+    shown: Progress,
+}
 
 impl Watch for Patience {
-    fn progress(&mut self, _done: u64, _all: u64) {}
+    fn progress(&mut self, done: u64, all: u64) {
+        self.shown.at(done, all);
+    }
 
     fn cancelled(&mut self) -> bool {
         report::cancel::requested()

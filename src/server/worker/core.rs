@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
+use crate::server::remote_error::RemoteError;
 use crate::server::shm::{PoisonCounts, RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
 use crate::sys::arena::Span;
@@ -128,7 +129,7 @@ pub struct Core {
     /// Another worker is to read the requests from now on.
     pub retiring: AtomicBool,
     /// How finishing the former top ended, with or without an error; none: not yet, or there is none.
-    pub finished: Mutex<Option<Option<(i32, String)>>>,
+    pub finished: Mutex<Option<Option<RemoteError>>>,
     /// An I/O thread stopped reading requests for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,

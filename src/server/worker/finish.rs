@@ -4,6 +4,7 @@
 use crate::bail;
 use crate::chain;
 use crate::error::Result;
+use crate::server::remote_error::RemoteError;
 use crate::units::ClusterSize;
 
 use super::core::{Core, Notice};
@@ -16,7 +17,7 @@ pub fn finish_thread(core: &Core, inherited: &Inherited, cluster: ClusterSize, l
     if let Err(e) = &result {
         core.log.line(format!("the former top: {e}"));
     }
-    *locked(&core.finished) = Some(result.err().map(|e| (e.code(), e.to_string())));
+    *locked(&core.finished) = Some(result.err().map(RemoteError::from));
     core.notices.push(Notice::Finished);
 }
 

@@ -15,7 +15,7 @@ use crate::engine::Engine;
 use crate::engine::api::{BackgroundConfig, BackgroundWork, Config, Shared, SyncState};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Version;
-use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart};
+use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart, own_greeting};
 use crate::server::runtime;
 use crate::server::shm::{PoisonCounts, Shm};
 use crate::server::transport::{Geometry, Queue, Recovery};
@@ -236,6 +236,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         },
         was_marked: chain.was_marked,
         direct: files.iter().all(|f| f.direct),
+        greeting: own_greeting(),
     };
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
     // The engine gets a tick once a second.

@@ -31,6 +31,7 @@ use crate::chain::{self, Chain};
 use crate::engine::api::Errno;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::proto::{FromWorker, WorkerReady};
+use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
 use crate::sys::{process, process_hardening};
 
@@ -100,7 +101,7 @@ pub fn worker_main() -> ! {
                 .finish
                 .map(|level| thread("finish", move || finish::finish_thread(core, inherited, chain.cluster, level)));
             if let Some(Err(e)) = finisher {
-                *locked(&core.finished) = Some(Some((e.code(), e.to_string())));
+                *locked(&core.finished) = Some(Some(RemoteError::from(e)));
                 core.notices.push(core::Notice::Finished);
             }
             match link.serve(core, inherited) {
@@ -108,7 +109,7 @@ pub fn worker_main() -> ! {
                     link.await_finisher(core, inherited);
                     let closed =
                         finish(core, &chain, closed).and_then(|()| merge::leave_target(core, inherited, chain.cluster));
-                    let error = closed.err().map(|e| (e.code(), e.to_string()));
+                    let error = closed.err().map(RemoteError::from);
                     let code = i32::from(error.is_some());
                     let _ = link.send(&FromWorker::Closed { error });
                     exit(code)
@@ -119,7 +120,7 @@ pub fn worker_main() -> ! {
                         .and_then(|()| release_images(core));
                     supervisor_link::pause(switch.linger);
                     let retired = result.is_ok().then_some((&switch, &fds[..]));
-                    let error = result.as_ref().err().map(|e| (e.code(), e.to_string()));
+                    let error = result.as_ref().err().map(RemoteError::from);
                     // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
                     let _ = link.send(&FromWorker::Retired { error });
                     link.await_kill(core, inherited, retired)

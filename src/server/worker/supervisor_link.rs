@@ -11,7 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::greeting::{self, Incoming};
 use crate::server::proto::{ChainSwitch, FromWorker, ProcessId, ToWorker};
+use crate::server::remote_error::RemoteError;
 use crate::server::{frame, runtime};
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
@@ -78,7 +80,7 @@ pub struct SupervisorLink {
     /// Who asked for it.
     retired_by: ProcessId,
     /// What became of the merge: an error, or none.
-    merge_result: Option<Option<(i32, String)>>,
+    merge_result: Option<Option<RemoteError>>,
 }
 
 impl SupervisorLink {
@@ -262,7 +264,7 @@ impl SupervisorLink {
     pub fn await_kill(&mut self, core: &Core, inherited: &Inherited, retired: Option<(&ChainSwitch, &[OwnedFd])>) -> ! {
         loop {
             if let Some(socket) = &self.socket {
-                match frame::recv::<ToWorker>(socket) {
+                match frame::receive::<ToWorker>(socket) {
                     Ok(Some(_)) => {}
                     Ok(None) | Err(_) => self.socket = None,
                 }
@@ -333,7 +335,14 @@ impl SupervisorLink {
             }
             return;
         };
-        match frame::recv_within::<ToWorker>(socket, Duration::ZERO) {
+        let received = frame::receive_within::<ToWorker>(socket, Duration::ZERO);
+        let received = match received {
+            Ok(Some((Incoming::Unknown(unknown), _))) => return self.unsupported(core, inherited, &unknown.name),
+            Ok(Some((Incoming::Known(message), fds))) => Ok(Some((message, fds))),
+            Ok(None) => Ok(None),
+            Err(e) => Err(e),
+        };
+        match received {
             Ok(Some((ToWorker::Close, _))) => {
                 if !core.closing.swap(true, Ordering::AcqRel) {
                     core.submit_event(MAIN_THREAD, Pending::Close);
@@ -362,6 +371,14 @@ impl SupervisorLink {
         }
     }
 
+    /// Answers a message that this build does not know. A supervisor of the first version would not understand that.
+    fn unsupported(&self, core: &Core, inherited: &Inherited, what: &str) {
+        core.log.line(format!("the supervisor's message {what:?} is not understood"));
+        if inherited.start.greeting.version > 1 {
+            let _ = self.send(&FromWorker::Unsupported { what: what.into(), version: greeting::VERSION });
+        }
+    }
+
     fn flush(&mut self, core: &Core) {
         if self.flushing {
             // What was asked for during a flush needs another one.
@@ -383,7 +400,10 @@ impl SupervisorLink {
         self.flushing = false;
         let error = result.err().map(|e| {
             let text = std::io::Error::from_raw_os_error(e);
-            (Kind::Fsync.code(), format!("cannot flush {}: {text}", core.top().name.display()))
+            RemoteError {
+                code: Kind::Fsync.code(),
+                message: format!("cannot flush {}: {text}", core.top().name.display()),
+            }
         });
         let _ = self.send(&FromWorker::Flushed { error });
         if std::mem::take(&mut self.flush_again) {
@@ -398,7 +418,10 @@ impl SupervisorLink {
         }
         let error = result.err().map(|e| {
             let text = std::io::Error::from_raw_os_error(e);
-            (Kind::Write.code(), format!("cannot merge {}: {text}", core.top().name.display()))
+            RemoteError {
+                code: Kind::Write.code(),
+                message: format!("cannot merge {}: {text}", core.top().name.display()),
+            }
         });
         self.merge_result = Some(error);
         self.report_merge(core);
@@ -406,14 +429,14 @@ impl SupervisorLink {
 
     /// The merge cannot go on.
     pub fn report_merge_failure(&mut self, core: &Core, why: &Error) {
-        self.merge_result = Some(Some((why.code(), why.to_string())));
+        self.merge_result = Some(Some(RemoteError::from(why)));
         self.report_merge(core);
     }
 
     fn report_merge(&self, core: &Core) {
         let Some(error) = &self.merge_result else { return };
-        if let Some((_, message)) = error {
-            core.log.line(message.clone());
+        if let Some(error) = error {
+            core.log.line(error.message.clone());
         }
         let _ = self.send(&FromWorker::Merged { error: error.clone() });
     }

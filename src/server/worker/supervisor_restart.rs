@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::proto::{ChainSwitch, ProcessId, ToWorker, WorkerStart};
+use crate::server::proto::{ChainSwitch, ProcessId, ToWorker, WorkerStart, own_greeting};
 use crate::server::{frame, runtime};
 use crate::sys::file_lock;
 use crate::sys::reopen::{Access, reopen};
@@ -71,6 +71,7 @@ pub fn start_supervisor(
         retired: retired.map(|(switch, _)| switch.clone()),
         finish: inherited.start.finish.filter(|_| locked(&core.finished).is_none()),
         slot_fds: slots.len(),
+        greeting: own_greeting(),
         ..inherited.start.clone()
     };
     let mut fds = inherited.fds();
