@@ -222,7 +222,7 @@ impl<S: Shared> Engine<S> {
 
     /// Copies that wait for space have all bounce buffers: zeroings that need one must not wait with them.
     pub(super) fn refuse_starved_zeroings(&mut self, out: &mut Vec<Action>) {
-        let copies = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::ClusterOp { .. }));
+        let copies = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::Cluster { .. }));
         if !self.bounces.is_empty() || !self.waiting_for_space.iter().any(copies) {
             return;
         }
@@ -371,7 +371,7 @@ impl<S: Shared> Engine<S> {
     }
 
     fn start_step(&mut self, cluster: u32, out: &mut Vec<Action>) {
-        let op = self.start(Op::ClusterOp { cluster });
+        let op = self.start(Op::Cluster { cluster });
         self.repeat_step(cluster, op, out);
     }
 

@@ -54,7 +54,7 @@ enum Op {
         level: u8,
     },
     /// Step of the cluster operation that has locked this cluster.
-    ClusterOp {
+    Cluster {
         cluster: u32,
     },
     /// The top's file grows.
@@ -256,7 +256,7 @@ impl<S: Shared> Engine<S> {
         }
         match self.ops.remove(op.0) {
             Some(Op::Io(io)) => self.io_done(io, result, out),
-            Some(Op::ClusterOp { cluster }) => self.step_done(cluster, result, out),
+            Some(Op::Cluster { cluster }) => self.step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),
             Some(Op::Background(op)) => self.background_op_done(op, result, out),
             Some(Op::Sync) => self.sync_done(result, out),
@@ -276,7 +276,7 @@ impl<S: Shared> Engine<S> {
         let waits = match self.ops.get(op.0) {
             _ if !self.may_wait_for_space() => None,
             Some(Op::Io(io)) if io.is_write() && io.level() == self.top => Some((io.clusters(), false)),
-            Some(&Op::ClusterOp { cluster }) if self.cluster_ops.get(&cluster).is_some_and(ClusterOp::may_wait) => {
+            Some(&Op::Cluster { cluster }) if self.cluster_ops.get(&cluster).is_some_and(ClusterOp::may_wait) => {
                 Some((cluster..cluster + 1, true))
             }
             _ => None,
@@ -303,7 +303,7 @@ impl<S: Shared> Engine<S> {
     fn is_waiting_for_space(&self, cluster: u32) -> bool {
         self.waiting_for_space.iter().any(|op| match self.ops.get(op.0) {
             Some(Op::Io(io)) => io.clusters().contains(&cluster),
-            Some(Op::ClusterOp { cluster: c }) => *c == cluster,
+            Some(Op::Cluster { cluster: c }) => *c == cluster,
             _ => false,
         })
     }
@@ -314,7 +314,7 @@ impl<S: Shared> Engine<S> {
         for op in std::mem::take(&mut self.waiting_for_space) {
             match self.ops.get(op.0) {
                 Some(Op::Io(io)) => out.push(io.action(op)),
-                Some(&Op::ClusterOp { cluster }) => self.repeat_step(cluster, op, out),
+                Some(&Op::Cluster { cluster }) => self.repeat_step(cluster, op, out),
                 _ => {}
             }
         }

@@ -143,13 +143,14 @@ impl Gpt {
 
     /// Its partitions, without those that do not lie on the disk.
     pub fn partitions(&self) -> impl Iterator<Item = Partition> + '_ {
-        self.used().take_while(|(number, ..)| *number as usize <= MAX_PARTITIONS).filter_map(|(number, first, last)| {
-            (first <= last && last < self.disk).then(|| Partition {
+        self.used()
+            .take_while(|(number, ..)| *number as usize <= MAX_PARTITIONS)
+            .filter(|(_, first, last)| first <= last && *last < self.disk)
+            .map(|(number, first, last)| Partition {
                 number,
                 start: first * SECTOR,
                 length: (last - first + 1) * SECTOR,
             })
-        })
     }
 
     /// Number, first and last sector of each entry in use, unchecked.

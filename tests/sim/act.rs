@@ -225,9 +225,8 @@ impl World {
                 self.check_target_publish(target, *page, data);
             }
             Action::Sync { level, .. } if usize::from(*level) != top => {
-                if self.background.as_ref().is_none_or(|s| s.level != target) {
-                    self.fail(format!("a sync of level {level}, which nothing is written to"));
-                }
+                let written = self.background.as_ref().is_some_and(|s| s.level == target);
+                self.fail_unless(written, || format!("a sync of level {level}, which nothing is written to"));
             }
             Action::WriteBat { page, data, .. } => {
                 if self.shape.raw_top() || *page >= self.shape.bat_pages(top) {

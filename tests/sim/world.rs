@@ -318,6 +318,12 @@ impl World {
         std::panic::resume_unwind(Box::new(Violation(text)))
     }
 
+    pub fn fail_unless(&self, right: bool, what: impl FnOnce() -> String) {
+        if !right {
+            self.fail(what());
+        }
+    }
+
     /// Names what a stamp is, for messages.
     pub fn name(&self, v: Stamp) -> String {
         match v {

@@ -277,7 +277,7 @@ fn clusters_are_relocated_under_load() {
             file[at..at + 4].copy_from_slice(&(i as u32 + 1 + gap as u32).to_le_bytes());
         }
         let mut config = rig(vec![(level, file.clone())], CLUSTERS).engine.config;
-        config.alloc.free = vec![1..1 + gap as u32];
+        config.alloc.free.push(1..1 + gap as u32);
         config.background = Some(BackgroundConfig { work: BackgroundWork::Relocate { from: 9 } });
         config.bounces = 1 + rng.below(3) as u16;
         config.map_pages = 1 + rng.below(4) as usize;
