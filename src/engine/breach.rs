@@ -77,6 +77,8 @@ pub enum Breach {
     RelocateUndrained,
     /// A successor goes on with a merge whose target's last sync has an unknown outcome, as if it had worked.
     TrustTargetAfterKill,
+    /// A merge that has ended before its time leaves its progress to a successor that is given the same work.
+    KeepProgressOfFailed,
 }
 
 /// All of them.
@@ -119,6 +121,7 @@ pub const ALL: &[Breach] = &[
     Breach::LowerSourceWins,
     Breach::RelocateUndrained,
     Breach::TrustTargetAfterKill,
+    Breach::KeepProgressOfFailed,
 ];
 
 #[cfg(test)]

@@ -191,7 +191,7 @@ impl<S: Shared> Engine<S> {
             && self.may_unmap(entry)
             && !self.raw_top
             && !self.is_waiting_for_space(cluster)
-            && (!self.is_mirrored(cluster) || breaks(Breach::MergeUnmapped))
+            && (!self.merges_top() || breaks(Breach::MergeUnmapped))
         {
             self.unmap(piece, cluster, entry, host_cluster);
         } else if !self.write_both(piece, cluster, host_cluster, 0, extent, out) {

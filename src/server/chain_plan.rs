@@ -110,12 +110,13 @@ impl Supervisor {
         start.takeover = true;
         start.succeed = Some(Succession { wait: false, new_top, commit: switch.commit.clone(), linger: switch.linger });
         // What was the top, or a merge's target, is a frozen level now, unless it is the new top.
-        let opened = match self.start.merged_levels().filter(|_| ended) {
-            Some((target, _)) => target,
-            None => old_top,
+        let (opened, frozen) = match self.start.merged_levels().filter(|_| ended) {
+            // Of a read-only device the highest level is as frozen as the others.
+            Some((target, _)) if attach.read_only => (target, top + 1),
+            Some((target, _)) => (target, top),
+            None => (old_top, top),
         };
-        let writable = if attach.read_only { top + 1 } else { top };
-        start.finish = switch.levels[..writable].iter().position(|l| l.from == Some(opened));
+        start.finish = switch.levels[..frozen].iter().position(|l| l.from == Some(opened));
         start.token = switch.token;
         let fds = Descriptors {
             queue: clone(&fds.queue)?,

@@ -53,9 +53,11 @@ impl World {
     pub fn begin_background(&mut self, takeover: bool) -> Option<BackgroundConfig> {
         let before = self.background.take().filter(|_| takeover);
         if let Some(session) = before {
-            if matches!(session.told, Some(Err(_))) {
+            // The supervisor may not have read what became of it: then the successor is given the same work again.
+            if matches!(session.told, Some(Err(_))) && (session.cancelled || self.rng.coin()) {
                 return None;
             }
+            self.cover.hit_if(matches!(session.told, Some(Err(_))), "a merge that has failed is begun anew");
             let doubt = self.table.progress(SYNC_WORD) != 0;
             self.cover.hit_if(doubt, "a merge begins anew after a sync of unknown outcome");
             self.cover.hit("background work taken over");
@@ -450,6 +452,7 @@ pub const WANTED: &[&str] = &[
     "background work paused",
     "background work taken over",
     "a merge goes on where it was",
+    "a merge that has failed is begun anew",
     "a merge begins anew after a sync of unknown outcome",
     "BAT page of a target written",
     "kill during a merge of the top",

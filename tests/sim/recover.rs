@@ -414,13 +414,14 @@ impl World {
         self.unwritten_at_sync.clear();
         let mut engine = (self.maker)(config, carried, self.table.clone());
         self.background.take_if(|_| !engine.works_in_background());
+        let mut actions = Vec::new();
         if paused {
-            let mut actions = Vec::new();
             engine.step(Event::Background(BackgroundControl::Pause), &mut actions);
-            if !actions.is_empty() {
-                self.fail("a paused engine asks for something before it has a request");
-            }
         }
         self.engine = Some(engine);
+        for action in actions {
+            self.now += 1;
+            self.act(action);
+        }
     }
 }

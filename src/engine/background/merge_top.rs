@@ -190,6 +190,12 @@ impl<S: Shared> Engine<S> {
         self.background.as_ref().is_some_and(|b| matches!(b.work, Work::MergeTop(_)) && !b.has_failed())
     }
 
+    /// The top is being merged, or was until that failed: an entry of the target may be on its way to the disk, and a
+    /// cluster without an entry in the top would show it.
+    pub(in super::super) fn merges_top(&self) -> bool {
+        self.background.as_ref().is_some_and(|b| matches!(b.work, Work::MergeTop(_)))
+    }
+
     /// The cluster's content is in both files.
     pub(in super::super) fn is_mirrored(&self, cluster: u32) -> bool {
         match self.background.as_ref().filter(|b| !b.has_failed()).map(|b| &b.work) {

@@ -183,6 +183,12 @@ impl<S: Shared> Engine<S> {
             return;
         }
         b.state = BackgroundState::Failed(errno);
+        if b.target.is_some() && !breaks(Breach::KeepProgressOfFailed) {
+            // From here on the target is not kept equal, and what a sync did to it may be unknown: a successor that is
+            // given the same work begins anew. The cursor goes first.
+            (0..SYNC_WORD).for_each(|word| self.pending.shared.set_progress(word, 0));
+            self.pending.shared.set_progress(SYNC_WORD, 1);
+        }
         match &mut b.work {
             Work::MergeTop(merge) => self.ready.extend(merge.release()),
             // What waits for a buffer is not copied any more.

@@ -198,6 +198,10 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         },
         None => None,
     };
+    if background.is_none() {
+        // This worker keeps no target equal: the progress of an earlier merge is void, even if a successor merges again.
+        shm.begin_background(0);
+    }
     supervisor_link::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
