@@ -63,7 +63,9 @@ impl<S: Shared> Engine<S> {
 
     fn sync_target(&mut self, out: &mut Vec<Action>) {
         let Some(level) = self.target().map(|t| t.level) else { return };
-        self.pending.shared.set_progress(SYNC_WORD, 1);
+        if !breaks(Breach::ProgressBeforeSync) {
+            self.pending.shared.set_progress(SYNC_WORD, 1);
+        }
         let op = self.start_background_op(BackgroundOp::Sync);
         out.push(Action::Sync { op, level });
     }
