@@ -435,8 +435,8 @@ def case_merge_killed_at_steps(t):
 
 
 def goes_on(t, name, which):
-    """Kills every 2 s; a merge that is too short for three of them gets them sooner."""
-    bulk = devlib.pick(300, 1536) * MIB
+    """A kill every 2 s; the first comes in the middle of a merge that is shorter."""
+    bulk = devlib.pick(400, 1536) * MIB
     disk, kmsg = Disk(t, name, "descriptor", 3 * GIB, 64), Kmsg()
     levels = 2 if which == "frozen" else 1
     disk.fill(0, MIB, 100)
@@ -451,13 +451,14 @@ def goes_on(t, name, which):
         call, kills = Call(t, *disk.merge(which)), 0
         if disturbed:
             longest = 5 * seconds[0] + 20
-            every = min(2.0, seconds[0] / 3)
+            every = min(2.0, seconds[0] / 2)
             while call.p.poll() is None and time.monotonic() - call.began < longest:
                 try:
                     call.p.wait(every)
                 except subprocess.TimeoutExpired:
                     devlib.kill(devlib.running_worker(disk.name)["worker"]["pid"])
                     kills += 1
+                    every = 2.0
             check(call.p.poll() is not None, f"not done after {longest:.0f} s and {kills} kills; undisturbed it takes {seconds[0]:.1f} s")
         r = call.end()
         seconds.append(r.seconds)
