@@ -15,7 +15,7 @@ use serde::{Deserialize as DeserializeDerive, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
-/// Version 2 has greetings, answers what it does not know, and names descriptors by role.
+/// Version 2 has greetings, and answers what it does not know. Descriptors go by position, as in version 1.
 pub const VERSION: u32 = 2;
 
 /// Longest name of a message that is repeated in an answer or a log line.
