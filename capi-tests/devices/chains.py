@@ -292,7 +292,7 @@ def seeds(default):
 @devlib.limit(5400)
 def case_random(t):
     """Our command against the model."""
-    sequences(t, [ploop], seeds(range(1000, 1000 + pick(8, 100))), pick(50, 120), 20)
+    sequences(t, [ploop], seeds(range(1000, 1000 + pick(4, 100))), pick(50, 120), 20)
 
 
 @devlib.limit(3600)
@@ -305,7 +305,7 @@ def case_random_with_devices(t):
 def case_same_as_classic(t):
     """Ours and Debian's 1.15: the same answers, the same tree, the same bytes."""
     devlib.debian_is_debians()
-    sequences(t, [ploop, classic], seeds(range(2000, 2000 + pick(5, 60))), pick(40, 100), 12)
+    sequences(t, [ploop, classic], seeds(range(2000, 2000 + pick(3, 60))), pick(40, 100), 12)
 
 
 def timed(*words):

@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 import sys
+import threading
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tools"))
 import devlib  # noqa: E402
@@ -349,12 +350,21 @@ def case_read_only_host(t):
 
 @devlib.limit(300)
 def case_locked(t):
-    """The descriptor's lock held by somebody else: 60 s, then 23."""
+    """The descriptor's lock held by another process: 60 s, then 23. In CI, which has no minute for it: released in time, and the command
+    goes on."""
     b = Bad(t, "locked")
     with open(b.d.dd + ".lck", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        r = b.refused(LOCK, ".lck", "snapshot-merge", b.d.dd, limit=90)
-        check(58 <= r.seconds <= 75, f"it waited {r.seconds:.1f} s")
+        if devlib.FULL:
+            r = b.refused(LOCK, ".lck", "snapshot-merge", b.d.dd, limit=90)
+            check(58 <= r.seconds <= 75, f"it waited {r.seconds:.1f} s")
+        else:
+            timer = threading.Timer(3, lambda: fcntl.flock(f, fcntl.LOCK_UN))
+            timer.start()
+            r = ploop("snapshot", b.d.dd)
+            timer.join()
+            check(2.5 <= r.seconds <= 20, f"it waited {r.seconds:.1f} s for a lock held for 3 s")
+            fcntl.flock(f, fcntl.LOCK_EX)
         check("UUID" in ploop("snapshot-list", b.d.dd).out, "snapshot-list needs no lock")
     ploop("snapshot", b.d.dd)
 

@@ -18,7 +18,7 @@ import ploopimg  # noqa: E402
 from devlib import Failure, check, log, ploop, run  # noqa: E402
 
 MIB = 1 << 20
-KILLS = devlib.pick(20, 100)
+KILLS = devlib.pick(8, 100)
 LONGEST_PAUSE = 10.0
 
 
