@@ -13,6 +13,8 @@ pub mod error;
 pub mod format;
 pub mod fs;
 pub mod image;
+#[cfg(test)]
+mod lives;
 pub mod ops;
 pub mod report;
 pub mod server;

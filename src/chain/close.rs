@@ -12,6 +12,7 @@ use super::open::{HEAD, write_header};
 use super::table::scan_level;
 use super::{Chain, LevelFile};
 use crate::sys::aligned::{AlignedBuf, read_exact};
+use crate::sys::store;
 use crate::units::ClusterSize;
 
 /// Closes a writable chain after the engine has flushed everything: completes the top, cuts it to `alloc_end` clusters,
@@ -24,7 +25,7 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     if chain.version.is_none() {
         let len = top.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
         tidied(complete::complete_raw(&top.file, chain.cluster, len), top)?;
-        top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+        store::sync_all(&top.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
         return Ok(());
     }
     let header = Header::parse(&chain.header)?;
@@ -39,9 +40,9 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     }
     // Space taken ahead goes first, so that it is not completed; what was taken behind the end goes even if the length
     // is right.
-    top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+    store::set_len(&top.file, end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
     tidied(complete::complete(&top.file, cluster, end), top)?;
-    top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    store::sync_all(&top.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
     let empty = if alloc_end == header.first_data() { header::FLAG_EMPTY } else { 0 };
     let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
     write_header(top, &closed)
@@ -54,7 +55,7 @@ pub fn finish(level: &LevelFile, cluster: ClusterSize) -> Result<()> {
     let len = level.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
     if level.raw {
         tidied(complete::complete_raw(&level.file, cluster, len), level)?;
-        return level.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"));
+        return store::sync_all(&level.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"));
     }
     let mut head = AlignedBuf::new(HEAD);
     read_exact(&level.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
@@ -65,10 +66,10 @@ pub fn finish(level: &LevelFile, cluster: ClusterSize) -> Result<()> {
     let found = scan_level(level, &header, len)?;
     let end = u64::from(found.end) * header.cluster.bytes();
     if end < len {
-        level.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+        store::set_len(&level.file, end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
     }
     tidied(complete::complete(&level.file, header.cluster, end.min(len)), level)?;
-    level.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    store::sync_all(&level.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
     let empty = if found.mapped == 0 { header::FLAG_EMPTY } else { 0 };
     let closed = Header { in_use: 0, flags: header.flags & !header::FLAG_EMPTY | empty, extension: 0, ..header };
     write_header(level, &closed)

@@ -10,6 +10,7 @@ use crate::format::header::{self, Header, Version};
 use crate::image::scan::Scan;
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_full, write_all};
+use crate::sys::store;
 use crate::units::{ClusterSize, MAX_CHAIN, SECTOR};
 
 use super::table::{scan_carried, scan_level};
@@ -41,7 +42,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
     let mut sync_failed = false;
     if options.writable {
         // What an earlier process wrote and did not sync must not be relied upon before it is durable.
-        match top.file.sync_data() {
+        match store::sync_data(&top.file) {
             Err(e) if takeover => {
                 report::warn(format_args!("cannot sync image {}: {e}", top.name.display()));
                 sync_failed = true;
@@ -284,15 +285,15 @@ pub(super) fn write_header(top: &LevelFile, header: &Header) -> Result<()> {
     }
     head[..header::SIZE].copy_from_slice(&header.encode());
     write_all(&top.file, &head, 0).ctx(Kind::Write, || format!("cannot write the header of {name}"))?;
-    top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync the header of {name}"))
+    store::sync_data(&top.file).ctx(Kind::Fsync, || format!("cannot sync the header of {name}"))
 }
 
 /// Cuts what nothing names behind the last cluster in use.
 pub(super) fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
     if end < len {
         let name = top.name.display();
-        top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
-        top.file.sync_data().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+        store::set_len(&top.file, end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
+        store::sync_data(&top.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
 use crate::sys::aligned::{AlignedBuf, read_full};
+use crate::sys::store;
 use crate::units::SECTOR;
 
 use super::open::{HEAD, alloc_config, cut, write_header};
@@ -33,11 +34,9 @@ pub fn open_target(
     let len = target.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
     if target.raw {
         if len < bytes {
-            target
-                .file
-                .set_len(bytes)
+            store::set_len(&target.file, bytes)
                 .ctx(Kind::Ftruncate, || format!("cannot extend image {name} to {bytes} bytes"))?;
-            target.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+            store::sync_all(&target.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
         }
         chain.levels[index] = LevelConfig::Raw { bytes: bytes.max(len / SECTOR * SECTOR) };
         let alloc = AllocConfig { limit: u32::MAX, ahead: 1, ..AllocConfig::default() };

@@ -3,17 +3,17 @@
 //! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of the caller matter, and
 //! so that a successor can tell whether it has happened.
 
-use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AtFlags, renameat};
+use nix::fcntl::AtFlags;
 use nix::sys::stat::fstatat;
 use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::sys::file_id::FileId;
+use crate::sys::store;
 
 /// File names in the folder of a descriptor: the new content is renamed over the old.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,11 +38,11 @@ pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
         if entry(folder, &names.tmp)? != Some(identity(new)?) {
             bail!(Rename, "{tmp} is not the file that was prepared; has another process changed it?");
         }
-        renameat(folder, names.tmp.as_path(), folder, names.name.as_path())
+        store::rename_in(folder, &names.tmp, &names.name)
             .ctx(Kind::Rename, || format!("cannot rename {tmp} to {name}"))?;
     }
     // An O_PATH descriptor cannot be synced.
-    let synced = File::open(format!("/proc/self/fd/{}", folder.as_raw_fd())).and_then(|dir| dir.sync_all());
+    let synced = store::sync_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()).as_ref());
     Ok(synced.err().map(|e| format!("{name} was replaced, but its folder cannot be synced: {e}")))
 }
 
@@ -69,7 +69,7 @@ fn entry(folder: &OwnedFd, name: &Path) -> Result<Option<FileId>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::fs::{self, File};
     use std::os::unix::fs::OpenOptionsExt;
 
     fn path_fd(path: &Path) -> OwnedFd {

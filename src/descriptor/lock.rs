@@ -13,6 +13,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::host;
 use crate::sys::reopen::{Access, reopen};
 
 use super::model::Descriptor;
@@ -49,7 +50,7 @@ impl LockedDescriptor {
         if path.metadata().is_ok_and(|m| !m.is_file()) {
             bail!(Lock, "descriptor {} is not a regular file", path.display());
         }
-        let until = Instant::now() + patience;
+        let until = host::now() + patience;
         let lock = lock_file(&path, until)?;
         let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
         wait_for_ranges(&descriptor, until)?;
@@ -123,11 +124,11 @@ fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
                 ));
             }
         };
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(host::now());
         if left.is_zero() {
             bail!(Lock, "{} is locked: another operation on this disk is running; try again later", name.display());
         }
-        std::thread::sleep(pause.min(left));
+        host::sleep(pause.min(left));
         pause = (pause * 2).min(Duration::from_millis(100));
     }
 }
@@ -145,11 +146,11 @@ fn wait_for_ranges(descriptor: &Descriptor, until: Instant) -> Result<()> {
         );
     }
     while held(&file, RANGE_ANY) {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(host::now());
         if left.is_zero() {
             bail!(Lock, "image {} is locked (bytes 200 to 204) by another program", base.file.display());
         }
-        std::thread::sleep(left.min(Duration::from_secs(1)));
+        host::sleep(left.min(Duration::from_secs(1)));
     }
     Ok(())
 }

@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -17,6 +16,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::file_lock;
+use crate::sys::host;
 
 use super::open::{Access, open_level, reopen};
 
@@ -145,7 +145,7 @@ pub fn retry(mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     for _ in 0..20 {
         match lock() {
             Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => sleep(Duration::from_millis(50)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => host::sleep(Duration::from_millis(50)),
             other => return other,
         }
     }

@@ -33,6 +33,6 @@ pub mod umount_all;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
-mod testkit;
+pub(crate) mod testkit;
 #[cfg(test)]
 mod tree_tests;

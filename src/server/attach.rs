@@ -7,8 +7,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{getsockopt, sockopt};
-
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
@@ -19,7 +17,7 @@ use crate::server::transport::{self, Connection, Recovery, Session, Transport, W
 use crate::server::worker_process::{Descriptors, Worker};
 use crate::server::{control, daemon, frame, runtime, shm};
 use crate::sys::file_id::FileId;
-use crate::sys::process;
+use crate::sys::host;
 
 /// The first message must come at once.
 const GREETING: Duration = Duration::from_secs(30);
@@ -35,7 +33,7 @@ const TABLE: Duration = Duration::from_secs(20);
 
 /// Mode `supervise`: one device, asked for by the socket on standard input.
 pub fn supervise() -> i32 {
-    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(sock) = host::take_standard(0) else { return 1 };
     let (request, levels) = match frame::recv_within::<AttachRequest>(&sock, GREETING) {
         Ok(Some(message)) => message,
         _ => return 1,
@@ -129,7 +127,7 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
     let new = runtime::new_dir()?;
     let cleanup = Cleanup { dir: Some(new.clone()), transport: Transport::default() };
     let listener = control::listen_at(&new, runtime::CONTROL)?;
-    let me = runtime::process(std::process::id() as i32);
+    let me = runtime::process(host::pid());
     let mut record = DeviceRecord {
         version: runtime::RECORD_VERSION,
         supervisor: me.ok_or_else(|| Error::new(Kind::Sys, "cannot read /proc/self/stat; is /proc mounted?"))?,
@@ -198,7 +196,7 @@ impl Supervisor {
     /// From an empty folder to a running device.
     fn bring_up(&mut self) -> Result<()> {
         self.start_worker(false);
-        self.wait_ready(Instant::now() + OPEN)?;
+        self.wait_ready(host::now() + OPEN)?;
         self.bind()?;
         self.transport().hide(&self.dir)?;
         self.nodes.update(self.record.rdev, &[])?;
@@ -222,7 +220,7 @@ impl Supervisor {
             if self.ending {
                 bail!(Sys, "the server's worker exited while it opened the images");
             }
-            if Instant::now() >= end {
+            if host::now() >= end {
                 bail!(Sys, "the images could not be opened within {} s", OPEN.as_secs());
             }
             self.poll_once(end, None);
@@ -234,7 +232,7 @@ impl Supervisor {
         let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name: top };
         let job = Job::Attach { transport: self.transport(), dir: self.dir.clone(), wanted };
         let helper = self.helper(&job)?;
-        let mut end = Instant::now() + BIND;
+        let mut end = host::now() + BIND;
         let mut again = true;
         let result = loop {
             match self.helper_event(&helper, end) {
@@ -256,7 +254,7 @@ impl Supervisor {
                 // The kernel waits for an answer of the worker's, uninterruptibly: another worker may give it.
                 None if again => {
                     again = false;
-                    end = Instant::now() + BIND_AGAIN;
+                    end = host::now() + BIND_AGAIN;
                     if let Some(worker) = &self.worker {
                         worker.kill();
                     }
@@ -274,19 +272,19 @@ impl Supervisor {
 
     /// Kills a helper that failed or hangs; true: it has ended.
     fn helper_end(&mut self, mut helper: super::helper::Helper) -> bool {
-        let _ = helper.child.kill();
-        let end = Instant::now() + Duration::from_secs(2);
-        while Instant::now() < end {
-            if !matches!(helper.child.try_wait(), Ok(None)) {
+        helper.process.kill();
+        let end = host::now() + Duration::from_secs(2);
+        while host::now() < end {
+            if !helper.process.runs() {
                 return true;
             }
-            self.poll_once(Instant::now() + Duration::from_millis(20), None);
+            self.poll_once(host::now() + Duration::from_millis(20), None);
         }
         // It sleeps in the kernel. The device was never in use: the end of the connection wakes it up.
         self.give_up();
-        let end = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < end && matches!(helper.child.try_wait(), Ok(None)) {
-            self.poll_once(Instant::now() + Duration::from_millis(20), None);
+        let end = host::now() + Duration::from_secs(10);
+        while host::now() < end && helper.process.runs() {
+            self.poll_once(host::now() + Duration::from_millis(20), None);
         }
         self.release_helper(helper, true);
         false
@@ -298,17 +296,17 @@ impl Supervisor {
         if !self.record.backing.is_empty() {
             let job = Job::UndoAttach { backing: self.record.backing.clone(), rdev: self.record.rdev };
             if let Ok(helper) = self.helper(&job) {
-                let done = self.helper_event(&helper, Instant::now() + UNDO).is_some();
+                let done = self.helper_event(&helper, host::now() + UNDO).is_some();
                 self.release_helper(helper, !done);
             }
         }
         self.transport().discard(&self.dir);
         // The mark goes if the worker got so far as to set it.
-        let end = Instant::now() + UNDO;
+        let end = host::now() + UNDO;
         self.send_to_worker(&ToWorker::Close);
         while self.worker.as_ref().is_some_and(|w| w.ready.is_some() && w.closed.is_none())
             && !self.ending
-            && Instant::now() < end
+            && host::now() < end
         {
             self.poll_once(end, None);
         }
@@ -319,7 +317,7 @@ impl Supervisor {
 
 /// Mode `adopted`: a worker that lost its supervisor has started this one.
 pub fn adopt() -> i32 {
-    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(sock) = host::take_standard(0) else { return 1 };
     let Ok(Some((ToWorker::Start(start), fds))) = frame::recv_within::<ToWorker>(&sock, GREETING) else { return 1 };
     match take_over(sock, start, fds) {
         Ok(()) => 0,
@@ -338,9 +336,9 @@ fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()>
         bail!(Protocol, "too few descriptors came from the worker")
     };
     let retired = start.retired.take().map(|switch| (switch, std::mem::take(&mut fds.extra)));
-    let peer = getsockopt(&sock, sockopt::PeerCredentials).ctx(Kind::Sys, || "cannot see who the worker is")?;
-    let worker = Worker::attach_running(peer.pid(), sock)?;
-    let me = runtime::process(std::process::id() as i32).unwrap_or_default();
+    let pid = host::peer(&sock).ctx(Kind::Sys, || "cannot see which process the worker is")?;
+    let worker = Worker::attach_running(pid, sock)?;
+    let me = runtime::process(host::pid()).unwrap_or_default();
     let name = start.device_name.clone();
     runtime::check_name(&name)?;
     let dir = runtime::device_dir(&name);

@@ -24,6 +24,7 @@ use crate::server::remote_error::RemoteError;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker_process::Worker;
 use crate::server::{control, frame, runtime};
+use crate::sys::host;
 
 /// A worker that does not retire in this time is killed, and the chain stays. Longer than what it gives itself.
 const RETIRE: Duration = Duration::from_secs(60);
@@ -196,8 +197,8 @@ impl Supervisor {
             succeed.wait = true;
         }
         let Ok(mut worker) = Worker::start(&plan.fds, &start, &[]) else { return };
-        let end = Instant::now() + PREPARE;
-        while !worker.prepared && Instant::now() < end && self.check_alive().is_ok() {
+        let end = host::now() + PREPARE;
+        while !worker.prepared && host::now() < end && self.check_alive().is_ok() {
             let Some(sock) = &worker.sock else { break };
             if self.poll_once(end, Some(sock.as_fd()))
                 && let Some(FromWorker::Prepared) = worker.receive()
@@ -215,8 +216,8 @@ impl Supervisor {
     fn await_initiator(&mut self) -> Result<()> {
         let Some(initiator) = self.initiator.take() else { return Ok(()) };
         control::answer(&initiator, &Answer::Prepared);
-        let end = Instant::now() + INITIATOR;
-        while Instant::now() < end {
+        let end = host::now() + INITIATOR;
+        while host::now() < end {
             self.check_alive()?;
             if self.poll_once(end, Some(initiator.as_fd())) {
                 return match frame::recv_within::<Go>(&initiator, Duration::ZERO) {
@@ -253,7 +254,7 @@ impl Supervisor {
     pub(super) fn wait_while(&mut self, busy: impl Fn(&Supervisor) -> bool, end: Option<Instant>) -> Result<()> {
         while busy(self) {
             self.check_alive()?;
-            let now = Instant::now();
+            let now = host::now();
             if end.is_some_and(|end| end <= now) {
                 bail!(Device, "{}: its worker does not answer", self.record.name);
             }
@@ -280,7 +281,7 @@ impl Supervisor {
             }
         }
         let answered = |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.retired.is_some());
-        self.wait_while(|s| !answered(s), Some(Instant::now() + RETIRE))?;
+        self.wait_while(|s| !answered(s), Some(host::now() + RETIRE))?;
         match self.worker.take() {
             Some(worker) if !worker.exited => match worker.retired.clone().flatten() {
                 None => {
@@ -311,7 +312,7 @@ impl Supervisor {
         self.changing = true;
         while let Some(worker) = self.worker.as_ref().filter(|w| !w.exited && self.aborting.is_empty()) {
             worker.kill();
-            self.poll_once(Instant::now() + Duration::from_millis(100), None);
+            self.poll_once(host::now() + Duration::from_millis(100), None);
         }
         // When the device is given up its worker is wanted there.
         if self.worker.as_ref().is_some_and(|w| w.exited) {
@@ -346,9 +347,9 @@ impl Supervisor {
                         return Ok(None);
                     }
                     // Committed, not served: the same again, as for a device that cannot be served.
-                    match self.restarts.next_start(Instant::now(), false, false) {
+                    match self.restarts.next_start(host::now(), false, false) {
                         Some(at) => {
-                            let _ = self.wait_while(|_| Instant::now() < at, None);
+                            let _ = self.wait_while(|_| host::now() < at, None);
                         }
                         None => {
                             self.apply_plan(plan);
@@ -398,7 +399,7 @@ impl Supervisor {
         self.worker = Some(worker);
         let over =
             |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.refused.is_some() || w.ready.is_some());
-        self.wait_while(|s| !over(s), Some(Instant::now() + OPEN))?;
+        self.wait_while(|s| !over(s), Some(host::now() + OPEN))?;
         let Some(worker) = &self.worker else { bail!(Device, "{}: its worker is gone", self.record.name) };
         if worker.ready.is_some() && !worker.exited {
             return Ok(HandoverOutcome::Serving(worker.switched.clone().flatten()));
@@ -468,9 +469,9 @@ impl Supervisor {
 fn end_retired_worker(resting: &mut Worker) {
     resting.kill();
     // A worker that this supervisor did not start is reaped by its own parent.
-    let end = Instant::now() + Duration::from_secs(5);
-    while runtime::alive(resting.id) && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(1));
+    let end = host::now() + Duration::from_secs(5);
+    while runtime::alive(resting.id) && host::now() < end {
+        host::sleep(Duration::from_millis(1));
     }
     if !runtime::alive(resting.id) {
         resting.reap();

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::server::chain_switch::{ChangeRequest, PendingChange};
@@ -14,6 +14,7 @@ use crate::server::proto::{Answer, Command, ToWorker, own_greeting};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
 use crate::server::worker_process::{Descriptors, RestartPolicy};
+use crate::sys::host;
 
 /// A program that does not tell its version in this time is not started as a server.
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
@@ -123,8 +124,8 @@ impl Supervisor {
     /// one, or does not answer.
     pub(super) fn check_program(&mut self, program: &OwnedFd) -> Result<()> {
         let asked = Helper::ask_version(&path_of(program))?;
-        let end = Instant::now() + VERSION_LIMIT;
-        while !self.poll_once(end, Some(asked.sock.as_fd())) && Instant::now() < end && self.aborting.is_empty() {}
+        let end = host::now() + VERSION_LIMIT;
+        while !self.poll_once(end, Some(asked.sock.as_fd())) && host::now() < end && self.aborting.is_empty() {}
         let greeting = asked.greeting(Duration::ZERO);
         self.release_helper(asked, true);
         self.judge_program(greeting)

@@ -17,6 +17,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
 use crate::server::greeting::{self, Incoming};
 use crate::server::proto::{Answer, Command};
+use crate::sys::host;
 
 /// Most clients at a time; more wait in the kernel's queue.
 pub const MAX_CLIENTS: usize = 32;
@@ -127,7 +128,7 @@ impl Client {
             return None;
         }
         frame::prepare(&sock);
-        Some(Client { sock, since: Instant::now() })
+        Some(Client { sock, since: host::now() })
     }
 
     pub fn receive(&self) -> ClientEvent {
@@ -143,7 +144,7 @@ impl Client {
     }
 
     pub fn silent_too_long(&self) -> bool {
-        self.since.elapsed() >= SILENCE
+        host::since(self.since) >= SILENCE
     }
 }
 

@@ -13,7 +13,7 @@ use nix::sys::stat::{Mode, umask};
 
 use crate::error::{IoContext, Kind, Result};
 use crate::server::runtime;
-use crate::sys::process;
+use crate::sys::{host, process};
 
 /// Longest wait for systemd.
 const SYSTEMD_LIMIT: Duration = Duration::from_secs(10);
@@ -27,6 +27,9 @@ const FILES: u64 = 4096;
 /// Leaves session, folder, namespaces, control group and limits of the process that started this one. For the first
 /// lines of a single-threaded program.
 pub fn detach_from_caller() -> Result<()> {
+    if host::is_simulated() {
+        return Ok(());
+    }
     // Fails only for the leader of a group, which a process just spawned is not.
     let _ = nix::unistd::setsid();
     process::reset_signals();
@@ -60,6 +63,9 @@ pub fn detach_from_caller() -> Result<()> {
 
 /// Into the mount namespace of process 1, and its /. For single-threaded programs.
 pub fn enter_host() -> Result<()> {
+    if host::is_simulated() {
+        return Ok(());
+    }
     join_first("mnt", CloneFlags::CLONE_NEWNS)?;
     // Events of block devices reach the first network namespace only; without them a slower way works too.
     let _ = join_first("net", CloneFlags::CLONE_NEWNET);
@@ -68,6 +74,9 @@ pub fn enter_host() -> Result<()> {
 
 /// Keeps all memory of this process, present and future, out of reach of the swapper.
 pub fn lock_memory() {
+    if host::is_simulated() {
+        return;
+    }
     // Refused only without privileges; then the device works, but not under memory pressure that it causes itself.
     let _ = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE);
 }

@@ -1,7 +1,7 @@
 //! How a device ends: cleanly, or given up.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
@@ -9,6 +9,7 @@ use crate::server::proto::{Answer, ToWorker, WorkerReady};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::transport::Patience;
 use crate::server::{control, frame, runtime};
+use crate::sys::host;
 
 /// How long other processes may keep the device busy.
 const BUSY: Duration = Duration::from_secs(60);
@@ -62,7 +63,7 @@ impl Supervisor {
             let mut opened = false;
             let mut again = true;
             let result = loop {
-                match self.helper_event(&helper, Instant::now() + DETACH) {
+                match self.helper_event(&helper, host::now() + DETACH) {
                     Some(JobEvent::Opened) => {
                         opened = true;
                         self.record.state = "stopping".into();
@@ -127,7 +128,7 @@ impl Supervisor {
                 told = Some(id);
                 self.send_to_worker(&ToWorker::Close);
             }
-            self.poll_once(Instant::now() + Duration::from_secs(1), None);
+            self.poll_once(host::now() + Duration::from_secs(1), None);
         }
     }
 
@@ -137,13 +138,13 @@ impl Supervisor {
         self.fds = None;
         let Some(worker) = &self.worker else { return };
         let closed = worker.closed.is_some();
-        let start = Instant::now();
+        let start = host::now();
         // One that has closed the image ends by itself.
-        while start.elapsed() < EXIT && self.worker.as_ref().is_some_and(|w| runtime::alive(w.id)) {
-            if let Some(worker) = self.worker.as_ref().filter(|_| !closed || start.elapsed() > EXIT / 2) {
+        while host::since(start) < EXIT && self.worker.as_ref().is_some_and(|w| runtime::alive(w.id)) {
+            if let Some(worker) = self.worker.as_ref().filter(|_| !closed || host::since(start) > EXIT / 2) {
                 worker.kill();
             }
-            std::thread::sleep(Duration::from_millis(2));
+            host::sleep(Duration::from_millis(2));
         }
         if let Some(worker) = self.worker.as_mut().filter(|w| !runtime::alive(w.id)) {
             worker.reap();
@@ -180,7 +181,7 @@ impl Supervisor {
 
     fn detach_failed(&mut self, job: &Job) -> bool {
         let Ok(helper) = self.helper(job) else { return false };
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = host::now() + Duration::from_secs(20);
         let gone = loop {
             match self.helper_event(&helper, end) {
                 Some(JobEvent::Opened) => {

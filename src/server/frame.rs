@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
@@ -14,6 +14,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::greeting::{self, Incoming};
 use crate::server::proto::MAX_FRAME;
+use crate::sys::host;
 use crate::sys::scm;
 use crate::sys::wait::{wait, wait_forever};
 
@@ -47,7 +48,8 @@ pub fn send_within<T: Serialize>(sock: impl AsFd, value: &T, fds: &[BorrowedFd],
     if data.len() > MAX_FRAME {
         bail!(Protocol, "a message of {} bytes: at most {MAX_FRAME} can be sent; use shorter file names", data.len());
     }
-    let end = Instant::now() + limit;
+    let end = host::now() + limit;
+    host::step("send a message").ctx(Kind::Protocol, || "cannot send a message")?;
     loop {
         match scm::send(sock, &data, fds, libc::MSG_DONTWAIT) {
             Ok(n) if n == data.len() => return Ok(()),
@@ -72,7 +74,8 @@ pub fn receive<T: DeserializeOwned>(sock: impl AsFd) -> Result<Option<(Incoming<
     let mut buf = vec![0; MAX_FRAME];
     let sock = sock.as_fd();
     loop {
-        match scm::recv(sock, &mut buf, 0) {
+        let flags = if host::is_simulated() { libc::MSG_DONTWAIT } else { 0 };
+        match scm::recv(sock, &mut buf, flags) {
             // A socket that does not block.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 wait_forever(sock, PollFlags::POLLIN)?;
@@ -94,7 +97,7 @@ pub fn receive_within<T: DeserializeOwned>(
     limit: Duration,
 ) -> Result<Option<(Incoming<T>, Vec<OwnedFd>)>> {
     let sock = sock.as_fd();
-    let end = Instant::now() + limit;
+    let end = host::now() + limit;
     let mut buf = vec![0; MAX_FRAME];
     loop {
         match scm::recv(sock, &mut buf, libc::MSG_DONTWAIT) {

@@ -3,10 +3,8 @@
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +15,7 @@ use crate::server::proto::own_greeting;
 use crate::server::remote_error::RemoteError;
 use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport, Wanted};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
+use crate::sys::host::{self, Process};
 use crate::sys::process;
 
 /// Mount namespaces that are made for one action, that of an abort for one, hold copies of all mounts so long at most.
@@ -66,7 +65,7 @@ const PARENT: Duration = Duration::from_secs(30);
 
 /// A running helper.
 pub struct Helper {
-    pub child: Child,
+    pub process: Process,
     pub sock: OwnedFd,
 }
 
@@ -90,9 +89,9 @@ impl Helper {
 
     fn spawn(program: &Path, mode: &str) -> Result<Helper> {
         let (ours, theirs) = frame::pair()?;
-        let child = command(program, mode).stdin(theirs).spawn();
-        let child = child.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
-        Ok(Helper { child, sock: ours })
+        let process = host::start(program, mode, theirs);
+        let process = process.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+        Ok(Helper { process, sock: ours })
     }
 
     /// The greeting of the program. One that knows no mode `version` ends without an answer: it is of version 1.
@@ -106,9 +105,9 @@ impl Helper {
 
     /// Waits for the last event; kills the helper at the end of `limit`.
     pub fn finish(mut self, limit: Duration) -> Result<()> {
-        let end = Instant::now() + limit;
+        let end = host::now() + limit;
         let result = loop {
-            let left = end.saturating_duration_since(Instant::now());
+            let left = end.saturating_duration_since(host::now());
             match frame::recv_within::<JobEvent>(&self.sock, left) {
                 Ok(Some((JobEvent::Done, _))) => break Ok(()),
                 Ok(Some((JobEvent::Error { code, message }, _))) => break Err(remote_error(code, message)),
@@ -120,27 +119,13 @@ impl Helper {
             }
         };
         // Killed or not, one that sleeps in the kernel cannot be waited for.
-        let _ = self.child.kill();
-        let reaped = Instant::now() + Duration::from_secs(1);
-        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < reaped {
-            std::thread::sleep(Duration::from_millis(2));
+        self.process.kill();
+        let reaped = host::now() + Duration::from_secs(1);
+        while self.process.runs() && host::now() < reaped {
+            host::sleep(Duration::from_millis(2));
         }
         result
     }
-}
-
-/// The server's program in one of its modes, with a clean environment and no terminal.
-pub fn command(program: &Path, mode: &str) -> Command {
-    let mut command = Command::new(program);
-    command
-        .arg0("ploop-server")
-        .arg(mode)
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    command
 }
 
 /// An error that came over a socket.
@@ -150,13 +135,13 @@ pub fn remote_error(code: i32, message: String) -> Error {
 
 /// Mode `version`: the greeting of this program to the socket on standard input.
 pub fn tell_version() -> i32 {
-    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(sock) = host::take_standard(0) else { return 1 };
     i32::from(frame::send(&sock, &own_greeting(), &[]).is_err())
 }
 
 /// Mode `helper`: one job from the socket on standard input.
 pub fn main() -> i32 {
-    let Ok(sock) = process::take_standard(0) else { return 1 };
+    let Ok(sock) = host::take_standard(0) else { return 1 };
     let Ok(Some((job, fds))) = frame::recv_within::<Job>(&sock, PARENT) else { return 1 };
     let event = match run(job, fds, sock.as_fd()) {
         Ok(event) => event,
@@ -244,12 +229,12 @@ fn clean(name: &str, wait: bool) -> Result<()> {
             let numbers = mounts::numbers(&binding.backing, binding.rdev);
             let patience =
                 Patience { busy: Duration::from_secs(5), mounted: if wait { MOMENT } else { Duration::ZERO } };
-            let begin = Instant::now();
+            let begin = host::now();
             while let Some(at) = mounts::mounted_anywhere(&numbers) {
-                if at.elsewhere.is_none() || begin.elapsed() >= patience.mounted {
+                if at.elsewhere.is_none() || host::since(begin) >= patience.mounted {
                     bail!(DevIoc, "{name} has lost its server and is still mounted at {at}; unmount it first");
                 }
-                std::thread::sleep(Duration::from_millis(20));
+                host::sleep(Duration::from_millis(20));
             }
             block_device(&binding).unbind(&binding, patience, &mut || {
                 remove_nodes(name, record.rdev);
@@ -291,8 +276,8 @@ mod tests {
         let ask = |path: &Path, limit: u64| {
             let mut helper = Helper::ask_version(path).unwrap();
             let greeting = helper.greeting(Duration::from_millis(limit));
-            let _ = helper.child.kill();
-            let _ = helper.child.wait();
+            helper.process.kill();
+            let _ = helper.process.wait();
             greeting
         };
         assert_eq!(ask(&program("old", "exit 2"), 5000).unwrap(), Greeting::default());

@@ -5,6 +5,10 @@
 pub(super) fn log(name: &str, text: &str) {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
+    #[cfg(test)]
+    if crate::sys::host::is_simulated() {
+        return crate::sys::host::simulated::with(|host| host.log(format!("{name}: {text}")));
+    }
     let kmsg = std::fs::File::options().write(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
     if let Ok(mut kmsg) = kmsg {
         let line: String = format!("ploop-server: {name}: {text}\n").chars().take(900).collect();

@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -18,6 +18,7 @@ use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
 use crate::server::proto::{Answer, ChainSwitch, SwitchLevel};
 use crate::server::supervisor::{Supervisor, log};
+use crate::sys::host;
 
 /// Between attempts to end a merge.
 const LATER: Duration = Duration::from_secs(5);
@@ -155,7 +156,7 @@ impl Supervisor {
             if let Err(e) = result {
                 // Writes that wait for space, for one. The lock on the disk is held until then.
                 log(&self.record.name, &format!("a merge that has ended still has its image open, later again: {e}"));
-                self.end_merge_due = Some(Instant::now() + LATER);
+                self.end_merge_due = Some(host::now() + LATER);
             }
         }
         log(&self.record.name, &format!("its levels are not merged: {why}"));
@@ -169,7 +170,7 @@ impl Supervisor {
 
     /// A merge that could not be ended is ended now, perhaps.
     pub(super) fn retry_end_merge(&mut self) {
-        if self.end_merge_due.take_if(|at| *at <= Instant::now()).is_some() && self.start.merge.is_some() {
+        if self.end_merge_due.take_if(|at| *at <= host::now()).is_some() && self.start.merge.is_some() {
             let why = Error::new(Kind::Abort, "it had ended before its time");
             self.changes.push_back(PendingChange {
                 request: ChangeRequest::EndMerge(why),

@@ -14,6 +14,7 @@ use nix::unistd::{Gid, Uid};
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::partitions::Known;
+use crate::sys::host;
 
 /// The nodes of one device. Nothing that this did not make is ever replaced or removed.
 pub struct Nodes {
@@ -111,7 +112,7 @@ pub fn existing(dir: &Path, name: &str) -> Vec<(PathBuf, u64)> {
 /// Makes a node under a temporary name and gives it its own if that is free. An equal node that exists is accepted.
 pub fn make(path: &Path, rdev: u64) -> Result<()> {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let temporary = path.with_file_name(format!(".{name}.new-{}", std::process::id()));
+    let temporary = path.with_file_name(format!(".{name}.new-{}", host::pid()));
     let make = || -> io::Result<bool> {
         let _ = fs::remove_file(&temporary);
         mknod(&temporary, SFlag::S_IFBLK, Mode::from_bits_truncate(0o600), rdev)?;

@@ -12,6 +12,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::proto::{DeviceRecord, MAX_FRAME, ProcessId};
 pub use crate::server::sysfs::disk_identity;
 use crate::server::transport::{self, Transport};
+use crate::sys::host;
 
 /// Layout of the record that this version writes.
 pub const RECORD_VERSION: u32 = 1;
@@ -35,6 +36,10 @@ pub fn in_host_namespace(kind: &str) -> bool {
 
 /// Where process 1 sees `path`, as we can reach it.
 fn as_host(path: &str) -> PathBuf {
+    #[cfg(test)]
+    if let Some(root) = host::root() {
+        return root.join(path.trim_start_matches('/'));
+    }
     match in_host_namespace("mnt") {
         true => PathBuf::from(path),
         false => PathBuf::from(format!("/proc/1/root{path}")),
@@ -123,11 +128,19 @@ pub fn name_of(device: &str) -> Result<String> {
 
 /// Identifies this boot of the host.
 pub fn boot_id() -> String {
+    #[cfg(test)]
+    if host::is_simulated() {
+        return host::simulated::with(|host| host.boot());
+    }
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_string()).unwrap_or_default()
 }
 
 /// Identity of a running process; none if there is no such process or it has ended.
 pub fn process(pid: i32) -> Option<ProcessId> {
+    #[cfg(test)]
+    if host::is_simulated() {
+        return host::simulated::with(|host| host.start_time(pid)).map(|start_time| ProcessId { pid, start_time });
+    }
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_stat(&stat).map(|start_time| ProcessId { pid, start_time })
 }
@@ -167,6 +180,7 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
     let text = serde_json::to_vec(record).map_err(|e| Error::with(Kind::Protocol, "cannot encode the record", e))?;
     let new = dir.join("state.new");
     let write = || {
+        host::step("write the record")?;
         let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(&text)?;
         fs::rename(&new, dir.join(STATE))
@@ -176,6 +190,7 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
 
 /// Removes a device's folder with what we put there; anything else keeps it.
 pub fn remove_dir(dir: &Path) -> io::Result<()> {
+    host::step("remove the folder")?;
     for file in transport::FILES.into_iter().chain([CONTROL, LOG, "state.new", STATE]) {
         match fs::remove_file(dir.join(file)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -193,7 +208,7 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
 
 /// Makes an empty folder that no device has yet; [`publish`] gives it its name.
 pub fn new_dir() -> Result<PathBuf> {
-    let dir = run_dir().join(format!("{NEW_PREFIX}{}", std::process::id()));
+    let dir = run_dir().join(format!("{NEW_PREFIX}{}", host::pid()));
     // Of a process that had our number before.
     let _ = remove_dir(&dir);
     let mut tries = 100;
@@ -210,6 +225,7 @@ pub fn new_dir() -> Result<PathBuf> {
 /// Gives a complete folder its device's name; false: the name is taken.
 pub fn publish(dir: &Path, name: &str) -> Result<bool> {
     let target = device_dir(name);
+    host::step("publish the folder").ctx(Kind::Rename, || format!("cannot rename {}", dir.display()))?;
     let flags = nix::fcntl::RenameFlags::RENAME_NOREPLACE;
     match nix::fcntl::renameat2(nix::fcntl::AT_FDCWD, dir, nix::fcntl::AT_FDCWD, &target, flags) {
         Ok(()) => Ok(true),

@@ -5,12 +5,13 @@
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord};
 use crate::server::{frame, helper, runtime};
+use crate::sys::host;
 use crate::sys::process;
 
 /// Longest wait for a device. The server's own limits are shorter, and undo what was begun.
@@ -27,6 +28,10 @@ const FOLDERS: [&str; 2] = ["/usr/libexec/ploop", "/usr/lib/ploop"];
 /// Finds the server's program: `$PLOOP_SERVER` (not when privileges were raised at exec), beside the library, beside
 /// the executable, in the packages' folders.
 pub fn find_server() -> Result<PathBuf> {
+    #[cfg(test)]
+    if let Some(root) = host::root() {
+        return Ok(root.join(PROGRAM));
+    }
     if let Some(path) = std::env::var_os("PLOOP_SERVER").filter(|p| !p.is_empty())
         && !process::privileges_raised()
     {
@@ -68,13 +73,11 @@ fn is_program(path: &Path) -> bool {
 pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRecord> {
     let program = find_server()?;
     let (ours, theirs) = frame::pair()?;
-    let mut child = helper::command(&program, "start")
-        .stdin(theirs)
-        .spawn()
-        .ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+    let started = host::start(&program, "start", theirs);
+    let mut started = started.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
     let sent = frame::send(&ours, request, levels);
     // The child only starts the server and ends; the caller's process may have reaped it before us.
-    let _ = child.wait();
+    let _ = started.wait();
     sent?;
     match frame::recv_within::<AttachReply>(&ours, ATTACH)? {
         Some((AttachReply::Ready(record), _)) => Ok(record),
@@ -90,9 +93,9 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
 /// What became of a device whose supervisor exited before it answered: if it was complete, its worker has found another
 /// supervisor, and the attach has succeeded. If not, it is taken back.
 fn orphan(token: &str) -> Option<DeviceRecord> {
-    let end = Instant::now() + RECLAIM;
+    let end = host::now() + RECLAIM;
     let mut last = None;
-    while Instant::now() < end {
+    while host::now() < end {
         let records = runtime::names().unwrap_or_default();
         let mut records = records.iter().filter_map(|n| runtime::read_record(&runtime::device_dir(n)).ok()?);
         let record = records.find(|r| r.token == token)?;
@@ -103,7 +106,7 @@ fn orphan(token: &str) -> Option<DeviceRecord> {
             return Some(record);
         }
         last = Some(record).filter(|r| r.state == "running");
-        std::thread::sleep(Duration::from_millis(20));
+        host::sleep(Duration::from_millis(20));
     }
     // It serves, with or without a supervisor.
     last

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -29,6 +29,7 @@ use crate::server::shm::Shm;
 use crate::server::transport::Binding;
 use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
 use crate::server::{frame, partitions, runtime, uevents};
+use crate::sys::host;
 
 /// Longest sleep.
 const TICK: Duration = Duration::from_secs(2);
@@ -117,7 +118,10 @@ impl Supervisor {
             asked.add(signal);
         }
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let signals = asked.thread_block().and_then(|()| SignalFd::with_flags(&asked, flags)).ok();
+        let signals = match host::is_simulated() {
+            true => None,
+            false => asked.thread_block().and_then(|()| SignalFd::with_flags(&asked, flags)).ok(),
+        };
         let nodes = Nodes::new(&runtime::dev_dir(), &record.name);
         let shm = Shm::map(fds.shm.as_fd()).ok();
         // The record may be the one of an older supervisor.
@@ -163,7 +167,7 @@ impl Supervisor {
     /// Serves until the device has ended.
     pub(super) fn run(mut self) {
         loop {
-            self.poll_once(Instant::now() + TICK, None);
+            self.poll_once(host::now() + TICK, None);
             if !self.aborting.is_empty() {
                 return self.abort();
             }
@@ -181,7 +185,7 @@ impl Supervisor {
 
     /// One turn of the loop, until something happened or `until`. True: `extra` can be read.
     pub(super) fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
-        let now = Instant::now();
+        let now = host::now();
         let table = self.table_due.filter(|_| self.scan.is_none() && self.record.state == "running");
         let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
         let until = [Some(until), Some(now + tick), self.restart, table].into_iter().flatten().min();
@@ -218,7 +222,8 @@ impl Supervisor {
         }
         let wait = until.unwrap_or(now).saturating_duration_since(now) + Duration::from_micros(999);
         // An error (EINTR, no memory) is a turn in which nothing happened.
-        let happened = poll(&mut polls, PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO)).unwrap_or(0) > 0;
+        let happened =
+            host::poll(&mut polls, PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO)).unwrap_or(0) > 0;
         let ready: Vec<Source> = sources
             .into_iter()
             .zip(&polls)
@@ -256,13 +261,13 @@ impl Supervisor {
     }
 
     fn tick(&mut self) {
-        let now = Instant::now();
+        let now = host::now();
         if self.restart.is_some_and(|at| at <= now) {
             self.restart = None;
             self.start_worker(true);
         }
         self.clients.retain(|c| !c.silent_too_long());
-        self.released_helpers.retain_mut(|h| matches!(h.child.try_wait(), Ok(None)));
+        self.released_helpers.retain_mut(|h| h.process.runs());
         if self.record.state == "running" {
             self.retry_end_merge();
             self.follow();
@@ -286,7 +291,7 @@ impl Supervisor {
         }
         let known = partitions::known(&self.record.backing);
         if known.is_empty() && self.had_partitions {
-            self.table_due.get_or_insert(Instant::now() + TABLE_PAUSE);
+            self.table_due.get_or_insert(host::now() + TABLE_PAUSE);
         }
         self.had_partitions = !known.is_empty();
         if let Err(e) = self.nodes.update(self.record.rdev, &known) {
@@ -329,7 +334,7 @@ impl Supervisor {
                     },
                 });
             }
-            if Instant::now() >= end || !self.aborting.is_empty() {
+            if host::now() >= end || !self.aborting.is_empty() {
                 return None;
             }
         }
@@ -338,7 +343,7 @@ impl Supervisor {
     /// Forgets a helper; one that sleeps in the kernel is reaped when it wakes up.
     pub(super) fn release_helper(&mut self, mut helper: Helper, kill: bool) {
         if kill {
-            let _ = helper.child.kill();
+            helper.process.kill();
         }
         self.released_helpers.push(helper);
     }
@@ -346,7 +351,7 @@ impl Supervisor {
     /// Asks for a look into the partition table now, and waits for it a little.
     pub(super) fn scan_now(&mut self, limit: Duration) {
         let Ok(helper) = self.helper(&Job::Scan { binding: self.binding() }) else { return };
-        let done = self.helper_event(&helper, Instant::now() + limit).is_some();
+        let done = self.helper_event(&helper, host::now() + limit).is_some();
         self.release_helper(helper, !done);
         self.follow();
     }
@@ -362,7 +367,7 @@ impl Supervisor {
         let news = uevents::drain(events, &self.record.backing);
         // A table without partitions in the kernel: perhaps there is one that it cannot read.
         if news.changed && partitions::known(&self.record.backing).is_empty() {
-            self.table_due = Some(Instant::now() + TABLE_PAUSE);
+            self.table_due = Some(host::now() + TABLE_PAUSE);
         }
     }
 
@@ -444,7 +449,7 @@ impl Supervisor {
         }
         self.worker = None;
         let why = refused.map_or_else(|| "it exited".into(), |e| e.message);
-        match self.restarts.next_start(Instant::now(), ready, killed) {
+        match self.restarts.next_start(host::now(), ready, killed) {
             Some(at) => self.restart = Some(at),
             None => self.fail(format!("no worker can serve it: {why}")),
         }
@@ -473,7 +478,7 @@ impl Supervisor {
                 self.worker = Some(worker);
                 self.save();
             }
-            Err(e) => match self.restarts.next_start(Instant::now(), false, false) {
+            Err(e) => match self.restarts.next_start(host::now(), false, false) {
                 Some(at) => self.restart = Some(at),
                 None => self.fail(e.to_string()),
             },

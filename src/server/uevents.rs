@@ -7,6 +7,8 @@ use nix::sys::socket::{
     AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt, socket, sockopt,
 };
 
+use crate::sys::host;
+
 /// Multicast group of the kernel's own messages.
 const KERNEL_GROUP: u32 = 1;
 
@@ -21,6 +23,9 @@ pub struct News {
 
 /// Opens the socket; `None` where it cannot be had: a slower way works too.
 pub fn open() -> Option<OwnedFd> {
+    if host::is_simulated() {
+        return None;
+    }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let sock = socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent).ok()?;
     let _ = setsockopt(&sock, sockopt::RcvBuf, &(1 << 18));

@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use crate::error::{IoContext, Kind, Result};
@@ -13,8 +11,8 @@ use crate::server::greeting::{self, Incoming};
 use crate::server::kernel_log::log;
 use crate::server::proto::{FromWorker, ProcessId, ToWorker, WorkerReady, WorkerStart, own_greeting};
 use crate::server::remote_error::RemoteError;
-use crate::server::{frame, helper, runtime};
-use crate::sys::pidfd;
+use crate::server::{frame, runtime};
+use crate::sys::host::{self, Process};
 
 /// What a worker gets with its first message, and gives to a supervisor that it has to start.
 pub struct Descriptors {
@@ -64,7 +62,7 @@ pub struct Worker {
     pub pidfd: OwnedFd,
     /// None once the other end is closed.
     pub sock: Option<OwnedFd>,
-    child: Option<Child>,
+    process: Option<Process>,
     /// It has been reaped.
     pub exited: bool,
     pub ready: Option<WorkerReady>,
@@ -92,12 +90,11 @@ impl Worker {
     /// Starts one, as the successor of the one that left `slots`. Nothing is waited for.
     pub fn start(fds: &Descriptors, start: &WorkerStart, slots: &[OwnedFd]) -> Result<Worker> {
         let (ours, theirs) = frame::pair()?;
-        let child = helper::command(&fds.program(), "worker").stdin(theirs).spawn();
-        let child = child.ctx(Kind::Sys, || "cannot start a worker")?;
-        let pid = child.id() as i32;
-        let pidfd = pidfd::open(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
+        let process = host::start(&fds.program(), "worker", theirs).ctx(Kind::Sys, || "cannot start a worker")?;
+        let pid = process.id();
+        let pidfd = host::watch(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
-        let worker = Worker::new(id, pidfd, ours, Some(child));
+        let worker = Worker::new(id, pidfd, ours, Some(process));
         let start = WorkerStart { slot_fds: slots.len(), greeting: own_greeting(), ..start.clone() };
         let sent: Vec<BorrowedFd> = fds.all().into_iter().chain(slots.iter().map(AsFd::as_fd)).collect();
         worker.send(&ToWorker::Start(start), &sent)?;
@@ -107,19 +104,19 @@ impl Worker {
     /// Takes over the running worker that has started this supervisor.
     pub fn attach_running(pid: i32, sock: OwnedFd) -> Result<Worker> {
         let gone = || std::io::Error::from_raw_os_error(libc::ESRCH);
-        let pidfd = pidfd::open(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
+        let pidfd = host::watch(pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {pid}"))?;
         let id = runtime::process(pid)
             .ok_or_else(gone)
             .ctx(Kind::Sys, || format!("the worker, process {pid}, has exited"))?;
         Ok(Worker::new(id, pidfd, sock, None))
     }
 
-    fn new(id: ProcessId, pidfd: OwnedFd, sock: OwnedFd, child: Option<Child>) -> Worker {
+    fn new(id: ProcessId, pidfd: OwnedFd, sock: OwnedFd, process: Option<Process>) -> Worker {
         Worker {
             id,
             pidfd,
             sock: Some(sock),
-            child,
+            process,
             exited: false,
             ready: None,
             refused: None,
@@ -192,16 +189,13 @@ impl Worker {
     }
 
     pub fn kill(&self) {
-        pidfd::send_signal(self.pidfd.as_raw_fd(), libc::SIGKILL);
+        host::kill(self.pidfd.as_fd(), self.id.pid);
     }
 
     /// Reaps a worker that has exited. True: a signal from outside killed it, it did not fail by itself.
     pub fn reap(&mut self) -> bool {
-        let Some(child) = &mut self.child else { return true };
-        match child.wait() {
-            Ok(status) => matches!(status.signal(), Some(libc::SIGKILL | libc::SIGTERM)),
-            Err(_) => true,
-        }
+        let Some(process) = &mut self.process else { return true };
+        process.wait().map_or(true, |exit| exit.killed)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The worker's I/O memory: one mapping, populated and locked, that lives as long as the process.
+//! The worker's I/O memory: one mapping, populated and locked, that lives as long as one of its owners.
 //!
 //! The kernel reads and writes it without the compiler's knowledge (rings, /dev/fuse), and several threads hand parts
 //! of it to each other. So no reference to its bytes is ever made: it is copied into, copied from, and named by
@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -15,7 +16,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 /// Size of a transparent huge page on the machines we know; elsewhere only an alignment.
 const HUGE: usize = 2 << 20;
 
-/// A mapping that is never unmapped: of private memory, or of a file without a name that can outlive the process.
+/// A mapping of private memory, or of a file without a name that can outlive the process.
 #[derive(Debug)]
 pub struct Arena {
     base: NonNull<u8>,
@@ -23,12 +24,22 @@ pub struct Arena {
     file: Option<OwnedFd>,
 }
 
-// SAFETY: `base` points to a mapping that is never unmapped, and every access goes by raw copies that make no
+// SAFETY: `base` points to a mapping that is unmapped only with the last owner of the arena, and every access goes by raw copies that make no
 // reference; who may touch which part at what time is agreed among the threads and with the kernel outside of this
 // type.
 unsafe impl Send for Arena {}
 // SAFETY: see above.
 unsafe impl Sync for Arena {}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this arena's own, and with the last owner the last operation on it is over: who starts
+        // one keeps an owner until it is completed.
+        unsafe {
+            libc::munmap(self.base.as_ptr().cast(), self.len);
+        }
+    }
+}
 
 /// A part of the arena: offset and length in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -53,17 +64,17 @@ impl Arena {
     /// Maps `ready` bytes (rounded up to 2 MiB) on huge pages where they can be had, and touches all of them. They are
     /// locked where that is permitted, and never given back. After them comes address space for `reserve` bytes more,
     /// without memory; see [`open`](Self::open).
-    pub fn leak(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
+    pub fn new(ready: usize, reserve: usize) -> io::Result<Arc<Arena>> {
         Arena::make(ready, reserve, false)
     }
 
-    /// Like [`leak`](Self::leak), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of
+    /// Like [`new`](Self::new), in a memfd of the length of the arena, which can neither shrink nor grow: byte n of
     /// one is byte n of the other.
-    pub fn leak_shared(ready: usize, reserve: usize) -> io::Result<&'static Arena> {
+    pub fn new_shared(ready: usize, reserve: usize) -> io::Result<Arc<Arena>> {
         Arena::make(ready, reserve, true)
     }
 
-    fn make(ready: usize, reserve: usize, shared: bool) -> io::Result<&'static Arena> {
+    fn make(ready: usize, reserve: usize, shared: bool) -> io::Result<Arc<Arena>> {
         let ready = ready.next_multiple_of(HUGE);
         let len = ready + reserve.next_multiple_of(HUGE);
         // SAFETY: a fresh anonymous mapping, at a place that the kernel chooses, overlaps no other.
@@ -96,7 +107,7 @@ impl Arena {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         };
         let file = if shared { Some(put_file(base, len)?) } else { None };
-        let arena = Box::leak(Box::new(Arena { base, len, file }));
+        let arena = Arc::new(Arena { base, len, file });
         arena.open(Span { at: 0, len: ready })?;
         Ok(arena)
     }
@@ -274,7 +285,7 @@ mod tests {
 
     #[test]
     fn parts_are_copied_and_cleared() {
-        let a = Arena::leak(1, 0).unwrap();
+        let a = Arena::new(1, 0).unwrap();
         assert_eq!(a.bytes(), HUGE);
         let one = Span { at: 4096, len: 16 };
         let two = Span { at: 8192, len: 16 };
@@ -288,7 +299,7 @@ mod tests {
 
     #[test]
     fn files_are_read_and_written_around_a_head() {
-        let a = Arena::leak(1, 0).unwrap();
+        let a = Arena::new(1, 0).unwrap();
         let (r, w) = nix::unistd::pipe().unwrap();
         let data = Span { at: 512, len: 6 };
         a.put(data, b"world!");
@@ -302,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_reserve_comes_and_goes() {
-        let a = Arena::leak(1, 4 << 20).unwrap();
+        let a = Arena::new(1, 4 << 20).unwrap();
         assert_eq!(a.bytes(), HUGE + (4 << 20));
         let part = Span { at: HUGE + (1 << 20), len: 1 << 20 };
         a.open(part).unwrap();
@@ -317,7 +328,7 @@ mod tests {
 
     #[test]
     fn what_is_shared_is_found_in_the_file() {
-        let a = Arena::leak_shared(1, 4 << 20).unwrap();
+        let a = Arena::new_shared(1, 4 << 20).unwrap();
         let file = File::from(a.file().unwrap().try_clone_to_owned().unwrap());
         assert_eq!(file.metadata().unwrap().len(), (HUGE + (4 << 20)) as u64);
         assert!(file.metadata().unwrap().blocks() * 512 <= HUGE as u64);
@@ -345,7 +356,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "outside of the arena")]
     fn nothing_outside_is_touched() {
-        let a = Arena::leak(1, 0).unwrap();
+        let a = Arena::new(1, 0).unwrap();
         a.zero(Span { at: HUGE - 8, len: 9 });
     }
 }

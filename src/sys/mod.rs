@@ -10,6 +10,7 @@ pub mod fiemap;
 pub mod file_id;
 pub mod file_lock;
 pub mod freeze;
+pub mod host;
 pub mod inode_flags;
 pub mod loopdev;
 pub mod partition;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, squeue, types};
 
@@ -21,13 +22,13 @@ pub struct Completion {
 /// of the process, not with the end of the ring.
 pub struct Ring {
     ring: IoUring,
-    arena: &'static Arena,
+    arena: Arc<Arena>,
 }
 
 impl Ring {
     /// A ring with room for `entries` operations per submission and four times as many completions. Belongs to the
     /// thread that makes it.
-    pub fn new(entries: u32, arena: &'static Arena) -> io::Result<Ring> {
+    pub fn new(entries: u32, arena: Arc<Arena>) -> io::Result<Ring> {
         let modern = IoUring::builder()
             .setup_clamp()
             .setup_cqsize(entries * 4)
@@ -128,8 +129,8 @@ mod tests {
 
     #[test]
     fn data_travels_and_polls_fire() {
-        let arena = Arena::leak(1, 0).unwrap();
-        let mut ring = Ring::new(8, arena).unwrap();
+        let arena = Arena::new(1, 0).unwrap();
+        let mut ring = Ring::new(8, arena.clone()).unwrap();
         let file = tempfile::tempfile().unwrap();
         let (r, w) = nix::unistd::pipe().unwrap();
         arena.put(Span { at: 0, len: 5 }, b"12345");

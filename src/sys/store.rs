@@ -3,12 +3,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, renameat, renameat2};
 
 #[cfg(test)]
 pub mod record;
@@ -29,6 +29,24 @@ enum Step<'a> {
     Rename(&'a Path, &'a Path),
     Unlink(&'a Path),
     SyncDir(&'a Path),
+}
+
+#[cfg(test)]
+impl Step<'_> {
+    fn name(&self) -> &'static str {
+        match self {
+            Step::Create(_) => "create a file",
+            Step::Write(..) => "write",
+            Step::Zero(..) => "zero",
+            Step::Share(..) => "share",
+            Step::SetLen(..) => "set a file's length",
+            Step::Extend(..) => "extend a file",
+            Step::Sync(_) => "sync a file",
+            Step::Rename(..) => "rename a file",
+            Step::Unlink(_) => "unlink a file",
+            Step::SyncDir(_) => "sync a folder",
+        }
+    }
 }
 
 /// Does it, watched.
@@ -118,6 +136,18 @@ pub fn cannot_clone(e: &io::Error) -> bool {
 
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     step(Step::Rename(from, to), || std::fs::rename(from, to))
+}
+
+/// Renames a file of a folder within it.
+pub fn rename_in(folder: &OwnedFd, from: &Path, to: &Path) -> io::Result<()> {
+    let rename = || Ok(renameat(folder, from, folder, to)?);
+    #[cfg(test)]
+    {
+        let dir = record::path_of(folder);
+        step(Step::Rename(&dir.join(from), &dir.join(to)), rename)
+    }
+    #[cfg(not(test))]
+    rename()
 }
 
 /// Renames without replacing: a target that exists is `AlreadyExists`.

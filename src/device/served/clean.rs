@@ -1,7 +1,7 @@
 //! Ending devices: the clean way, and after their server died.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::bail;
 use crate::device::served::{find, lock, record};
@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::server::helper::{Helper, Job};
 use crate::server::proto::{Answer, Command};
 use crate::server::{control, frame, runtime, spawn};
+use crate::sys::host;
 
 /// The last flush of a large disk to a slow one takes its time; a minute of it goes to those that keep the device busy.
 const STOP: Duration = Duration::from_secs(15 * 60);
@@ -40,7 +41,7 @@ pub fn abort(name: &str) -> Result<()> {
 }
 
 fn tell(name: &str, command: &Command) -> Result<()> {
-    let end = Instant::now() + SUPERVISOR;
+    let end = host::now() + SUPERVISOR;
     loop {
         let Some(device) = find::by_name(name)? else {
             bail!(DevNotMounted, "there is no device {name}");
@@ -59,8 +60,8 @@ fn tell(name: &str, command: &Command) -> Result<()> {
                 return Ok(());
             }
             // Between two supervisors.
-            Err(e) if e.kind() == Kind::Device && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(50));
+            Err(e) if e.kind() == Kind::Device && host::now() < end => {
+                host::sleep(Duration::from_millis(50));
             }
             Err(e) => return Err(e),
         }

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::thread;
 use std::time::Duration;
 
 use crate::device::driver::{Unmerged, Watch};
@@ -14,10 +13,6 @@ use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, ChainSwitch, Command, MergeOrder};
 use crate::server::{control, runtime};
 
-/// Looks at how far it is.
-const LOOK: Duration = Duration::from_millis(200);
-/// A short merge is not waited for so long.
-const FIRST_LOOK: Duration = Duration::from_millis(5);
 /// The supervisor answers questions at once.
 const SHORT: Duration = Duration::from_secs(10);
 
@@ -69,37 +64,21 @@ fn watched(
 ) -> Result<Option<String>, Unmerged> {
     let name = device.name();
     let dir = runtime::device_dir(name);
-    thread::scope(|scope| {
-        let asking = scope.spawn(|| {
-            let mut warning = None;
-            ask(name, command, fds, &mut || Ok(()), &mut |text| warning = text.map(str::to_owned))
-                .map(|answer| (warning, answer))
-        });
-        let (mut cancelled, mut pause) = (false, FIRST_LOOK);
-        while !asking.is_finished() {
-            thread::sleep(pause);
-            pause = (pause * 2).min(LOOK);
-            if pause < LOOK {
-                continue;
-            }
-            if let Ok((Answer::Info { merging: Some((seen, all)), .. }, _)) = control::ask(&dir, &Command::Info, SHORT)
-            {
-                watch.progress(seen, all);
-            }
-            if watch.cancelled() && !std::mem::replace(&mut cancelled, true) {
-                cancelled = control::ask(&dir, &Command::CancelMerge, SHORT).is_ok();
-            }
+    let (mut cancelled, mut warning) = (false, None);
+    let mut waiting = || {
+        if let Ok((Answer::Info { merging: Some((seen, all)), .. }, _)) = control::ask(&dir, &Command::Info, SHORT) {
+            watch.progress(seen, all);
         }
-        let unknown = |error| Unmerged { error, untouched: false };
-        match asking.join() {
-            Ok(Ok((_, Answer::NotMerged { code, message, untouched }))) => {
-                Err(Unmerged { error: remote_error(code, message), untouched })
-            }
-            Ok(Ok((warning, _))) => Ok(warning),
-            Ok(Err(error)) => Err(unknown(error)),
-            Err(_) => {
-                Err(unknown(Error::new(Kind::Sys, format!("{name}: the thread that waits for the merge failed"))))
-            }
+        if watch.cancelled() && !cancelled {
+            cancelled = control::ask(&dir, &Command::CancelMerge, SHORT).is_ok();
         }
-    })
+    };
+    let mut serving = |text: Option<&str>| warning = text.map(str::to_owned);
+    match ask(name, command, fds, &mut || Ok(()), &mut serving, &mut waiting) {
+        Ok(Answer::NotMerged { code, message, untouched }) => {
+            Err(Unmerged { error: remote_error(code, message), untouched })
+        }
+        Ok(_) => Ok(warning),
+        Err(error) => Err(Unmerged { error, untouched: false }),
+    }
 }

@@ -4,7 +4,9 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use nix::poll::PollFlags;
 
 use crate::bail;
 use crate::device::model::Device;
@@ -17,12 +19,17 @@ use crate::server::helper::Go;
 use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, LevelName, SwitchLevel};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::file_id::FileId;
+use crate::sys::host;
+use crate::sys::wait::wait;
 
 /// A change waits for what the device writes, completing a former top writes what was left out of it, and a merge copies
 /// disks. A supervisor that dies closes the connection.
 const CHANGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// A worker without a supervisor starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
+
+/// Between two calls of what is to be done while an answer is waited for.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// So many supervisors may die in one change.
 const DEATHS: u32 = 20;
@@ -73,8 +80,8 @@ pub(super) fn switch(
     switch.ask = prepared.is_some();
     let command = Command::Switch(switch);
     match prepared {
-        Some(prepared) => ask(device.name(), &command, &fds, prepared, serving).map(drop),
-        None => ask(device.name(), &command, &fds, &mut || Ok(()), serving).map(drop),
+        Some(prepared) => ask(device.name(), &command, &fds, prepared, serving, &mut || {}).map(drop),
+        None => ask(device.name(), &command, &fds, &mut || Ok(()), serving, &mut || {}).map(drop),
     }
 }
 
@@ -98,36 +105,37 @@ pub fn reload(name: &str) -> Result<()> {
     let failed = found.as_ref().is_some_and(|d| State::from_word(&record(d).state) == State::Failed);
     let before = found.map(|d| record(&d).supervisor);
     let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
-    ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {})?;
+    ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {}, &mut || {})?;
     if failed {
         // Its supervisor has not changed.
         return Ok(());
     }
     // The worker starts the new supervisor when the old one is gone.
-    let end = Instant::now() + SUPERVISOR;
+    let end = host::now() + SUPERVISOR;
     loop {
         let now = find::by_name(&name)?.map(|d| record(&d).supervisor);
         if now != before && now.is_some_and(runtime::alive) {
             return Ok(());
         }
-        if Instant::now() >= end {
+        if host::now() >= end {
             bail!(Device, "{name}: the new worker has not found a supervisor within {} s", SUPERVISOR.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(10));
+        host::sleep(Duration::from_millis(10));
     }
 }
 
-/// Asks for a change, and answers the last word. A supervisor that dies meanwhile is replaced: the next one is asked the
-/// same, and makes the change only once.
+/// Asks for a change and returns the last answer. A supervisor that exits meanwhile is replaced: the next one gets the
+/// same command, and makes the change only once. `waiting` is called each [`LOOK`] while the answer is not there.
 pub(super) fn ask(
     name: &str,
     command: &Command,
     fds: &[BorrowedFd],
     prepared: &mut dyn FnMut() -> Result<()>,
     serving: &mut dyn FnMut(Option<&str>),
+    waiting: &mut dyn FnMut(),
 ) -> Result<Answer> {
     let dir = runtime::device_dir(name);
-    let mut end = Instant::now() + SUPERVISOR;
+    let mut end = host::now() + SUPERVISOR;
     let mut told = false;
     let mut deaths = 0;
     loop {
@@ -147,7 +155,11 @@ pub(super) fn ask(
         let connected = asked.is_ok();
         let answer = asked.and_then(|connection| {
             loop {
-                match control::next_answer(&connection, &dir, CHANGE)? {
+                let until = host::now() + CHANGE;
+                while host::now() < until && !wait(connection.as_fd(), PollFlags::POLLIN, host::now() + LOOK)? {
+                    waiting();
+                }
+                match control::next_answer(&connection, &dir, Duration::ZERO)? {
                     Answer::Switched { warning } => {
                         if !std::mem::replace(&mut told, true) {
                             serving(warning.as_deref());
@@ -164,7 +176,7 @@ pub(super) fn ask(
             }
         });
         if connected {
-            end = Instant::now() + SUPERVISOR;
+            end = host::now() + SUPERVISOR;
         }
         match answer {
             // What the supervisor before had begun is not known to this one.
@@ -173,9 +185,9 @@ pub(super) fn ask(
             }
             Ok(answer) => return answer.into_result(),
             // Between two supervisors.
-            Err(e) if e.kind() == Kind::Device && Instant::now() < end && deaths < DEATHS => {
+            Err(e) if e.kind() == Kind::Device && host::now() < end && deaths < DEATHS => {
                 report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
-                std::thread::sleep(Duration::from_millis(50));
+                host::sleep(Duration::from_millis(50));
             }
             Err(e) => return Err(e),
         }

@@ -363,7 +363,7 @@ impl Core {
 
     /// Sends an answer.
     pub fn send(&self, unique: u64, reply: Reply) {
-        self.sent(unique, self.queue.reply(self.memory.arena, unique, reply));
+        self.sent(unique, self.queue.reply(&self.memory.arena, unique, reply));
     }
 
     /// Has the queue answer a request.

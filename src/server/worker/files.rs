@@ -64,7 +64,7 @@ pub struct Files {
 impl Files {
     pub fn new(core: &Core, thread: usize) -> io::Result<Files> {
         Ok(Files {
-            ring: Ring::new(RING, core.memory.arena)?,
+            ring: Ring::new(RING, core.memory.arena.clone())?,
             stash: core.common.share(),
             freed: false,
             inflight: Vec::with_capacity(1024),

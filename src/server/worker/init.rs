@@ -19,7 +19,7 @@ use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart, own_greeting
 use crate::server::runtime;
 use crate::server::shm::{PoisonCounts, Shm};
 use crate::server::transport::{Geometry, Queue, Recovery};
-use crate::sys::process_hardening;
+use crate::sys::{host, process_hardening};
 use crate::units::ClusterSize;
 
 use super::core::{Core, CoreConfig, THREADS};
@@ -111,8 +111,10 @@ pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
     let session = &inherited.start.session;
     let memory = Memory::new(THREADS, session.recovery() == Recovery::Journal, session.limits())
         .ctx(Kind::Malloc, || "cannot get memory for I/O")?;
-    // The error is logged where there is a log.
-    let _ = process_hardening::lock_memory();
+    if !host::is_simulated() {
+        // The error is logged where there is a log.
+        let _ = process_hardening::lock_memory();
+    }
     Ok(memory)
 }
 
@@ -262,7 +264,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         request_journal::import(&core, &left)?;
     }
     // Not permitted: the device works, but not under memory pressure that it causes itself.
-    if let Err(e) = process_hardening::lock_memory() {
+    if !host::is_simulated()
+        && let Err(e) = process_hardening::lock_memory()
+    {
         core.log.line(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink, warning, no_merge })

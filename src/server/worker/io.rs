@@ -160,7 +160,7 @@ impl<'a> IoThread<'a> {
             };
             let span = core.memory.buffer(big);
             let read = match &core.journal {
-                None => core.queue.read(core.memory.arena, &mut head, span),
+                None => core.queue.read(&core.memory.arena, &mut head, span),
                 Some(journal) => journal.read(&core.queue, id, big, span, &mut head),
             };
             let len = match read {

@@ -9,8 +9,8 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use crate::engine::api::{BAT_PAGE, BounceId};
 use crate::server::transport::Limits;
@@ -96,9 +96,9 @@ impl BufId {
 }
 
 /// The memory and how it is divided.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Memory {
-    pub arena: &'static Arena,
+    pub arena: Arc<Arena>,
     pub limits: Limits,
     places: Places,
 }
@@ -108,7 +108,7 @@ impl Memory {
     /// finds it.
     pub fn new(threads: usize, shared: bool, limits: Limits) -> io::Result<Memory> {
         let places = Places::new(threads, limits);
-        let make = if shared { Arena::leak_shared } else { Arena::leak };
+        let make = if shared { Arena::new_shared } else { Arena::new };
         Ok(Memory { arena: make(places.extras, extras(limits) * limits.max_io)?, limits, places })
     }
 

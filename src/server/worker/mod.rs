@@ -18,12 +18,14 @@ mod merge;
 mod open_files;
 mod queue;
 mod request_journal;
+#[cfg(test)]
+mod simulated;
 mod supervisor_link;
 mod supervisor_restart;
 
-use std::process::{abort, exit};
+use std::process::abort;
 use std::sync::mpsc::sync_channel;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::Builder;
 
 use crate::bail;
@@ -33,6 +35,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::proto::{FromWorker, WorkerReady};
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
+use crate::sys::host;
 use crate::sys::{process, process_hardening};
 
 use self::core::{Core, MAIN_THREAD, Pending, THREADS};
@@ -57,6 +60,80 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The whole worker; for a process of its own with a SEQPACKET socket to the supervisor as descriptor 3 and nothing
 /// else open but the standard ones.
 pub fn worker_main() -> ! {
+    if !host::is_simulated() {
+        harden();
+    }
+    let Ok(socket) = host::take_standard(SOCKET) else { host::exit(2) };
+    let Ok(Some((link, inherited))) = SupervisorLink::start(socket) else { host::exit(2) };
+    let inherited = Arc::new(inherited);
+    let mut link = link;
+    let succeeds = inherited.start.succeed.is_some();
+    if succeeds && (host::exit_with_parent(true).is_err() || link.is_closed()) {
+        // The retired worker starts another supervisor.
+        host::exit(0);
+    }
+    let memory = match inherited.start.succeed.as_ref().is_some_and(|s| s.wait) {
+        false => None,
+        true => {
+            // Without it the reason is told when it is wanted.
+            let memory = init::allocate_memory(&inherited).ok();
+            if link.send(&FromWorker::Prepared).is_err() || !link.await_go() {
+                host::exit(0);
+            }
+            memory
+        }
+    };
+    match start(&link, &inherited, memory) {
+        Ok((core, chain, ready, no_merge)) => {
+            let heard = link.send(&FromWorker::Ready(ready));
+            if let Some(e) = no_merge {
+                link.report_merge_failure(&core, &e);
+            }
+            if heard.is_err() && !inherited.start.takeover && !succeeds {
+                // The device was never used: the in-use mark is cleared.
+                let closed = link.close_unused(&core, &inherited);
+                host::exit(i32::from(finish(&core, &chain, closed).is_err()));
+            }
+            let finisher = inherited.start.finish.map(|level| {
+                let (core, inherited, cluster) = (core.clone(), inherited.clone(), chain.cluster);
+                thread("finish", move || finish::finish_thread(&core, &inherited, cluster, level))
+            });
+            if let Some(Err(e)) = finisher {
+                *locked(&core.finished) = Some(Some(RemoteError::from(e)));
+                core.notices.push(core::Notice::Finished);
+            }
+            match link.serve(&core, &inherited) {
+                End::Closed(closed) => {
+                    link.await_finisher(&core, &inherited);
+                    let closed = finish(&core, &chain, closed)
+                        .and_then(|()| merge::leave_target(&core, &inherited, chain.cluster));
+                    let error = closed.err().map(RemoteError::from);
+                    let code = i32::from(error.is_some());
+                    let _ = link.send(&FromWorker::Closed { error });
+                    host::exit(code)
+                }
+                End::Retired(switch, fds, result) => {
+                    let result = result
+                        .and_then(|()| merge::complete(&core, &inherited, &switch))
+                        .and_then(|()| release_images(&core));
+                    supervisor_link::pause(switch.linger);
+                    let retired = result.is_ok().then_some((&switch, &fds[..]));
+                    let error = result.as_ref().err().map(RemoteError::from);
+                    // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
+                    let _ = link.send(&FromWorker::Retired { error });
+                    link.await_kill(&core, &inherited, retired)
+                }
+            }
+        }
+        Err(e) => {
+            let _ = link.send(&FromWorker::Failed { code: e.code(), message: e.to_string() });
+            host::exit(1)
+        }
+    }
+}
+
+/// What makes the process robust: for its first lines, while it has one thread.
+fn harden() {
     process_hardening::use_one_heap();
     let _ = process_hardening::not_dumpable();
     let _ = process_hardening::ignore_signals();
@@ -64,98 +141,36 @@ pub fn worker_main() -> ! {
     let _ = process::set_io_flusher();
     let _ = process_hardening::exempt_from_oom_killer();
     abort_on_panic(None);
-    let Ok(socket) = process::take_standard(SOCKET) else { exit(2) };
-    let Ok(Some((link, inherited))) = SupervisorLink::start(socket) else { exit(2) };
-    // The threads use both until the process ends.
-    let inherited: &'static Inherited = Box::leak(Box::new(inherited));
-    let mut link = link;
-    let succeeds = inherited.start.succeed.is_some();
-    if succeeds && (process::exit_with_parent(true).is_err() || link.is_closed()) {
-        // The retired worker starts another supervisor.
-        exit(0);
-    }
-    let memory = match inherited.start.succeed.as_ref().is_some_and(|s| s.wait) {
-        false => None,
-        true => {
-            // Without it the reason is told when it is wanted.
-            let memory = init::allocate_memory(inherited).ok();
-            if link.send(&FromWorker::Prepared).is_err() || !link.await_go() {
-                exit(0);
-            }
-            memory
-        }
-    };
-    match start(&link, inherited, memory) {
-        Ok((core, chain, ready, no_merge)) => {
-            let heard = link.send(&FromWorker::Ready(ready));
-            if let Some(e) = no_merge {
-                link.report_merge_failure(core, &e);
-            }
-            if heard.is_err() && !inherited.start.takeover && !succeeds {
-                // The device was never used: the in-use mark is cleared.
-                let closed = link.close_unused(core, inherited);
-                exit(i32::from(finish(core, &chain, closed).is_err()));
-            }
-            let finisher = inherited
-                .start
-                .finish
-                .map(|level| thread("finish", move || finish::finish_thread(core, inherited, chain.cluster, level)));
-            if let Some(Err(e)) = finisher {
-                *locked(&core.finished) = Some(Some(RemoteError::from(e)));
-                core.notices.push(core::Notice::Finished);
-            }
-            match link.serve(core, inherited) {
-                End::Closed(closed) => {
-                    link.await_finisher(core, inherited);
-                    let closed =
-                        finish(core, &chain, closed).and_then(|()| merge::leave_target(core, inherited, chain.cluster));
-                    let error = closed.err().map(RemoteError::from);
-                    let code = i32::from(error.is_some());
-                    let _ = link.send(&FromWorker::Closed { error });
-                    exit(code)
-                }
-                End::Retired(switch, fds, result) => {
-                    let result = result
-                        .and_then(|()| merge::complete(core, inherited, &switch))
-                        .and_then(|()| release_images(core));
-                    supervisor_link::pause(switch.linger);
-                    let retired = result.is_ok().then_some((&switch, &fds[..]));
-                    let error = result.as_ref().err().map(RemoteError::from);
-                    // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
-                    let _ = link.send(&FromWorker::Retired { error });
-                    link.await_kill(core, inherited, retired)
-                }
-            }
-        }
-        Err(e) => {
-            let _ = link.send(&FromWorker::Failed { code: e.code(), message: e.to_string() });
-            exit(1)
-        }
-    }
 }
 
 /// Opens everything and starts all threads.
 fn start(
     link: &SupervisorLink,
-    inherited: &'static Inherited,
+    inherited: &Inherited,
     memory: Option<Memory>,
-) -> Result<(&'static Core, Chain, WorkerReady, Option<Error>)> {
+) -> Result<(Arc<Core>, Chain, WorkerReady, Option<Error>)> {
     let init::Worker { core, chain, ready, sink, warning, no_merge } = init::open_all(inherited, memory)?;
-    let core: &'static Core = Box::leak(Box::new(core));
-    abort_on_panic(Some(core.shm.clone()));
+    let core = Arc::new(core);
+    if !host::is_simulated() {
+        abort_on_panic(Some(core.shm.clone()));
+    }
     let succeed = inherited.start.succeed.as_ref();
     if let Some(succeed) = succeed {
         // From here on there is no way back, and no need for a supervisor.
         core.shm.set_switched(inherited.start.token);
         let _ = link.send(&FromWorker::Switched { warning });
         supervisor_link::pause(succeed.linger);
-        process::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
+        host::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
     }
     // Requests that a worker before has read and not answered have to be sent again, or found in its slots.
     let resend = inherited.start.takeover || succeed.is_some();
-    match thread("log", move || sink.run()).and_then(|()| start_threads(link, core, inherited.start.token, resend)) {
+    // In the simulation no thread writes the log.
+    let logging = if host::is_simulated() { Ok(()) } else { thread("log", move || sink.run()) };
+    match logging.and_then(|()| start_threads(link, &core, inherited.start.token, resend)) {
         Ok(()) => {
-            process_hardening::reserve_heap(HEAP);
+            if !host::is_simulated() {
+                process_hardening::reserve_heap(HEAP);
+            }
             if locked(&core.engine).background_state().is_some() {
                 // The engine begins background work with the first event that it is given.
                 core.submit_event(MAIN_THREAD, Pending::Tick);
@@ -189,21 +204,35 @@ fn abort_on_panic(shm: Option<Shm>) {
         if let Some(shm) = &shm {
             shm.set_panicked();
         }
-        eprintln!("ploop-server: worker {}: {info}", std::process::id());
+        eprintln!("ploop-server: worker {}: {info}", host::pid());
         abort();
     }));
 }
 
 fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    #[cfg(test)]
+    if host::is_simulated() {
+        host::simulated::with(|host| host.thread(name, Box::new(run)));
+        return Ok(());
+    }
     let spawned = Builder::new().name(name.into()).stack_size(STACK).spawn(run);
     spawned.map(drop).ctx(Kind::Sys, || format!("cannot start the thread {name}"))
 }
 
 /// Starts all threads. When this returns they serve.
-fn start_threads(link: &SupervisorLink, core: &'static Core, token: u64, resend: bool) -> Result<()> {
-    thread("sync", || blocking::sync_thread(core))?;
-    thread("aux", || blocking::aux_thread(core))?;
-    thread("background", || blocking::background_thread(core))?;
+fn start_threads(link: &SupervisorLink, core: &Arc<Core>, token: u64, resend: bool) -> Result<()> {
+    #[cfg(test)]
+    if host::is_simulated() {
+        return simulated::start(link, core, token, resend);
+    }
+    for (name, run) in [
+        ("sync", blocking::sync_thread as fn(&Core) -> !),
+        ("aux", blocking::aux_thread),
+        ("background", blocking::background_thread),
+    ] {
+        let core = core.clone();
+        thread(name, move || run(&core))?;
+    }
     if let Some(journal) = &core.journal {
         link.send_journal(journal)?;
         core.shm.set_reading(token);
@@ -214,9 +243,9 @@ fn start_threads(link: &SupervisorLink, core: &'static Core, token: u64, resend:
     }
     let (report, reports) = sync_channel(THREADS);
     for number in 0..THREADS {
-        let report = report.clone();
+        let (report, core) = (report.clone(), core.clone());
         thread(&format!("io{number}"), move || {
-            let mut io = match io::IoThread::new(core, number) {
+            let mut io = match io::IoThread::new(&core, number) {
                 Ok(io) => {
                     let _ = report.send(Ok(()));
                     io

@@ -28,6 +28,17 @@ impl<T> Jobs<T> {
         self.more.notify_one();
     }
 
+    /// A job, if there is one.
+    #[cfg(test)]
+    pub fn try_pop(&self) -> Option<T> {
+        locked(&self.queue).pop_front()
+    }
+
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        locked(&self.queue).is_empty()
+    }
+
     /// Waits for a job, in the order in which they came.
     pub fn pop(&self) -> T {
         let mut queue = locked(&self.queue);
@@ -67,6 +78,12 @@ impl<T> Inbox<T> {
             // It can only fail if the counter is full, and then the owner is awake.
             let _ = nix::unistd::write(&self.bell, &1u64.to_ne_bytes());
         }
+    }
+
+    /// The owner has been woken up and has not taken yet what is there.
+    #[cfg(test)]
+    pub fn has_rung(&self) -> bool {
+        self.rung.load(Ordering::Acquire)
     }
 
     /// Takes what is there, after the eventfd was read.

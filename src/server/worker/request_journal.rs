@@ -23,6 +23,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -63,7 +64,7 @@ const DONE: u64 = 1 << 63;
 pub struct RequestJournal {
     words: SharedWords,
     fd: OwnedFd,
-    arena: &'static Arena,
+    arena: Arc<Arena>,
 }
 
 /// A request in a slot.
@@ -105,7 +106,7 @@ impl RequestJournal {
     /// Makes an empty one for these buffers, which are shared.
     pub fn create(memory: &Memory) -> io::Result<RequestJournal> {
         let fd = shared_words::create(c"ploop-requests", WORDS)?;
-        let journal = RequestJournal { words: SharedWords::map(fd.as_fd(), WORDS)?, fd, arena: memory.arena };
+        let journal = RequestJournal { words: SharedWords::map(fd.as_fd(), WORDS)?, fd, arena: memory.arena.clone() };
         // Every page is there by these stores.
         for word in journal.words.iter() {
             word.store(0, Relaxed);
@@ -141,7 +142,7 @@ impl RequestJournal {
         // Not before: what was in the slot was done.
         row[AT_RESULT].store(0, Release);
         row[AT_BUFFER].store(u64::from(big.raw()), Release);
-        let read = queue.read_words(self.arena, &row[..HEAD_WORDS], span);
+        let read = queue.read_words(&self.arena, &row[..HEAD_WORDS], span);
         match read {
             Ok(_) => {
                 for (bytes, word) in head.chunks_mut(8).zip(row) {

@@ -2,11 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::exit;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
@@ -15,6 +14,7 @@ use crate::server::greeting::{self, Incoming};
 use crate::server::proto::{ChainSwitch, FromWorker, ProcessId, ToWorker};
 use crate::server::remote_error::RemoteError;
 use crate::server::{frame, runtime};
+use crate::sys::host;
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
 use super::init::Inherited;
@@ -92,7 +92,7 @@ impl SupervisorLink {
             bail!(Protocol, "the supervisor began with {first:?}: Start wanted");
         };
         let inherited = Inherited::new(start, fds)?;
-        let now = Instant::now();
+        let now = host::now();
         let link = SupervisorLink {
             socket: Some(socket),
             since: now,
@@ -129,7 +129,7 @@ impl SupervisorLink {
     pub fn is_closed(&self) -> bool {
         let Some(socket) = &self.socket else { return true };
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-        let _ = poll(&mut fds, PollTimeout::ZERO);
+        let _ = host::poll(&mut fds, PollTimeout::ZERO);
         fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
     }
 
@@ -145,7 +145,7 @@ impl SupervisorLink {
             return;
         }
         while locked(&core.finished).is_none() {
-            std::thread::sleep(Duration::from_millis(5));
+            host::sleep(Duration::from_millis(5));
         }
         self.finished(core);
     }
@@ -165,11 +165,11 @@ impl SupervisorLink {
     /// Serves until the engine has closed.
     pub fn serve(&mut self, core: &Core, inherited: &Inherited) -> End {
         let mut notices = Vec::new();
-        let mut tick = Instant::now() + TICK;
+        let mut tick = host::now() + TICK;
         loop {
             let draining = self.retiring.as_ref().is_some_and(|r| r.quiet == THREADS && !r.closing);
-            self.wait(core, if draining { tick.min(Instant::now() + DRAIN_TICK) } else { tick });
-            let now = Instant::now();
+            self.wait(core, if draining { tick.min(host::now() + DRAIN_TICK) } else { tick });
+            let now = host::now();
             if now >= tick {
                 tick = now + TICK;
                 // The tick has all that waits for space tried once more: just then nothing waits.
@@ -227,7 +227,7 @@ impl SupervisorLink {
             core.submit_event(MAIN_THREAD, Pending::Close);
             return None;
         }
-        if Instant::now() < retiring.end {
+        if host::now() < retiring.end {
             return None;
         }
         let late = format!(
@@ -246,7 +246,7 @@ impl SupervisorLink {
             core.log.line("the supervisor sent Retire to a worker that ends already".into());
             return;
         }
-        self.retiring = Some(Retiring { switch, fds, quiet: 0, closing: false, end: Instant::now() + DRAIN });
+        self.retiring = Some(Retiring { switch, fds, quiet: 0, closing: false, end: host::now() + DRAIN });
         core.retiring.store(true, Ordering::Release);
         core.inboxes.iter().for_each(|i| i.ring());
     }
@@ -276,12 +276,12 @@ impl SupervisorLink {
                     // With the lock in hand, too: the successor may have retired itself meanwhile, in favour of a
                     // third.
                     if has_successor(&inherited.start.device_name, self.retired_by) {
-                        exit(0);
+                        host::exit(0);
                     }
                     match lock {
                         Ok(Some(lock)) => Some(lock),
                         Ok(None) => {
-                            std::thread::sleep(TOP_LOCK_PAUSE);
+                            host::sleep(TOP_LOCK_PAUSE);
                             continue;
                         }
                         Err(e) => {
@@ -297,16 +297,16 @@ impl SupervisorLink {
             // Where the kernel can give out requests again, and where no successor has read any, nothing is lost.
             if retired.is_some_and(|(switch, _)| core.journal.is_some() && core.shm.reading() == switch.token) {
                 core.log.line("the supervisor and the worker of the new chain have exited: the device ends".into());
-                exit(1);
+                host::exit(1);
             }
             match start_supervisor(core, inherited, retired) {
                 // It starts a worker for the chain that is on disk.
-                Ok(_) if retired.is_none() => exit(1),
+                Ok(_) if retired.is_none() => host::exit(1),
                 Ok(socket) => self.socket = Some(socket),
                 Err(e) => {
                     core.log.line(format!("cannot start a new supervisor: {e}"));
                     drop(lock);
-                    std::thread::sleep(self.pause);
+                    host::sleep(self.pause);
                     self.pause = (self.pause * 2).min(LAST_PAUSE);
                 }
             }
@@ -321,16 +321,16 @@ impl SupervisorLink {
             None if self.retiring.is_none() => end = end.min(self.next_try),
             None => {}
         }
-        let left = end.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+        let left = end.saturating_duration_since(host::now()) + Duration::from_micros(999);
         // An interrupted wait is only a short one.
-        let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+        let _ = host::poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
     }
 
     fn on_message(&mut self, core: &Core, inherited: &Inherited) {
         let closing = core.closing.load(Ordering::Acquire);
         let Some(socket) = &self.socket else {
             // A retiring worker checks first whether there is a successor.
-            if !closing && self.retiring.is_none() && Instant::now() >= self.next_try {
+            if !closing && self.retiring.is_none() && host::now() >= self.next_try {
                 self.restart_supervisor(core, inherited);
             }
             return;
@@ -357,11 +357,11 @@ impl SupervisorLink {
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
             Ok(None) => {
                 core.log.line("the supervisor has ended".into());
-                if self.since.elapsed() >= STABLE_AFTER {
+                if host::since(self.since) >= STABLE_AFTER {
                     self.pause = FIRST_PAUSE;
-                    self.next_try = Instant::now();
+                    self.next_try = host::now();
                 } else {
-                    self.next_try = Instant::now() + self.pause;
+                    self.next_try = host::now() + self.pause;
                     self.pause = (self.pause * 2).min(LAST_PAUSE);
                 }
                 self.socket = None;
@@ -443,7 +443,7 @@ impl SupervisorLink {
 
     /// Starts a supervisor and gives it everything that the last one had.
     fn restart_supervisor(&mut self, core: &Core, inherited: &Inherited) {
-        self.since = Instant::now();
+        self.since = host::now();
         match start_supervisor(core, inherited, None) {
             Ok(socket) => {
                 self.socket = Some(socket);
@@ -452,7 +452,7 @@ impl SupervisorLink {
             }
             Err(e) => {
                 core.log.line(format!("cannot start a new supervisor: {e}"));
-                self.next_try = Instant::now() + self.pause;
+                self.next_try = host::now() + self.pause;
                 self.pause = (self.pause * 2).min(LAST_PAUSE);
             }
         }
@@ -462,6 +462,6 @@ impl SupervisorLink {
 /// Draws a step out, for tests.
 pub fn pause(milliseconds: u64) {
     if milliseconds > 0 {
-        std::thread::sleep(Duration::from_millis(milliseconds));
+        host::sleep(Duration::from_millis(milliseconds));
     }
 }

@@ -3,14 +3,13 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{ChainSwitch, ProcessId, ToWorker, WorkerStart, own_greeting};
 use crate::server::{frame, runtime};
 use crate::sys::file_lock;
+use crate::sys::host;
 use crate::sys::reopen::{Access, reopen};
 
 use super::core::Core;
@@ -40,9 +39,7 @@ pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &[OwnedFd]
 /// anything.
 pub fn has_successor(device: &str, gone: ProcessId) -> bool {
     let record = runtime::read_record(&runtime::device_dir(device)).ok().flatten();
-    record.is_some_and(|r| {
-        r.supervisor != gone && r.worker.pid != std::process::id() as i32 && runtime::alive(r.supervisor)
-    })
+    record.is_some_and(|r| r.supervisor != gone && r.worker.pid != host::pid() && runtime::alive(r.supervisor))
 }
 
 /// Starts a supervisor and gives it everything that the last one had; `retired`: in favour of this change. The starter
@@ -53,16 +50,11 @@ pub fn start_supervisor(
     retired: Option<(&ChainSwitch, &[OwnedFd])>,
 ) -> Result<OwnedFd> {
     let (mine, theirs) = frame::pair()?;
-    let binary = inherited.binary().as_raw_fd();
-    Command::new(format!("/proc/self/fd/{binary}"))
-        .arg0("ploop-server")
-        .arg("adopt")
-        .env_clear()
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .ctx(Kind::Sys, || "cannot start the server's program")?;
+    let program = format!("/proc/self/fd/{}", inherited.binary().as_raw_fd());
+    let started = host::start(program.as_ref(), "adopt", theirs);
+    let mut started = started.ctx(Kind::Sys, || "cannot start the server's program")?;
+    // The starter ends as soon as the supervisor runs, so that the supervisor is no child of this worker.
+    let _ = started.wait();
     // Who has retired has answered everything.
     let slots = core.journal.iter().filter(|_| retired.is_none()).flat_map(RequestJournal::fds).collect::<Vec<_>>();
     let start = WorkerStart {

@@ -4,7 +4,6 @@
 //! with a sync of the folder; of all else any part can be: writes in pieces of a page, names in any order.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -84,13 +83,16 @@ pub fn start(root: &Path, fail: Option<(usize, i32)>) -> Guard {
     Guard(recorder)
 }
 
-fn path_of(file: &File) -> PathBuf {
+pub(super) fn path_of(file: &impl AsRawFd) -> PathBuf {
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
 }
 
 pub(super) fn watched<T>(step: Step<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    crate::sys::host::step(step.name())?;
     let path = match step {
-        Step::Create(p) | Step::Rename(p, _) | Step::Unlink(p) | Step::SyncDir(p) => p.to_owned(),
+        Step::Create(p) | Step::Rename(p, _) | Step::Unlink(p) => p.to_owned(),
+        // It may be named by a descriptor.
+        Step::SyncDir(p) => p.canonicalize().unwrap_or_else(|_| p.to_owned()),
         Step::Write(f, ..)
         | Step::Zero(f, ..)
         | Step::Share(f, ..)

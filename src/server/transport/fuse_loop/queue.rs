@@ -271,10 +271,10 @@ mod tests {
     #[test]
     fn a_reader_that_is_quiet_has_no_poll_left() {
         let (kernel, queue) = queue();
-        let arena = Arena::leak(1 << 20, 0).unwrap();
+        let arena = Arena::new(1 << 20, 0).unwrap();
         let (data, mut head) = (Span { at: 0, len: 4096 }, [0; HEAD]);
-        assert!(matches!(queue.read(arena, &mut head, data), Err(ReadError::Empty)));
-        let mut ring = Ring::new(8, arena).unwrap();
+        assert!(matches!(queue.read(&arena, &mut head, data), Err(ReadError::Empty)));
+        let mut ring = Ring::new(8, arena.clone()).unwrap();
         let mut reader = FuseReader::default();
         assert!(reader.quiesce(&mut ring).unwrap());
 
