@@ -1,5 +1,5 @@
 //! Making a disk: the image, with partition, file system and balloon file in it, and its descriptor. No device and no
-//! root are needed. All of it grows under temporary names; the image gets its name when it is whole, the descriptor
+//! root are needed. All files have temporary names at first; the image gets its name when it is whole, the descriptor
 //! comes last.
 
 use std::fs::{self, OpenOptions};
@@ -216,13 +216,13 @@ impl Target {
         )
     }
 
-    /// Gives the image its name, which nothing may have. A second name is best: as long as the first one stays, an
-    /// interrupted creation can be told from somebody's image.
+    /// Gives the image its name; no file may have that name. A second (hard) link is preferred: while the first name
+    /// stays, the next creation sees that the image was left by an interrupted creation and is no image of the user's.
     fn place(&self, scratch: &Scratch) -> Result<()> {
         let from = scratch.image();
         match fs::hard_link(&from, &self.image) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return self.image_exists(),
-            // A file system without links.
+            // The file system has no hard links.
             Err(_) => descriptor::rename_new(&from, &self.image)?,
             Ok(()) => {}
         }

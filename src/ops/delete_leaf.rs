@@ -15,7 +15,7 @@ pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
         Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
             return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
         }
-        // Gone already: what is left to do is to forget it.
+        // The file is removed already: only the descriptor still names it.
         Err(e) if e.errno() == Some(libc::ENOENT) => None,
         other => Some(other?),
     };

@@ -29,7 +29,7 @@ pub fn small() -> ClusterSize {
     ClusterSize::from_sectors(64).unwrap()
 }
 
-/// A disk of one image in this folder; answers the descriptor.
+/// Makes a disk of one image in this folder; returns the path of its descriptor.
 pub fn make_disk(dir: &Path, version: Version, mode: ImageMode, cluster: ClusterSize, clusters: u64) -> PathBuf {
     let dir = dir.canonicalize().unwrap();
     let image = dir.join("root.hdd");
