@@ -1,6 +1,6 @@
-//! The block allocation table: where the entry of a cluster stands, and what it says.
+//! The block allocation table: the position and the meaning of a cluster's entry.
 //!
-//! The engine, the scans and the operations on closed images take all arithmetic of the BAT from here.
+//! The engine, the scans and the operations on closed images use this arithmetic of the BAT.
 
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ pub fn entry_offset(cluster: VirtCluster) -> u64 {
     offset_of(u64::from(cluster))
 }
 
-/// The same for an entry that may stand behind the last cluster that a disk can have.
+/// Byte offset of an entry that may lie behind the last cluster that a disk can have.
 pub fn offset_of(entry: u64) -> u64 {
     HEADER_BYTES + ENTRY_BYTES as u64 * entry
 }
@@ -42,7 +42,7 @@ pub fn index_of(cluster: VirtCluster) -> usize {
     ((u64::from(cluster) + HEADER_ENTRIES) % ENTRIES as u64) as usize
 }
 
-/// Pages that hold the entries of so many clusters.
+/// Number of pages with the entries of so many clusters.
 pub fn pages_for(clusters: u64) -> usize {
     if clusters == 0 { 0 } else { (clusters + HEADER_ENTRIES).div_ceil(ENTRIES as u64) as usize }
 }
@@ -95,7 +95,7 @@ impl Unit {
         Unit::of(version == Version::V1, cluster.shift())
     }
 
-    /// The same for version 1 or 2 and a cluster of `1 << cluster_shift` bytes.
+    /// The unit of version 1 or 2 and a cluster of `1 << cluster_shift` bytes.
     pub fn of(v1: bool, cluster_shift: u32) -> Unit {
         Unit { step: if v1 { 1 << (cluster_shift - 9) } else { 1 } }
     }
@@ -123,7 +123,7 @@ impl Unit {
         host_cluster.checked_mul(self.step)
     }
 
-    /// The same for a host cluster below [`host_cluster_limit`](Self::host_cluster_limit).
+    /// The entry for a host cluster below [`host_cluster_limit`](Self::host_cluster_limit).
     pub fn entry(self, host_cluster: ImageCluster) -> u32 {
         host_cluster * self.step
     }
