@@ -21,7 +21,7 @@
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
-// What callers must keep to stands in the header, in C's terms: pointers are NULL or valid, one thread for one object.
+// The header has the rules for callers, in C's terms: pointers are NULL or valid, one thread at a time uses an object.
 #![allow(clippy::missing_safety_doc)]
 
 mod boundary;
