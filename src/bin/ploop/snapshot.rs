@@ -35,7 +35,8 @@ pub const TSNAPSHOT: Command = Command {
     usage: "\
 Usage: ploop tsnapshot -u UUID -c NAME [-m DIR] DiskDescriptor.xml
 
-Takes a snapshot and mounts it read-only, for backups. The snapshot is removed when it is unmounted.
+Takes a snapshot and mounts it read-only, for backups. After it is unmounted, the next mount of the disk or operation on
+its snapshots removes it.
 
   -u UUID  of the snapshot
   -c NAME  component: a name for this additional mount, given again to umount (as ~NAME)
