@@ -1,5 +1,5 @@
 //! The C ABI of the classic `libploop.so.1`: thin functions that check pointers, convert, call [`ops`](crate::ops) and
-//! return classic codes. Panics never cross; memory handed out comes from malloc.
+//! return classic codes. No panic crosses the boundary; memory that callers free comes from malloc.
 //!
 //! What is exported, by file:
 //! - [`descriptor`]: ploop_open_dd, ploop_read_disk_descr, ploop_close_dd, ploop_free_diskdescriptor,

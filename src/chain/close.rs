@@ -37,8 +37,8 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     if len < end {
         bail!(Format, "image {name} has {len} bytes: {end} are in use, another process has cut it");
     }
-    // Space taken ahead goes first, so that it is not completed; what was taken behind the end goes even if the length
-    // is right.
+    // Cut before completing, so that space allocated ahead is not completed. The cut also frees space that was
+    // allocated behind the end of the file, so that it is needed even if the length is right.
     top.file.set_len(end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
     tidied(complete::complete(&top.file, cluster, end), top)?;
     top.file.sync_all().ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;

@@ -88,7 +88,7 @@ pub struct Chain {
     pub device_bytes: u64,
     /// Base first.
     pub levels: Vec<LevelConfig>,
-    /// Header of the top as it stands on disk; zeroes for a raw disk.
+    /// Header of the top as it is on disk; zeroes for a raw disk.
     pub header: [u8; 64],
     pub alloc: AllocConfig,
     /// Changes of the BAT that a takeover brings along.

@@ -73,7 +73,7 @@ pub fn list_of(wanted: impl Fn(&Device) -> bool) -> Result<Vec<Device>> {
     Ok(found)
 }
 
-/// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); `None`: not a device of ours.
+/// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); `None`: no ploop device.
 ///
 /// A node that exists must be of the very disk that the device has, else it is refused: error 2.
 pub fn by_node(node: &str) -> Result<Option<Device>> {
@@ -111,8 +111,8 @@ pub fn abort(name: &str) -> Result<()> {
     of_name(name)?.abort(name)
 }
 
-/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
-/// are gone and nothing of it is mounted anywhere.
+/// Removes what a crashed host or a killed server left of a device. Refused unless the loop device provably belongs to
+/// it, its processes have exited and no mount uses it.
 pub fn clean(name: &str) -> Result<()> {
     of_name(name)?.clean(name)
 }

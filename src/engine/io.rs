@@ -63,7 +63,7 @@ impl Io {
 }
 
 impl<S: Shared> Engine<S> {
-    /// Works on a segment as far as possible. Its pending count goes over to what it starts.
+    /// Works on a segment as far as possible. The operations that it starts take over its pending count.
     pub(super) fn process(&mut self, fragment: Fragment, out: &mut Vec<Action>) {
         let Some(req) = self.reqs.get(&fragment.req) else { return };
         let (kind, base) = (req.kind, req.offset);
@@ -288,7 +288,7 @@ impl<S: Shared> Engine<S> {
         }
         match self.map.loading(page) {
             Some(l) => l.waiters.push(fragment),
-            // Loaded without a read: next in turn, before another page can push this one out again.
+            // Loaded without a read: handled next, before another page can evict this one.
             None => self.ready.push_front(fragment),
         }
     }

@@ -25,7 +25,7 @@ pub struct Space {
     limit: u32,
     /// A growing of the file is under way: that many clusters.
     pub growing: Option<u32>,
-    /// The last attempt met ENOSPC: smaller steps until it works again.
+    /// The last attempt failed with ENOSPC: smaller steps until one succeeds.
     step: u32,
     pub no_space: bool,
     /// No further attempt to grow the file is made until the next tick.

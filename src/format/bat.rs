@@ -47,7 +47,7 @@ pub fn pages_for(clusters: u64) -> usize {
     if clusters == 0 { 0 } else { (clusters + HEADER_ENTRIES).div_ceil(ENTRIES as u64) as usize }
 }
 
-/// Clusters whose entries stand in a page (the end may lie beyond the disk).
+/// Clusters whose entries are in a page (the end may lie beyond the disk).
 pub fn clusters_of(page: u32) -> Range<u64> {
     let end = (u64::from(page) + 1) * ENTRIES as u64 - HEADER_ENTRIES;
     let start = (u64::from(page) * ENTRIES as u64).saturating_sub(HEADER_ENTRIES);
@@ -118,7 +118,7 @@ impl Unit {
         }
     }
 
-    /// The entry of a cluster that stands at `host_cluster`, 0 for 0; none if version 1 cannot express it.
+    /// The entry of a cluster that is at `host_cluster`, 0 for 0; none if version 1 cannot express it.
     pub fn encode(self, host_cluster: ImageCluster) -> Option<u32> {
         host_cluster.checked_mul(self.step)
     }
@@ -142,7 +142,7 @@ pub fn decode(version: Version, cluster: ClusterSize, entry: u32) -> Entry {
     Unit::new(version, cluster).decode(entry)
 }
 
-/// The entry of a cluster that stands at `host_cluster`; none if version 1 cannot express it.
+/// The entry of a cluster that is at `host_cluster`; none if version 1 cannot express it.
 pub fn encode(version: Version, cluster: ClusterSize, host_cluster: ImageCluster) -> Option<u32> {
     Unit::new(version, cluster).encode(host_cluster)
 }

@@ -45,7 +45,7 @@ const JOURNAL_NEEDS: u64 = 265 << 20;
 const GROW_LIMIT: u64 = 16 << 40;
 
 /// Makes a file system over the whole of `file` (whose length is the size), with an empty balloon file in its root.
-/// `scratch` is an existing folder of ours; what is put there is removed again. `Mkfs` when a program fails.
+/// `scratch` is an existing folder of the caller; files made there are removed. `Mkfs` when a program fails.
 pub fn make(file: &Path, spec: &FsSpec, scratch: &Path) -> Result<()> {
     let bytes = file.metadata().ctx(Kind::Fstat, || file.display().to_string())?.len();
     let block = u64::from(spec.block_size);

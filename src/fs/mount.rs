@@ -215,7 +215,7 @@ fn users(target: &Path) -> String {
     }
 }
 
-/// Unmounts everything of a device in our mount namespace, last mounted first.
+/// Unmounts all mounts of a device in the mount namespace of the calling process, last mounted first.
 pub fn umount_all(names: &Names) -> Result<()> {
     let mut before = usize::MAX;
     loop {

@@ -96,7 +96,7 @@ impl fmt::Display for Gap {
     }
 }
 
-/// The first thing that [`complete`] would fill in `[0, len)`.
+/// The first gap that [`complete`] would fill in `[0, len)`.
 pub fn first_gap(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Option<Gap>> {
     Ok(find_gaps(file, cluster, len)?.gaps.first().copied())
 }

@@ -157,7 +157,7 @@ fn crashes_without(syncs: Option<Thing>, name: &str, from: &Path, act: &dyn Fn(&
     let begun = guard.0.begun();
     drop(guard);
 
-    // Each step failing by itself, with the others still possible.
+    // Each step failing by itself; the other steps still work.
     for at in 0..begun {
         for errno in [libc::ENOSPC, libc::EIO] {
             if !full() && (errno == libc::EIO) != (at % 4 == 0) {

@@ -64,7 +64,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     if exists(&target.descriptor)? {
         bail!(
             Param,
-            "{} exists already: a folder holds one disk; use another folder, or remove the old disk first",
+            "{} exists already: a folder has one disk; use another folder, or remove the old disk first",
             target.descriptor.display()
         );
     }
@@ -75,8 +75,8 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
 
     let scratch = Scratch::take(&target.folder)?;
     if there {
-        // An interrupted creation keeps its own name of the image until the descriptor is there: the image is ours and
-        // whole, only the descriptor is missing.
+        // An interrupted creation keeps its own name of the image until the descriptor is stored: the image is its own
+        // and whole, only the descriptor is missing.
         if !same_file(&scratch.image(), &target.image)? {
             return target.image_exists();
         }
@@ -101,7 +101,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     fill(&scratch, &params, table.as_ref())?;
     target.place(&scratch)?;
     target.commit(&params).inspect_err(|_| {
-        // It is the file that we gave this name a moment ago.
+        // It is the file that got this name in the step before.
         if same_file(&scratch.image(), &target.image).unwrap_or(false) {
             let _ = fs::remove_file(&target.image);
         }

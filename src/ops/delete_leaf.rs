@@ -1,4 +1,4 @@
-//! Removing a snapshot on which no other stands, with its file.
+//! Removing a snapshot on which no delta stands, with its file.
 
 use super::image_set;
 use crate::descriptor::LockedDescriptor;
@@ -7,7 +7,7 @@ use crate::format::guid::{self, Guid};
 use crate::image::lock::Sharing;
 use crate::image::open::Access;
 
-/// Removes a snapshot on which nothing stands.
+/// Removes a snapshot on which no delta stands.
 pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     let mut next = disk.descriptor.clone();
     let file = next.delete_leaf(guid)?;

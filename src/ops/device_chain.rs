@@ -26,7 +26,7 @@ pub struct Range {
     pub files: Vec<PathBuf>,
 }
 
-/// A device of ours by its node, whatever its state. `Sysfs` if there is none.
+/// A ploop device by its node, whatever its state. `Sysfs` if there is none.
 pub fn device(node: &str) -> Result<Device> {
     match device::by_node(node) {
         Ok(Some(device)) => Ok(device),

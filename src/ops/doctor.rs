@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::device::{self, Device, State};
 use crate::fs::helper;
 
-/// One thing that was looked at.
+/// Result of one check.
 #[derive(Clone, Debug)]
 pub struct Finding {
     pub subject: String,

@@ -66,7 +66,7 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     if !found.state.runs() {
         bail!(
             Sys,
-            "{} holds this disk but does not run (state: {}); see ploop doctor",
+            "{} has this disk but does not run (state: {}); see ploop doctor",
             found.node().display(),
             found.state.as_str()
         );
@@ -92,7 +92,7 @@ pub fn names(device: &Device) -> Names {
     Names { devs, nodes }
 }
 
-/// The mounts of a device in our mount namespace, oldest first.
+/// The mounts of a device in the mount namespace of the calling process, oldest first.
 pub fn mounts_of(device: &Device) -> Result<Vec<Mount>> {
     let names = names(device);
     Ok(mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).collect())

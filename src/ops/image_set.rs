@@ -87,7 +87,8 @@ pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
     Ok(folder.join(name))
 }
 
-/// A delta of ours outside the disk's folder can be opened only if that folder is ours, see [`open::open_level`].
+/// Refuses a folder outside the disk's folder in which a new delta would belong to a user whose images are not opened;
+/// see [`open::open_level`].
 fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     let shown = disk.dir.display();
     let owner = fs::metadata(&disk.dir).ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.uid();
@@ -103,7 +104,7 @@ fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The device that runs this disk under this component and may write to its top; none: nothing of ours does.
+/// The device that runs this disk under this component and may write to its top; none: no ploop device does.
 pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
     find::check_component(component)?;
     let found = find::of_base(&disk.first_image()?.file, component)?;

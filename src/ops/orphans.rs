@@ -155,7 +155,7 @@ mod tests {
     use crate::units::ClusterSize;
 
     #[test]
-    fn only_what_is_nobodys_goes() {
+    fn only_orphans_without_users_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().canonicalize().unwrap();
         let cluster = ClusterSize::from_sectors(64).unwrap();

@@ -80,7 +80,10 @@ impl Scratch {
                 return Ok(Scratch { path, keep: false, _lock: lock });
             }
         }
-        Err(Error::new(Kind::Lock, format!("{} comes and goes; other disks are being made there", path.display())))
+        Err(Error::new(
+            Kind::Lock,
+            format!("{} is made and removed by other processes; try again later", path.display()),
+        ))
     }
 
     /// The image until it gets its name.

@@ -139,7 +139,7 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
             report::say(
                 1,
                 format_args!(
-                    "snapshot {guid} has {} children: marked temporary, it goes when only one is left",
+                    "snapshot {guid} has {} children: marked temporary, it is removed when only one is left",
                     children.len()
                 ),
             );

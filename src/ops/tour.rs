@@ -124,7 +124,7 @@ impl Tour<'_> {
         self.ploop(&[arg("mount"), arg("-r"), arg("-u"), guid, arg("-c"), arg("before"), arg("-m"), before_arg, disk])?;
         self.compare(&before, sum)?;
         self.ploop(&[arg("umount"), arg("-m"), before_arg])?;
-        self.step("Merge: the snapshot goes, the disk stays as it is now. It is in use all the time.");
+        self.step("Merge: the snapshot is removed, the disk stays as it is now. It is in use all the time.");
         self.ploop(&[arg("snapshot-merge"), disk])?;
         self.ploop(&[arg("snapshot-list"), arg("-o"), arg("current,uuid,fname"), disk])?;
         self.compare(&self.mount_point(), new)

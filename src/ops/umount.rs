@@ -1,4 +1,5 @@
-//! Unmounting: every mount of the device in our namespace, then the device itself, its image closed cleanly.
+//! Unmounting: every mount of the device in the caller's mount namespace, then the device itself, its image closed
+//! cleanly.
 
 use std::fs;
 use std::io;
@@ -102,7 +103,8 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     }
     let ended = mount::umount_all(&find::names(device)).and_then(|()| device::detach(device.name()));
     if ended.is_err() && full {
-        // Still in use: its writes wait again. If even that fails the device is gone or dead.
+        // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
+        // dead.
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;

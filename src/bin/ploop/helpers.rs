@@ -47,7 +47,7 @@ pub fn mount(args: &[OsString]) -> u8 {
     }
 }
 
-/// `umount.ploop DIR`; whatever else umount(8) adds is ignored.
+/// `umount.ploop DIR`; other arguments of umount(8) are ignored.
 pub fn umount(args: &[OsString]) -> u8 {
     if args.iter().any(|a| a == "-h") {
         println!("Usage: umount.ploop DIR");

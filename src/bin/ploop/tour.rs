@@ -36,7 +36,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     let machine = doctor::machine();
     super::doctor::show(&machine)?;
     if machine.iter().any(|f| f.grade == Grade::Missing) {
-        result("\nThe tour needs what is missing above; get it and come back.")?;
+        result("\nThe tour needs what is missing above; install it and run the tour again.")?;
         return Err(Fail::Status(NOT_HERE));
     }
     let program =

@@ -68,8 +68,8 @@ fn tell(name: &str, command: &Command) -> Result<()> {
     }
 }
 
-/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
-/// are gone and nothing of it is mounted anywhere.
+/// Removes what a crashed host or a killed server left of a device. Refused unless the loop device provably belongs to
+/// it, its processes have exited and no mount uses it.
 pub fn clean(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     let _lock = lock::global()?;
@@ -81,7 +81,7 @@ fn clean_locked(name: &str, wait: bool) -> Result<()> {
     Helper::start(&spawn::find_server()?, &job)?.finish(CLEAN).map_err(|e: Error| e.context(format!("cleaning {name}")))
 }
 
-/// Cleans all dead devices that can be cleaned. The administrator has to look at the others.
+/// Cleans all dead devices that can be cleaned. The other ones need the administrator.
 pub(super) fn clean_dead() -> Result<()> {
     if !runtime::run_dir().exists() {
         return Ok(());

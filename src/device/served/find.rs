@@ -108,7 +108,7 @@ pub(super) fn by_node(node: &str) -> Result<Option<Device>> {
                 && runtime::number(&name).is_some()
             {
                 let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
-                bail!(Device, "/dev/{name} ({major}:{minor}) is a stale node: no server stands behind it; remove it");
+                bail!(Device, "/dev/{name} ({major}:{minor}) is a stale node: no server serves it; remove it");
             }
         }
     }

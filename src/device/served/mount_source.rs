@@ -82,7 +82,7 @@ fn open_verified(record: &DeviceRecord) -> Result<File> {
     Ok(file)
 }
 
-/// The GPT's signature stands in the second sector.
+/// Whether the second sector has the GPT's signature.
 fn has_gpt(record: &DeviceRecord) -> Result<bool> {
     let mut sector = [0u8; 512];
     match open_verified(record)?.read_exact_at(&mut sector, 512) {

@@ -103,7 +103,7 @@ pub fn reload(name: &str) -> Result<()> {
         // Only the worker is replaced; the supervisor stays.
         return Ok(());
     }
-    // The worker starts the new supervisor when the old one is gone.
+    // The worker starts the new supervisor when the old one has exited.
     let end = Instant::now() + SUPERVISOR;
     loop {
         let now = find::by_name(&name)?.map(|d| record(&d).supervisor);

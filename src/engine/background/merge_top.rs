@@ -62,7 +62,8 @@ pub(in super::super) struct MergeTop {
     /// Those of them that wait to be copied.
     waiting: BTreeSet<u32>,
     free_words: Vec<usize>,
-    /// Some cluster behind the recorded cursor is named nowhere: the cursor stands where it is until all are published.
+    /// The shared table does not name all clusters behind the recorded cursor: the cursor stays until all are
+    /// published.
     overflowed: bool,
     recorded: u64,
     /// First clusters of the copies under way that are not revisits.

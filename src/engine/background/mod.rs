@@ -220,7 +220,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A request has come: background work gives way at once.
+    /// A request has arrived: the device counts as busy for some ticks, in which fewer copies run at once.
     pub(super) fn background_gives_way(&mut self) {
         if let Some(b) = &mut self.background {
             b.busy = BUSY_TICKS;

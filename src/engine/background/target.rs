@@ -252,7 +252,7 @@ impl Target {
         }
     }
 
-    /// The tests' build keeps few pages, so that they come and go.
+    /// A build for tests keeps few pages, so that pages are dropped and read anew.
     fn limit(&self) -> usize {
         if cfg!(test) { 2 } else { CACHED_PAGES }
     }
