@@ -1,5 +1,5 @@
 //! One error for the whole library: a kind that maps to the classic `SYSEXIT_*` code, a message that names the
-//! thing, the value seen and the value wanted, and the cause below it.
+//! object, the value seen and the value wanted, and the error that caused it.
 
 use std::fmt;
 
@@ -171,7 +171,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// Turns a system error into ours with a kind and a message made only when needed.
+/// Turns a system error into an [`Error`] with a kind and a message, which is made only when needed.
 pub trait IoContext<T> {
     fn ctx<S: Into<String>>(self, kind: Kind, message: impl FnOnce() -> S) -> Result<T>;
 }

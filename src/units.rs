@@ -54,7 +54,7 @@ impl ClusterSize {
 /// Index of a cluster of the virtual disk.
 pub type VirtCluster = u32;
 
-/// Index of a cluster of an image file; 0 is where the header lives.
+/// Index of a cluster of an image file; the header is in cluster 0.
 pub type ImageCluster = u32;
 
 /// Position of a delta in its chain: 0 is the base.

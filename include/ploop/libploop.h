@@ -38,7 +38,7 @@
 /* ploop_set_verbose_level(): everything, with the time. */
 #define PLOOP_LOG_TIMESTAMPS 4
 
-/* What functions that return 0 on success return otherwise; the exit codes of the ploop program too. */
+/* Error codes of functions that return 0 on success; also the exit codes of the ploop program. */
 enum {
     /* Cannot create a file. */
     SYSEXIT_CREAT = 1,
@@ -62,7 +62,7 @@ enum {
     SYSEXIT_PLOOPFMT = 11,
     /* Other system error, failed helper program. */
     SYSEXIT_SYS = 12,
-    /* Corrupt copy stream, bad answer of the other side. */
+    /* Corrupt copy stream, wrong answer of the sender or receiver of a copy. */
     SYSEXIT_PROTOCOL = 13,
     /* Too many passes while copying. */
     SYSEXIT_LOOP = 14,
@@ -125,7 +125,7 @@ enum {
 enum ploop_image_mode {
     /* Grows as it is written. */
     PLOOP_EXPANDED_MODE = 0,
-    /* The same format with all space taken at creation. */
+    /* The same format with all space allocated at creation. */
     PLOOP_EXPANDED_PREALLOCATED_MODE = 1,
     /* Plain bytes of the disk. */
     PLOOP_RAW_MODE = 2
@@ -158,13 +158,14 @@ struct ploop_snapshot_data {
     char *guid;
     /* The null GUID for the base. */
     char *parent_guid;
-    /* Non-zero: to be merged away when nobody uses it. */
+    /* Non-zero: temporary; removed by a merge when no process uses it. */
     int temporary;
 };
 
 /*
  * A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that
- * locks the descriptor has read it, and read again by each such function: pointers from here do not outlive the next call.
+ * locks the descriptor has read it, and read again by each such function: pointers from here are valid until the next
+ * call.
  */
 struct ploop_disk_images_data {
     /* Size of the disk in sectors. */
@@ -241,7 +242,7 @@ struct ploop_mount_param {
     char device[64];
     /* Non-zero: attach and mount read-only. */
     int ro;
-    /* Flags of mount(2); MS_NOATIME is honoured, others are ignored. */
+    /* Flags of mount(2); MS_NOATIME is honoured, other flags are ignored. */
     int flags;
     /* Keep 0. */
     int unused1;
@@ -437,7 +438,7 @@ int ploop_read_disk_descr(struct ploop_disk_images_data **di, const char *file);
 /* GUID of the parent of snapshot guid inside di, which must have been read; NULL for the base and an unknown one. */
 char *ploop_find_parent_by_guid(struct ploop_disk_images_data *di, const char *guid);
 
-/* Not possible any more: logs an error, returns NULL. */
+/* Not supported: logs an error, returns NULL. */
 char *ploop_get_base_delta_uuid(struct ploop_disk_images_data *di);
 
 /*
@@ -480,12 +481,12 @@ void ploop_free_array(char **array);
 int ploop_find_dev(const char *component_name, const char *delta, char *buf, int size);
 
 /*
- * Stores the device (/dev/ploopN) that is mounted on path in buf. Returns 0; 1 nothing of ours is mounted there; -1 error,
- * a short buffer included.
+ * Stores the device (/dev/ploopN) that is mounted on path in buf. Returns 0; 1 if no ploop device is mounted there; -1
+ * on error, a short buffer included.
  */
 int ploop_get_dev_by_mnt(const char *path, char *buf, int size);
 
-/* The same with the node that is mounted, which may be a partition (/dev/ploopNp1). */
+/* As ploop_get_dev_by_mnt(), but stores the node that is mounted, which may be a partition (/dev/ploopNp1). */
 int ploop_get_partition_by_mnt(const char *path, char *buf, int size);
 
 /*
@@ -507,8 +508,8 @@ int ploop_is_large_disk_supported(void);
 int ploop_complete_running_operation(const char *device);
 
 /*
- * Tells about the file system of the disk with descriptor descr: from what was stored at the last unmount, else from the
- * mounted file system, else by mounting it for a moment.
+ * Stores size and use of the file system of the disk with descriptor descr in *info: as stored at the last unmount,
+ * else from the mounted file system, else by mounting it for a moment.
  */
 int ploop_get_info_by_descr(const char *descr, struct ploop_info *info);
 
@@ -520,7 +521,7 @@ int ploop_get_max_size(unsigned int blocksize, unsigned long long *max);
 
 /*
  * Creates an image and DiskDescriptor.xml beside it, and in it, when param->fstype says so, a GPT with one partition, a
- * file system and the balloon file. Neither file may exist. What a failure leaves behind is removed, and nothing else.
+ * file system and the balloon file. Neither file may exist. After an error the files that this call made are removed.
  */
 int ploop_create_image(struct ploop_create_param *param);
 
@@ -540,21 +541,23 @@ int ploop_umount_image(struct ploop_disk_images_data *di);
 int ploop_umount(const char *device, struct ploop_disk_images_data *di);
 
 /*
- * Takes a snapshot: what the disk holds now is kept as param->guid, and a new top delta takes what is written from now on.
+ * Takes a snapshot: the disk's content is kept as param->guid, and a new top delta takes all further writes.
  * The file system of a running disk is brought to rest first. A GUID that is malformed or there already: SYSEXIT_PARAM.
  */
 int ploop_create_snapshot(struct ploop_disk_images_data *di, struct ploop_snapshot_param *param);
 
 /*
- * Takes a snapshot that goes away when nobody uses it, and mounts it read-only as a device of its own with component
- * param->component_name; param->device tells which. With holder_fd the device is opened and the descriptor stored there:
- * the snapshot lives while it is open. Without, the component gets a leading ~, and it lives until it is unmounted.
+ * Takes a temporary snapshot, which a later operation removes when no process uses it, and mounts it read-only as a
+ * device of its own with component param->component_name; the device's path is stored in param->device. With holder_fd
+ * the device is opened and the descriptor stored there: the snapshot stays until the caller closes it. Without
+ * holder_fd the component gets a leading ~, and the snapshot stays until it is unmounted.
  */
 int ploop_create_temporary_snapshot(struct ploop_disk_images_data *di, struct ploop_tsnapshot_param *param, int *holder_fd);
 
 /*
- * Deletes snapshot guid. What stands on it keeps its content: a single one takes its place, for several it stays, marked
- * temporary, until one is left. The base and the top of a running disk: SYSEXIT_PARAM; unknown: SYSEXIT_NOSNAP.
+ * Deletes snapshot guid. Deltas that stand on it keep their content: a single one is merged into it; for several it
+ * stays, marked temporary, until one is left. The base and the top of a running disk: SYSEXIT_PARAM; unknown:
+ * SYSEXIT_NOSNAP.
  */
 int ploop_delete_snapshot(struct ploop_disk_images_data *di, const char *guid);
 
@@ -564,7 +567,7 @@ int ploop_delete_top_delta(struct ploop_disk_images_data *di);
 /*
  * Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
  * param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
- * file param->new_delta. The disk may run. Once begun a merge is not undone: it is finished when it is asked for again.
+ * file param->new_delta. The disk may run. A merge that has begun is not undone: the same call finishes it.
  */
 int ploop_merge_snapshot(struct ploop_disk_images_data *di, struct ploop_merge_param *param);
 
@@ -579,13 +582,13 @@ int ploop_switch_snapshot_ex(struct ploop_disk_images_data *di, struct ploop_sna
 int ploop_switch_snapshot(struct ploop_disk_images_data *di, const char *uuid, int flags);
 
 /*
- * Puts the file param->file in the place of an image of the disk: an identical copy of it. Of a running disk any image but
- * the top can be replaced. PLOOP_REPLACE_KEEP_NAME: the copy gets the image's name.
+ * Replaces an image of the disk by the file param->file, an identical copy of it. Of a running disk any image but the
+ * top can be replaced. PLOOP_REPLACE_KEEP_NAME: the copy gets the image's name.
  */
 int ploop_replace_image(struct ploop_disk_images_data *di, struct ploop_replace_param *param);
 
 /*
- * Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the
+ * Text of this thread's last error, for users; "" before the first. Never NULL; not to be freed; the next error of the
  * thread overwrites it.
  */
 const char *ploop_get_last_error(void);
@@ -605,7 +608,7 @@ void ploop_set_log_level(int level);
  */
 void ploop_set_verbose_level(int level);
 
-/* Asks the operation that runs in the calling thread to stop; for signal handlers, which interrupt just that thread. */
+/* Asks the operation that runs in the calling thread to stop. For signal handlers, which run in that thread. */
 void ploop_cancel_operation(void);
 
 #ifdef __cplusplus

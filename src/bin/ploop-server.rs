@@ -1,4 +1,4 @@
-//! `ploop-server`: the processes that serve a device. Started by the library and by itself, not by people.
+//! `ploop-server`: the processes that serve a device. The library and these processes start it, users do not.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -26,8 +26,8 @@ fn main() {
     });
 }
 
-/// Starts the real process as a child and ends, so that it is nobody's child. It inherits nothing but the socket on
-/// standard input.
+/// Starts the real process as a child and exits, so that the real process is no child of the caller. It inherits
+/// nothing but the socket on standard input.
 fn spawn_detached(mode: &str) -> i32 {
     process::close_from(3);
     let child = Command::new("/proc/self/exe")

@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Runs `body` as an operation of this thread; an error has been reported already and is returned as its code.
 fn run<R>(name: &str, body: impl FnOnce() -> Result<R>) -> Result<R, Kind> {
     let _operation = report::cancel::begin();
-    // What a panic may leave half-done is a disk object, and that is then marked unusable (`handle::Disk`).
+    // A panic may leave a disk object half changed. The object is then marked unusable (`handle::Disk`).
     let error = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => error,
@@ -60,12 +60,12 @@ pub fn minus_one(name: &str, body: impl FnOnce() -> Result<()>) -> c_int {
     }
 }
 
-/// What was asked for; `otherwise` on error.
+/// The result of `body`; `otherwise` on error.
 pub fn or<R>(name: &str, otherwise: R, body: impl FnOnce() -> Result<R>) -> R {
     run(name, body).unwrap_or(otherwise)
 }
 
-/// Nothing to return; an error is only reported.
+/// For functions without a result: an error is only reported.
 pub fn void(name: &str, body: impl FnOnce() -> Result<()>) {
     let _ = run(name, body);
 }

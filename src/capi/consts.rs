@@ -16,7 +16,7 @@ pub const PLOOP_LOG_NOSTDOUT: c_int = -1;
 /// ploop_set_verbose_level(): everything, with the time.
 pub const PLOOP_LOG_TIMESTAMPS: c_int = 4;
 
-/// What functions that return 0 on success return otherwise; the exit codes of the ploop program too.
+/// Error codes of functions that return 0 on success; also the exit codes of the ploop program.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ploop_sysexit {
@@ -42,7 +42,7 @@ pub enum ploop_sysexit {
     SYSEXIT_PLOOPFMT = 11,
     /// Other system error, failed helper program.
     SYSEXIT_SYS = 12,
-    /// Corrupt copy stream, bad answer of the other side.
+    /// Corrupt copy stream, wrong answer of the sender or receiver of a copy.
     SYSEXIT_PROTOCOL = 13,
     /// Too many passes while copying.
     SYSEXIT_LOOP = 14,

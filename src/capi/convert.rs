@@ -1,4 +1,5 @@
-//! Strings and arrays between C and Rust. Nothing is read beyond a NUL; nothing is written beyond what the caller said.
+//! Strings and arrays between C and Rust. Nothing is read beyond a NUL; nothing is written beyond the size that the
+//! caller gave.
 
 use crate::bail;
 use crate::error::{Error, Kind, Result};
@@ -9,7 +10,7 @@ use std::path::PathBuf;
 /// A borrowed C string, `None` for NULL.
 ///
 /// # Safety
-/// `text` is NULL or points to a NUL-terminated string that nobody changes while the result is used.
+/// `text` is NULL or points to a NUL-terminated string that no thread changes while the result is used.
 pub unsafe fn text<'a>(text: *const c_char) -> Option<&'a CStr> {
     if text.is_null() {
         return None;
@@ -113,7 +114,7 @@ pub unsafe fn copy_out(out: *mut c_char, len: c_int, text: &OsStr, long: Long) -
         bytes = &bytes[..room - 1];
     }
     // SAFETY: `out` has `room` bytes by this function's contract, and the text with its NUL is at most that long; the
-    // caller's buffer cannot overlap a string of ours.
+    // caller's buffer cannot overlap a string of this library.
     unsafe {
         std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), out, bytes.len());
         *out.add(bytes.len()) = 0;

@@ -63,7 +63,7 @@ pub unsafe extern "C" fn ploop_read_disk_descr(di: *mut *mut ploop_disk_images_d
         return opened;
     }
     boundary::minus_one("ploop_read_disk_descr", || {
-        // SAFETY: `*di` was just set to an object that nobody else knows.
+        // SAFETY: `*di` was just set to a new object that no other thread uses.
         unsafe { Disk::borrow(*di) }?.read()
     })
 }
@@ -85,12 +85,12 @@ pub unsafe extern "C" fn ploop_find_parent_by_guid(
     })
 }
 
-/// Not possible any more: logs an error, returns NULL.
+/// Not supported: logs an error, returns NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_get_base_delta_uuid(di: *mut ploop_disk_images_data) -> *mut c_char {
     let _ = di;
     boundary::or("ploop_get_base_delta_uuid", ptr::null_mut(), || {
-        bail!(Param, "ploop_get_base_delta_uuid is not supported; ploop_get_base_delta_fname tells the base's file")
+        bail!(Param, "ploop_get_base_delta_uuid is not supported; ploop_get_base_delta_fname gives the base's file")
     })
 }
 

@@ -66,7 +66,7 @@ pub unsafe extern "C" fn ploop_is_mounted(di: *mut ploop_disk_images_data) -> c_
             Some(device) if device.state.runs() => true,
             Some(device) => bail!(
                 Sys,
-                "{} holds this disk but does not run (state: {}); see ploop doctor",
+                "{} has this disk but does not run (state: {}); see ploop doctor",
                 device.node().display(),
                 device.state.as_str()
             ),
@@ -104,8 +104,8 @@ pub unsafe extern "C" fn ploop_find_dev(
     })
 }
 
-/// Stores the device (/dev/ploopN) that is mounted on path in buf. Returns 0; 1 nothing of ours is mounted there; -1 error,
-/// a short buffer included.
+/// Stores the device (/dev/ploopN) that is mounted on path in buf. Returns 0; 1 if no ploop device is mounted there; -1
+/// on error, a short buffer included.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_get_dev_by_mnt(path: *const c_char, buf: *mut c_char, size: c_int) -> c_int {
     // SAFETY: the caller's string and buffer.
@@ -116,7 +116,7 @@ pub unsafe extern "C" fn ploop_get_dev_by_mnt(path: *const c_char, buf: *mut c_c
     }
 }
 
-/// The same with the node that is mounted, which may be a partition (/dev/ploopNp1).
+/// As ploop_get_dev_by_mnt(), but stores the node that is mounted, which may be a partition (/dev/ploopNp1).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_get_partition_by_mnt(path: *const c_char, buf: *mut c_char, size: c_int) -> c_int {
     // SAFETY: the caller's string and buffer.
@@ -182,13 +182,13 @@ pub unsafe extern "C" fn ploop_complete_running_operation(device: *const c_char)
     0
 }
 
-/// Tells about the file system of the disk with descriptor descr: from what was stored at the last unmount, else from the
-/// mounted file system, else by mounting it for a moment.
+/// Stores size and use of the file system of the disk with descriptor descr in *info: as stored at the last unmount,
+/// else from the mounted file system, else by mounting it for a moment.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_get_info_by_descr(descr: *const c_char, info: *mut ploop_info) -> c_int {
     boundary::call("ploop_get_info_by_descr", || {
         if info.is_null() {
-            bail!(Param, "ploop_get_info_by_descr: place for the answer is NULL");
+            bail!(Param, "ploop_get_info_by_descr: place for the result is NULL");
         }
         // SAFETY: the caller's string, NULL or NUL-terminated.
         let descriptor = unsafe { convert::path(descr, "descriptor") }?;
@@ -213,7 +213,7 @@ pub unsafe extern "C" fn ploop_get_spec(di: *mut ploop_disk_images_data, spec: *
         // SAFETY: the caller's object, used by this thread alone.
         let mut disk = unsafe { Disk::borrow(di) }?;
         if spec.is_null() {
-            bail!(Param, "ploop_get_spec: place for the answer is NULL");
+            bail!(Param, "ploop_get_spec: place for the result is NULL");
         }
         let found = ops::info::spec(disk.descriptor());
         disk.read().map_err(|e| e.as_kind(Kind::Lock))?;
@@ -233,7 +233,7 @@ pub unsafe extern "C" fn ploop_get_spec(di: *mut ploop_disk_images_data, spec: *
 pub unsafe extern "C" fn ploop_get_max_size(blocksize: c_uint, max: *mut c_ulonglong) -> c_int {
     boundary::call("ploop_get_max_size", || {
         if max.is_null() {
-            bail!(Param, "ploop_get_max_size: place for the answer is NULL");
+            bail!(Param, "ploop_get_max_size: place for the result is NULL");
         }
         let size = ops::info::max_size(blocksize)?;
         // SAFETY: not NULL, and the caller's place for the number.
@@ -242,7 +242,7 @@ pub unsafe extern "C" fn ploop_get_max_size(blocksize: c_uint, max: *mut c_ulong
     })
 }
 
-/// Functions that take no descriptor lock do not report one either.
+/// Functions that take no descriptor lock do not return SYSEXIT_LOCK either.
 fn not_locking(error: crate::Error) -> crate::Error {
     if error.kind() == Kind::Lock { error.as_kind(Kind::Sys) } else { error }
 }
@@ -263,7 +263,7 @@ unsafe fn found_text<S: AsRef<OsStr>>(found: Option<S>, out: *mut c_char, len: c
     Ok(true)
 }
 
-/// The node of ours for what is mounted: a mount may have been made by the name of the block device behind it.
+/// The ploop node for a mount: the mount may have been made by the name of the block device behind it.
 fn mounted_node(device: &Device, mount: &Mount) -> OsString {
     let source = mount.source.as_os_str();
     let behind = format!("/dev/{}", device.disk);

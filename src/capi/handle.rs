@@ -1,5 +1,5 @@
-//! The disk object of C callers: a malloc'ed mirror with the classic's visible fields, and behind its `runtime` what the
-//! library itself knows: where the descriptor is and the component's name.
+//! The disk object of C callers: a malloc'ed mirror with the classic's visible fields. Its `runtime` points to the
+//! library's own state: the path of the descriptor and the component's name.
 
 use super::state::State;
 use super::types::{ploop_disk_images_data, ploop_disk_images_runtime_data, ploop_image_data, ploop_snapshot_data};
@@ -39,7 +39,7 @@ impl Disk {
     pub unsafe fn borrow(di: *mut ploop_disk_images_data) -> Result<Disk> {
         let Some(di) = NonNull::new(di) else { bail!(Lock, "disk object is NULL; get one from ploop_open_dd()") };
         let disk = Disk { di, unwinding: thread::panicking() };
-        // SAFETY: `di` points to a live object of ours, by this function's contract.
+        // SAFETY: `di` points to an open object of this library, by this function's contract.
         if unsafe { di.as_ref() }.runtime.is_null() {
             bail!(Lock, "disk object {di:p} was not made by ploop_open_dd()");
         }
@@ -87,8 +87,8 @@ impl Disk {
         Some(PathBuf::from(OsStr::from_bytes(file.to_bytes())))
     }
 
-    /// What is shown of the snapshot with this GUID (either case): its place in `snapshots`, its parent, its image. The
-    /// strings belong to the object and live until it is read again.
+    /// The snapshot with this GUID (either case) in the visible fields: its index in `snapshots`, its parent, its
+    /// image. The strings belong to the object and are valid until it is read again.
     pub fn shown(&self, guid: &CStr) -> Option<Shown> {
         let m = self.mirror();
         let is = |text: *const c_char| {
@@ -145,7 +145,7 @@ impl Disk {
         }
     }
 
-    /// Shows `descriptor` in the visible fields. Everything that callers got from them before dangles afterwards.
+    /// Shows `descriptor` in the visible fields. Pointers that callers got from them before are invalid afterwards.
     pub fn fill(&mut self, descriptor: &Descriptor) -> Result<()> {
         let mut fresh = empty_mirror();
         let filled = fill_mirror(&mut fresh, descriptor);
@@ -165,7 +165,7 @@ impl Disk {
     }
 
     fn mirror(&self) -> &ploop_disk_images_data {
-        // SAFETY: `borrow`'s contract: live, and ours alone until `self` is dropped.
+        // SAFETY: `borrow`'s contract: open, and used by this thread alone until `self` is dropped.
         unsafe { self.di.as_ref() }
     }
 
@@ -205,10 +205,10 @@ impl Drop for Disk {
 /// Frees an object and all that is visible in it. NULL is allowed.
 ///
 /// # Safety
-/// `di` is NULL or came from [`Disk::create`], was not closed, and nobody uses it any more.
+/// `di` is NULL or came from [`Disk::create`], was not closed, and no thread uses it any more.
 pub unsafe fn close(di: *mut ploop_disk_images_data) {
     let Some(mut object) = NonNull::new(di) else { return };
-    // SAFETY: live and ours alone, by this function's contract.
+    // SAFETY: open and used by this thread alone, by this function's contract.
     let mirror = unsafe { object.as_mut() };
     free_contents(mirror);
     if !mirror.runtime.is_null() {
@@ -227,7 +227,7 @@ pub fn string_array<S: AsRef<OsStr>>(strings: &[S]) -> Result<*mut *mut c_char> 
             // SAFETY: `i` is below the number of elements allocated.
             Ok(copy) => unsafe { *array.add(i) = copy },
             Err(error) => {
-                // SAFETY: ours, zeroed, and so NULL-terminated wherever the filling stopped.
+                // SAFETY: made here, zeroed, and so NULL-terminated wherever the filling stopped.
                 unsafe { free_string_array(array) };
                 return Err(error);
             }
@@ -239,7 +239,7 @@ pub fn string_array<S: AsRef<OsStr>>(strings: &[S]) -> Result<*mut *mut c_char> 
 /// Frees what [`string_array`] made. NULL is allowed.
 ///
 /// # Safety
-/// `array` is NULL or a NULL-terminated malloc'ed array of malloc'ed strings that nobody uses any more.
+/// `array` is NULL or a NULL-terminated malloc'ed array of malloc'ed strings that no thread uses any more.
 pub unsafe fn free_string_array(array: *mut *mut c_char) {
     if array.is_null() {
         return;
@@ -303,7 +303,7 @@ fn free_contents(mirror: &mut ploop_disk_images_data) {
     }
 }
 
-/// Fills an empty mirror. What was filled before an error is left for `free_contents`.
+/// Fills an empty mirror. After an error the caller frees the part that was filled with `free_contents`.
 fn fill_mirror(mirror: &mut ploop_disk_images_data, descriptor: &Descriptor) -> Result<()> {
     mirror.size = descriptor.size_sectors;
     mirror.heads = descriptor.heads;
@@ -349,7 +349,7 @@ fn fill_mirror(mirror: &mut ploop_disk_images_data, descriptor: &Descriptor) -> 
 
 /// Zeroed memory from malloc for `count` values (at least one), all of whose types here are valid when zero.
 fn allocate<T>(count: usize) -> Result<*mut T> {
-    // SAFETY: calloc() checks the product itself and returns NULL or zeroed memory aligned for any type of ours.
+    // SAFETY: calloc() checks the product itself and returns NULL or zeroed memory aligned for any of these types.
     let memory = unsafe { libc::calloc(count.max(1), size_of::<T>()) };
     if memory.is_null() {
         return Err(Error::new(Kind::Malloc, format!("out of memory: {count} times {} bytes", size_of::<T>())));
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn bad_objects_are_refused() {
-        // SAFETY: NULL, a zeroed object, and one of ours.
+        // SAFETY: NULL, a zeroed object, and an object of this library.
         unsafe {
             assert_eq!(Disk::borrow(ptr::null_mut()).err().map(|e| e.kind()), Some(Kind::Lock));
             let mut zeroed = empty_mirror();

@@ -6,7 +6,7 @@ use crate::error::{IoContext, Kind};
 use crate::report;
 use std::ffi::{c_char, c_int};
 
-/// Text of this thread's last error, for people; "" before the first. Never NULL; not to be freed; the next error of the
+/// Text of this thread's last error, for users; "" before the first. Never NULL; not to be freed; the next error of the
 /// thread overwrites it.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_get_last_error() -> *const c_char {
@@ -44,9 +44,9 @@ pub extern "C" fn ploop_set_verbose_level(level: c_int) {
     });
 }
 
-/// Asks the operation that runs in the calling thread to stop; for signal handlers, which interrupt just that thread.
+/// Asks the operation that runs in the calling thread to stop. For signal handlers, which run in that thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_cancel_operation() {
-    // No frame around it: only this may run in a signal handler.
+    // Without the frame of the other functions: a signal handler may call only async-signal-safe code.
     report::cancel::request();
 }

@@ -1,5 +1,5 @@
 //! The C ABI of the classic `libploop.so.1`: thin functions that check pointers, convert, call [`ops`](crate::ops) and
-//! return classic codes. Panics never cross; memory handed out comes from malloc.
+//! return classic codes. No panic crosses the boundary; memory that callers free comes from malloc.
 //!
 //! What is exported, by file:
 //! - [`descriptor`]: ploop_open_dd, ploop_read_disk_descr, ploop_close_dd, ploop_free_diskdescriptor,
@@ -21,7 +21,7 @@
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
-// What callers must keep to stands in the header, in C's terms: pointers are NULL or valid, one thread for one object.
+// The header has the rules for callers, in C's terms: pointers are NULL or valid, one thread at a time uses an object.
 #![allow(clippy::missing_safety_doc)]
 
 mod boundary;

@@ -1,4 +1,4 @@
-//! Creating, attaching and mounting disks, and the way back.
+//! Creating, attaching and mounting disks, unmounting and detaching them.
 
 use super::boundary;
 use super::convert;
@@ -16,7 +16,7 @@ use crate::units::ClusterSize;
 use std::ffi::{c_char, c_int};
 
 /// Creates an image and DiskDescriptor.xml beside it, and in it, when param->fstype says so, a GPT with one partition, a
-/// file system and the balloon file. Neither file may exist. What a failure leaves behind is removed, and nothing else.
+/// file system and the balloon file. Neither file may exist. After an error the files that this call made are removed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_create_image(param: *mut ploop_create_param) -> c_int {
     boundary::call("ploop_create_image", || {
@@ -119,14 +119,14 @@ pub unsafe extern "C" fn ploop_umount(device: *const c_char, di: *mut ploop_disk
     })
 }
 
-/// Shows the descriptor as the operation left it. The operation's own result counts, so that an error here is dropped: it
-/// has read the descriptor itself.
+/// Shows the descriptor as it is after the operation. An error here is dropped: the operation has read the descriptor
+/// itself, and its result is returned.
 fn show(disk: &mut Disk) {
     let _ = disk.read();
 }
 
 /// # Safety
-/// `param` is NULL or points to a valid struct whose strings nobody changes now.
+/// `param` is NULL or points to a valid struct whose strings no thread changes during the call.
 unsafe fn create_params(param: *const ploop_create_param) -> Result<CreateParams> {
     // SAFETY: this function's contract.
     let Some(p) = (unsafe { param.as_ref() }) else {
@@ -138,7 +138,7 @@ unsafe fn create_params(param: *const ploop_create_param) -> Result<CreateParams
         2 => ImageMode::Raw,
         mode => bail!(Creat, "image mode {mode}: must be 0 (expanded), 1 (preallocated) or 2 (raw)"),
     };
-    // The classic takes any number with a file system and crashes on most of them without one.
+    // The classic accepts any version number with a file system and crashes on most of them without one.
     let version = match p.fmt_version {
         0 | 2 => Version::V2,
         1 => Version::V1,
@@ -219,7 +219,7 @@ unsafe fn mount_params(param: *const ploop_mount_param) -> Result<MountParams> {
     })
 }
 
-/// Stores what mounting found out. `dummy` and what did not happen are left alone.
+/// Stores the results of a mount. `dummy` and the fields of steps that did not run are left alone.
 ///
 /// # Safety
 /// `param` points to the caller's struct.

@@ -20,7 +20,7 @@ use std::ffi::{c_char, c_int};
 use std::os::fd::IntoRawFd;
 use std::path::Path;
 
-/// Takes a snapshot: what the disk holds now is kept as param->guid, and a new top delta takes what is written from now on.
+/// Takes a snapshot: the disk's content is kept as param->guid, and a new top delta takes all further writes.
 /// The file system of a running disk is brought to rest first. A GUID that is malformed or there already: SYSEXIT_PARAM.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_create_snapshot(
@@ -42,9 +42,10 @@ pub unsafe extern "C" fn ploop_create_snapshot(
     }
 }
 
-/// Takes a snapshot that goes away when nobody uses it, and mounts it read-only as a device of its own with component
-/// param->component_name; param->device tells which. With holder_fd the device is opened and the descriptor stored there:
-/// the snapshot lives while it is open. Without, the component gets a leading ~, and it lives until it is unmounted.
+/// Takes a temporary snapshot, which a later operation removes when no process uses it, and mounts it read-only as a
+/// device of its own with component param->component_name; the device's path is stored in param->device. With holder_fd
+/// the device is opened and the descriptor stored there: the snapshot stays until the caller closes it. Without
+/// holder_fd the component gets a leading ~, and the snapshot stays until it is unmounted.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_create_temporary_snapshot(
     di: *mut ploop_disk_images_data,
@@ -83,8 +84,9 @@ pub unsafe extern "C" fn ploop_create_temporary_snapshot(
     })
 }
 
-/// Deletes snapshot guid. What stands on it keeps its content: a single one takes its place, for several it stays, marked
-/// temporary, until one is left. The base and the top of a running disk: SYSEXIT_PARAM; unknown: SYSEXIT_NOSNAP.
+/// Deletes snapshot guid. Deltas that stand on it keep their content: a single one is merged into it; for several it
+/// stays, marked temporary, until one is left. The base and the top of a running disk: SYSEXIT_PARAM; unknown:
+/// SYSEXIT_NOSNAP.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_delete_snapshot(di: *mut ploop_disk_images_data, guid: *const c_char) -> c_int {
     // SAFETY: the caller's object, used by this thread alone, and its string.
@@ -113,7 +115,7 @@ pub unsafe extern "C" fn ploop_delete_top_delta(di: *mut ploop_disk_images_data)
 
 /// Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
 /// param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
-/// file param->new_delta. The disk may run. Once begun a merge is not undone: it is finished when it is asked for again.
+/// file param->new_delta. The disk may run. A merge that has begun is not undone: the same call finishes it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_merge_snapshot(di: *mut ploop_disk_images_data, param: *mut ploop_merge_param) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.
@@ -165,8 +167,8 @@ pub unsafe extern "C" fn ploop_switch_snapshot(
     }
 }
 
-/// Puts the file param->file in the place of an image of the disk: an identical copy of it. Of a running disk any image but
-/// the top can be replaced. PLOOP_REPLACE_KEEP_NAME: the copy gets the image's name.
+/// Replaces an image of the disk by the file param->file, an identical copy of it. Of a running disk any image but the
+/// top can be replaced. PLOOP_REPLACE_KEEP_NAME: the copy gets the image's name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_replace_image(
     di: *mut ploop_disk_images_data,
@@ -195,7 +197,7 @@ pub unsafe extern "C" fn ploop_replace_image(
 /// Runs an operation on the disk's descriptor under its component, and shows the descriptor as it is afterwards.
 ///
 /// # Safety
-/// `di` is NULL or a live object of ours that this thread alone uses.
+/// `di` is NULL or an open object of this library that this thread alone uses.
 unsafe fn change(
     name: &str,
     di: *mut ploop_disk_images_data,
@@ -210,7 +212,7 @@ unsafe fn change(
     })
 }
 
-/// The operation's own result counts, so that an error here is dropped: it has read the descriptor itself.
+/// An error here is dropped: the operation has read the descriptor itself, and its result is returned.
 fn show(disk: &mut Disk) {
     let _ = disk.read();
 }

@@ -1,12 +1,12 @@
-//! What the library itself knows of a disk object of C callers.
+//! The library's own state of a disk object of C callers.
 
 use std::path::PathBuf;
 
-/// What is behind `runtime`.
+/// The object that `runtime` points to.
 pub struct State {
     /// Absolute path of the descriptor.
     pub(super) descriptor: PathBuf,
     pub(super) component: Option<String>,
-    /// A call panicked: what the object holds cannot be trusted.
+    /// A call panicked: the object may be half changed, and further calls refuse it.
     pub(super) broken: bool,
 }

@@ -28,7 +28,7 @@ use std::ptr;
 /// Longest first line that [`read_line`] looks at.
 const LINE_MAX: u64 = 1 << 20;
 
-/// What is merged on a device, by [`get_delta_info`].
+/// A merge on a device, for [`get_delta_info`].
 #[repr(C)]
 pub struct merge_info {
     /// In and out: the level that is merged into.
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn find_level_by_delta(device: *const c_char, delta: *cons
     })
 }
 
-/// Tells about the levels info->start_level to info->end_level (0: the top) of a device.
+/// Fills info for the levels info->start_level to info->end_level (0: the top) of a device.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_info) -> c_int {
     boundary::call("get_delta_info", || {
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_
         let Ok(low) = usize::try_from(info.start_level) else {
             bail!(Sysfs, "level {}: levels start with 0", info.start_level);
         };
-        // A negative one is no level either.
+        // A negative number is no level either.
         let high = match info.end_level {
             0 => None,
             n => Some(usize::try_from(n).unwrap_or_default()),
@@ -176,7 +176,7 @@ pub unsafe extern "C" fn get_delta_info(device: *const c_char, info: *mut merge_
 }
 
 /// Puts a new empty delta, the file delta, on top of a running device; syncfs: its file systems are brought to rest first.
-/// No descriptor is told.
+/// No descriptor is changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn create_snapshot(device: *const c_char, delta: *const c_char, syncfs: c_int) -> c_int {
     boundary::call("create_snapshot", || {
@@ -186,7 +186,7 @@ pub unsafe extern "C" fn create_snapshot(device: *const c_char, delta: *const c_
     })
 }
 
-/// Puts the file image, a copy, in the place of a level of a running device, below its top. No descriptor is told.
+/// Replaces the image of a level below the top of a running device by its copy image. No descriptor is changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn replace_delta(device: *const c_char, level: c_int, image: *const c_char) -> c_int {
     boundary::call("replace_delta", || {
@@ -200,8 +200,8 @@ pub unsafe extern "C" fn replace_delta(device: *const c_char, level: c_int, imag
 }
 
 /// Merges images, the upper first, in an array that ends in NULL, into the last one (raw: it is a raw image) or into the
-/// new file new_delta. device NULL: files that nobody uses. Else levels start_level to end_level of a running device.
-/// The files merged stay, no descriptor is told.
+/// new file new_delta. device NULL: files that no process uses. Else levels start_level to end_level of a running
+/// device. The files merged stay, no descriptor is changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn merge_image(
     device: *const c_char,
@@ -212,7 +212,7 @@ pub unsafe extern "C" fn merge_image(
     images: *mut *mut c_char,
     new_delta: *const c_char,
 ) -> c_int {
-    // The device itself tells.
+    // The device says whether its top is merged.
     let _ = merge_top;
     boundary::call("merge_image", || {
         // SAFETY: the caller's strings and array of strings, NULL or terminated.

@@ -19,7 +19,7 @@ pub type __u64 = u64;
 pub enum ploop_image_mode {
     /// Grows as it is written.
     PLOOP_EXPANDED_MODE = 0,
-    /// The same format with all space taken at creation.
+    /// The same format with all space allocated at creation.
     PLOOP_EXPANDED_PREALLOCATED_MODE = 1,
     /// Plain bytes of the disk.
     PLOOP_RAW_MODE = 2,
@@ -48,7 +48,7 @@ pub struct ploop_mount_param {
     pub device: [c_char; 64],
     /// Non-zero: attach and mount read-only.
     pub ro: c_int,
-    /// Flags of mount(2); MS_NOATIME is honoured, others are ignored.
+    /// Flags of mount(2); MS_NOATIME is honoured, other flags are ignored.
     pub flags: c_int,
     /// Keep 0.
     pub unused1: c_int,
@@ -128,7 +128,7 @@ pub struct ploop_snapshot_data {
     pub guid: *mut c_char,
     /// The null GUID for the base.
     pub parent_guid: *mut c_char,
-    /// Non-zero: to be merged away when nobody uses it.
+    /// Non-zero: temporary; removed by a merge when no process uses it.
     pub temporary: c_int,
 }
 
@@ -138,7 +138,8 @@ pub struct ploop_disk_images_runtime_data {
 }
 
 /// A disk, made by ploop_open_dd() and freed by ploop_close_dd(). Read-only for callers; empty until a function that
-/// locks the descriptor has read it, and read again by each such function: pointers from here do not outlive the next call.
+/// locks the descriptor has read it, and read again by each such function: pointers from here are valid until the next
+/// call.
 #[repr(C)]
 pub struct ploop_disk_images_data {
     /// Size of the disk in sectors.

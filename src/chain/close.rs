@@ -16,10 +16,10 @@ use crate::sys::store;
 use crate::units::ClusterSize;
 
 /// Closes a writable chain after the engine has flushed everything: completes the top, cuts it to `alloc_end` clusters,
-/// syncs, and then takes the in-use mark away. An error leaves the mark.
+/// syncs, and then clears the in-use mark. An error leaves the mark.
 ///
-/// Completing only serves other programs' checks: where it finds no space the image is closed all the same, since its
-/// content is whole; a warning tells so.
+/// Completing only serves other programs' checks: if there is no space for it the image is closed all the same, since
+/// its content is whole, and a warning is reported.
 pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     let name = top.name.display();
     if chain.version.is_none() {
@@ -36,10 +36,10 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     let end = u64::from(alloc_end) * cluster.bytes();
     let len = top.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
     if len < end {
-        bail!(Format, "image {name} has {len} bytes: {end} are in use, it was cut by somebody else");
+        bail!(Format, "image {name} has {len} bytes: {end} are in use, another process has cut it");
     }
-    // Space taken ahead goes first, so that it is not completed; what was taken behind the end goes even if the length
-    // is right.
+    // Cut before completing, so that space allocated ahead is not completed. The cut also frees space that was
+    // allocated behind the end of the file, so that it is needed even if the length is right.
     store::set_len(&top.file, end).ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
     tidied(complete::complete(&top.file, cluster, end), top)?;
     store::sync_all(&top.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
@@ -48,8 +48,9 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     write_header(top, &closed)
 }
 
-/// Finishes a former top that is a lower delta by now, under the eyes of its readers: cuts what nothing names, completes,
-/// syncs, unmarks. Its content does not change. One that is unmarked is finished already.
+/// Finishes a former top that is a lower delta by now, while the worker reads it: cuts clusters at the end that no
+/// entry names, completes, syncs, clears the in-use mark. Its content does not change. An image without the mark is
+/// finished already.
 pub fn finish(level: &LevelFile, cluster: ClusterSize) -> Result<()> {
     let name = level.name.display();
     let len = level.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();

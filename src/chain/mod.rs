@@ -37,7 +37,7 @@ pub enum Marked {
 /// A file of a chain, open.
 #[derive(Debug)]
 pub struct LevelFile {
-    /// Readable; the top of a writable chain writable, too. Never a descriptor whose position anybody uses.
+    /// Open for reading, the top of a writable chain also for writing. No code uses the file position.
     pub file: File,
     /// For messages.
     pub name: PathBuf,
@@ -54,7 +54,7 @@ pub struct OpenOptions {
     /// Cluster size of a raw base; needed where there is no delta above it.
     pub raw_cluster: Option<ClusterSize>,
     pub marked: Marked,
-    /// Set at a takeover: what the shared table of the worker before holds, as (slot, cluster, image cluster or 0).
+    /// Set at a takeover: the entries in the shared table of the killed worker, as (slot, cluster, image cluster or 0).
     pub carried: Option<Vec<(usize, u32, u32)>>,
     /// At a takeover: a sync has failed before, so that the BAT that is read need not be the durable one.
     pub failed: bool,
@@ -88,7 +88,7 @@ pub struct Chain {
     pub device_bytes: u64,
     /// Base first.
     pub levels: Vec<LevelConfig>,
-    /// Header of the top as it stands on disk; zeroes for a raw disk.
+    /// Header of the top as it is on disk; zeroes for a raw disk.
     pub header: [u8; 64],
     pub alloc: AllocConfig,
     /// Changes of the BAT that a takeover brings along.

@@ -78,7 +78,7 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
                 if sync_failed || options.failed {
-                    // Nothing is cut or given out again: what the disk says now need not be what it will say.
+                    // Nothing is cut and no free cluster is used: after a failed sync the durable entries may differ.
                     let held = len.div_ceil(cluster.bytes()).min(u64::from(u32::MAX)) as u32;
                     chain.alloc.end = chain.alloc.end.max(held);
                     chain.alloc.free.clear();
@@ -171,7 +171,7 @@ fn at_image(e: Error, level: &LevelFile) -> Error {
     e.context(format_args!("image {}", level.name.display()))
 }
 
-/// Rules between the levels; answers the cluster size.
+/// Checks the rules between the levels; returns the cluster size.
 fn check_together(levels: &[LevelFile], kinds: &[Kinds], raw_cluster: Option<ClusterSize>) -> Result<ClusterSize> {
     let mut cluster: Option<(ClusterSize, &Path)> = None;
     let mut version: Option<(Version, &Path)> = None;
@@ -226,24 +226,24 @@ fn check_together(levels: &[LevelFile], kinds: &[Kinds], raw_cluster: Option<Clu
     }
     match cluster {
         Some((cluster, _)) => Ok(cluster),
-        None => bail!(Param, "a raw image alone does not tell its cluster size: it must be given"),
+        None => bail!(Param, "a raw image has no cluster size of its own: it must be given"),
     }
 }
 
-/// In-use marks; answers whether the top has one.
+/// Checks the in-use marks; returns whether the top has one.
 fn check_marks(levels: &[LevelFile], kinds: &[Kinds], options: &OpenOptions) -> Result<bool> {
     let mut top_marked = false;
     for (i, (level, kind)) in levels.iter().zip(kinds).enumerate() {
         let Kinds::Ploop { header, .. } = kind else { continue };
         let marked = header.is_marked();
         top_marked = marked && i + 1 == levels.len();
-        // At a takeover the mark is our own.
+        // At a takeover the killed worker of this device has set the mark.
         let own = top_marked && options.carried.is_some();
         if marked && !own && options.marked == Marked::Refuse {
             bail!(
                 InUse,
                 "image {} is marked in use ({:#010x} at offset 44): it is open elsewhere or was not closed cleanly; \
-                 mount its descriptor or run `ploop check -d` on it once nobody has it open",
+                 mount its descriptor or run `ploop check -d` on it when no process has it open",
                 level.name.display(),
                 header.in_use
             );
@@ -252,12 +252,12 @@ fn check_marks(levels: &[LevelFile], kinds: &[Kinds], options: &OpenOptions) -> 
     Ok(top_marked)
 }
 
-/// Marks the top in use, durably; answers its header. At a takeover it is marked.
+/// Marks the top in use, durably; returns its header. At a takeover the mark must be there already.
 fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; header::SIZE]> {
     let marked = Header {
         in_use: header::IN_USE,
         flags: header.flags & !header::FLAG_EMPTY,
-        // Void from the first write on, and a stale offset makes qemu refuse the image.
+        // The extension is not valid after the first write, and qemu refuses an image with a stale offset.
         extension: 0,
         ..*header
     };
@@ -288,7 +288,7 @@ pub(super) fn write_header(top: &LevelFile, header: &Header) -> Result<()> {
     store::sync_data(&top.file).ctx(Kind::Fsync, || format!("cannot sync the header of {name}"))
 }
 
-/// Cuts what nothing names behind the last cluster in use.
+/// Cuts the file behind the last cluster that an entry names.
 pub(super) fn cut(top: &LevelFile, end: u64, len: u64) -> Result<()> {
     if end < len {
         let name = top.name.display();

@@ -1,4 +1,4 @@
-//! The BATs of a chain, scanned: an entry that is not sound ends the opening, and nothing was written by then.
+//! Scans of the BATs of a chain. An entry that is not sound fails the opening, before anything is written.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::image::scan::{Found, Problem, Scan, Visitor, describe, scan};
 
 use super::LevelFile;
 
-/// Refuses what is fatal to data; passes what is only untidy.
+/// Refuses entries that endanger data; accepts harmless ones.
 struct Strict<'a> {
     header: &'a Header,
     file_len: u64,
@@ -30,7 +30,8 @@ impl Visitor for Strict<'_> {
     }
 
     fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
-        // Left by a shrunk disk or an older program; never read, and not given out while it names a cluster.
+        // Left by a shrunk disk or an older program. It is never read, and its cluster is not allocated while it is
+        // there.
         if problem == Problem::BeyondDisk {
             return Ok(());
         }
@@ -69,8 +70,8 @@ pub fn scan_pages(level: &LevelFile, header: &Header, file_len: u64, top: bool, 
     scan(&level.file, header, file_len, &mut visitor).map(drop).map_err(|e| name_it(e, &level.name))
 }
 
-/// Scans the top at a takeover and lays the carried changes over it. Both the value on disk and the carried one count
-/// as taken: the old entry may become the durable one again at a power cut.
+/// Scans the top at a takeover and applies the carried changes. The clusters of the entry on disk and of the carried
+/// one both count as allocated: after a power cut the entry on disk can be the valid one.
 pub fn scan_carried(
     level: &LevelFile,
     header: &Header,

@@ -1,4 +1,5 @@
-//! A level of a running chain as the target of a merge: made ready, and what the levels above it hold found out.
+//! A level of a running chain as the target of a merge: prepares it, and finds the BAT pages that the levels above it
+//! use.
 
 use crate::bail;
 use crate::engine::api::{AllocConfig, LevelConfig, PageSet, TargetConfig};
@@ -18,7 +19,7 @@ use super::{Chain, LevelFile};
 /// smaller image takes the size of the disk of `high` with it (its table must have room for that), a raw one becomes as
 /// long as that disk.
 ///
-/// `chain` is changed accordingly. To be used again after the exit of the worker that did so before.
+/// `chain` is changed accordingly. When the worker that made this call has exited, the next worker makes it again.
 pub fn open_target(
     levels: &[LevelFile],
     chain: &mut Chain,

@@ -218,7 +218,7 @@ fn marks_on_the_top() {
     assert_eq!(std::fs::metadata(&p).unwrap().len(), 2 * CLUSTER);
     close(&top, &chain, 2).unwrap();
     assert_eq!(header_of(&p).in_use, 0);
-    // Words that nobody documents count as marks, "v2.1" does not.
+    // Undocumented values count as marks, "v2.1" does not.
     for (word, is_mark) in [(1u32, true), (0x1234, true), (header::CLOSED_V21, false)] {
         OpenOptions::new().write(true).open(&p).unwrap().write_all_at(&word.to_le_bytes(), 44).unwrap();
         assert_eq!(open(&[level(&p, false)], &OpenOptions_::default()).is_err(), is_mark, "{word:#x}");
@@ -384,7 +384,7 @@ fn takeovers() {
         let e = refused(&[&p], &[], &OpenOptions_ { carried: Some(vec![bad]), ..writable() });
         assert_eq!(e.kind(), Kind::Protocol, "{e}");
     }
-    // The image was closed meanwhile: it is not ours any more.
+    // Another process has closed the image meanwhile.
     File::options().write(true).open(&p).unwrap().write_all_at(&[0; 4], 44).unwrap();
     assert_eq!(refused(&[&p], &[], &OpenOptions_ { carried: Some(vec![]), ..writable() }).kind(), Kind::Protocol);
 }

@@ -17,7 +17,7 @@ impl Descriptor {
         self.store(path, true)
     }
 
-    /// The same for a new disk: a file that exists is an error (38) and stays.
+    /// Stores the descriptor of a new disk: a file that exists is an error (38) and stays.
     pub fn commit_new(&self, path: &Path) -> Result<()> {
         self.store(path, false)
     }
@@ -52,12 +52,12 @@ impl Descriptor {
     }
 }
 
-/// Ours: made exclusively. The next store would replace it anyway.
+/// Removes the temporary file, which this process made exclusively. The next store would replace it anyway.
 fn forget(tmp: &Path) {
     let _ = store::unlink(tmp);
 }
 
-/// Makes the temporary file exclusively; what an interrupted store left under that name goes.
+/// Makes the temporary file exclusively; removes first what an interrupted store left under that name.
 fn make(tmp: &Path) -> Result<File> {
     let fail = || format!("cannot create {}", tmp.display());
     match store::unlink(tmp) {
@@ -71,7 +71,7 @@ fn make(tmp: &Path) -> Result<File> {
 
 fn fill(file: File, bytes: &[u8], like: Option<&std::fs::Metadata>) -> std::io::Result<()> {
     if let Some(old) = like {
-        // Without the right to give files away the new owner is who stores it, as with any editor.
+        // Without the right to change owners the user that stores the file becomes its owner, as with any editor.
         let _ = fchown(&file, Some(old.uid()), Some(old.gid()));
         file.set_permissions(std::fs::Permissions::from_mode(old.mode() & 0o7777))?;
     }
@@ -83,7 +83,7 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
     store::rename(from, to).ctx(Kind::Rename, || format!("cannot rename {} to {}", from.display(), to.display()))
 }
 
-/// Renames without replacing: the target existing is an error of kind `Param`. For new images, too.
+/// Renames a file, also an image, without replacing: an existing target is `Param`.
 pub fn rename_new(from: &Path, to: &Path) -> Result<()> {
     match store::rename_new(from, to) {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {

@@ -1,7 +1,7 @@
 //! The commit of a change of the chain: a new descriptor is renamed over the old one, durably.
 //!
-//! It goes by descriptors of the folder and of the new file, so that neither names nor mounts of the caller matter, and
-//! so that a successor can tell whether it has happened.
+//! It uses open files of the folder and of the new descriptor, so that it does not depend on names or mounts of the
+//! caller, and so that the next worker or supervisor can find out whether it was made.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Res
 /// Makes the change unless it was made; `fds` are the folder and the new file. The warning: it is made, but the folder
 /// could not be synced. An error: it is not made.
 pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
-    let [folder, new, ..] = fds else { bail!(Protocol, "{} descriptors came for a commit: 2 wanted", fds.len()) };
+    let [folder, new, ..] = fds else { bail!(Protocol, "{} descriptors for a commit: 2 wanted", fds.len()) };
     let (tmp, name) = (names.tmp.display(), names.name.display());
     if !is_committed(names, folder, new)? {
         if entry(folder, &names.tmp)? != Some(identity(new)?) {
@@ -87,7 +87,7 @@ mod tests {
         assert!(!is_committed(&names, &fds[0], &fds[1]).unwrap());
         assert_eq!(commit(&names, &fds).unwrap(), None);
         assert!(is_committed(&names, &fds[0], &fds[1]).unwrap());
-        // Again: nothing more happens, whatever lies there by now.
+        // A second commit changes nothing, also if there is another temporary file.
         fs::write(&tmp, "other").unwrap();
         assert_eq!(commit(&names, &fds).unwrap(), None);
         assert_eq!(fs::read(&old).unwrap(), b"new");

@@ -18,11 +18,11 @@ use crate::sys::reopen::{Access, reopen};
 
 use super::model::Descriptor;
 
-/// How long a lock held elsewhere is waited for.
+/// Longest wait for a lock that another process holds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Byte ranges of the base image that the newer line locks (offset, length): any operation, 200 to 204 of which one is
-/// looked at that servers do not lock; operations that take long.
+/// Byte ranges of the base image that the newer line locks (offset, length). Any operation locks 200 to 204; this
+/// program checks a byte of them that servers do not lock. Long operations lock 300 to 304.
 const RANGE_ANY: (i64, i64) = (202, 1);
 const RANGE_LONG: (i64, i64) = (300, 5);
 
@@ -37,16 +37,16 @@ pub struct LockedDescriptor {
 }
 
 impl LockedDescriptor {
-    /// Locks a descriptor and reads it. Waits up to 60 s for others. A path that cannot be resolved is error 39, all
-    /// else is 23.
+    /// Locks a descriptor and reads it. Waits up to 60 s for other processes. Errors: 39 if the path cannot be
+    /// resolved, else 23.
     pub fn open(path: &Path) -> Result<LockedDescriptor> {
         LockedDescriptor::open_within(path, PATIENCE)
     }
 
-    /// The same with another limit.
+    /// As [`open`](Self::open) with another limit.
     pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
         let path = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
-        // Before a lock file is made beside something that has no use for it.
+        // Checked first, so that no lock file is made beside a folder or a device.
         if path.metadata().is_ok_and(|m| !m.is_file()) {
             bail!(Lock, "descriptor {} is not a regular file", path.display());
         }
@@ -57,8 +57,8 @@ impl LockedDescriptor {
         Ok(LockedDescriptor { path, descriptor, lock })
     }
 
-    /// Replaces the descriptor by `next`, on disk first: after an error the old one stands in memory, whatever became
-    /// of the file.
+    /// Replaces the descriptor by `next`, on disk first. After an error the old one stays in memory; the file may be
+    /// the old or the new one.
     pub fn commit_as(&mut self, mut next: Descriptor) -> Result<()> {
         next.normalise_top()?;
         next.commit(&self.path)?;
@@ -66,14 +66,14 @@ impl LockedDescriptor {
         Ok(())
     }
 
-    /// A descriptor of the lock for a process that goes on with an operation if this one dies: the disk stays locked until
-    /// that process has closed it, too.
+    /// A duplicate of the open lock file, for a process that goes on with the operation if this process exits: the disk
+    /// stays locked until that process has closed it, too.
     pub fn share_lock(&self) -> Result<OwnedFd> {
         let lock = self.lock.try_clone().ctx(Kind::Lock, || "cannot duplicate the lock")?;
         Ok(lock.into())
     }
 
-    /// Stores the descriptor as it stands in memory.
+    /// Stores the descriptor as it is in memory.
     pub fn commit(&self) -> Result<()> {
         self.descriptor.commit(&self.path)
     }
@@ -133,10 +133,10 @@ fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
     }
 }
 
-/// Programs of the newer line (and qemu) mark the base image instead of a lock file.
+/// Waits for programs of the newer line (and qemu), which lock byte ranges of the base image instead of a lock file.
 fn wait_for_ranges(descriptor: &Descriptor, until: Instant) -> Result<()> {
     let Ok(base) = descriptor.first_image() else { return Ok(()) };
-    // A missing image is for the operation to report, which knows whether it needs one.
+    // The operation reports a missing image if it needs it.
     let Some(file) = open_quietly(&base.file) else { return Ok(()) };
     if held(&file, RANGE_LONG) {
         bail!(
@@ -155,7 +155,7 @@ fn wait_for_ranges(descriptor: &Descriptor, until: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Whether a write lock on the range would meet another one.
+/// Whether another process holds a lock on the range.
 fn held(file: &File, (start, len): (i64, i64)) -> bool {
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK as i16,
@@ -167,11 +167,11 @@ fn held(file: &File, (start, len): (i64, i64)) -> bool {
     if fcntl(file, FcntlArg::F_GETLK(&mut lock)).is_err() || lock.l_type == libc::F_UNLCK as i16 {
         return false;
     }
-    // Locks that belong to a description are a server's or qemu's: whether they are in the way is seen at mount.
+    // Open file description locks are those of a worker or of qemu; a mount checks them itself.
     lock.l_pid != -1
 }
 
-/// A regular file, for asking about its locks alone: its content is not looked at.
+/// Opens a regular file only to check its locks: its content is not read.
 fn open_quietly(path: &Path) -> Option<File> {
     let fd = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW, Mode::empty()).ok()?;
     let kind = SFlag::from_bits_truncate(fstat(&fd).ok()?.st_mode & SFlag::S_IFMT.bits());

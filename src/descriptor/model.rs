@@ -1,4 +1,4 @@
-//! The descriptor as data, and the questions it answers.
+//! The descriptor as data, with lookups and checks.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub enum ImageMode {
     Raw,
 }
 
-/// Which program line's root element the file has. Either is read; what was read is kept.
+/// The root element of the file, which depends on the program line. Both are read; a store keeps the one that was read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Layout {
     /// `Parallels_disk_image`.
@@ -37,7 +37,7 @@ pub struct Image {
     pub file: PathBuf,
 }
 
-/// Stages of the newer line's merge upwards. Such a delta is half merged: it cannot be used or written down by us.
+/// Stages of the newer line's merge upwards. Such a delta is half merged: this program neither mounts nor stores it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ReverseMerge {
     /// `TemporaryZero`.
@@ -63,7 +63,7 @@ pub struct Descriptor {
     /// Folder of the file, resolved: images in it are stored by their names.
     pub dir: PathBuf,
     pub layout: Layout,
-    /// 0 if the file does not tell.
+    /// 0 if the file has no valid size.
     pub size_sectors: u64,
     /// Geometry at creation; never updated.
     pub cylinders: u32,
@@ -72,7 +72,7 @@ pub struct Descriptor {
     pub mode: ImageMode,
     /// Sectors; 0: no limit.
     pub max_delta_size: u64,
-    /// In the file's order; the first is taken for the base.
+    /// In the file's order; the first one counts as the base.
     pub images: Vec<Image>,
     pub snapshots: Vec<Snapshot>,
     /// The writable top; in old files not the constant [`guid::TOP`].
@@ -101,7 +101,7 @@ impl Descriptor {
         })
     }
 
-    /// The first image of the file: names new deltas, identifies the device.
+    /// The first image of the file: new deltas are named after it, and it identifies the device.
     pub fn first_image(&self) -> Result<&Image> {
         self.images.first().ok_or_else(|| Error::new(Kind::DiskDescr, "a descriptor without images"))
     }
@@ -119,7 +119,7 @@ impl Descriptor {
         self.snapshots.iter().any(|s| s.parent == *guid)
     }
 
-    /// Whether an image is raw in this disk: only the base can be, whatever `Type` all of them carry.
+    /// Whether an image is raw in this disk: only the base can be, whatever `Type` the other images have.
     pub fn is_raw(&self, image: &Image) -> bool {
         self.mode == ImageMode::Raw && self.snapshot(&image.guid).is_some_and(|s| s.parent.is_none())
     }

@@ -1,4 +1,4 @@
-//! From XML to the model, with the tolerances of the programs that have written such files for fifteen years.
+//! From XML to the model. The parser tolerates what earlier programs accepted.
 
 use std::fs::File;
 use std::io::Read;
@@ -18,14 +18,14 @@ use super::xml::{self, Element, cut};
 const MAX_BYTES: u64 = 16 << 20;
 
 impl Descriptor {
-    /// Reads a descriptor file. Links on the way to it are the user's business; its images are stored relative to the
-    /// folder that they lead to.
+    /// Reads a descriptor file. Links in its path are followed; its images are relative to the folder of the resolved
+    /// path.
     pub fn read(path: &Path) -> Result<Descriptor> {
         let real = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
         let mut bytes = Vec::new();
         let file = std::fs::OpenOptions::new()
             .read(true)
-            // A pipe of that name must not hang us.
+            // An open of a pipe must not wait.
             .custom_flags(libc::O_NONBLOCK)
             .open(&real)
             .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", real.display()))?;
@@ -82,8 +82,8 @@ impl Descriptor {
     }
 }
 
-/// Images outside the folder are opened on the word of the folder's owner (see `image::open`): in a folder that others
-/// may write to, such as /tmp, a descriptor of one of them is not that.
+/// Images outside the folder are opened with the rights of the folder's owner (see `image::open`). So the descriptor
+/// must belong to that owner: in a folder like /tmp other users can write one.
 fn check_outside(disk: &Descriptor, owner: u32) -> Result<()> {
     let inside = |file: &Path| file.starts_with(&disk.dir) && !file.components().any(|c| c == Component::ParentDir);
     let Some(outside) = disk.images.iter().find(|i| !inside(&i.file)) else { return Ok(()) };
@@ -100,7 +100,7 @@ fn check_outside(disk: &Descriptor, owner: u32) -> Result<()> {
     Ok(())
 }
 
-/// Answers the file's owner.
+/// Reads the file; returns its owner.
 fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<u32> {
     let name = path.display();
     let meta = file.metadata().ctx(Kind::DiskDescr, || format!("cannot look at descriptor {name}"))?;
@@ -168,7 +168,7 @@ fn images(storage: &Element, dir: &Path) -> Result<(Vec<Image>, bool)> {
             bail!(DiskDescr, "element File of image {guid} is empty");
         }
         if file.contains('\0') {
-            bail!(DiskDescr, "element File of image {guid} holds a zero byte");
+            bail!(DiskDescr, "element File of image {guid} has a zero byte");
         }
         if file.len() >= libc::PATH_MAX as usize {
             bail!(
@@ -178,7 +178,7 @@ fn images(storage: &Element, dir: &Path) -> Result<(Vec<Image>, bool)> {
                 libc::PATH_MAX
             );
         }
-        // Absolute ones replace the folder.
+        // An absolute path replaces the folder.
         images.push(Image { guid, file: join(dir, file) });
     }
     if images.is_empty() {
@@ -200,7 +200,7 @@ fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Gu
     let mut snapshots = Vec::new();
     for element in from_first(parent, "Shot") {
         let temporary = |name| element.children.iter().rposition(|c| c.name == name);
-        // The one that stands last counts.
+        // The last of these elements counts.
         let stages = [
             (temporary("Temporary"), None),
             (temporary("TemporaryZero"), Some(ReverseMerge::Zeroing)),

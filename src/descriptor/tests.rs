@@ -312,7 +312,7 @@ fn storing_replaces_leftovers_and_keeps_owner_and_mode() {
     d.commit_new(&path).unwrap();
     assert_eq!(d.commit_new(&path).unwrap_err().kind(), Kind::Param);
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
-    // Left by an interrupted store, or put there by somebody: neither is written through.
+    // Left by an interrupted store, or put there by another user: neither is written through.
     let victim = dir.path().join("victim");
     std::fs::write(&victim, "precious").unwrap();
     std::os::unix::fs::symlink(&victim, dir.path().join("DiskDescriptor.xml.tmp")).unwrap();
@@ -354,7 +354,7 @@ fn locks() {
     assert_eq!(Descriptor::read(dir.path()).unwrap_err().kind(), Kind::DiskDescr);
 }
 
-/// A process with a record lock on one byte, for as long as it lives.
+/// A process with a record lock on one byte until it exits.
 fn locking_process(file: &Path, byte: i64) -> Option<std::process::Child> {
     use std::io::Read;
     let program = r#"use Fcntl; $| = 1; open(F, "+<", $ARGV[0]) or die;
@@ -391,7 +391,7 @@ fn locks_of_other_programs_on_the_base() {
         child.wait().unwrap();
         assert_eq!(got.as_ref().map_err(Error::kind).err(), (!wanted).then_some(Kind::Lock), "byte {byte}: {got:?}");
     }
-    // Servers, ours and qemu's, lock by description; that is no operation under way.
+    // Workers and qemu hold open file description locks; these are no operation under way.
     for byte in [101, 103, 201, 203] {
         let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
         let range = libc::flock { l_type, l_whence, l_start: byte, l_len: 1, l_pid: 0 };

@@ -1,5 +1,5 @@
-//! What operations do to the tree of snapshots. All of it happens in memory; storing is the caller's step, and a refused
-//! change leaves the descriptor as it was.
+//! Changes of the tree of snapshots, in memory. The caller stores the result. A refused change leaves the descriptor as
+//! it was.
 
 use std::path::{Path, PathBuf};
 
@@ -32,13 +32,14 @@ impl Descriptor {
         })
     }
 
-    /// The whole tree is sound, and is one that we may write down: see [`check_tree`](Self::check_tree).
+    /// The whole tree is sound, and this program may store it: see [`check_tree`](Self::check_tree).
     pub fn check_changeable(&self) -> Result<()> {
         self.check_storable()?;
         self.check_tree()
     }
 
-    /// Deltas half merged by the newer line's programs are theirs to finish. `DiskDescr`.
+    /// Refuses deltas that a program of the newer line has half merged: that program must finish the merge.
+    /// `DiskDescr`.
     pub fn check_storable(&self) -> Result<()> {
         match self.snapshots.iter().find(|s| s.reverse_merge.is_some()) {
             Some(snapshot) => bail!(
@@ -64,7 +65,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// A GUID for a snapshot that nothing carries yet. `Param`.
+    /// Checks a GUID for a new snapshot: no other snapshot may have it. `Param`.
     fn check_new(&self, guid: &Guid) -> Result<()> {
         if guid.is_none() {
             bail!(Param, "snapshot {guid}: the all-zero GUID stands for \"no parent\"; give another one");
@@ -85,7 +86,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// Room for one more delta above `guid`. `Param`.
+    /// Checks that one more delta above `guid` is allowed. `Param`.
     fn check_depth(&self, guid: &Guid) -> Result<()> {
         let images = self.chain(guid)?.len();
         if images >= MAX_CHAIN {
@@ -109,8 +110,8 @@ impl Descriptor {
         Ok(())
     }
 
-    /// Snapshot `to` becomes what the disk shows. With `file` a new top of that image stands on it, without one `to` itself
-    /// becomes the top. The old top is kept as snapshot `keep`, or removed: answers its file then.
+    /// Switches the disk to snapshot `to`. With `file` a new top of that image stands on it, without one `to` itself
+    /// becomes the top. The old top is kept as snapshot `keep`, or removed: then its file is returned.
     pub fn switch(&mut self, to: &Guid, file: Option<PathBuf>, keep: Option<Guid>) -> Result<Option<PathBuf>> {
         self.check_form()?;
         let Some(snapshot) = self.snapshot(to) else {
@@ -125,7 +126,7 @@ impl Descriptor {
             bail!(Param, "the disk is on {to} already, the writable top");
         }
         if snapshot.temporary {
-            bail!(Param, "snapshot {to} is temporary: it goes away by itself, the disk cannot be switched to it");
+            bail!(Param, "snapshot {to} is temporary and will be removed: the disk cannot be switched to it");
         }
         let mut next = self.clone();
         let gone = match keep {
@@ -168,7 +169,7 @@ impl Descriptor {
         Ok(gone)
     }
 
-    /// Removes a snapshot on which nothing stands; answers its file. Removing the top makes its parent the top.
+    /// Removes a snapshot on which no delta stands; returns its file. Removing the top makes its parent the top.
     pub fn delete_leaf(&mut self, guid: &Guid) -> Result<PathBuf> {
         self.check_form()?;
         let snapshot = self.known(guid)?;
@@ -226,7 +227,7 @@ impl Descriptor {
             if children.len() > 1 {
                 bail!(
                     Param,
-                    "snapshot {guid} has {} children and must stay for the others: delete or merge those first",
+                    "snapshot {guid} has {} children and must stay for the other children: delete or merge those first",
                     children.len()
                 );
             }
@@ -234,8 +235,8 @@ impl Descriptor {
         Ok(gone)
     }
 
-    /// After the data of `descendant` and of all between went down into the image of `ancestor` (or into `file`, which
-    /// takes its place): one entry stays, with the ancestor's place and the descendant's GUID and mark. Answers the files
+    /// The descriptor after a merge of `descendant` and all between into the image of `ancestor` (or into `file`, which
+    /// replaces it): one entry stays, with the ancestor's place and the descendant's GUID and mark. Returns the files
     /// that are no longer named.
     pub fn collapse(&mut self, descendant: &Guid, ancestor: &Guid, file: Option<PathBuf>) -> Result<Vec<PathBuf>> {
         let gone = self.removed_by_merge(descendant, ancestor)?;
@@ -251,7 +252,7 @@ impl Descriptor {
                 files.push(std::mem::replace(&mut image.file, file));
             }
         }
-        // Children of the descendant go on naming it.
+        // Children of the descendant keep it as their parent.
         for image in next.images.iter_mut().filter(|i| i.guid == *ancestor) {
             image.guid = descendant.guid;
         }
@@ -263,14 +264,14 @@ impl Descriptor {
         Ok(files)
     }
 
-    /// Sets or clears the mark of snapshots that are to go away by themselves.
+    /// Sets or clears the mark "temporary" of snapshots.
     pub fn mark_temporary(&mut self, guids: &[Guid], temporary: bool) {
         for snapshot in self.snapshots.iter_mut().filter(|s| guids.contains(&s.guid)) {
             snapshot.temporary = temporary;
         }
     }
 
-    /// Gives the image of a snapshot another file; answers the old one.
+    /// Gives the image of a snapshot another file; returns the old one.
     pub fn set_file(&mut self, guid: &Guid, file: PathBuf) -> Result<PathBuf> {
         self.known(guid)?;
         self.check_new_file(&file)?;
@@ -378,7 +379,7 @@ mod tests {
         assert_eq!(d.switch(&g(2), Some(file("w")), Some(g(3))).unwrap(), None);
         assert_eq!(chain(&d, &g(3)), [(g(1), file("b")), (g(3), file("z"))]);
         assert_eq!(d.children(&g(1)).len(), 2);
-        // Without a new top only what nothing stands on can be it.
+        // Without a new top only a snapshot without children can become the top.
         assert_eq!(d.switch(&g(1), None, None).unwrap_err().kind(), Kind::Param);
         assert_eq!(d.switch(&g(2), None, None).unwrap(), Some(file("w")));
         assert_eq!(chain(&d, &guid::TOP), [(g(1), file("b")), (guid::TOP, file("x"))]);

@@ -70,7 +70,7 @@ impl Descriptor {
             bail!(Param, "image path {}: must be UTF-8 to be stored in a descriptor", file.display());
         };
         if let Some(c) = path.chars().find(|c| !is_xml_char(*c)) {
-            bail!(Param, "image path {}: XML cannot hold the character {c:?}", file.display());
+            bail!(Param, "image path {}: XML cannot have the character {c:?}", file.display());
         }
         let inside = self.dir.to_str().and_then(|dir| path.strip_prefix(dir)).and_then(|p| match self.dir.parent() {
             None => Some(p),
@@ -81,7 +81,7 @@ impl Descriptor {
 }
 
 fn is_xml_char(c: char) -> bool {
-    // Line ends would not come back as they were.
+    // A parser would return other line ends.
     matches!(c, '\t' | ' '..='\u{D7FF}' | '\u{E000}'..='\u{FFFD}' | '\u{10000}'..)
 }
 

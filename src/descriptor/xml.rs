@@ -1,5 +1,5 @@
-//! A small tree of elements out of XML that strangers may have written: no DTD, no entities but the five of XML, limited
-//! depth and number.
+//! A small tree of elements from XML that untrusted users may have written: no DTD, no entities but the five of XML,
+//! limited depth and number.
 
 use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
@@ -27,13 +27,13 @@ impl Element {
     }
 }
 
-/// The parser's own messages repeat what they found, however long it is.
+/// An error with a cut message: the parser's own messages repeat the input, however long it is.
 fn broken(at: u64, why: impl std::fmt::Display) -> Error {
     let why: String = why.to_string().chars().take(MAX_MESSAGE).collect();
     Error::new(Kind::DiskDescr, format!("XML is broken at byte {at}: {why}"))
 }
 
-/// Parses a document; answers its root.
+/// Parses a document; returns its root element.
 pub fn parse(bytes: &[u8]) -> Result<Element> {
     let text = std::str::from_utf8(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes))
         .map_err(|e| broken(e.valid_up_to() as u64, "not UTF-8"))?;
@@ -120,7 +120,7 @@ fn close(element: Element, open: &mut [Element], root: &mut Option<Element>, at:
     Ok(())
 }
 
-/// A stranger's text in a message.
+/// Untrusted text, cut for a message.
 pub fn cut(text: &str) -> String {
     text.chars().take(80).flat_map(char::escape_debug).collect()
 }

@@ -9,8 +9,8 @@ use crate::device::model::{Aliases, Device, Partition};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 
-/// What a driver can do beyond attaching, finding and detaching. What is not offered here is answered with an error of
-/// kind [`Kind::Param`], before anything has changed.
+/// What a driver can do beyond attaching, finding and detaching. An operation that is not offered here fails with
+/// [`Kind::Param`] before anything has changed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Capabilities {
     /// [`Driver::switch`]
@@ -33,19 +33,19 @@ pub struct Capabilities {
     pub reload: bool,
 }
 
-/// What happens during long work on a device.
+/// The caller's view of long work on a device.
 pub trait Watch {
     /// So many of all clusters have been looked at.
     fn progress(&mut self, seen: u64, all: u64);
-    /// Asked now and then: the work is to be given up.
+    /// Called now and then. True: the driver gives the work up.
     fn cancelled(&mut self) -> bool;
 }
 
-/// A merge that did not come to its end.
+/// A merge that failed or was given up.
 #[derive(Debug)]
 pub struct Unmerged {
     pub error: Error,
-    /// The image that was to take everything is as it was; else its own content is spoiled until a merge is finished.
+    /// The target image is as it was. Else its content by itself is not valid until a merge is finished.
     pub untouched: bool,
 }
 
@@ -64,7 +64,7 @@ impl From<Unmerged> for Error {
 
 /// Frozen file systems of a device; dropping it thaws them.
 pub trait Freeze: Debug {
-    /// Thaws. An error: they were not frozen all the time, or are still. Thawed already: nothing happens.
+    /// Thaws. An error: they were not frozen all the time, or are still frozen. A second call does nothing.
     fn thaw(&mut self) -> Result<()>;
 }
 
@@ -76,13 +76,13 @@ pub trait Tracker: Debug {
 
 /// Makes block devices of image chains and serves them. All methods may be called from any thread of any process.
 pub trait Driver: Sync {
-    /// As `$PLOOP_DRIVER` and messages name it.
+    /// Its name in `$PLOOP_DRIVER` and in messages.
     fn name(&self) -> &'static str;
 
-    /// What it is made of, for people.
+    /// How it makes devices, in a few words for the user.
     fn summary(&self) -> &'static str;
 
-    /// What it can do on this machine; an error says what it lacks to work here at all.
+    /// What it can do on this machine. An error names what the machine lacks.
     fn probe(&self) -> Result<Capabilities>;
 
     /// The program whose processes serve the devices; none: the kernel serves them. An error: it was not found.
@@ -96,8 +96,8 @@ pub trait Driver: Sync {
     /// Whether a device of this name (`ploop0` or its node) is this driver's, whatever its state.
     fn has(&self, name: &str) -> Result<bool>;
 
-    /// Devices that `wanted` picks, by number, dead ones among them. The state that `wanted` sees is the recorded one; the
-    /// real one is found out for those alone that it picks, since that costs more than all the rest.
+    /// Devices that `wanted` selects, by number, also those in state dead. `wanted` gets the recorded state. Only for
+    /// the selected devices the driver finds out the real state, since that is slow.
     fn list(&self, wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>>;
 
     /// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); none: not a device of this driver.
@@ -106,23 +106,25 @@ pub trait Driver: Sync {
     /// Detaches the device and closes its image cleanly. Busy: an error of kind `DevIoc`, nothing changed.
     fn detach(&self, name: &str) -> Result<()>;
 
-    /// The numbers and nodes of the disk and its partitions; none if the disk is not the device's any more.
+    /// The numbers and nodes of the disk and its partitions; none if the device has another disk by now.
     fn aliases(&self, device: &Device) -> Aliases;
 
-    /// What to mount of it: the first partition of a disk with a GPT, else the disk. The node is made if it is missing.
+    /// The node to mount: the first partition of a disk with a GPT, else the disk. It is made if it is missing.
     fn mount_source(&self, device: &Device) -> Result<PathBuf>;
 
-    /// A process is there that replaces one that serves the device, if it dies. Always for what the kernel serves.
+    /// A supervisor runs that starts a new worker when the device's worker exits. Always true for a driver in the
+    /// kernel.
     fn is_supervised(&self, _device: &Device) -> bool {
         true
     }
 
-    /// The base that the device serves has a name now, though perhaps not the one under which it was attached.
+    /// The file that the device serves as base still has a name, though perhaps not the one under which it was
+    /// attached.
     fn base_has_name(&self, _device: &Device) -> bool {
         false
     }
 
-    /// Gives up a device that cannot be served any more: its I/O fails from now on.
+    /// Gives up a device that no worker can serve any more: its I/O fails from now on.
     fn abort(&self, _name: &str) -> Result<()> {
         Err(self.unsupported("giving up a device"))
     }
@@ -190,7 +192,7 @@ pub trait Driver: Sync {
         Err(self.unsupported("tracking the writes of a running device"))
     }
 
-    /// Freezes file systems of a device, of each of which one open file is given. They are thawed if this process ends.
+    /// Freezes file systems of a device. `files`: one open file of each. They are thawed when this process exits.
     fn freeze(&self, _device: &Device, _files: Vec<File>) -> Result<Box<dyn Freeze>> {
         Err(self.unsupported("freezing the file systems of a device"))
     }

@@ -1,7 +1,8 @@
-//! Running devices: attaching an image chain, finding, naming, detaching devices and cleaning up after dead ones.
+//! Running devices: attaching an image chain, finding, naming, detaching devices, and removing what killed servers
+//! left.
 //!
-//! What serves a device is a [`Driver`]; the functions of this module go to the driver that serves the device in question,
-//! and [`attach`] to the one that [`driver`] chooses. Above this module nothing depends on which driver it is.
+//! A [`Driver`] serves a device. The functions of this module call the driver of the device in question; [`attach`]
+//! calls the one that [`driver`] chooses. Code above this module does not depend on the driver.
 #![forbid(unsafe_code)]
 
 mod driver;

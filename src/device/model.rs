@@ -43,12 +43,12 @@ pub struct Device {
     pub disk: String,
     /// Number of that block device (st_rdev).
     pub rdev: u64,
-    /// Made up at attach: a later device of the same name has another one.
+    /// Random, made at attach: a later device of the same name has another one.
     pub instance: String,
     pub(super) detail: Detail,
 }
 
-/// What a driver keeps of its own devices.
+/// The driver's own record of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Detail {
     Served(DeviceRecord),
@@ -90,7 +90,7 @@ impl Device {
         self.images.iter().map(|i| i.id).collect()
     }
 
-    /// The level whose image is this file, whatever it is called.
+    /// The level whose image is this file, whatever its name.
     pub fn level_of(&self, id: FileId) -> Option<usize> {
         self.images.iter().position(|i| i.id == id)
     }

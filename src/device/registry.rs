@@ -1,4 +1,4 @@
-//! The drivers of this version, and the way from a device to its own.
+//! The drivers of this version, and the choice of the driver for a device.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::sys::file_id::FileId;
 
-/// Names the driver for new devices.
+/// The environment variable that names the driver for new devices.
 const VARIABLE: &str = "PLOOP_DRIVER";
 
 /// In the order in which they are preferred.
@@ -41,7 +41,7 @@ fn of(device: &Device) -> &'static dyn Driver {
     }
 }
 
-/// The driver that has a device of this name; the preferred one, which then says so, if none has.
+/// The driver that has a device of this name. If none has: the preferred one, whose error then says so.
 fn of_name(name: &str) -> Result<&'static dyn Driver> {
     let [preferred, ..] = DRIVERS;
     for driver in DRIVERS {
@@ -58,13 +58,13 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
     driver()?.attach(spec)
 }
 
-/// All devices, by number, dead ones among them.
+/// All devices, by number, also those in state dead.
 pub fn list() -> Result<Vec<Device>> {
     list_of(|_| true)
 }
 
-/// Those devices that `wanted` picks, by number. It sees the recorded state: the real one is found out for what it picks
-/// alone, which costs more than all the rest where there are many.
+/// Those devices that `wanted` selects, by number. `wanted` gets the recorded state. Only for the selected devices the
+/// driver finds out the real state, since that is slow.
 pub fn list_of(wanted: impl Fn(&Device) -> bool) -> Result<Vec<Device>> {
     let mut found = Vec::new();
     for driver in DRIVERS {
@@ -73,7 +73,7 @@ pub fn list_of(wanted: impl Fn(&Device) -> bool) -> Result<Vec<Device>> {
     Ok(found)
 }
 
-/// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); `None`: not a device of ours.
+/// The device with this node (`/dev/ploop0`, `ploop0`, or a partition of it); `None`: no ploop device.
 ///
 /// A node that exists must be of the very disk that the device has, else it is refused: error 2.
 pub fn by_node(node: &str) -> Result<Option<Device>> {
@@ -106,25 +106,25 @@ pub fn hold_for_space(name: &str, hold: bool) -> Result<()> {
     of_name(name)?.hold_for_space(name, hold)
 }
 
-/// Gives up a device that cannot be served any more: its I/O fails from now on.
+/// Gives up a device that no worker can serve any more: its I/O fails from now on.
 pub fn abort(name: &str) -> Result<()> {
     of_name(name)?.abort(name)
 }
 
-/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
-/// are gone and nothing of it is mounted anywhere.
+/// Removes what a crashed host or a killed server left of a device. Refused unless the loop device provably belongs to
+/// it, its processes have exited and no mount uses it.
 pub fn clean(name: &str) -> Result<()> {
     of_name(name)?.clean(name)
 }
 
 /// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
-/// device that no worker could serve is tried once more.
+/// device that no worker could serve gets a new worker.
 pub fn reload(name: &str) -> Result<()> {
     of_name(name)?.reload(name)
 }
 
-/// The numbers and nodes by which a device and its partitions are known to the mount table; none if the disk is not its own
-/// any more.
+/// The numbers and nodes by which the mount table names a device and its partitions; none if the device has another
+/// disk by now.
 pub fn aliases(device: &Device) -> Aliases {
     of(device).aliases(device)
 }
@@ -139,29 +139,29 @@ pub fn partitions(device: &Device) -> Result<Vec<Partition>> {
     of(device).partitions(device)
 }
 
-/// A process is there that replaces one that serves the device, if it dies.
+/// A supervisor runs that starts a new worker when the device's worker exits.
 pub fn is_supervised(device: &Device) -> bool {
     of(device).is_supervised(device)
 }
 
-/// The base that the device serves has a name now, though perhaps not the one under which it was attached.
+/// The file that the device serves as base still has a name, though perhaps not the one under which it was attached.
 pub fn base_has_name(device: &Device) -> bool {
     of(device).base_has_name(device)
 }
 
-/// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all that was
-/// answered is durable in the old chain first. `serving` is called as soon as I/O goes on, with a warning if the change
+/// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all writes that
+/// were answered are durable in the old chain first. `serving` is called when I/O goes on, with a warning if the change
 /// may not survive a power cut; this returns when the former top, if it became a lower level, is complete and unmarked
 /// and does not change any more.
 ///
-/// `serving` not called: the device serves the chain it had, except after an error of kind [`Kind::Protocol`], after
-/// which that cannot be told.
+/// `serving` not called: the device serves the chain it had. After an error of kind [`Kind::Protocol`] it is not known
+/// which chain the device serves.
 pub fn switch(device: &Device, spec: &SwitchSpec, serving: &mut dyn FnMut(Option<&str>)) -> Result<()> {
     of(device).switch(device, spec, None, serving)
 }
 
-/// The same, and `prepared` is called when nothing is left to be done but what requests have to wait for. Its error ends
-/// the change before anything has changed.
+/// As [`switch`]; `prepared` is called when only those steps are left for which requests wait. Its error ends the
+/// change before anything has changed.
 pub fn switch_prepared(
     device: &Device,
     spec: &SwitchSpec,
@@ -172,8 +172,8 @@ pub fn switch_prepared(
 }
 
 /// Merges the top of a running device into the level below it; then the device serves the chain without the top, and
-/// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
-/// before. Answers a warning: the change may not survive a power cut.
+/// `commit` is made. I/O goes on. The merge goes on also if the calling process exits; until its end the chain reads as
+/// before. Returns a warning if the change may not survive a power cut.
 ///
 /// After an error the device serves the chain it had.
 pub fn merge_top(
@@ -185,8 +185,8 @@ pub fn merge_top(
 }
 
 /// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
-/// device serves the chain `then`. I/O goes on. Answers a warning as [`merge_top`] does. A merge that ends before its time
-/// leaves the chain as it was, and is finished by merging again.
+/// device serves the chain `then`. I/O goes on. Returns a warning as [`merge_top`] does. An interrupted merge leaves
+/// the chain as it was; the same call finishes it.
 pub fn merge_levels(
     device: &Device,
     levels: (usize, usize),
@@ -211,7 +211,7 @@ pub fn track(device: &Device) -> Result<Box<dyn Tracker>> {
     of(device).track(device)
 }
 
-/// Freezes file systems of a device, of each of which one open file is given, for as long as the answer lives.
+/// Freezes file systems of a device until the result is dropped. `files`: one open file of each file system.
 pub fn freeze(device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
     of(device).freeze(device, files)
 }

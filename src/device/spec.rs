@@ -17,7 +17,7 @@ pub struct Level {
     /// As the user or the descriptor names it, absolute; for lists and messages only.
     pub path: PathBuf,
     pub raw: bool,
-    /// The image itself, O_PATH: what is opened is what was checked, whatever happens to names meanwhile.
+    /// The image itself, O_PATH: the worker opens the file that was checked, also if it is renamed meanwhile.
     pub fd: OwnedFd,
 }
 
@@ -37,7 +37,7 @@ pub struct AttachSpec {
     /// `/dev/NAME` if the user asks for one; else the smallest free `/dev/ploopN`.
     pub device: Option<String>,
     pub trace: bool,
-    /// The way of takeover for kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
+    /// Takeover by slots, as on kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
     pub slots: bool,
 }
 
@@ -56,7 +56,7 @@ pub struct SwitchSpec {
     /// Base first.
     pub levels: Vec<NewLevel>,
     pub commit: Option<CommitFile>,
-    /// Milliseconds by which each step is drawn out; 0 but in tests, which kill processes meanwhile.
+    /// Milliseconds that the server waits at each step; 0 except in tests, which kill processes meanwhile.
     pub linger: u64,
 }
 
@@ -92,7 +92,7 @@ impl CommitFile {
         })
     }
 
-    /// The lock on the disk, which the driver keeps until the change is made or given up.
+    /// Adds the lock on the disk, which the driver holds until the change is made or given up.
     pub fn under(self, lock: OwnedFd) -> CommitFile {
         CommitFile { lock: Some(lock), ..self }
     }
@@ -107,7 +107,7 @@ impl CommitFile {
         [&self.folder, &self.new].into_iter().chain(&self.lock)
     }
 
-    /// The change has been made: the descriptor is the new file. An error: this cannot be told.
+    /// Whether the change was made: the descriptor is the new file. An error: that is not known.
     pub fn is_committed(&self) -> Result<bool> {
         let new = FileId::of(&self.new).ctx(Kind::Fstat, || "cannot look at the new descriptor")?;
         let there = FileId::in_folder(&self.folder, &self.name)

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-/// What a device is doing. A record holds one of the words `starting`, `running`, `stopped`, `failed` and `stalled`;
-/// [`NoSpace`](State::NoSpace) and [`Dead`](State::Dead) are found out by asking.
+/// What a device is doing. A record has one of the words `starting`, `running`, `stopped`, `failed` and `stalled`.
+/// [`NoSpace`](State::NoSpace) is the supervisor's answer; [`Dead`](State::Dead) means that there is no process to
+/// answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum State {
     /// Being attached; not to be used yet.
@@ -51,7 +52,7 @@ impl State {
         }
     }
 
-    /// The device is there for its users (perhaps waiting for space, perhaps refusing writes).
+    /// The device exists for its users, though it may wait for space or refuse writes.
     pub fn runs(&self) -> bool {
         matches!(self, State::Running | State::NoSpace | State::Stalled | State::Failed)
     }

@@ -9,11 +9,11 @@
 
 pub use super::background::pages::PageSet;
 
-/// A request in flight, named by the caller; free to be used again after its `Reply`.
+/// A request in flight, numbered by the caller. The caller can reuse the number after its `Reply`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct ReqId(pub u32);
 
-/// A file operation in flight, named by the engine.
+/// A file operation in flight, numbered by the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct OpId(pub u32);
 
@@ -60,12 +60,12 @@ pub enum Event<'a> {
         op: OpId,
         result: Result<&'a [u8], Errno>,
     },
-    /// About once a second: ages changes of the BAT, retries what met ENOSPC.
+    /// About once a second: ages changes of the BAT, retries operations that failed with ENOSPC.
     Tick,
     /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
     WaitForSpace(bool),
     Background(BackgroundControl),
-    /// No more requests will come. When all is answered, complete and durable, `Closed` is emitted.
+    /// The caller sends no more requests. When all are answered and all changes are durable, the engine emits `Closed`.
     Close,
 }
 
@@ -89,7 +89,7 @@ pub enum Action {
     Reply { req: ReqId, result: Result<(), Errno> },
     /// Zeroes into the data buffer of a read request.
     ZeroFill { req: ReqId, off: u64, len: u64 },
-    /// Bytes of a write request's buffer (or zeroes, if `None`) laid over a bounce buffer.
+    /// Copy bytes of a write request's buffer (or zeroes, if `None`) into a bounce buffer.
     Overlay { bounce: BounceId, at: u32, from: Option<(ReqId, u64)>, len: u32 },
     /// Read from the file of a level.
     Read { op: OpId, level: u8, file_off: u64, len: u64, to: Buf },
@@ -103,16 +103,16 @@ pub enum Action {
     /// Make a level's file at least `file_off + len` bytes long; `[file_off, file_off + len)`, beyond its old end, is
     /// allocated and reads as zero.
     Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
-    /// The range of a level's file, inside it, reads as zero afterwards; allocated if that can be had.
+    /// The range of a level's file, inside it, reads as zero afterwards; allocated if the file system can do that.
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
     /// Data and length of a level's file, as far as written by operations completed before now, on stable storage.
     Sync { op: OpId, level: u8 },
-    /// The range of one level's file shows up in another's, sharing its space. Where the files cannot do that it fails,
-    /// and nothing has changed.
+    /// Make a range of one level's file appear in another's, sharing its space. If the file systems cannot do that it
+    /// fails, and nothing has changed.
     Clone { op: OpId, from: u8, from_off: u64, level: u8, file_off: u64, len: u64 },
     /// Background work: all is done and durable (a merged top is kept equal to its target from now on, until the engine
-    /// is closed), or it has ended before its time (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]).
-    /// Can come twice: a top that agreed with its target can fail later.
+    /// is closed), or the work was given up (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]). Can be
+    /// emitted twice: a merge of the top can fail after it was done.
     BackgroundDone { result: Result<(), Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
@@ -121,7 +121,7 @@ pub enum Action {
 /// One delta of the chain, as the engine needs it.
 #[derive(Clone, Debug)]
 pub enum LevelConfig {
-    /// A raw base of so many bytes (a multiple of 512). What lies beyond reads as zero.
+    /// A raw base of so many bytes (a multiple of 512). Bytes beyond read as zero.
     Raw { bytes: u64 },
     /// A ploop1 image.
     Ploop {
@@ -131,12 +131,12 @@ pub enum LevelConfig {
         clusters: u32,
         /// First data cluster of the file (`l1`).
         first_data: u32,
-        /// Whole clusters that the file holds; an entry at or beyond is damage. Ignored for the writable top.
+        /// Whole clusters that the file has; an entry at or beyond is damage. Ignored for the writable top.
         file_clusters: u32,
     },
 }
 
-/// What the scan of the top's BAT found out; see `chain::open`.
+/// Result of the scan of the top's BAT; see `chain::open`.
 #[derive(Clone, Debug, Default)]
 pub struct AllocConfig {
     /// One more than the highest cluster that any entry (on disk or in the shared table) names; at least `first_data`.
@@ -159,7 +159,7 @@ pub struct Config {
     /// Base first.
     pub levels: Vec<LevelConfig>,
     pub writable: bool,
-    /// The header of the top as it stands on disk (marked in use); it leads page 0 whenever that is written.
+    /// The header of the top as it is on disk (marked in use); it is the begin of page 0 whenever that is written.
     pub header: [u8; 64],
     pub alloc: AllocConfig,
     pub bounces: u16,
@@ -175,7 +175,7 @@ pub struct Config {
 }
 
 /// Long work on the clusters of the chain while the device is in use; see [`background`](super::background). The worker
-/// that takes over gets the same configuration, and goes on where the shared table says.
+/// that takes over gets the same configuration, and goes on from the progress in the shared table.
 #[derive(Clone, Debug)]
 pub struct BackgroundConfig {
     pub work: BackgroundWork,
@@ -203,27 +203,27 @@ pub struct TargetConfig {
     pub alloc: AllocConfig,
 }
 
-/// What the caller has background work do.
+/// What the caller asks of background work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackgroundControl {
     /// No more copies are begun.
     Pause,
     Resume,
-    /// It ends before its time; the chain stays what it was.
+    /// The work is given up; the chain stays as it was.
     Cancel,
 }
 
-/// Words of the shared table for the progress of background work.
+/// Number of 64-bit words in the shared table for the progress of background work.
 pub const PROGRESS_WORDS: usize = 128;
 
-/// The last of them: not 0 while the fate of a sync of a merge's target is unknown.
+/// The last of these words: not 0 while the outcome of a sync of a merge's target is unknown.
 pub const SYNC_WORD: usize = PROGRESS_WORDS - 1;
 
-/// What must survive the worker's exit: the changes of the BAT that are not durable yet, and the outcome of syncs.
+/// State that outlives the worker: the changes of the BAT that are not durable yet, and the outcome of syncs.
 ///
-/// A slot holds `cluster << 32 | entry`: "the entry of `cluster` is `entry`" (0: not allocated), or [`Shared::FREE`].
-/// The worker that takes over reads the BAT from disk and lays the slots over it: that is the map of the one that
-/// exited.
+/// A slot contains `cluster << 32 | entry`: "the entry of `cluster` is `entry`" (0: not allocated), or
+/// [`Shared::FREE`]. The worker that takes over reads the BAT from disk and applies the slots to it: the result is the
+/// map of the worker that exited.
 pub trait Shared: Send {
     /// An unused slot.
     const FREE: u64 = u64::MAX;
@@ -231,7 +231,7 @@ pub trait Shared: Send {
     fn load(&self, slot: usize) -> u64;
     /// One atomic store (release).
     fn store(&self, slot: usize, value: u64);
-    /// Recorded before a sync or BAT write is issued and after its end.
+    /// Records the state, before a sync or BAT write is issued and after its end.
     fn set_sync_state(&self, state: SyncState);
     fn sync_state(&self) -> SyncState;
     /// One of [`PROGRESS_WORDS`] words in which background work notes how far it is; 0 before it begins.
@@ -261,10 +261,10 @@ pub struct Carried {
     pub durable: u32,
 }
 
-/// Where the engine stands, for `list`, `doctor` and tests.
+/// State of the engine, for `list`, `doctor` and tests.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Status {
-    /// Something waits for space on the host file system.
+    /// An operation waits for space on the host file system.
     pub no_space: bool,
     /// A sync or BAT write failed: flushes fail until the device is closed.
     pub failed: bool,

@@ -1,13 +1,13 @@
-//! Rules that a test can have broken, one at a time: the simulation proves something only if it finds each breach.
+//! Rules that a test can break, one at a time: the simulation proves something only if it finds each breach.
 //!
 //! Only a build of the tests has the switch. Everywhere else [`breaks`] is `false` at compile time.
 
 /// A clause of the rules that the engine does not keep while the switch is on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Breach {
-    /// A BAT page holds entries whose first data write has not ended.
+    /// A BAT page has entries whose first data write has not ended.
     EntryWithoutData,
-    /// A BAT page holds what is true when it is written, not what was true when its data sync began.
+    /// A BAT page has the entries at the time of its write, not those when its data sync began.
     LateContent,
     /// A flush joins the cycle that is running when it arrives.
     JoinRunning,
@@ -23,7 +23,7 @@ pub enum Breach {
     ReuseBeforeDrained,
     /// A cluster is published when the first chunk of its copy is there.
     HalfBuilt,
-    /// What a free host cluster held before counts as zeroes.
+    /// The old content of a free host cluster counts as zeroes.
     TrustOldBytes,
     /// A cluster that a lower level has is unmapped by a zeroing.
     UnmapOverLower,
@@ -33,9 +33,9 @@ pub enum Breach {
     SwallowSync,
     /// A failed write of a BAT page counts as done.
     SwallowBatWrite,
-    /// A failed cycle fails its own flushes; the next ones are tried again.
+    /// A failed cycle fails its own flushes; later flushes begin new cycles.
     ForgetFailure,
-    /// A worker that takes over does not lay the carried updates over the BAT that it reads.
+    /// A worker that takes over does not apply the carried updates to the BAT that it reads.
     DropCarried,
     /// A change leaves the shared table when its cycle begins, not when it is durable.
     SlotFreedEarly,
@@ -53,35 +53,36 @@ pub enum Breach {
     MergeCrossed,
     /// A cluster that a merge has copied is unmapped.
     MergeUnmapped,
-    /// A cluster that comes into the top behind a merge's cursor is not copied.
+    /// A cluster that is allocated in the top behind a merge's cursor is not copied.
     MergeMissed,
-    /// An error of the target is forgotten.
+    /// An error of the target is ignored.
     MergeSwallow,
     /// The target's BAT pages are written without the sync of its data.
     TargetEntryBeforeData,
-    /// A BAT page of the target holds the entry of a cluster whose copy ended after the data sync had begun.
+    /// A BAT page of the target has the entry of a cluster whose copy ended after the data sync had begun.
     LateTargetEntry,
     /// A page of the target's BAT with changes is dropped from memory.
     EvictChangedPage,
     /// A merge records its progress before that is durable.
     ProgressBeforeSync,
-    /// A cluster that comes into the top behind a merge's cursor is not named in the shared table.
+    /// A cluster that is allocated in the top behind a merge's cursor is not named in the shared table.
     RevisitNotRecorded,
     /// Entries of the target are checked against the length that its file had when the merge began.
     StaleTargetEnd,
-    /// What came last into a merge's target is not published when the engine closes.
+    /// The last changes of a merge's target are not published when the engine closes.
     UnpublishedEnd,
-    /// Of several sources that have a cluster the lowest is copied.
+    /// Of several sources that have a cluster the lowest one is copied.
     LowerSourceWins,
     /// A cluster is moved while writes are in flight on it.
     RelocateUndrained,
-    /// A successor goes on with a merge whose target's last sync has an unknown outcome, as if it had worked.
+    /// The next worker goes on with a merge although the outcome of the target's last sync is unknown.
     TrustTargetAfterKill,
-    /// A merge that has ended before its time leaves its progress to a successor that is given the same work.
+    /// A merge that was given up leaves its progress in the shared table; the next worker with the same work goes on
+    /// from it.
     KeepProgressOfFailed,
 }
 
-/// All of them.
+/// All breaches.
 #[cfg(test)]
 #[allow(dead_code)] // for the simulation, which is another crate
 pub const ALL: &[Breach] = &[
@@ -129,7 +130,7 @@ thread_local! {
     static ON: std::cell::Cell<Option<Breach>> = const { std::cell::Cell::new(None) };
 }
 
-/// Engines of this thread break this rule from now on.
+/// From now on engines of this thread break this rule.
 #[cfg(test)]
 #[allow(dead_code)] // for the simulation, which is another crate
 pub fn set(breach: Option<Breach>) {

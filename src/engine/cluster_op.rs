@@ -1,9 +1,9 @@
 //! Cluster operations: what has to happen to a whole cluster before it is published, under its lock.
 //!
 //! A first write to a cluster that the top lacks allocates a host cluster there. If that reads as zero and no lower
-//! level has the cluster, the write goes straight to it, without a cluster operation. Else the host cluster is made
-//! right first: copied up from the lower level with the new bytes laid over, zeroed, or written whole. Until then reads
-//! see the old cluster, and writes wait.
+//! level has the cluster, the write goes straight to it, without a cluster operation. Else the host cluster is filled
+//! first: copied up from the lower level with the new bytes, zeroed, or written whole. Until then reads see the old
+//! cluster, and writes wait.
 
 mod background_copy;
 
@@ -17,7 +17,7 @@ use super::{Engine, NO_SPACE, Op};
 enum Kind {
     /// Waits until nothing is in flight on the cluster.
     Drain,
-    /// The same, for a copy of background work that begins then.
+    /// As `Drain`, for a copy of background work that begins then.
     BackgroundDrain { host_cluster: u32 },
     /// Copies the cluster from another level, chunk by chunk.
     CopyUp { level: u8, host_cluster: u32 },
@@ -52,7 +52,7 @@ pub struct ClusterOp {
     purpose: Purpose,
     kind: Kind,
     step: Step,
-    /// Level and host cluster that it makes right.
+    /// Level and host cluster that it fills.
     dest: u8,
     host_cluster: u32,
     slot: u32,
@@ -66,7 +66,7 @@ pub struct ClusterOp {
 }
 
 impl ClusterOp {
-    /// Waits for space in the host file system; a zeroing must not, and a merge rather ends.
+    /// May wait for space in the host file system. A zeroing must not wait, and a merge is given up instead.
     pub fn may_wait(&self) -> bool {
         self.purpose == Purpose::Request && (!self.zero || breaks(Breach::HoldZeroings))
     }
@@ -212,7 +212,7 @@ impl<S: Shared> Engine<S> {
             }
             Kind::BackgroundDrain { host_cluster } => {
                 op.kind = Kind::CopyUp { level: self.top, host_cluster };
-                // Reads can go on, writes come back to wait.
+                // Reads can go on, writes will wait once more.
                 self.ready.extend(op.waiters.drain(..));
                 self.advance(cluster, out);
             }
@@ -220,7 +220,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Copies that wait for space have all bounce buffers: zeroings that need one must not wait with them.
+    /// If copies that wait for space have all bounce buffers: zeroings that need one fail instead of waiting.
     pub(super) fn refuse_starved_zeroings(&mut self, out: &mut Vec<Action>) {
         let copies = |op: &OpId| matches!(self.ops.get(op.0), Some(Op::Cluster { .. }));
         if !self.bounces.is_empty() || !self.waiting_for_space.iter().any(copies) {
@@ -238,7 +238,8 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A write to the cluster waits for space: what waits until nothing is in flight there must not wait with it.
+    /// A write to the cluster waits for space: operations that wait until nothing is in flight there must not wait for
+    /// it.
     pub(super) fn write_waits_for_space(&mut self, cluster: u32) {
         match self.cluster_ops.get(&cluster).map(|j| j.kind) {
             Some(Kind::Drain) => {
@@ -256,7 +257,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Ends the cluster operation; what waited for it goes on, in the order in which it came.
+    /// Ends the cluster operation; the fragments that waited for it go on, in their order of arrival.
     fn let_go(&mut self, cluster: u32) -> Option<ClusterOp> {
         let mut op = self.cluster_ops.remove(&cluster)?;
         self.map.mark(cluster, MapEntry::LOCKED, false);
@@ -375,7 +376,7 @@ impl<S: Shared> Engine<S> {
         self.repeat_step(cluster, op, out);
     }
 
-    /// Asks for the operation of the cluster operation's step; also after it met ENOSPC.
+    /// Emits the action of the cluster operation's step; also after it failed with ENOSPC.
     pub(super) fn repeat_step(&mut self, cluster: u32, op: OpId, out: &mut Vec<Action>) {
         let Some(work) = self.cluster_ops.get(&cluster) else { return };
         let to = self.file_off(work.host_cluster);
@@ -460,7 +461,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Kind of an unanswered request, for what must treat writes and zeroings apart.
+    /// Whether an unanswered request is a write (and not a zeroing).
     pub(super) fn is_write(&self, req: ReqId) -> bool {
         self.reqs.get(&req).is_some_and(|r| r.kind == RequestKind::Write)
     }

@@ -12,21 +12,21 @@ const PAGES_AT_ONCE: usize = 32;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Idle,
-    /// Pages of the map that hold changes have to be read first (after a takeover).
+    /// Pages of the map with changes have to be read first (after a takeover).
     Loading,
     DataSync,
     Pages,
     FinalSync,
 }
 
-/// The running cycle and what waits for the next one.
+/// The running cycle and the flushes that wait for the next one.
 pub struct FlushCycle {
     phase: Phase,
     pub failed: bool,
     /// Flushes that arrived before the cycle began.
     joined: Vec<ReqId>,
     waiting: Vec<ReqId>,
-    /// Clusters whose changes the cycle takes along.
+    /// Clusters whose changes the cycle writes.
     going: Vec<u32>,
     /// BAT pages still to be written, descending.
     pages: Vec<u32>,
@@ -102,7 +102,7 @@ impl<S: Shared> Engine<S> {
             || self.wants_final()
     }
 
-    /// While closing: all is answered, but not all is durable.
+    /// While closing: all requests are answered, but not all changes are durable.
     fn wants_final(&mut self) -> bool {
         if !self.closing || self.closed || !self.is_quiet() {
             return false;
@@ -176,7 +176,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A BAT page with the changes of this cycle; for all others their last durable value.
+    /// A BAT page with the changes of this cycle; every other entry has its last durable value.
     fn page_image(&mut self, page: u32) -> Box<[u8; BAT_PAGE]> {
         let mut data = Box::new([0u8; BAT_PAGE]);
         if page == 0 {
@@ -246,7 +246,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// What a sync or BAT write did is not known any more: no later success may hide that.
+    /// A sync or BAT write failed, so that its effect is unknown: no later success may hide that.
     fn fail_cycle(&mut self, out: &mut Vec<Action>) {
         self.cycle.failed = !breaks(Breach::ForgetFailure);
         self.cycle.phase = Phase::Idle;

@@ -33,7 +33,7 @@ pub(super) struct Io {
 }
 
 impl Io {
-    /// What the caller is asked to do; asked again after ENOSPC.
+    /// The action for the caller; emitted once more after ENOSPC.
     pub(super) fn action(&self, op: OpId) -> Action {
         let Extent { level, file_off, len, at, .. } = self.extent;
         let buf = Buf::Request { req: self.req, off: at };
@@ -63,7 +63,7 @@ impl Io {
 }
 
 impl<S: Shared> Engine<S> {
-    /// Works on a segment as far as possible. Its pending count goes over to what it starts.
+    /// Works on a segment as far as possible. The operations that it starts take over its pending count.
     pub(super) fn process(&mut self, fragment: Fragment, out: &mut Vec<Action>) {
         let Some(req) = self.reqs.get(&fragment.req) else { return };
         let (kind, base) = (req.kind, req.offset);
@@ -185,7 +185,7 @@ impl<S: Shared> Engine<S> {
         let end = (start + (1 << self.config.cluster_shift)).min(self.config.device_bytes);
         let whole = piece.off == start && piece.off + piece.len == end;
         if level != self.top {
-            // A lower level has it: hide that with a cluster of the top's own.
+            // A lower level has the cluster: a zeroed cluster in the top hides it.
             self.allocate_zero(piece, cluster, entry, whole, out);
         } else if whole
             && self.may_unmap(entry)
@@ -206,7 +206,7 @@ impl<S: Shared> Engine<S> {
         !entry.is(MapEntry::LOWER) || breaks(Breach::UnmapOverLower)
     }
 
-    /// Drops the top's entry of a cluster that nothing else has. The host cluster stays taken until that is durable.
+    /// Drops the top's entry of a cluster that no lower level has. The host cluster stays in use until that is durable.
     fn unmap(&mut self, piece: Fragment, cluster: u32, entry: MapEntry, host_cluster: u32) {
         if entry.in_flight() > 0 && !breaks(Breach::ReuseBeforeDrained) {
             self.drain(cluster, piece);
@@ -222,7 +222,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A change that says what the disk says already is none.
+    /// Drops a change whose value is already on disk.
     fn drop_if_unchanged(&mut self, cluster: u32) {
         let none = self.pending.get(cluster).is_some_and(|d| d.current == d.durable && d.writing.is_none());
         if none {
@@ -262,8 +262,8 @@ impl<S: Shared> Engine<S> {
     }
 
     pub(super) fn io_done(&mut self, io: Io, mut result: Result<(), Errno>, out: &mut Vec<Action>) {
-        // A failed write is ready, too: its request fails, and the content is whatever is in the new host cluster,
-        // zeroes or new bytes. Were the entry kept back, its slot in the shared table would never become free.
+        // A failed write is ready, too: its request fails, and the content of the new host cluster is zeroes or new
+        // bytes. If the entry were kept back, its slot in the shared table would never become free.
         let wrote = io.kind != RequestKind::Read && io.extent.level == self.top;
         for cluster in io.clusters() {
             let entry = self.map.leave(cluster);
@@ -288,12 +288,12 @@ impl<S: Shared> Engine<S> {
         }
         match self.map.loading(page) {
             Some(l) => l.waiters.push(fragment),
-            // Loaded without a read: next in turn, before another page can push this one out again.
+            // Loaded without a read: handled next, before another page can evict this one.
             None => self.ready.push_front(fragment),
         }
     }
 
-    /// Begins to fill a page; one that needs no reads is there at once.
+    /// Begins to fill a page. A page that needs no reads is loaded at once.
     pub(super) fn load(&mut self, page: u32, out: &mut Vec<Action>) {
         let clusters = clusters_of(page);
         let mut content = Page::new();
@@ -345,7 +345,7 @@ impl<S: Shared> Engine<S> {
         self.step(Event::Done { op, result: Err(IO) }, out);
     }
 
-    /// One level's BAT page has come: the highest level that has a cluster wins, whatever the order.
+    /// One level's BAT page was read: the highest level that has a cluster is used, whatever the order of the reads.
     pub(super) fn page_part(&mut self, page: u32, level: u8, bytes: Result<&[u8], Errno>, out: &mut Vec<Action>) {
         let bytes = bytes.and_then(|b| if b.len() == BAT_PAGE { Ok(b) } else { Err(IO) });
         let parsed = bytes.and_then(|b| self.lay_over(page, level, b));
@@ -398,7 +398,7 @@ impl<S: Shared> Engine<S> {
         Ok(())
     }
 
-    /// All parts are there: changes not durable yet lie over what the disk said.
+    /// All parts are read: applies the changes that are not durable yet.
     fn page_complete(&mut self, page: u32, out: &mut Vec<Action>) {
         let range = clusters_of(page);
         let top = self.top;

@@ -2,9 +2,9 @@
 //! The I/O engine: read, write, zero, flush, allocation, copy-on-write.
 //!
 //! The engine has no threads, clocks or files: its caller, a worker or the simulation, feeds it events and carries out
-//! the actions that it asks for ([`api`]). The rules that it keeps:
+//! its actions ([`api`]). The rules that it keeps:
 //!
-//! - Data before entry: a BAT page written by a flush holds only entries whose data writes had completed before that
+//! - Data before entry: a BAT page written by a flush has only entries whose data writes had completed before that
 //!   flush's data sync began; a later change keeps its last durable value in it ([`pending`], [`flush`]).
 //! - A flush joins only a cycle that starts after it arrived.
 //! - No host cluster is allocated twice: it is reused when neither the durable BAT nor a page on its way to the disk
@@ -79,7 +79,7 @@ pub struct Engine<S: Shared> {
     cluster_ops: IntMap<u32, ClusterOp>,
     /// Fragments to be worked on in this step.
     ready: VecDeque<Fragment>,
-    /// Operations that met ENOSPC: each is repeated at the next tick.
+    /// Operations that failed with ENOSPC: each is repeated at the next tick.
     waiting_for_space: Vec<OpId>,
     bounces: Vec<BounceId>,
     bounce_wait: VecDeque<u32>,
@@ -87,7 +87,7 @@ pub struct Engine<S: Shared> {
     slot_wait: Vec<Fragment>,
     /// Ticks after which writes do not wait for space any longer.
     enospc_limit: Option<u32>,
-    /// Ticks for which something has waited for space.
+    /// Ticks for which an operation has waited for space.
     waited: u32,
     wait_for_space: bool,
     closing: bool,
@@ -107,7 +107,7 @@ const TOO_BIG: Errno = 27;
 const CANCELED: Errno = 125;
 
 impl<S: Shared> Engine<S> {
-    /// An engine over an opened chain. `carried`: the updates of the shared table of a worker that exited which are not
+    /// An engine over an opened chain. `carried`: the updates in the shared table of a worker that exited; they are not
     /// on disk.
     pub fn new(config: Config, carried: Vec<Carried>, shared: S) -> Self {
         let clusters = config.device_bytes.div_ceil(1 << config.cluster_shift);
@@ -150,7 +150,7 @@ impl<S: Shared> Engine<S> {
         self.enospc_limit = ticks;
     }
 
-    /// Takes an event in and appends what is to be done to `out`.
+    /// Handles an event and appends the actions for the caller to `out`.
     pub fn step(&mut self, event: Event<'_>, out: &mut Vec<Action>) {
         match event {
             Event::Request(r) => self.accept(r, out),
@@ -178,7 +178,7 @@ impl<S: Shared> Engine<S> {
         self.advance_close(out);
     }
 
-    /// Where the engine stands.
+    /// State of the engine.
     pub fn status(&self) -> Status {
         Status {
             no_space: self.space.no_space && !self.space.waiters.is_empty() || !self.waiting_for_space.is_empty(),
@@ -271,7 +271,7 @@ impl<S: Shared> Engine<S> {
         self.wait_for_space && !self.closing && self.enospc_limit.is_none_or(|p| self.waited < p)
     }
 
-    /// A write that met ENOSPC waits for the next tick if that is allowed. False: the operation fails.
+    /// A write that failed with ENOSPC waits for the next tick if that is allowed. False: the operation fails.
     fn defer_for_space(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let waits = match self.ops.get(op.0) {
             _ if !self.may_wait_for_space() => None,
@@ -287,7 +287,7 @@ impl<S: Shared> Engine<S> {
             self.abort_background(NO_SPACE, out);
         }
         self.waiting_for_space.push(op);
-        // Zeroings do not wait with it: they find another way where the write is in place, else there is no space.
+        // Zeroings do not wait with it: over a write in place they are done another way, else they fail without space.
         for cluster in clusters {
             if locked {
                 self.refuse_zeroings(cluster, out);
@@ -336,7 +336,8 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Every operation that waits for space is tried once more, and fails if there is none.
+    /// Operations that wait for space fail with ENOSPC. Growing the file is tried once more for fragments that wait for
+    /// that.
     fn let_waiting_fail(&mut self, out: &mut Vec<Action>) {
         for op in std::mem::take(&mut self.waiting_for_space) {
             self.done(op, Err(NO_SPACE), out);
@@ -406,7 +407,7 @@ impl<S: Shared> Engine<S> {
         u64::from(host_cluster) << self.config.cluster_shift
     }
 
-    /// What the top's durable BAT says of a cluster without a change.
+    /// Host cluster in the top's durable BAT of a cluster without a pending change; 0: none.
     fn durable_host_cluster(&self, entry: MapEntry) -> u32 {
         match entry.location() {
             Some((level, host_cluster)) if level == self.top => host_cluster,

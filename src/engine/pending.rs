@@ -1,6 +1,6 @@
 //! Pending BAT updates: changes of the top's BAT that are not durable yet.
 //!
-//! Each is in the shared table, too, so that the worker that takes over has it. A host cluster may be used again only
+//! Each is in the shared table, too, so that the worker that takes over has it. A host cluster may be reused only
 //! when neither the durable BAT nor a BAT page on its way to the disk can name it.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::api::{Carried, Shared};
 use super::breach::{Breach, breaks};
 
-/// The entry of one cluster: what it is to be, and what the disk may say. Values are host clusters, 0: none.
+/// The entry of one cluster: its new value, and the values that may be on disk. Values are host clusters, 0: none.
 #[derive(Clone, Copy, Debug)]
 pub struct Change {
     pub current: u32,
@@ -29,7 +29,7 @@ impl Change {
         if self.ready || breaks(Breach::EntryWithoutData) { self.current } else { 0 }
     }
 
-    /// A cycle that starts now can make something of this durable.
+    /// A cycle that starts now can make this change or a part of it durable.
     pub fn can_go(&self) -> bool {
         self.writing.is_none() && self.writable() != self.durable
     }
@@ -118,7 +118,7 @@ impl<S: Shared> PendingUpdates<S> {
         !self.free_slots.is_empty() || self.changes.contains_key(&cluster)
     }
 
-    /// The entry of `cluster` becomes `host_cluster`. `durable`: what the disk says if there is no change yet. `slot`:
+    /// The entry of `cluster` becomes `host_cluster`. `durable`: its value on disk if there is no change yet. `slot`:
     /// one taken before, else one is taken here; see [`has_slot_for`](Self::has_slot_for). Returns a host cluster that
     /// neither memory nor disk names any more.
     pub fn set(

@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use super::api::{Errno, ReqId, RequestKind};
 
-/// Hash for small integer keys of our own making: nothing hostile chooses them.
+/// Hash for small integer keys that this program chooses, so that no user can make them collide.
 #[derive(Default)]
 pub struct Mix(u64);
 
@@ -46,7 +46,7 @@ pub struct Req {
     pub error: Option<Errno>,
 }
 
-/// Things in flight, named by small numbers.
+/// Items in flight, with small numbers as keys.
 pub struct Slab<T> {
     items: Vec<Option<T>>,
     free: Vec<u32>,

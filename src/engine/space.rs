@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::api::AllocConfig;
 use super::request::Fragment;
 
-/// A cluster handed out.
+/// An allocated cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Taken {
     pub host_cluster: u32,
@@ -25,7 +25,7 @@ pub struct Space {
     limit: u32,
     /// A growing of the file is under way: that many clusters.
     pub growing: Option<u32>,
-    /// The last attempt met ENOSPC: smaller steps until it works again.
+    /// The last attempt failed with ENOSPC: smaller steps until one succeeds.
     step: u32,
     pub no_space: bool,
     /// No further attempt to grow the file is made until the next tick.
@@ -65,7 +65,7 @@ impl Space {
         Some(Taken { host_cluster: start, zero: false })
     }
 
-    /// Takes this cluster, if it is the one that [`take`](Self::take) would hand out.
+    /// Takes this cluster, if it is the one that [`take`](Self::take) would return.
     pub fn take_at(&mut self, at: u32) -> bool {
         let next = self.free.first_key_value().map_or(self.fresh.start, |(start, _)| *start);
         let there = next == at && (!self.free.is_empty() || !self.fresh.is_empty());

@@ -1,6 +1,6 @@
-//! The block allocation table: where the entry of a cluster stands, and what it says.
+//! The block allocation table: the position and the meaning of a cluster's entry.
 //!
-//! The engine, the scans and the operations on closed images take all arithmetic of the BAT from here.
+//! The engine, the scans and the operations on closed images use this arithmetic of the BAT.
 
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ pub fn entry_offset(cluster: VirtCluster) -> u64 {
     offset_of(u64::from(cluster))
 }
 
-/// The same for an entry that may stand behind the last cluster that a disk can have.
+/// Byte offset of an entry that may lie behind the last cluster that a disk can have.
 pub fn offset_of(entry: u64) -> u64 {
     HEADER_BYTES + ENTRY_BYTES as u64 * entry
 }
@@ -42,12 +42,12 @@ pub fn index_of(cluster: VirtCluster) -> usize {
     ((u64::from(cluster) + HEADER_ENTRIES) % ENTRIES as u64) as usize
 }
 
-/// Pages that hold the entries of so many clusters.
+/// Number of pages with the entries of so many clusters.
 pub fn pages_for(clusters: u64) -> usize {
     if clusters == 0 { 0 } else { (clusters + HEADER_ENTRIES).div_ceil(ENTRIES as u64) as usize }
 }
 
-/// Clusters whose entries stand in a page (the end may lie beyond the disk).
+/// Clusters whose entries are in a page (the end may lie beyond the disk).
 pub fn clusters_of(page: u32) -> Range<u64> {
     let end = (u64::from(page) + 1) * ENTRIES as u64 - HEADER_ENTRIES;
     let start = (u64::from(page) * ENTRIES as u64).saturating_sub(HEADER_ENTRIES);
@@ -95,7 +95,7 @@ impl Unit {
         Unit::of(version == Version::V1, cluster.shift())
     }
 
-    /// The same for version 1 or 2 and a cluster of `1 << cluster_shift` bytes.
+    /// The unit of version 1 or 2 and a cluster of `1 << cluster_shift` bytes.
     pub fn of(v1: bool, cluster_shift: u32) -> Unit {
         Unit { step: if v1 { 1 << (cluster_shift - 9) } else { 1 } }
     }
@@ -118,12 +118,12 @@ impl Unit {
         }
     }
 
-    /// The entry of a cluster that stands at `host_cluster`, 0 for 0; none if version 1 cannot express it.
+    /// The entry of a cluster that is at `host_cluster`, 0 for 0; none if version 1 cannot express it.
     pub fn encode(self, host_cluster: ImageCluster) -> Option<u32> {
         host_cluster.checked_mul(self.step)
     }
 
-    /// The same for a host cluster below [`host_cluster_limit`](Self::host_cluster_limit).
+    /// The entry for a host cluster below [`host_cluster_limit`](Self::host_cluster_limit).
     pub fn entry(self, host_cluster: ImageCluster) -> u32 {
         host_cluster * self.step
     }
@@ -142,7 +142,7 @@ pub fn decode(version: Version, cluster: ClusterSize, entry: u32) -> Entry {
     Unit::new(version, cluster).decode(entry)
 }
 
-/// The entry of a cluster that stands at `host_cluster`; none if version 1 cannot express it.
+/// The entry of a cluster that is at `host_cluster`; none if version 1 cannot express it.
 pub fn encode(version: Version, cluster: ClusterSize, host_cluster: ImageCluster) -> Option<u32> {
     Unit::new(version, cluster).encode(host_cluster)
 }

@@ -1,4 +1,4 @@
-//! The geometry that headers and descriptors carry. Nothing computes with it; it must only be what everybody writes.
+//! The geometry in headers and descriptors. No program computes with it; it must be the same that the classic writes.
 
 /// Heads and cylinders of a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

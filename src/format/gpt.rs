@@ -56,7 +56,7 @@ pub struct Partition {
 /// A partition table; numbers are sectors.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Gpt {
-    /// Size of the disk: its last sector holds the second header.
+    /// Size of the disk: its last sector is the second header.
     disk: u64,
     guid: Uuid,
     first_usable: u64,
@@ -103,7 +103,7 @@ impl Gpt {
     }
 
     /// The table of a disk of `size` bytes: by its first header, else by the copy at the end; `None`: there is no sound
-    /// one. Nothing in a table is believed before its checksum and its place on the disk fit. `read` fills a buffer of
+    /// one. A table is used only after its checksum and its place on the disk are checked. `read` fills a buffer of
     /// whole sectors from a byte offset.
     pub fn parse(size: u64, mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>) -> io::Result<Option<Gpt>> {
         let disk = size / SECTOR;
@@ -176,7 +176,7 @@ impl Gpt {
                 new.last_usable
             );
         }
-        // One that stands beside other entries covers what its maker chose.
+        // A protective entry beside other entries keeps its range.
         if (1..4).all(|i| new.mbr[446 + 16 * i + 4] == 0) && new.mbr[446 + 4] == PROTECTIVE {
             new.mbr[446 + 12..446 + 16].copy_from_slice(&protective_count(disk).to_le_bytes());
         }
@@ -184,8 +184,8 @@ impl Gpt {
         Ok(new)
     }
 
-    /// The stretches of the disk that hold the table, the one at the end last. A caller that moves the end writes and syncs
-    /// that one first, so that a crash leaves a sound copy. `ChangeGpt`: its parts would overlap.
+    /// The pieces of the disk with the table, the piece at the end last. A caller that moves the end writes and syncs
+    /// that piece first, so that a crash leaves a sound copy. `ChangeGpt`: the pieces would overlap.
     pub fn encode(&self) -> Result<Vec<Piece>> {
         self.check()?;
         let sum = crc32fast::hash(&self.entries);
@@ -248,7 +248,7 @@ impl Gpt {
     }
 }
 
-/// What a sound header says.
+/// A sound header, decoded.
 struct Header {
     guid: Uuid,
     first_usable: u64,

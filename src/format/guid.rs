@@ -13,7 +13,7 @@ pub struct Guid {
     text: [u8; 38],
 }
 
-/// The writable top delta always carries it.
+/// GUID of every writable top delta.
 pub const TOP: Guid = Guid { text: *b"{5fbaabe3-6958-40ff-92a7-860e329aab41}" };
 
 /// Parent of the base.

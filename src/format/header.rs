@@ -61,7 +61,7 @@ fn u64_at(bytes: &[u8; SIZE], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
-/// What an image that is none of ours is, as far as it can be told.
+/// The error for a file that is no ploop1 image; it names the format if that is known.
 fn foreign(b: &[u8; SIZE]) -> Error {
     let shown = b[..16].escape_ascii();
     Error::new(
@@ -89,7 +89,7 @@ impl Header {
             let max = limits::format_max(version, cluster);
             Error::new(
                 Kind::Param,
-                format!("disk size {sectors} sectors: version {} holds at most {max}", version.number()),
+                format!("disk size {sectors} sectors: version {} has at most {max}", version.number()),
             )
         };
         if sectors == 0 {
@@ -118,8 +118,8 @@ impl Header {
         })
     }
 
-    /// Decodes and checks a header by itself; see [`check_layout`](Self::check_layout) for the rest. The first 64
-    /// bytes count.
+    /// Decodes the first 64 bytes and checks each field; [`check_layout`](Self::check_layout) checks that the fields
+    /// fit together.
     pub fn parse(bytes: &[u8]) -> Result<Header> {
         let Some(b) = bytes.first_chunk::<SIZE>() else {
             bail!(Read, "header of {} bytes: a ploop1 image begins with {SIZE}", bytes.len());
@@ -224,7 +224,7 @@ impl Header {
         clusters.min(u64::from(u32::MAX)) as u32
     }
 
-    /// First data cluster of the file (`l1`): as many hold header and BAT.
+    /// First data cluster of the file (`l1`): header and BAT fill the clusters before it.
     pub fn first_data(&self) -> u32 {
         self.first_data_sector / self.cluster.sectors()
     }
@@ -233,7 +233,7 @@ impl Header {
         self.cluster
     }
 
-    /// Not closed cleanly: in use, or in a state that no document knows. "v2.1" is a clean state.
+    /// Not closed cleanly: in use, or an undocumented value. "v2.1" is a clean state.
     pub fn is_marked(&self) -> bool {
         self.in_use != 0 && self.in_use != CLOSED_V21
     }

@@ -1,4 +1,4 @@
-//! How large a disk may be, and how a wanted size becomes one.
+//! How large a disk may be, and how a wanted size is rounded.
 
 use crate::bail;
 use crate::error::Result;
@@ -16,7 +16,7 @@ pub fn format_max(version: Version, cluster: ClusterSize) -> u64 {
     }
 }
 
-/// What `ploop_get_max_size` answers, in sectors: the format's maximum for the default version (2), capped.
+/// Result of `ploop_get_max_size`, in sectors: the format's maximum for the default version (2), capped.
 pub fn max_size(cluster: ClusterSize) -> u64 {
     format_max(Version::V2, cluster).min(MAX_FS_SECTORS)
 }
@@ -31,7 +31,7 @@ pub fn round_size(version: Version, cluster: ClusterSize, sectors: u64) -> Resul
     if sectors > max {
         bail!(
             Param,
-            "disk size {sectors} sectors: a version {} image with clusters of {bs} sectors holds at most {max}",
+            "disk size {sectors} sectors: a version {} image with clusters of {bs} sectors has at most {max}",
             version.number()
         );
     }

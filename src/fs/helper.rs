@@ -1,4 +1,4 @@
-//! Helper programs (mkfs, tune2fs, fsck, ...): where they are looked for, how they are run, and what of them is shown.
+//! Helper programs (mkfs, tune2fs, fsck, ...): where they are found, how they are run, and which output is kept.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::error::{Error, Kind, Result};
 use crate::report;
 
-/// Searched in this order; the caller's PATH has no say.
+/// Folders of helper programs, searched in this order. The caller's PATH is ignored.
 const FOLDERS: [&str; 5] = ["/sbin", "/bin", "/usr/sbin", "/usr/bin", "/usr/local/sbin"];
 
 /// Exit status of a program that could not be started.
@@ -64,8 +64,8 @@ fn executable(path: &Path) -> bool {
 }
 
 /// Runs a program to its end with an empty standard input. Its output goes to the log (level 1). A program that is not
-/// there ends with 127, as in a shell; an error is returned only when the run was cancelled or its end could not be
-/// learnt.
+/// there gives status 127, as in a shell. An error is returned only if the run was cancelled or the exit status could
+/// not be collected.
 pub fn run(program: &str, args: &[&OsStr]) -> Result<Outcome> {
     let shown = show(program, args);
     report::say(1, format_args!("Running: {shown}"));
@@ -90,15 +90,17 @@ pub fn run(program: &str, args: &[&OsStr]) -> Result<Outcome> {
     }
 }
 
-/// Runs a program to its end and says nothing.
+/// Runs a program to its end without messages.
 pub fn outcome(program: &Path, args: &[&OsStr]) -> io::Result<Outcome> {
     collect(spawn(program, args)?)
 }
 
-/// Tells the exit status of the program that it runs at the end of its output. It ends that program when it is ended.
+/// Shell script that runs a program and prints its exit status behind its output. SIGTERM to the shell ends the
+/// program.
 const TELL: &str = r#""$@" & p=$!; trap 'kill $p' TERM; wait $p; s=$?; wait $p; printf '\000%d' $s"#;
 
-/// A caller that ignores or handles SIGCHLD can take the exit status of our children away.
+/// False if the calling process ignores or handles SIGCHLD: then it can collect the exit status of this library's
+/// children.
 fn status_is_safe() -> bool {
     const SIGCHLD: u32 = libc::SIGCHLD as u32 - 1;
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -133,7 +135,7 @@ struct Running {
     told: bool,
 }
 
-/// Drains both pipes in this very thread: a signal that asks for cancellation must find no other one to interrupt.
+/// Drains both pipes in this thread, so that a signal that asks for cancellation interrupts this thread.
 fn collect(Running { mut child, told }: Running) -> io::Result<Outcome> {
     let _guard = i32::try_from(child.id()).ok().and_then(report::cancel::register_child);
     let mut pipes = [
@@ -164,10 +166,11 @@ fn collect(Running { mut child, told }: Running) -> io::Result<Outcome> {
         }
         true => {
             let out = &mut pipes[0].1;
-            let at = out.iter().rposition(|b| *b == 0).ok_or_else(|| io::Error::other("it did not tell"))?;
+            let at =
+                out.iter().rposition(|b| *b == 0).ok_or_else(|| io::Error::other("the shell printed no status"))?;
             let number = out.split_off(at);
             let number = String::from_utf8_lossy(&number[1..]).into_owned();
-            number.parse().map_err(|_| io::Error::other(format!("it told {number:?}")))?
+            number.parse().map_err(|_| io::Error::other(format!("the shell printed status {number:?}")))?
         }
     };
     let [out, err] = pipes.map(|(_, kept)| String::from_utf8_lossy(&kept).into_owned());

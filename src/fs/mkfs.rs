@@ -45,7 +45,7 @@ const JOURNAL_NEEDS: u64 = 265 << 20;
 const GROW_LIMIT: u64 = 16 << 40;
 
 /// Makes a file system over the whole of `file` (whose length is the size), with an empty balloon file in its root.
-/// `scratch` is an existing folder of ours; what is put there is removed again. `Mkfs` when a program fails.
+/// `scratch` is an existing folder of the caller; files made there are removed. `Mkfs` when a program fails.
 pub fn make(file: &Path, spec: &FsSpec, scratch: &Path) -> Result<()> {
     let bytes = file.metadata().ctx(Kind::Fstat, || file.display().to_string())?.len();
     let block = u64::from(spec.block_size);
@@ -88,14 +88,14 @@ fn tune(file: &Path) -> Result<()> {
     ended("tune2fs", &args, file).map(drop)
 }
 
-/// mke2fs gives the balloon file to the user who runs it.
+/// mke2fs makes the user that runs it the owner of the balloon file.
 fn give_to_root(file: &Path) -> Result<()> {
     for field in ["uid", "gid"] {
         let request = format!("set_inode_field /{} {field} 0", balloon::NAME);
         let args = [OsStr::new("-w"), OsStr::new("-R"), request.as_ref(), file.as_os_str()];
         ended("debugfs", &args, file)?;
     }
-    // debugfs ends with 0 whatever happened.
+    // debugfs exits with 0 also after an error.
     let request = format!("stat /{}", balloon::NAME);
     let seen = ended("debugfs", &[OsStr::new("-R"), request.as_ref(), file.as_os_str()], file)?;
     let mut words = seen.out.split_whitespace();
@@ -132,14 +132,14 @@ fn make_root(root: &Path) -> Result<()> {
     let make = || {
         DirBuilder::new().mode(0o700).create(root)?;
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(root.join(balloon::NAME))?;
-        // The umask had its say in both.
+        // The umask changed both modes.
         fs::set_permissions(root.join(balloon::NAME), fs::Permissions::from_mode(0o600))?;
         fs::set_permissions(root, fs::Permissions::from_mode(0o755))
     };
     make().ctx(Kind::Creat, || format!("{} cannot be made", root.display()))
 }
 
-/// Removes what [`make`] puts into its scratch folder, a leftover too; not being there is fine.
+/// Removes what [`make`] puts into its scratch folder, also what an interrupted run left. A missing folder is no error.
 pub fn remove_root(root: &Path) -> std::io::Result<()> {
     let missing = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
     match fs::remove_file(root.join(balloon::NAME)) {

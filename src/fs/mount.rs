@@ -26,7 +26,7 @@ pub struct MountSpec {
     pub options: Option<String>,
 }
 
-/// Words of `-o` that are flags for the kernel, not text for the file system: the flag, and whether it is set.
+/// Options of `-o` that are flags for the kernel, not text for the file system: the flag, and whether it is set.
 const WORDS: [(&str, MsFlags, bool); 19] = [
     ("ro", MsFlags::MS_RDONLY, true),
     ("rw", MsFlags::MS_RDONLY, false),
@@ -80,7 +80,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
     flags.set(MsFlags::MS_NOATIME, spec.noatime || flags.contains(MsFlags::MS_NOATIME));
 
     // Of a device that cannot be written a journal cannot be replayed: what is there is shown as it is. ext says in its
-    // superblock that there is something to replay; the others are asked again when they refuse.
+    // superblock that there is something to replay; xfs and btrfs are tried once more with the option if they refuse.
     let skip_replay = found.filter(|_| spec.read_only).and_then(Found::without_replay);
     let ext = matches!(found, Some(Found::Ext { .. }));
     if let Some(option) = skip_replay.filter(|o| ext && !data.contains(o)) {
@@ -162,7 +162,7 @@ pub fn umount(target: &Path) -> Result<()> {
     for attempt in 0..=TRIES {
         match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => return Ok(()),
-            // Gone meanwhile.
+            // Another process has unmounted it meanwhile.
             Err(Errno::EINVAL) if !still_mounted(target)? => return Ok(()),
             Err(Errno::EBUSY) if attempt < TRIES && !report::cancel::requested() => sleep(PAUSE),
             Err(Errno::EBUSY) => {
@@ -177,7 +177,7 @@ pub fn umount(target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes a mount out of the tree at once; it ends when its last user does.
+/// Detaches a mount from the tree at once; the kernel ends it when no process uses it any more. `Umount`.
 pub fn umount_lazily(target: &Path) -> Result<()> {
     match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         Err(Errno::EINVAL) => Ok(()),
@@ -189,7 +189,7 @@ fn still_mounted(target: &Path) -> Result<bool> {
     Ok(mounts::read()?.iter().any(|m| m.target == target))
 }
 
-/// Who keeps a mount busy, for the message: ` by pid 12 (bash), ...`.
+/// The processes that keep a mount busy, for the message: ` by process 12 (bash), ...`.
 fn users(target: &Path) -> String {
     let Ok(meta) = target.metadata() else { return String::new() };
     let dev = std::os::unix::fs::MetadataExt::dev(&meta);
@@ -210,16 +210,16 @@ fn users(target: &Path) -> String {
         return format!(": {} is mounted in it", m.target.display());
     }
     match found.is_empty() {
-        true => ", by nobody that /proc shows".into(),
+        true => ", by no process that /proc shows".into(),
         false => format!(" by process {}", found.join(", ")),
     }
 }
 
-/// Unmounts everything of a device in our mount namespace, last mounted first.
+/// Unmounts all mounts of a device in the mount namespace of the calling process, last mounted first.
 pub fn umount_all(names: &Names) -> Result<()> {
     let mut before = usize::MAX;
     loop {
-        // Read anew each time: one unmount can take others with it (shared mounts).
+        // Read anew each time: one unmount can end further mounts (shared mounts).
         let table = mounts::read()?;
         let ours = table.iter().filter(|m| names.mounted_by(m)).count();
         let Some(last) = table.iter().rev().find(|m| names.mounted_by(m)) else { return Ok(()) };

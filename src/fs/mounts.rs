@@ -1,4 +1,4 @@
-//! The mount table of our mount namespace: /proc/self/mountinfo.
+//! The mount table of the calling process: /proc/self/mountinfo.
 
 use std::ffi::OsString;
 use std::fs;
@@ -71,7 +71,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
     })
 }
 
-/// Blank, tab, newline and backslash stand as `\ooo`.
+/// Blank, tab, newline and backslash are written as `\ooo`.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;

@@ -1,4 +1,4 @@
-//! What file system a device holds, and whether its journal has to be replayed before it can be trusted.
+//! Which file system is on a device, and whether its journal has to be replayed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -46,7 +46,7 @@ pub fn device(path: &Path) -> io::Result<Option<Found>> {
     find(&mut |offset, buf| file.read_exact_at(buf, offset))
 }
 
-/// The same through any reader; what lies beyond the end is not there.
+/// Looks at the superblocks through any reader. A superblock beyond the end counts as missing.
 pub fn find(read_at: &mut ReadAt<'_>) -> io::Result<Option<Found>> {
     let mut block = [0; 1024];
     if read(read_at, 1024, &mut block)? && block[56..58] == [0x53, 0xEF] {

@@ -81,7 +81,7 @@ impl FsInfo {
     }
 }
 
-/// Drops the cache in `folder`: its numbers do not hold any more.
+/// Removes the cache in `folder`: its numbers are not valid any more.
 pub fn drop_cache(folder: &Path) -> io::Result<()> {
     match fs::remove_file(folder.join(FILE)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),

@@ -1,4 +1,4 @@
-//! Checking one image, and repairing what can be repaired without losing anything that is understood.
+//! Checking one image, and repairing it without losing data that an entry names (except with `-F`).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use super::complete;
 use super::open::{Access, open_level, reopen};
 use super::scan::{Found, Problem, Scan, Visitor, describe, scan};
 
-/// What `ploop check` can be asked for, named after its flags.
+/// Options of a check, named after the flags of `ploop check`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct CheckOptions {
     /// `-f`: also if the image is clean.
@@ -39,10 +39,10 @@ pub struct CheckOptions {
     pub raw_blocksize: Option<u64>,
 }
 
-/// What was found in an image that is sound, or was made so.
+/// Result of a check of an image that is sound, or was repaired.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CheckReport {
-    /// It is clean and was not forced: the table was not looked at.
+    /// The image is clean and the check was not forced: the table was not read.
     pub skipped: bool,
     pub cluster: ClusterSize,
     /// None for a raw image.
@@ -53,7 +53,7 @@ pub struct CheckReport {
     pub notes: Vec<String>,
 }
 
-/// At most so many findings are told one by one.
+/// At most so many findings are reported one by one.
 const TOLD: usize = 16;
 
 /// Checks the image at `path`; `dir` is the folder of the descriptor that names it, see [`open_level`]. The caller has
@@ -125,7 +125,7 @@ impl Check<'_> {
         let len = self.len()?;
         let (report_of, cluster) = if self.options.raw {
             let Some(sectors) = self.options.raw_blocksize else {
-                bail!(Param, "a raw image does not tell its cluster size: it must be given");
+                bail!(Param, "a raw image has no cluster size of its own: it must be given");
             };
             let cluster = ClusterSize::from_sectors(sectors)?;
             ((false, None, len / SECTOR), cluster)
@@ -134,7 +134,8 @@ impl Check<'_> {
             let skipped = !header.is_marked() && !self.options.force && !self.options.hard_force;
             let full = (header.sectors / u64::from(header.cluster.sectors())) as u32;
             if !skipped && header.size_clusters != header.clusters() && header.size_clusters != full {
-                // The classic never looks at it, so that it is no error; others size the BAT from it.
+                // The classic never reads it, so that it is no error; other programs compute the size of the BAT from
+                // it.
                 self.notes.push(format!(
                     "size in clusters is {} at offset 32 of the header: {} would fit the {} sectors at offset 36; qemu \
                      and dm-ploop may refuse the image",
@@ -267,7 +268,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// On ext4 the classic's kernel driver needs files without holes, and unwritten space on cluster borders.
+    /// On ext4 the classic's kernel driver needs files without holes, with unwritten space on cluster borders only.
     fn sparse(&mut self, cluster: ClusterSize) -> Result<()> {
         let kind = fstatfs(&self.file).ctx(Kind::Fstat, || "cannot ask for the file system")?.filesystem_type();
         if kind != EXT4_SUPER_MAGIC {
@@ -306,7 +307,7 @@ fn more(count: u64, told: usize) -> String {
     }
 }
 
-/// `check_file` for an image that must be a ploop1 image and is only looked at.
+/// Reads the header of an image that must be a ploop1 image; nothing is written. `Open` if the file is too short.
 pub fn read_header(path: &Path, dir: Option<&Path>) -> Result<Header> {
     let fd = open_level(path, dir)?;
     let (file, _) =

@@ -17,21 +17,21 @@ use crate::units::ClusterSize;
 /// Bytes written at once.
 const CHUNK: u64 = 1 << 20;
 
-/// Rounds after which what is left is an error: each one leaves strictly fewer gaps unless the file system splits
+/// Rounds after which gaps that are left are an error: each round leaves fewer gaps unless the file system splits
 /// extents anew.
 const ROUNDS: usize = 8;
 
 /// Completes the part `[0, len)` of a file that no other program writes. `len` is a multiple of the cluster. Does not
 /// sync.
 ///
-/// Errors leave the content as it was: out of space, for one, only means that the image stays sparse. Nothing is filled
-/// if not all can be, so that a full host is not made fuller.
+/// Errors leave the content as it was: without space, for example, the image only stays sparse. If the space is not
+/// enough for all gaps none is filled.
 pub fn complete(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
     fill_gaps(file, cluster, len, true)
 }
 
-/// The same for a raw file, whose holes are its owner's choice and stay: only unwritten space off cluster borders,
-/// which zeroing leaves, is filled. `len` may be any.
+/// Completes a raw file. Its holes are the user's choice and stay: only unwritten space off cluster borders, which
+/// zeroing leaves, is filled. `len` may be any.
 pub fn complete_raw(file: &File, cluster: ClusterSize, len: u64) -> io::Result<()> {
     fill_gaps(file, cluster, len, false)
 }
@@ -55,7 +55,7 @@ fn fill_gaps(file: &File, cluster: ClusterSize, len: u64, holes: bool) -> io::Re
             fill(file, cluster, *gap, &mut fallocates, &mut zeroes)?;
         }
         if !found.exact {
-            // Some of these file systems never store zeroes: looking again would find the same.
+            // Some of these file systems never store zeroes: another round would find the same gaps.
             return Ok(());
         }
     }
@@ -96,14 +96,14 @@ impl fmt::Display for Gap {
     }
 }
 
-/// The first thing that [`complete`] would fill in `[0, len)`.
+/// The first gap that [`complete`] would fill in `[0, len)`.
 pub fn first_gap(file: &File, cluster: ClusterSize, len: u64) -> io::Result<Option<Gap>> {
     Ok(find_gaps(file, cluster, len)?.gaps.first().copied())
 }
 
 struct Gaps {
     gaps: Vec<Gap>,
-    /// From the file system's own map; else from holes as they look from outside.
+    /// True: the gaps come from the file system's extent map. False: from SEEK_HOLE.
     exact: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Content for a new image: pieces of a disk, out of memory or out of sparse files.
+//! Content for a new image: pieces of a disk, from memory or from sparse files.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -11,7 +11,7 @@ use crate::sys::fiemap::each_data;
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     Bytes(&'a [u8]),
-    /// A file from this byte on; its holes, and what lies behind its end, are zeroes.
+    /// A file from this byte on; its holes and the bytes behind its end are zeroes.
     File {
         file: &'a File,
         offset: u64,

@@ -41,14 +41,14 @@ pub struct Built {
     pub bytes: u64,
 }
 
-/// Told now and then how many bytes of how many are done. An error ends the making and removes the file.
+/// Called now and then with the bytes done and the bytes in all. An error ends the creation and removes the file.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
 /// Bytes written at once, or a cluster if that is more.
 const WINDOW: u64 = 4 << 20;
 
 /// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up
-/// to a cluster. A file of that name is an error (38) and stays; after any error nothing of ours is left.
+/// to a cluster. A file of that name is an error (38) and stays. After any error the new file is removed.
 pub fn create_delta(path: &Path, version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
     let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
     let built = create(path, &params, &mut |_, _| Ok(()))?;
@@ -63,8 +63,8 @@ pub fn create(path: &Path, params: &Params, progress: Progress<'_>) -> Result<Bu
     build(path, params, &[], progress)
 }
 
-/// Makes an image with this content, exclusively, mode 0600, and syncs it; the folder's entry is for the caller to make
-/// durable, usually after a rename. Pieces may come in any order and must not overlap; what none covers reads as zero.
+/// Makes an image with this content, exclusively, mode 0600, and syncs it; the caller makes the folder's entry durable,
+/// usually after a rename. Pieces may come in any order and must not overlap; ranges without a piece read as zero.
 ///
 /// A file of that name is an error (38) and stays. If anything fails the new file is removed.
 pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progress<'_>) -> Result<Built> {
@@ -86,7 +86,7 @@ pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progr
         Ok(Built { sectors, header: work.plan.header, bytes })
     });
     if made.is_err() {
-        // Ours: it was made exclusively above.
+        // This function made the file exclusively above.
         let _ = store::unlink(path);
     }
     made
@@ -146,7 +146,7 @@ impl Work<'_> {
         self.plan.header.ok_or_else(|| Error::new(Kind::Param, "a raw image has no header"))
     }
 
-    /// Header and BAT, then the clusters that hold anything but zeroes, in the disk's order.
+    /// Header and BAT, then the clusters that have data other than zeroes, in the disk's order.
     fn expanded(&mut self) -> Result<u64> {
         let mut header = self.header()?;
         let size = self.cluster();
@@ -229,7 +229,7 @@ impl Work<'_> {
         Ok(len)
     }
 
-    /// Space for the whole file, reading as zero; false if it is only long enough.
+    /// Reserves space for the whole file, reading as zero. False: the file is only as long as that.
     fn reserve(&mut self, len: u64) -> Result<bool> {
         let name = self.path.display();
         match fallocate(self.file, FallocateFlags::empty(), 0, len as i64) {
@@ -267,7 +267,7 @@ impl Work<'_> {
         })
     }
 
-    /// Reserved space must be on cluster borders to pass for whole.
+    /// Completes the file: the classic's check wants reserved space on cluster borders.
     fn finish(&mut self, len: u64) -> Result<()> {
         complete(self.file, self.params.cluster, len)
             .ctx(Kind::Write, || format!("cannot complete image {}", self.path.display()))

@@ -1,4 +1,5 @@
-//! Giving an image a larger disk. A longer table needs clusters in which data stands: those move to the end first.
+//! Giving an image a larger disk. A longer table needs clusters that have data: these move to the end of the file
+//! first.
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
@@ -14,8 +15,8 @@ use super::target::Target;
 const CHUNK: u64 = 4 << 20;
 
 /// Grows the disk of an image that is marked in use to `sectors` (rounded up to a cluster). The content is the same at
-/// every instant: the old header stays valid until the new one is written, what moves is named at its new position
-/// before its old one is cleared. Added clusters read as unallocated. Smaller is `Param`, equal changes nothing.
+/// every instant: the old header stays valid until the new one is written, and a cluster that moves has its new entry
+/// before its old position is zeroed. Added clusters are not allocated. Smaller is `Param`, equal changes nothing.
 pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     let old = target.header;
     let name = target.name.display().to_string();
@@ -51,13 +52,13 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
     let name = target.name.display().to_string();
     let size = target.cluster().bytes();
     let old_first = target.header.first_data();
-    // Host clusters before the new border are not given out any more.
+    // Host clusters before the new border are not allocated any more.
     for gap in &mut target.table.free {
         gap.start = gap.start.max(first).min(gap.end.max(first));
         gap.end = gap.end.max(gap.start);
     }
     target.table.free.retain(|g| g.start < g.end);
-    // Behind the last whole cluster stands nothing; a tail of an interrupted growth would become data.
+    // Behind the last whole cluster there is no data; a tail that an interrupted grow left would become data.
     let len = target.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
     let whole = len / size * size;
     if whole != len {
@@ -71,7 +72,7 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
         .map(|(i, (cluster, host_cluster))| (i, *cluster, *host_cluster))
         .collect();
     target.check_room(moving.len() as u64)?;
-    // Clusters that the file does not have yet: what is behind the old end is zeroed, what moves there is written.
+    // Clusters that the file does not have yet: those behind the old end are zeroed, those that move there are written.
     zero(target, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
     let mut moved = Vec::with_capacity(moving.len());
     for &(index, cluster, host_cluster) in &moving {
@@ -86,7 +87,7 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
             entry.1 = to;
         }
     }
-    // Only now does nothing name the old host clusters any more.
+    // From here on no entry names the old host clusters.
     zero(target, u64::from(old_first) * size..whole.min(u64::from(first) * size))?;
     target.sync()
 }

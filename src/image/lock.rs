@@ -1,8 +1,9 @@
-//! Locks on an image file that show which program uses it: those that a worker takes, and those that qemu and the newer
-//! line look at.
+//! Locks on an image file that show other programs its use: those of a worker, and those that qemu and the newer line
+//! check.
 //!
-//! Who writes to an image holds an exclusive flock on it. Who only reads a delta of a running chain shares bytes with
-//! other readers, so that an operation that is to change a lower delta can know that no program reads it.
+//! A process that writes to an image holds an exclusive flock on it. A process that only reads a delta of a running
+//! chain holds shared locks on bytes of it, so that an operation that changes a lower delta can check that no process
+//! reads it.
 
 use std::fs::File;
 use std::io;
@@ -20,9 +21,9 @@ use crate::sys::host;
 
 use super::open::{Access, open_level, reopen};
 
-/// Bytes that tell other programs what is done with an image, as qemu does it: a shared lock on 100 + n says "I use
-/// permission n", on 200 + n "no other program may". 0 is reading, 1 writing, 3 resizing. The newer line takes a lock
-/// on 200 to 204 for "in use", too.
+/// Bytes whose locks show other programs how an image is used, as in qemu: a shared lock on 100 + n means "this process
+/// uses permission n", on 200 + n "no other process may use permission n". 0 is reading, 1 writing, 3 resizing. The
+/// newer line takes a lock on 200 to 204 for "in use", too.
 const USES_READ: i64 = 100;
 const USES_WRITE: i64 = 101;
 const USES_RESIZE: i64 = 103;
@@ -53,7 +54,7 @@ pub fn lock_image(path: &Path, dir: Option<&Path>, access: Access, sharing: Shar
     lock_open(&open_level(path, dir)?, path, access, sharing)
 }
 
-/// The same for an image that is known by a descriptor, and called `path`.
+/// As [`lock_image`], for an open image. `path`: its name in messages.
 pub fn lock_open(fd: &OwnedFd, path: &Path, access: Access, sharing: Sharing) -> Result<LockedImage> {
     let (file, _) = reopen(fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
     let image = LockedImage { file, path: path.to_owned() };
@@ -67,7 +68,7 @@ impl LockedImage {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 bail!(Busy, "image {} is in use by a program that writes to it", self.path.display())
             }
-            // A file system without such locks.
+            // The file system has no such locks.
             Err(_) => {}
             Ok(()) => {}
         }
@@ -95,16 +96,16 @@ pub fn lock_write(file: &File) -> io::Result<()> {
     share(file, &WRITING, &WRITING)
 }
 
-/// The same, and no other program may read it either.
+/// As [`lock_write`], and no other program may read the file either.
 pub fn lock_exclusive(file: &File) -> io::Result<()> {
     share(file, &WRITING, &[USES_READ]).and_then(|()| lock_write(file))
 }
 
-/// Takes back what [`lock_read`] has told.
+/// Releases the locks of [`lock_read`].
 pub fn unlock_read(file: &File) -> io::Result<()> {
     for byte in [USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE] {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_UNLCK, byte))) {
-            // A file system without such locks.
+            // The file system has no such locks.
             Ok(_) | Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOLCK) => {}
             Err(e) => return Err(e.into()),
         }
@@ -140,7 +141,7 @@ fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
     })
 }
 
-/// Tries for a second: a server that has just ended may still have I/O under way.
+/// Retries for a second: a worker that has just exited may still have I/O under way.
 pub fn retry(mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     for _ in 0..20 {
         match lock() {

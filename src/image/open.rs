@@ -1,4 +1,4 @@
-//! Opening image files that strangers may have made or named.
+//! Opening image files that untrusted users may have made or named.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -15,9 +15,9 @@ pub use crate::sys::reopen::{Access, reopen};
 
 /// An O_PATH descriptor of an image: a regular file.
 ///
-/// `dir` is the folder of the descriptor that names it. Below that folder no link is followed on the way; a file
-/// elsewhere must belong to the folder's owner and be no link itself, so that nobody has a file of another, or of
-/// root, opened by writing a descriptor. Without `dir` the user named the file, and links are his business.
+/// `dir` is the folder of the descriptor that names it. Below that folder no link is followed. A file elsewhere must
+/// belong to the folder's owner and be no link itself, so that a user cannot make root open the file of another user by
+/// writing a descriptor. Without `dir` the user named the file, and links are followed.
 pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
     let fail = |e: Errno| {
         let why = match e {

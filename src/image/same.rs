@@ -1,4 +1,4 @@
-//! Whether one image file can stand in for another.
+//! Whether one image file can replace another.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -55,7 +55,7 @@ fn shape(path: &Path) -> Result<(u64, Header)> {
     Ok((len, Header { in_use: 0, extension: 0, ..header }))
 }
 
-/// Compares what two ploop1 images hold, cluster by cluster of the disk; where it stands in the files does not matter.
+/// Compares the content of two ploop1 images, cluster by cluster of the disk; positions in the files may differ.
 /// `Format` if they differ.
 pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<()> {
     let (header, ours) = read_table(a, a_name)?;

@@ -20,8 +20,8 @@ const PAGE: usize = 4096;
 
 const SEGMENT_BITS: u32 = 1 << 16;
 
-/// A set of image clusters. Memory comes for what is set, in segments of 8 KiB, so that neither a file's length nor a
-/// single wild entry costs more.
+/// A set of image clusters. It takes memory in segments of 8 KiB only where clusters are set, however long the file is
+/// and whatever a damaged entry names.
 #[derive(Default)]
 pub struct HostClusters {
     segments: Vec<Option<Box<[u64; (SEGMENT_BITS / 64) as usize]>>>,
@@ -63,7 +63,7 @@ impl HostClusters {
         while at < to {
             let bit = at % SEGMENT_BITS;
             let segment = self.segments.get((at / SEGMENT_BITS) as usize).and_then(Option::as_ref);
-            // The end of what is looked at in one go: the segment where nothing is set in it, else the word.
+            // The step: a whole segment if none of its clusters is set, else one word.
             let span = match segment {
                 None => SEGMENT_BITS - bit,
                 Some(_) => 64 - bit % 64,
@@ -110,7 +110,7 @@ pub struct Found {
     pub entry: u32,
 }
 
-/// What a scan knows at its end.
+/// Result of a scan.
 pub struct Scan {
     /// Clusters named by entries that lie inside the file, the table's own clusters not among them.
     pub used: HostClusters,
@@ -120,7 +120,7 @@ pub struct Scan {
     pub mapped: u64,
 }
 
-/// What a scan meets.
+/// Receives the entries that a scan finds.
 pub trait Visitor {
     /// A sound entry of one of the disk's clusters.
     fn entry(&mut self, _cluster: VirtCluster, _host_cluster: ImageCluster) {}
@@ -207,7 +207,7 @@ impl Work<'_> {
         }
         let host_cluster = match bat::decode(self.header.version, self.header.cluster, entry) {
             Entry::At(host_cluster) => host_cluster,
-            // A slot that is no cluster's was reported; what it says does not matter then.
+            // A slot beyond the disk was reported already; its value does not matter.
             _ if beyond => return Ok(()),
             _ => return self.visitor.problem(found, Problem::Misaligned),
         };
@@ -244,7 +244,7 @@ pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) 
             format!("{head}: must be a multiple of the cluster size, {} sectors", header.cluster.sectors())
         }
         Problem::BeyondFile => format!(
-            "{head}: must lie inside the file, which holds {} whole clusters ({file_len} bytes)",
+            "{head}: must lie inside the file, which has {} whole clusters ({file_len} bytes)",
             file_len / header.cluster.bytes()
         ),
         Problem::InTable => {

@@ -1,5 +1,5 @@
-//! An image that an operation writes into while no other program uses it: marked first, its table written after its
-//! data, the mark taken away last.
+//! An image that an operation writes into while no other program uses it: the mark is set first, the table is written
+//! after the data, the mark is cleared last.
 
 use std::fs::File;
 use std::ops::Range;
@@ -21,7 +21,7 @@ use super::table::write_entries;
 /// Entries of a table by cluster, ascending.
 pub type Entries = Vec<(VirtCluster, ImageCluster)>;
 
-/// What the table of an image says.
+/// The table of an image.
 #[derive(Debug)]
 pub struct Table {
     pub entries: Entries,
@@ -101,7 +101,7 @@ impl<'a> Target<'a> {
         let header = Header {
             in_use: header::IN_USE,
             flags: self.header.flags & !header::FLAG_EMPTY,
-            // Void from the first write on, and a stale offset makes others refuse the image.
+            // The extension is not valid after the first write, and other programs refuse an image with a stale offset.
             extension: 0,
             ..self.header
         };
@@ -136,7 +136,7 @@ impl<'a> Target<'a> {
         self.sync()
     }
 
-    /// What an entry says that names this host cluster.
+    /// Value of an entry that names this host cluster.
     fn value(&self, host_cluster: ImageCluster) -> Result<u32> {
         let (version, cluster) = (self.header.version, self.header.cluster);
         match bat::encode(version, cluster, host_cluster)
@@ -167,7 +167,7 @@ impl<'a> Target<'a> {
         Ok(())
     }
 
-    /// Gives out so many clusters in a row at most, at least one: unused ones inside the file first.
+    /// Allocates at least one and at most so many clusters in a row: unused ones inside the file first.
     pub fn allocate(&mut self, wanted: u32) -> Result<Range<ImageCluster>> {
         if let Some(gap) = self.table.free.last_mut() {
             let end = gap.end.min(gap.start.saturating_add(wanted));
@@ -184,7 +184,7 @@ impl<'a> Target<'a> {
         Ok(out)
     }
 
-    /// Cuts what is behind the last cluster in use, completes, syncs, and takes the mark away unless it is to stay.
+    /// Cuts the file behind the last cluster in use, completes, syncs, and clears the mark unless `stay_marked`.
     pub fn close(&mut self, stay_marked: bool) -> Result<()> {
         let name = self.name.display().to_string();
         let end = u64::from(self.table.end) * self.cluster().bytes();
@@ -193,7 +193,7 @@ impl<'a> Target<'a> {
             store::set_len(self.file, end)
                 .ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
         }
-        // Only other programs' checks care.
+        // Completing only serves other programs' checks.
         if let Err(e) = complete::complete(self.file, self.cluster(), end) {
             report::warn(format_args!("image {name} stays sparse: {e}"));
         }
@@ -206,7 +206,7 @@ impl<'a> Target<'a> {
         self.write_header(&Header { in_use: 0, flags, extension: 0, ..self.header })
     }
 
-    /// Closes an image in the middle of an operation: what is not published goes.
+    /// Closes an image in the middle of an operation: clusters that are not published are dropped.
     pub fn close_as_it_is(&mut self) -> Result<()> {
         (self.header, self.table) = read_table(self.file, &self.name)?;
         self.close(false)

@@ -387,7 +387,7 @@ fn images_of_strangers() {
     }
     assert_eq!(ok(&root.join("outer-link")).unwrap_err().kind(), Kind::Open);
     assert_eq!(ok(Path::new("/dev/null")).unwrap_err().kind(), Kind::Open);
-    // Named by the user himself: his links are followed, devices and folders are no images all the same.
+    // The user named the file: links are followed; devices and folders are refused all the same.
     open_level(&root.join("outer-link"), None).unwrap();
     assert_eq!(open_level(Path::new("/dev/null"), None).unwrap_err().kind(), Kind::Open);
     assert_eq!(open_level(&folder, None).unwrap_err().kind(), Kind::Open);
@@ -397,7 +397,7 @@ fn images_of_strangers() {
         assert!(e.to_string().contains("12345"), "{e}");
         std::os::unix::fs::chown(&folder, Some(12345), None).unwrap();
         ok(&outside).unwrap();
-        // Not even root's files, or a stranger's descriptor could have them opened.
+        // Not even root's files: else the descriptor of an untrusted user could make root open them.
         std::os::unix::fs::chown(&outside, Some(0), None).unwrap();
         assert_eq!(ok(&outside).unwrap_err().kind(), Kind::Open);
         ok(&folder.join("a")).unwrap();

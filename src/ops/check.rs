@@ -40,7 +40,8 @@ pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
     check(descriptor, guid, false)
 }
 
-/// The same; then deltas that the descriptor does not name are removed, if it is sure that nobody else does either.
+/// Checks a disk as [`check_disk`] does. Then it removes deltas that no descriptor in the folder names and no process
+/// uses. A delta that may belong to another disk stays, and is an error.
 pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
     check(descriptor, guid, true)
 }
@@ -133,7 +134,7 @@ fn tell(found: &CheckReport) {
     }
 }
 
-/// A server that writes to the file would be fooled by any change.
+/// Refuses an image that a device of this machine has open: its worker would not see the change. `InUse`.
 fn refuse_attached(path: &Path) -> Result<()> {
     match image_set::users(path)?.first() {
         Some(device) => bail!(
@@ -146,7 +147,8 @@ fn refuse_attached(path: &Path) -> Result<()> {
     }
 }
 
-/// The lock that a server holds on the image that it writes, also one of which our /run/ploop knows nothing.
+/// Takes the lock that a worker holds on the image that it writes. This also finds a worker without a record in this
+/// /run/ploop. None: the file system has no such locks.
 fn hold(path: &Path, dir: Option<&Path>) -> Result<Option<Flock<File>>> {
     let fd = open_level(path, dir)?;
     let (file, _) =

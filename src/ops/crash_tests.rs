@@ -109,7 +109,7 @@ impl Case<'_> {
     }
 }
 
-/// Runs the operation on copies of the folder; answers how many points were tried and how many crashes made up.
+/// Runs the operation on copies of the folder; returns how many points were tried and how many crashes were simulated.
 fn crashes(name: &str, from: &Path, act: &dyn Fn(&Path) -> Result<()>) -> (usize, usize) {
     crashes_without(None, name, from, act)
 }
@@ -157,7 +157,7 @@ fn crashes_without(syncs: Option<Thing>, name: &str, from: &Path, act: &dyn Fn(&
     let begun = guard.0.begun();
     drop(guard);
 
-    // Each step failing by itself, with the others still possible.
+    // Each step failing by itself; the other steps still work.
     for at in 0..begun {
         for errno in [libc::ENOSPC, libc::EIO] {
             if !full() && (errno == libc::EIO) != (at % 4 == 0) {
@@ -304,7 +304,7 @@ fn crashes_of_merges_into_a_new_file() {
             match Descriptor::read(dd)?.images.len() {
                 1 => Ok(()),
                 _ => {
-                    // A crash after its rename leaves it whole, but nobody knows that.
+                    // After a crash behind its rename the file is whole, but the merge cannot know that.
                     let _ = std::fs::remove_file(dd.with_file_name("merged"));
                     merge_snapshot(dd, "", &MergeParams { all: true, new_delta, ..Default::default() })
                 }
@@ -320,7 +320,7 @@ fn crashes_of_replacing() {
         let (dir, dd) = chain(Version::V2, ImageMode::Expanded);
         let old = Descriptor::read(&dd).unwrap().image(&g(2)).unwrap().file.clone();
         std::fs::copy(old, dd.with_file_name("copy")).unwrap();
-        // The files of a crash's copy have other numbers than those of the disk: whoever has the name is meant.
+        // In a copy of the folder the files have other inode numbers: the image is found by its name.
         let act = |dd: &Path| match dd.with_file_name("copy") {
             new if new.exists() => replace(dd, "", &Which::Guid(g(2)), &new, keep_name),
             _ => Ok(()),

@@ -1,5 +1,5 @@
 //! Making a disk: the image, with partition, file system and balloon file in it, and its descriptor. No device and no
-//! root are needed. All of it grows under temporary names; the image gets its name when it is whole, the descriptor
+//! root are needed. All files have temporary names at first; the image gets its name when it is whole, the descriptor
 //! comes last.
 
 use std::fs::{self, OpenOptions};
@@ -64,7 +64,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     if exists(&target.descriptor)? {
         bail!(
             Param,
-            "{} exists already: a folder holds one disk; use another folder, or remove the old disk first",
+            "{} exists already: a folder has one disk; use another folder, or remove the old disk first",
             target.descriptor.display()
         );
     }
@@ -75,8 +75,8 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
 
     let scratch = Scratch::take(&target.folder)?;
     if there {
-        // An interrupted creation keeps its own name of the image until the descriptor is there: the image is ours and
-        // whole, only the descriptor is missing.
+        // An interrupted creation keeps its own name of the image until the descriptor is stored: the image is its own
+        // and whole, only the descriptor is missing.
         if !same_file(&scratch.image(), &target.image)? {
             return target.image_exists();
         }
@@ -101,7 +101,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     fill(&scratch, &params, table.as_ref())?;
     target.place(&scratch)?;
     target.commit(&params).inspect_err(|_| {
-        // It is the file that we gave this name a moment ago.
+        // It is the file that got this name in the step before.
         if same_file(&scratch.image(), &target.image).unwrap_or(false) {
             let _ = fs::remove_file(&target.image);
         }
@@ -216,13 +216,13 @@ impl Target {
         )
     }
 
-    /// Gives the image its name, which nothing may have. A second name is best: as long as the first one stays, an
-    /// interrupted creation can be told from somebody's image.
+    /// Gives the image its name; no file may have that name. A second (hard) link is preferred: while the first name
+    /// stays, the next creation sees that the image was left by an interrupted creation and is no image of the user's.
     fn place(&self, scratch: &Scratch) -> Result<()> {
         let from = scratch.image();
         match fs::hard_link(&from, &self.image) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return self.image_exists(),
-            // A file system without links.
+            // The file system has no hard links.
             Err(_) => descriptor::rename_new(&from, &self.image)?,
             Ok(()) => {}
         }

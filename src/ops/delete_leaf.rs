@@ -1,4 +1,4 @@
-//! Removing a snapshot on which no other stands, with its file.
+//! Removing a snapshot on which no delta stands, with its file.
 
 use super::image_set;
 use crate::descriptor::LockedDescriptor;
@@ -7,7 +7,7 @@ use crate::format::guid::{self, Guid};
 use crate::image::lock::Sharing;
 use crate::image::open::Access;
 
-/// Removes a snapshot on which nothing stands.
+/// Removes a snapshot on which no delta stands.
 pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     let mut next = disk.descriptor.clone();
     let file = next.delete_leaf(guid)?;
@@ -15,7 +15,7 @@ pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
         Err(e) if e.kind() == Kind::Busy && *guid == disk.top => {
             return Err(e.as_kind(Kind::Param).context("the top of a running disk cannot be deleted"));
         }
-        // Gone already: what is left to do is to forget it.
+        // The file is removed already: only the descriptor still names it.
         Err(e) if e.errno() == Some(libc::ENOENT) => None,
         other => Some(other?),
     };

@@ -1,5 +1,4 @@
-//! A running device by levels: 0 is the base, the highest one the top. For what is done to a device without its
-//! descriptor.
+//! Operations on a running device by levels, without its descriptor: level 0 is the base, the highest level the top.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +26,7 @@ pub struct Range {
     pub files: Vec<PathBuf>,
 }
 
-/// A device of ours by its node, whatever its state. `Sysfs` if there is none.
+/// A ploop device by its node, whatever its state. `Sysfs` if there is none.
 pub fn device(node: &str) -> Result<Device> {
     match device::by_node(node) {
         Ok(Some(device)) => Ok(device),
@@ -37,7 +36,7 @@ pub fn device(node: &str) -> Result<Device> {
 }
 
 /// Puts a new image `file`, which is made, on top of a running device. `sync`: its file systems are brought to rest first.
-/// No descriptor is told.
+/// No descriptor is changed.
 pub fn put_on_top(node: &str, file: &Path, sync: bool) -> Result<()> {
     let device = device(node)?;
     online::on_device(&device, file, sync)?;
@@ -46,7 +45,7 @@ pub fn put_on_top(node: &str, file: &Path, sync: bool) -> Result<()> {
 }
 
 /// Merges levels `low` to `high` (none: the top) of a running device into the lowest of them. The files merged stay; no
-/// descriptor is told. A new file for the result is refused: the lowest image stays the one that it is.
+/// descriptor is changed. A new file for the result is refused: the lowest image takes the result.
 pub fn merge(node: &str, low: usize, high: Option<usize>, new_delta: Option<&Path>) -> Result<()> {
     let range = merge_range(node, low, high)?;
     if let Some(new) = new_delta {
@@ -62,8 +61,8 @@ pub fn merge(node: &str, low: usize, high: Option<usize>, new_delta: Option<&Pat
     Ok(())
 }
 
-/// Puts `new`, a copy, in the place of a level of a running device, below its top; no descriptor is told. `Open`: there is no
-/// such file; `Device`: no such device.
+/// Replaces the image of a level below the top of a running device by its copy `new`; no descriptor is changed. `Open`:
+/// there is no such file; `Device`: no such device.
 pub fn replace(node: &str, level: usize, new: &Path) -> Result<()> {
     fs::metadata(new).ctx(Kind::Open, || format!("cannot open image {}", new.display()))?;
     let device = device(node).map_err(|e| e.as_kind(Kind::Device))?;
@@ -72,14 +71,15 @@ pub fn replace(node: &str, level: usize, new: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Says so if a descriptor names the disk that was just changed by device: it tells another story from now on.
+/// Warns if a descriptor names the disk that was just changed by device: the descriptor has another chain from now on.
 fn warn_of_descriptor(device: &Device) {
     let beside = device.base().with_file_name(descriptor::FILE_NAME);
     for path in device.descriptor.iter().chain([&beside]) {
         let top = device.images.last().map(|i| &i.path);
         if Descriptor::read(path).is_ok_and(|d| d.image(&d.top).map(|i| &i.file) == top) {
             report::warn(format_args!(
-                "{} does not tell what {} runs now; changes by descriptor, like ploop snapshot {0}, keep the two together",
+                "{} does not name the chain that {} runs now; changes by descriptor, like ploop snapshot {0}, \
+                 change both",
                 path.display(),
                 device.node().display()
             ));
@@ -88,8 +88,8 @@ fn warn_of_descriptor(device: &Device) {
     }
 }
 
-/// The level of a device whose image is this very file, whatever it is called. `Sysfs`: no such device; `Fstat`: no such
-/// file; `Param`: not a level of it.
+/// The level of a device whose image is this very file, whatever its name. `Sysfs`: no such device; `Fstat`: no such
+/// file; `Param`: the file is no level of the device.
 pub fn level_of(node: &str, image: &Path) -> Result<usize> {
     let device = device(node)?;
     let id = FileId::at(image).ctx(Kind::Fstat, || format!("cannot look at image {}", image.display()))?;

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::device::{self, Device, State};
 use crate::fs::helper;
 
-/// One thing that was looked at.
+/// Result of one check.
 #[derive(Clone, Debug)]
 pub struct Finding {
     pub subject: String,
@@ -58,7 +58,8 @@ fn kernel() -> Finding {
     }
 }
 
-/// How requests survive a killed server. The kernel tells it with the first mount; till then its version has to do.
+/// How requests of a killed server are executed. The kernel says what it can do at the first mount; until then its
+/// version decides.
 fn takeover() -> Finding {
     let wanted = match device::slots_wanted() {
         Ok(wanted) => wanted,
@@ -75,7 +76,7 @@ fn takeover() -> Finding {
     )
 }
 
-/// Whether a kernel of this release can; unless somebody has taken it out, or into an older one.
+/// Whether a kernel of this release sends requests again. Distributions can have removed or backported that.
 fn resends(release: &str) -> bool {
     let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
     (parts.next(), parts.next()) >= (Some(6), Some(9))
@@ -176,7 +177,7 @@ fn program(name: &str, what: &str, package: &str, grade: Grade) -> Finding {
     }
 }
 
-/// With such a limit the kernel ends a FUSE connection whose server is away for long, and the disk with it.
+/// With such a limit the kernel ends a FUSE connection whose server does not answer in time, and the disk fails.
 fn request_timeouts() -> Option<Finding> {
     let name = ["default_request_timeout", "max_request_timeout"].into_iter().find(|name| {
         let value = fs::read_to_string(Path::new("/proc/sys/fs/fuse").join(name)).unwrap_or_default();
@@ -207,14 +208,14 @@ fn one(d: &Device) -> Finding {
     };
     let remedy = match &d.state {
         State::Running | State::Starting => {
-            // A device works without a supervisor, but nobody would start a new worker.
+            // A device works without a supervisor, but no process would start a new worker.
             return match device::is_supervised(d) || d.state == State::Starting {
                 true => good(&subject, of),
                 false => bad(
                     Grade::Warning,
                     &subject,
                     format!("{of}, without a supervisor"),
-                    "wait some seconds, the worker starts one",
+                    "wait some seconds: the worker starts one",
                 ),
             };
         }

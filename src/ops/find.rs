@@ -12,7 +12,7 @@ use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
 use crate::sys::file_id::FileId;
 
-/// A component name that is longer would be found by nobody.
+/// Longest component name in bytes; no program could find a device by a longer one.
 pub const COMPONENT_MAX: usize = 63;
 
 /// Refuses component names that cannot be stored. `Param`.
@@ -36,7 +36,7 @@ fn id(path: &Path) -> Option<FileId> {
 /// the image while the disk ran is not what its users write to. `InUse`.
 pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
-        // Where a device's files are is not for everybody to see, and the locks still tell.
+        // Only root may see where a device's files are. The locks on the images still refuse a second writer.
         return Ok(());
     }
     let base = &disk.first_image()?.file;
@@ -66,7 +66,7 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     if !found.state.runs() {
         bail!(
             Sys,
-            "{} holds this disk but does not run (state: {}); see ploop doctor",
+            "{} has this disk but does not run (state: {}); see ploop doctor",
             found.node().display(),
             found.state.as_str()
         );
@@ -92,7 +92,7 @@ pub fn names(device: &Device) -> Names {
     Names { devs, nodes }
 }
 
-/// The mounts of a device in our mount namespace, oldest first.
+/// The mounts of a device in the mount namespace of the calling process, oldest first.
 pub fn mounts_of(device: &Device) -> Result<Vec<Mount>> {
     let names = names(device);
     Ok(mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).collect())

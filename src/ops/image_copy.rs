@@ -13,8 +13,8 @@ use crate::sys::store;
 
 const READ: Access = Access { write: false, direct: false };
 
-/// Makes sure that `new` can stand in for the image `old`, and that it is durable; `sharing` says who may use it
-/// meanwhile.
+/// Makes sure that `new` can replace the image `old`, and that it is durable; `sharing` says how other processes may
+/// use it meanwhile.
 pub fn copy_of(
     disk: Option<&Descriptor>,
     image: &Path,

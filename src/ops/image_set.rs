@@ -1,4 +1,5 @@
-//! What the operations on a disk's deltas share: who uses them, what a new one is like, how old ones go.
+//! What the operations on a disk's deltas share: which devices use them, what a new one is like, how old ones are
+//! removed.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -50,7 +51,7 @@ impl Shape {
         Ok(Shape { version: header.version, cluster: header.cluster, sectors: header.sectors })
     }
 
-    /// Makes an empty delta like this, durable; answers the size that it gives the disk, in sectors.
+    /// Makes an empty delta like this, durable; returns the size that it gives the disk, in sectors.
     pub fn make(&self, path: &Path) -> Result<u64> {
         report::say(
             0,
@@ -86,7 +87,8 @@ pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
     Ok(folder.join(name))
 }
 
-/// A delta of ours outside the disk's folder can be opened only if that folder is ours, see [`open::open_level`].
+/// Refuses a folder outside the disk's folder in which a new delta would belong to a user whose images are not opened;
+/// see [`open::open_level`].
 fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     let shown = disk.dir.display();
     let owner = fs::metadata(&disk.dir).ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.uid();
@@ -102,7 +104,7 @@ fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The device that runs this disk under this component and may write to its top; none: nothing of ours does.
+/// The device that runs this disk under this component and may write to its top; none: no ploop device does.
 pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
     find::check_component(component)?;
     let found = find::of_base(&disk.first_image()?.file, component)?;
@@ -115,7 +117,7 @@ pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
 /// The device that runs this disk and may write to its top, whatever its component.
 pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
     if !nix::unistd::geteuid().is_root() {
-        // Nobody else can use devices, and the locks still tell.
+        // Only root can make devices. The locks on the images still refuse a second writer.
         return Ok(None);
     }
     let found = device::by_base(&disk.first_image()?.file, None)?;
@@ -129,7 +131,8 @@ pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
 pub fn users(path: &Path) -> Result<Vec<Device>> {
     let Ok(id) = FileId::at(path) else { return Ok(Vec::new()) };
     let mut found = match device::list_of(|d| d.level_of(id).is_some()) {
-        // Who is not root may not be allowed to ask, and the locks still tell.
+        // A user without rights may not be allowed to list devices. The locks on the images still refuse a second
+        // writer.
         Err(e) if nix::unistd::geteuid().is_root() => return Err(e),
         other => other.unwrap_or_default(),
     };
@@ -137,7 +140,7 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
     Ok(found)
 }
 
-/// Locks an image of the disk; if somebody uses it the error (17) names the device.
+/// Locks an image of the disk. If another process uses it, the error (17) names the device.
 pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
     lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
 }
@@ -164,7 +167,7 @@ fn describe(device: &Device) -> String {
     }
 }
 
-/// The options with which images of a disk that nobody uses are brought in order: what a crash left goes.
+/// Options of a check that repairs an image which no process uses: it removes what a crash left.
 pub const REPAIR_IN_PLACE: CheckOptions = CheckOptions {
     force: false,
     hard_force: false,
@@ -184,8 +187,8 @@ pub fn repair_in_place(disk: &Descriptor, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// After a commit that failed: the new image goes if the descriptor on disk does not name it. If it does, or cannot be
-/// read, the file stays.
+/// After a commit that failed: removes the new image if the descriptor on disk does not name it. If the descriptor
+/// names it or cannot be read, the file stays.
 pub fn undo_new(disk: &LockedDescriptor, path: &Path) {
     let names_it = |d: Descriptor| d.images.iter().any(|i| i.file == path);
     match Descriptor::read(&disk.path).map(names_it) {
@@ -196,8 +199,8 @@ pub fn undo_new(disk: &LockedDescriptor, path: &Path) {
     }
 }
 
-/// Removes files that the stored descriptor no longer names. What cannot be removed is told and no error: the operation
-/// is done.
+/// Removes files that the stored descriptor no longer names. A file that cannot be removed is a warning and no error:
+/// the operation is done.
 pub fn remove(files: &[PathBuf]) {
     let mut folders: Vec<&Path> = Vec::new();
     for path in files {
@@ -233,7 +236,7 @@ fn unlink_all(files: &[PathBuf]) -> Vec<std::io::Result<()>> {
     std::thread::scope(|scope| {
         let parts: Vec<_> =
             files.chunks(files.len().div_ceil(FEW)).map(|part| (part, scope.spawn(move || one_by_one(part)))).collect();
-        // A thread that panicked has not told what it did; what is left is seen by the next check.
+        // A thread that panicked returns no result; the next check reports the files that are left.
         parts
             .into_iter()
             .flat_map(|(part, t)| t.join().unwrap_or_else(|_| part.iter().map(|_| Ok(())).collect()))

@@ -45,7 +45,7 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
             Some(m) => FsInfo::of(&m.target),
             None => bail!(
                 DevNotMounted,
-                "{} is attached as {}, but its file system is not mounted: its size cannot be told",
+                "{} is attached as {}, but its file system is not mounted: its size is not known",
                 descriptor.display(),
                 device.node().display()
             ),
@@ -225,7 +225,7 @@ fn read_header(file: &File) -> Result<Header> {
     Header::parse(&bytes[..n])
 }
 
-/// Reads the disk as this one file has it: what it lacks reads as zero, whatever lower deltas may hold.
+/// Reads the disk as this one file has it: clusters that it lacks read as zero, whatever lower deltas have.
 fn read_disk(file: &File, header: &Header, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
     let size = header.cluster.bytes();
     if offset.checked_add(buf.len() as u64).is_none_or(|end| end > header.sectors * SECTOR) {

@@ -1,4 +1,4 @@
-//! All devices, for people and scripts.
+//! All devices, for users and scripts.
 
 use std::path::PathBuf;
 

@@ -1,8 +1,9 @@
 //! Merging deltas that stand on each other into the lowest of them, or into a new file.
 //!
-//! The order that no crash can spoil: the snapshots that are going to disappear are marked temporary first, so that nobody
-//! switches to one whose content is half another's; then the data goes down, which the sources hide until the descriptor
-//! without them is stored; only then are they removed. A merge that was interrupted is finished by doing it again.
+//! This order is safe at any crash. First the snapshots that are going to disappear are marked temporary, so that no
+//! operation switches to one whose content is partly that of another. Then their data is copied down; until the
+//! descriptor without them is stored, the sources hide the copies. Only then are the sources removed. A merge that was
+//! interrupted is finished by running it again.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -36,7 +37,7 @@ pub struct MergeParams {
     pub new_delta: Option<PathBuf>,
 }
 
-/// What is added to the name of a new file while it grows.
+/// Suffix of a new file's name until the file is complete.
 pub(super) const SCRATCH: &str = ".ploop-merge";
 
 const READ: Access = Access { write: false, direct: false };
@@ -108,7 +109,7 @@ fn running(
     Ok(())
 }
 
-/// A copy of the image of a running disk takes its place; answers the device as it is then.
+/// Replaces the image of a running disk by a copy of it; returns the device as it is then.
 fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path) -> Result<Device> {
     let Some(image) = disk.image(guid).cloned() else { bail!(Param, "snapshot {guid} has no image") };
     if disk.is_raw(&image) {
@@ -125,7 +126,7 @@ fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path
         descriptor::sync_parent(new)
     });
     made.inspect_err(|_| {
-        // Ours: made exclusively.
+        // This operation made the file exclusively.
         let _ = store::unlink(&tmp);
     })?;
     online::replace(disk, device, &image, new, false).inspect_err(|_| image_set::undo_new(disk, new))?;
@@ -146,8 +147,8 @@ fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Path) -> Result<()> {
     store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync {shown}"))
 }
 
-/// Merges `descendant` and all between into `ancestor`, which nobody uses but the device that runs the disk, if there is
-/// one (`Busy`).
+/// Merges `descendant` and all between into `ancestor`. No process may use these images except the device that runs the
+/// disk, if there is one (`Busy`).
 pub(super) fn range(
     disk: &mut LockedDescriptor,
     descendant: &Guid,
@@ -161,7 +162,7 @@ pub(super) fn range(
     }
     let gone = disk.removed_by_merge(descendant, ancestor)?;
     for guid in gone.iter().filter(|g| disk.snapshot(g).is_some_and(|s| s.temporary)) {
-        // If somebody does use it the locks say so.
+        // If another process does use it, the locks refuse the merge.
         temporary_snapshot::end_idle(disk, guid)?;
     }
     recovery::check_files(disk, descendant)?;
@@ -303,7 +304,7 @@ impl LockedChain {
         Merge::prepare(&sources, target, below.as_deref())
     }
 
-    /// Writes everything into a file of this name, durable; the target itself is a source like the others.
+    /// Writes the merged content into a new file of this name, durable. The target itself is only read.
     fn write_new(&self, new: &Path) -> Result<Merged> {
         let tmp = scratch_name(new)?;
         let made = self.fill_new(&tmp).and_then(|merged| {
@@ -314,7 +315,7 @@ impl LockedChain {
             Ok(merged)
         });
         if made.is_err() {
-            // Ours: made exclusively.
+            // This operation made the file exclusively.
             let _ = store::unlink(&tmp);
         }
         made
@@ -355,7 +356,7 @@ fn new_file(path: &Path) -> Result<PathBuf> {
     Ok(new)
 }
 
-/// The name under which the new file grows; what an interrupted merge left there goes.
+/// The name of the new file until it is complete. Removes what an interrupted merge left there.
 fn scratch_name(new: &Path) -> Result<PathBuf> {
     let mut name = new.as_os_str().to_owned();
     name.push(SCRATCH);
@@ -368,7 +369,7 @@ fn scratch_name(new: &Path) -> Result<PathBuf> {
     Ok(tmp)
 }
 
-/// A raw image once more.
+/// Copies an image file byte by byte into a new file.
 fn copy_raw(from: MergeLevel<'_>, to: &Path) -> Result<()> {
     let shown = to.display();
     let len = from.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", from.name.display()))?.len();
@@ -436,7 +437,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
                 bail!(
                     Open,
                     "image {} is marked in use: it is open elsewhere or was not closed cleanly; run `ploop check -d` on \
-                     it once nobody has it open",
+                     it when no process has it open",
                     target.display()
                 );
             }

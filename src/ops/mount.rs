@@ -67,8 +67,8 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
         recovery::before_mount(&mut disk, &guid, params.read_only)?;
     }
     if !running && component.is_empty() && !params.read_only && guid == disk.top {
-        // Merges that were interrupted go to their end, snapshots that only a backup needed go; the disk is as good
-        // with them.
+        // Finishes interrupted merges and removes snapshots that only a backup needed. If that fails the disk is
+        // mounted all the same.
         if let Err(e) = merge_temporary::merge_unused(&mut disk) {
             report::warn(format_args!("a temporary snapshot stays: {e}"));
         }
@@ -76,7 +76,7 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
     mount_locked(&disk, component, params)
 }
 
-/// The same for a descriptor whose lock is held already.
+/// Mounts a disk whose descriptor the caller has locked.
 pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountParams) -> Result<Mounted> {
     find::check_component(component)?;
     check_target(params.target.as_deref())?;
@@ -173,7 +173,8 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
     finish(device, params)
 }
 
-/// Names the ways out of "in use": the mark alone does not tell a crash from another host that runs the image.
+/// Adds to the error "in use" what the user can do: the mark alone does not say whether a host crashed or another host
+/// runs the image.
 fn in_use(e: Error, top: &Path) -> Error {
     let descriptor = top.with_file_name(crate::descriptor::FILE_NAME);
     let names_it = Descriptor::read(&descriptor).is_ok_and(|d| d.images.iter().any(|i| i.file == top));
@@ -238,13 +239,13 @@ fn beside_running(base: &Path, guid: &Guid) -> Result<String> {
     Ok(name)
 }
 
-/// A device of the same component stops us; what is left of a dead one is removed first.
+/// Refuses the mount if a device of the same component runs. What is left of a dead device is removed first.
 fn refuse_running(base: &Path, component: &str) -> Result<()> {
     let Some(found) = find::of_base(base, component)? else { return Ok(()) };
     let shown = format!("{} as {}", base.display(), found.node().display());
     match found.state {
         State::Dead => {
-            report::say(0, format_args!("Removing what is left of {shown}, whose server died"));
+            report::say(0, format_args!("Removing what is left of {shown}, whose server was killed"));
             device::clean(found.name()).map_err(|e| e.context(format!("left by a dead server: {shown}")))
         }
         State::Stopped => bail!(Sys, "{shown} is stopped; detach it first: ploop umount -d {}", found.node().display()),
@@ -271,7 +272,7 @@ fn identity(level: &Level) -> Result<FileId> {
     FileId::of(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))
 }
 
-/// A file is one level of a chain, whatever it is called there.
+/// Refuses a chain that has one file twice, whatever the names. `Param`.
 fn refuse_twice(levels: &[Level]) -> Result<()> {
     let mut seen = HashMap::new();
     for level in levels {
@@ -287,7 +288,7 @@ fn refuse_twice(levels: &[Level]) -> Result<()> {
     Ok(())
 }
 
-/// What a device of ours writes to has no other users; what it reads is not written to.
+/// Refuses images that another device writes to, and a top that another device reads. `Mount`.
 fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
     let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
     let top = ids.last().copied().filter(|_| !read_only);
@@ -321,7 +322,7 @@ fn attach(spec: AttachSpec) -> Result<Device> {
     Ok(device)
 }
 
-/// What follows once the device runs; a failure takes it away again.
+/// The steps after the device runs. If one fails the device is detached.
 fn finish(device: Device, params: &MountParams) -> Result<Mounted> {
     match mount_fs(&device, params) {
         Ok(fsck_rc) => Ok(Mounted { device, fsck_rc }),
@@ -372,7 +373,7 @@ pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static st
     Ok((source, option))
 }
 
-/// The numbers beside the image hold no more.
+/// Removes the file system's numbers that are stored beside the image: they are not valid any more.
 pub(super) fn drop_cache(disk: &LockedDescriptor) {
     let image = disk.first_image().ok().and_then(|i| i.file.parent().map(Path::to_owned));
     for folder in image.iter().chain([&disk.dir]) {

@@ -1,5 +1,5 @@
-//! What is looked at in the image files themselves before they are mounted: the cluster size of a raw base, and whether
-//! the host's file system suits them.
+//! Checks of the image files before a mount: the cluster size of a raw base, and whether the host's file system suits
+//! the images.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -63,7 +63,7 @@ pub fn host_checks(levels: &[Level]) -> Result<()> {
         let dev = file.metadata().map(|m| m.dev()).unwrap_or_default();
         if table.iter().any(|m| m.dev == dev && m.options.split(',').any(|o| o == "data=writeback")) {
             report::warn(format_args!(
-                "{} lies on a file system mounted with data=writeback: after a power cut it can hold old data",
+                "{} lies on a file system mounted with data=writeback: after a power cut it can have old data",
                 level.path.display()
             ));
         }

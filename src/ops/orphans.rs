@@ -1,5 +1,5 @@
-//! Files that look like deltas of a disk and are not: what an interrupted operation can have left. They are told of, and
-//! removed only if the user asks for that.
+//! Files that look like deltas of a disk and are not: an interrupted operation can have left them. They are reported,
+//! and removed only if the user asks for that.
 
 use std::ffi::OsStr;
 use std::fs::{self};
@@ -19,8 +19,8 @@ use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::store;
 
-/// Tells of all leftovers beside the first image; orphan deltas are removed if `remove` says so. One that may belong to
-/// somebody stays, and the error, after all others are dealt with, says why.
+/// Reports all leftovers beside the first image, and removes orphan deltas if `remove` is set. A delta that another
+/// descriptor names or another process uses stays; the first such delta is the error, returned after all were tried.
 pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
     let first = &disk.first_image()?.file;
     let mut kept = None;
@@ -80,7 +80,7 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// What there is to lose, for people.
+/// What the file has in it, for messages.
 fn content(path: &Path) -> String {
     let used = || -> Result<u64> {
         let header = read_header(path, None)?;
@@ -106,14 +106,14 @@ impl Visitor for Quiet {
     }
 }
 
-/// Removes one that provably nobody uses or names.
+/// Removes an orphan if no process uses it and no other descriptor in the folder names it.
 fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     let shown = path.display();
     if path.parent() != Some(&disk.dir) {
-        bail!(Param, "{shown} stays: only files in the descriptor's own folder can be told from another disk's");
+        bail!(Param, "{shown} stays: outside the descriptor's own folder it may belong to another disk");
     }
     if let Some(device) = image_set::users(path)?.first() {
-        bail!(InUse, "{shown} stays: it is part of {}, which the descriptor does not tell", device.node().display());
+        bail!(InUse, "{shown} stays: it is part of {}, but not in the descriptor", device.node().display());
     }
     let held = lock::lock_image(path, Some(&disk.dir), Access::default(), Sharing::Exclusive)
         .map_err(|e| e.as_kind(Kind::InUse).context("an orphan stays"))?;
@@ -155,7 +155,7 @@ mod tests {
     use crate::units::ClusterSize;
 
     #[test]
-    fn only_what_is_nobodys_goes() {
+    fn only_orphans_without_users_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().canonicalize().unwrap();
         let cluster = ClusterSize::from_sectors(64).unwrap();

@@ -1,5 +1,5 @@
-//! What an interrupted operation provably left in a disk is put right before the next one, with one line each that says
-//! so. What is only suspicious is left to `check`.
+//! Repairs what an interrupted operation provably left in a disk, before the next operation, with one message for each.
+//! What is only suspicious is left to `check`.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,9 +17,9 @@ use crate::image::open::Access;
 use crate::report;
 use crate::sys::store;
 
-/// Before an operation changes the disk: descriptors that were not stored to their end are finished or removed, the tree
-/// is validated, marks that a crash left on lower deltas are cleared. The caller holds the disk's lock, so nobody else is
-/// in the middle of anything.
+/// Before an operation changes the disk: finishes or removes descriptors that were not stored completely, validates the
+/// tree, and clears marks that a crash left on lower deltas. The caller holds the disk's lock, so no other operation on
+/// the disk is under way.
 pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     disk.check_storable()?;
     finish_pending_descriptor(disk)?;
@@ -28,8 +28,8 @@ pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     clear_marks(disk, &all)
 }
 
-/// Before a chain is mounted: the same as far as it concerns the chain, and errors of what it does not need are left to
-/// whoever needs it. A read-only mount writes to no image.
+/// Before a chain is mounted: repairs what concerns the chain. Errors in images that the mount does not need are left
+/// to the operation that needs them. A read-only mount writes to no image.
 pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -> Result<()> {
     if disk.check_storable().is_err() {
         return Ok(());
@@ -49,7 +49,8 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Descriptors under temporary names: the lock tells that nobody is storing them.
+/// Finishes or removes descriptors under temporary names. The caller holds the disk's lock, so no process is storing
+/// them.
 fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
     let tmp = with_suffix(&disk.path, ".tmp");
     let twice = with_suffix(&tmp, ".tmp");
@@ -67,7 +68,7 @@ fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
                 );
                 disk.commit_as(new)?;
             }
-            // Half of a conversion to a raw image: not ours to decide here.
+            // Half of a conversion to a raw image: the conversion decides about it.
             Some(new) if new.mode == ImageMode::Raw && disk.mode != ImageMode::Raw && !base_signed(disk) => {}
             _ => forget(&tmp),
         }
@@ -85,9 +86,10 @@ fn forget(path: &Path) {
     }
 }
 
-/// Programs before us removed the old files of a merge into a new one before they stored the descriptor that no longer
-/// names them. Then the old one cannot be used, and the new one is whole: same disk, same top, all of its files there
-/// and closed, nothing in it that the old one does not know but the new file.
+/// Whether `new` is the descriptor of a finished merge into a new file. The classic removes the old files of such a
+/// merge before it stores the descriptor without them. Then the old descriptor cannot be used, and the new one is
+/// whole: same disk, same top, all of its files exist and are closed, and only the new file is not in the old
+/// descriptor.
 fn replaces_missing(old: &Descriptor, new: &Descriptor) -> bool {
     let there = |i: &Image| fs::symlink_metadata(&i.file).is_ok_and(|m| m.is_file());
     let missing: Vec<&Image> = old.images.iter().filter(|i| !there(i)).collect();
@@ -111,9 +113,9 @@ fn base_signed(disk: &Descriptor) -> bool {
     matches!(read, Some(Ok(()))) && header::has_signature(&head)
 }
 
-/// Clears in-use marks of deltas that are not the top: an interrupted merge, grow or change of tops left them. Locks prove
-/// that nobody uses the image; else, and where the image is not sound, it stays as it is for the operation that needs
-/// it to complain about.
+/// Clears in-use marks of deltas that are not the top: an interrupted merge, grow or change of tops left them. An
+/// exclusive lock proves that no process uses the image. An image that is in use or damaged stays as it is; the
+/// operation that needs it reports it.
 fn clear_marks(disk: &LockedDescriptor, guids: &[Guid]) -> Result<()> {
     for guid in guids {
         let Some(image) = disk.image(guid).filter(|i| !disk.is_raw(i)) else { continue };

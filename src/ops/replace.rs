@@ -30,7 +30,7 @@ pub enum Which {
 const READ: Access = Access { write: false, direct: false };
 
 /// Replaces an image by `new`, which must be a copy of it: clean, and the same in size, header and content (`Format`).
-/// The old file stays; with `keep_name` the new one takes its name and it goes.
+/// The old file stays; with `keep_name` it is removed, and the new one takes its name.
 pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, keep_name: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;

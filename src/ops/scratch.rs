@@ -1,5 +1,5 @@
-//! The private folder in which a new disk grows until it is whole: `.ploop-init` beside the image. A lock in it tells a
-//! running creation from the leftover of one that was interrupted, which is replaced.
+//! The private folder of a new disk until it is whole: `.ploop-init` beside the image. A running creation holds a lock
+//! in it. A folder whose lock is free was left by an interrupted creation and is replaced.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -16,14 +16,14 @@ use crate::fs::mkfs;
 use crate::report;
 use crate::sys::file_id::FileId;
 
-/// Name of the folder. One is enough: a folder holds one disk made by us, because it holds one DiskDescriptor.xml.
+/// Name of the folder. One is enough: a folder has one DiskDescriptor.xml, so one disk.
 pub const NAME: &str = ".ploop-init";
 const LOCK: &str = "lock";
 const IMAGE: &str = "image";
 const CONTENT: &str = "fs";
 const ROOT: &str = "root";
 
-/// The folder, locked. Removed with all that we put there when dropped.
+/// The folder, locked. Dropping it removes the folder and the files that a creation makes in it.
 pub struct Scratch {
     path: PathBuf,
     keep: bool,
@@ -80,15 +80,18 @@ impl Scratch {
                 return Ok(Scratch { path, keep: false, _lock: lock });
             }
         }
-        Err(Error::new(Kind::Lock, format!("{} comes and goes; other disks are being made there", path.display())))
+        Err(Error::new(
+            Kind::Lock,
+            format!("{} is made and removed by other processes; try again later", path.display()),
+        ))
     }
 
-    /// Where the image grows.
+    /// The image until it gets its name.
     pub fn image(&self) -> PathBuf {
         self.path.join(IMAGE)
     }
 
-    /// Where the file system grows.
+    /// The file system until it is copied into the image.
     pub fn content(&self) -> PathBuf {
         self.path.join(CONTENT)
     }
@@ -102,7 +105,7 @@ impl Scratch {
         self.keep = true;
     }
 
-    /// Removes what an interrupted creation left, but the lock. `Param` if something there is not ours.
+    /// Removes what an interrupted creation left, except the lock. `Param` if the folder has other files.
     pub fn clear(&self) -> Result<()> {
         let gone = |r: io::Result<()>| match r {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),

@@ -105,8 +105,8 @@ fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams
     online::snapshot(disk, device, next, &path)
 }
 
-/// Deletes a snapshot. Nothing stands on it: its file goes. One delta does: that is merged into it and keeps its own
-/// GUID. Several do: the snapshot stays for them and is marked temporary, to go with the last but one.
+/// Deletes a snapshot. No delta stands on it: its file is removed. One does: that delta is merged into it and keeps its
+/// own GUID. Several do: the snapshot stays for them and is marked temporary; it is removed when only one is left.
 pub fn delete(descriptor: &Path, guid: &Guid) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
@@ -139,7 +139,7 @@ fn delete_locked(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
             report::say(
                 1,
                 format_args!(
-                    "snapshot {guid} has {} children: marked temporary, it goes when only one is left",
+                    "snapshot {guid} has {} children: marked temporary, it is removed when only one is left",
                     children.len()
                 ),
             );

@@ -1,4 +1,4 @@
-//! The snapshots of a disk, for people and scripts.
+//! The snapshots of a disk, for users and scripts.
 
 use std::path::{Path, PathBuf};
 
@@ -29,11 +29,12 @@ pub struct ListParams {
 }
 
 /// Snapshots in the descriptor's order; of one chain the upper first. Takes no lock: what is being changed meanwhile is
-/// seen as it was or as it will be. A tree that is not sound is shown all the same, with a warning. `NoSnap` for a GUID that the disk does not have.
+/// seen as it was or as it will be. A tree that is not sound is shown all the same, with a warning. `NoSnap` for a GUID
+/// that the disk does not have.
 pub fn snapshots(descriptor: &Path, params: &ListParams) -> Result<Vec<Row>> {
     let disk = Descriptor::read(descriptor)?;
     if let Err(e) = disk.check_tree() {
-        // Who has to repair a descriptor by hand wants to see what is in it.
+        // The user who repairs a descriptor by hand needs to see what is in it.
         report::warn(e.context(descriptor.display()));
     }
     let images: Vec<&Image> = match &params.guid {

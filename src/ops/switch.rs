@@ -44,7 +44,7 @@ pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Resu
     let gone = next.switch(&params.guid, path.clone(), keep)?;
     recovery::check_files(&disk, &params.guid)?;
 
-    // The old top: nobody may be writing to it, and if it goes nobody may be reading it.
+    // The old top: no process may write to it; if it is removed, no process may read it.
     let (Some(old), Some(to)) = (disk.image(&guid::TOP).cloned(), disk.image(&params.guid).cloned()) else {
         bail!(DiskDescr, "descriptor: a snapshot has no image");
     };

@@ -1,4 +1,4 @@
-//! The devices that show temporary snapshots: which of them no process uses any more, and their end.
+//! The devices that show temporary snapshots: finds those that no process uses any more, and ends them.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -28,7 +28,7 @@ pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
         }
         match umount::umount_device(device.name(), None) {
             Ok(()) => {
-                report::say(0, format_args!("{node}, the device of temporary snapshot {guid}, was used by nobody"))
+                report::say(0, format_args!("{node}, the device of temporary snapshot {guid}, was used by no process"))
             }
             Err(e) => {
                 report::say(1, format_args!("{node} stays: {e}"));
@@ -39,8 +39,8 @@ pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
     Ok(true)
 }
 
-/// No process, only a mount perhaps, has the device of a temporary snapshot open, and it was not taken to live until it is
-/// unmounted. What cannot be found out counts as use.
+/// No process has the device of a temporary snapshot open (a mount may have), and the snapshot was not taken to stay
+/// until it is unmounted. If that cannot be found out the device counts as used.
 fn idle(device: &Device) -> bool {
     if !device.read_only || device.component().is_empty() || device.component().starts_with(UNTIL_UMOUNT) {
         return false;
@@ -57,10 +57,10 @@ fn idle(device: &Device) -> bool {
         if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             continue;
         }
-        // One that has ended has nothing open.
+        // A process that has exited has nothing open.
         let Ok(open) = fs::read_dir(process.path().join("fd")) else { continue };
         for file in open.flatten().map(|f| f.path()) {
-            // Only what may be it is looked at: files of dead servers would hold us up.
+            // Looks only at files that may be the device: a stat of a file whose FUSE server is gone would wait.
             let Ok(link) = fs::read_link(&file) else { continue };
             let target = link.file_name().unwrap_or_default().as_encoded_bytes();
             if !target.starts_with(device.name.as_bytes()) && !target.starts_with(device.disk.as_bytes()) {

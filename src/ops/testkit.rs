@@ -29,7 +29,7 @@ pub fn small() -> ClusterSize {
     ClusterSize::from_sectors(64).unwrap()
 }
 
-/// A disk of one image in this folder; answers the descriptor.
+/// Makes a disk of one image in this folder; returns the path of its descriptor.
 pub fn make_disk(dir: &Path, version: Version, mode: ImageMode, cluster: ClusterSize, clusters: u64) -> PathBuf {
     let dir = dir.canonicalize().unwrap();
     let image = dir.join("root.hdd");
@@ -71,7 +71,7 @@ pub fn content(dd: &Path, guid: &Guid) -> BTreeMap<u32, u8> {
     let size = disk.blocksize.bytes();
     let mut out = BTreeMap::new();
     let mut buf = vec![0; size as usize];
-    // What an upper one has hides the rest, which can be anything while a merge is under way.
+    // A cluster of an upper image hides those below, which can have any content while a merge is under way.
     let mut seen = BTreeSet::new();
     for image in disk.chain(guid).unwrap().into_iter().rev() {
         let file = std::fs::File::open(&image.file).unwrap_or_else(|e| panic!("{}: {e}", image.file.display()));

@@ -108,7 +108,7 @@ impl Tour<'_> {
         self.ploop(&[arg("umount"), arg("-m"), mnt_arg])
     }
 
-    /// A snapshot of the mounted disk, seen beside it, and merged again.
+    /// Takes a snapshot of the mounted disk, mounts it beside the disk, and merges it.
     fn snapshots(&mut self, sum: u32) -> Result<()> {
         let (disk, before) = (self.disk(), self.folder.join("before"));
         let (disk, before_arg) = (disk.as_os_str(), before.as_os_str());
@@ -124,7 +124,7 @@ impl Tour<'_> {
         self.ploop(&[arg("mount"), arg("-r"), arg("-u"), guid, arg("-c"), arg("before"), arg("-m"), before_arg, disk])?;
         self.compare(&before, sum)?;
         self.ploop(&[arg("umount"), arg("-m"), before_arg])?;
-        self.step("Merge: the snapshot goes, the disk stays as it is now. It is in use all the time.");
+        self.step("Merge: the snapshot is removed, the disk stays as it is now. It is in use all the time.");
         self.ploop(&[arg("snapshot-merge"), disk])?;
         self.ploop(&[arg("snapshot-list"), arg("-o"), arg("current,uuid,fname"), disk])?;
         self.compare(&self.mount_point(), new)
@@ -183,7 +183,7 @@ impl Tour<'_> {
         }
     }
 
-    /// The check sum of what is written, which is another one for every `seed`.
+    /// Writes the files; returns the check sum of what is written, which differs for every `seed`.
     fn write_files(&mut self, seed: u64) -> Result<u32> {
         let mut sum = crc32fast::Hasher::new();
         let mut noise = Noise(0x9E37_79B9_7F4A_7C15 ^ seed);

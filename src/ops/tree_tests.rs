@@ -249,7 +249,7 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Param));
     assert_eq!(merge(&dd, None, Some(g(1))), Err(Kind::Param));
     assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::Param));
-    // Somebody writes to it.
+    // Another process writes to it.
     let file = std::fs::File::open(&d.images[1].file).unwrap();
     let _lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap();
     assert_eq!(snapshot::delete(&dd, &g(2)).map_err(|e| e.kind()), Err(Kind::Busy));

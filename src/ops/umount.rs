@@ -1,4 +1,5 @@
-//! Unmounting: every mount of the device in our namespace, then the device itself, its image closed cleanly.
+//! Unmounting: every mount of the device in the caller's mount namespace, then the device itself, its image closed
+//! cleanly.
 
 use std::fs;
 use std::io;
@@ -20,7 +21,7 @@ pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
     umount_locked(&disk, component)
 }
 
-/// The same for a descriptor whose lock is held already.
+/// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
     let base = &disk.first_image()?.file;
     match find::of_base(base, component)? {
@@ -63,13 +64,14 @@ pub fn umount_base(base: &Path, component: &str) -> Result<()> {
     }
 }
 
-/// Gives up a device that cannot be served any more: waiting I/O fails, and what can be taken away is.
+/// Gives up a device that cannot be served any more: waiting I/O fails, its mounts are detached, and the device is
+/// removed if no process uses it.
 pub fn abort(name: &str) -> Result<()> {
     let Some(found) = device::by_node(name)? else {
         bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
     };
     device::abort(found.name())?;
-    // Its I/O fails now: nothing can be lost by not waiting for the users of its mounts.
+    // The device's I/O fails from now on, so waiting for the users of its mounts would save no data.
     for mount in find::mounts_of(&found)?.iter().rev() {
         mount::umount_lazily(&mount.target)?;
     }
@@ -101,7 +103,8 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     }
     let ended = mount::umount_all(&find::names(device)).and_then(|()| device::detach(device.name()));
     if ended.is_err() && full {
-        // Still in use: its writes wait again. If even that fails the device is gone or dead.
+        // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
+        // dead.
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;

@@ -1,5 +1,6 @@
-//! Unmounting every disk of the machine, as before it is switched off: those that others lie on last, the rest at the
-//! same time, within a time limit.
+//! Unmounting every disk of the machine, as before it is switched off, within a time limit. A disk with images of
+//! another disk in its file system waits for that disk; disks that do not depend on each other are unmounted at the
+//! same time.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ const AT_ONCE: usize = 16;
 /// Pause before a disk that was busy is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How a disk ended, or did not.
+/// The result for one disk.
 #[derive(Debug)]
 pub struct Outcome {
     /// Without `/dev/`.
@@ -31,10 +32,11 @@ pub struct Outcome {
     pub gone: bool,
 }
 
-/// Unmounts all disks, whoever mounted them, and waits for their users no longer than `limit`; other file systems that
-/// are mounted inside theirs are unmounted too. One outcome for each, in the order in which they came.
+/// Unmounts all disks, whichever user mounted them, and waits for the processes that use them no longer than `limit`.
+/// Other file systems that are mounted inside theirs are unmounted too. Returns one outcome for each disk, in the order
+/// in which they ended.
 ///
-/// What has begun when the limit is over goes on: a server that was told to close its image does so without us.
+/// What has begun when the limit is over goes on: a server closes its image also if the caller has exited.
 pub fn umount_all(limit: Duration) -> Result<Vec<Outcome>> {
     let end = Instant::now() + limit;
     let (tell, hear) = channel();
@@ -66,7 +68,7 @@ struct Work {
     hear: Receiver<(String, Result<()>)>,
     /// Name -> base.
     running: HashMap<String, PathBuf>,
-    /// When a disk that was busy was tried last, and what was said.
+    /// When a busy disk was tried last, and the error of that try.
     tried: HashMap<String, (Instant, Error)>,
     outcomes: Vec<Outcome>,
 }
@@ -87,12 +89,12 @@ impl Work {
         let (tell, device) = (self.tell.clone(), device.clone());
         thread::spawn(move || {
             let ended = one(&device, &all);
-            // Nobody hears it after the limit.
+            // After the limit the receiver is gone.
             let _ = tell.send((name, ended));
         });
     }
 
-    /// Until something has ended, or it is time to look again.
+    /// Waits until an unmount has ended, or for at most `PAUSE`.
     fn wait(&mut self) {
         let left = self.end.saturating_duration_since(Instant::now());
         let (name, ended) = match self.hear.recv_timeout(left.min(PAUSE)) {
@@ -103,7 +105,7 @@ impl Work {
         match ended {
             Ok(()) => self.outcomes.push(Outcome { name, base, error: None, gone: true }),
             Err(e) => match device::by_node(&name) {
-                // Not any more: its last flush failed, or it could not be closed cleanly.
+                // The device is gone: its last flush failed, or it could not be closed cleanly.
                 Ok(None) => self.outcomes.push(Outcome { name, base, error: Some(e), gone: true }),
                 _ => drop(self.tried.insert(name, (Instant::now(), e))),
             },
@@ -119,7 +121,7 @@ impl Work {
             self.outcomes.push(Outcome { name, base: device.base().to_owned(), error: Some(error), gone: false });
         }
         for (name, base) in self.running.drain() {
-            // One that is tried again has a better reason to tell.
+            // For a disk that is tried once more, the error of the last try says more.
             let error = self.tried.remove(&name).map(|(_, e)| e).unwrap_or_else(|| {
                 Error::new(Kind::Busy, format!("{name} is not done within the time limit; what has begun goes on"))
             });
@@ -153,7 +155,7 @@ impl Place {
 fn one(device: &Device, all: &[Names]) -> Result<()> {
     let names = find::names(device);
     if mounts::read()?.iter().any(|m| names.mounted_by(m) && m.target == Path::new("/")) {
-        crate::bail!(Umount, "{} holds the root file system; it goes with the machine", device.node().display());
+        crate::bail!(Umount, "the root file system is mounted from {}, which stays", device.node().display());
     }
     if device.state == State::Starting {
         crate::bail!(Busy, "{} is being attached", device.node().display());
@@ -162,7 +164,8 @@ fn one(device: &Device, all: &[Names]) -> Result<()> {
     umount::umount_device(device.name(), None)
 }
 
-/// Unmounts what others have mounted in the file systems of a disk, or over them. Disks have their own turn.
+/// Unmounts other file systems that are mounted in the file systems of a disk, or over them. Other ploop disks are
+/// unmounted by themselves.
 fn clear(names: &Names, all: &[Names]) -> Result<()> {
     let mut before = usize::MAX;
     loop {

@@ -1,4 +1,4 @@
-//! Cancellation of the operation that runs in a thread, as [`crate::sys::cancel`] has it; the log file gets a line of it.
+//! Cancellation of the operation that runs in a thread, see [`crate::sys::cancel`]; a cancellation is logged.
 
 use crate::sys::cancel;
 

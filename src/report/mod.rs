@@ -1,4 +1,4 @@
-//! Messages for people: levels, console, log file, the last error of a thread; and [`cancel`].
+//! Messages for users: levels, console, log file, the last error of a thread; and [`cancel`].
 //!
 //! Levels are the classic ones: -1 error or important warning, 0 normal progress, 1 detail, 3 debug. Console and log
 //! file are both off until asked for, have a level each, and are global to the process. The last error belongs to the
@@ -35,8 +35,8 @@ static LOG_LEVEL: AtomicI32 = AtomicI32::new(3);
 static LOG_FILE: Mutex<Option<File>> = Mutex::new(None);
 
 thread_local! {
-    /// NUL-terminated. Const-initialised and without a destructor, so that its address, which C callers hold, is valid for
-    /// the whole life of the thread and the library can be unloaded from under a thread that used it.
+    /// NUL-terminated. Const-initialised and without a destructor: C callers keep its address, which is valid until the
+    /// thread exits, and the library can be unloaded while a thread that used it runs.
     static LAST: Cell<[u8; LAST_ERROR_MAX + 1]> = const { Cell::new([0; LAST_ERROR_MAX + 1]) };
 }
 
@@ -96,7 +96,7 @@ pub fn last_error() -> String {
     })
 }
 
-/// The same for C: NUL-terminated, valid until the thread ends, overwritten by its next error.
+/// The last error of this thread for C: NUL-terminated, valid until the thread exits, overwritten by its next error.
 pub fn last_error_ptr() -> *const c_char {
     LAST.with(|last| last.as_ptr().cast_const().cast())
 }
@@ -112,7 +112,7 @@ fn keep(text: &str) {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    // Fails only while the thread is being torn down, when nobody can ask any more.
+    // Fails only while the thread exits, when no caller can read the text any more.
     let _ = LAST.try_with(|last| {
         let cells = cells(last);
         for (cell, byte) in cells.iter().zip(text.as_bytes()[..end].iter().chain([&0])) {
@@ -145,7 +145,7 @@ fn log(level: i32, text: &str) {
     }
 }
 
-/// The log file has the cancellation when the operation ends: the signal handler must not take its lock.
+/// Logs the cancellation when the operation ends: the signal handler must not take the lock of the log file.
 fn log_cancel() {
     log(0, "Cancelled");
 }

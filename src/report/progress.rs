@@ -22,7 +22,7 @@ pub fn draw_at_level(level: i32) {
     WANTED.store(level > 0 && std::io::stderr().is_terminal(), Ordering::Relaxed);
 }
 
-/// One piece of work; the end of its life clears the line.
+/// One piece of work; dropping it clears the line.
 #[derive(Debug)]
 pub struct Progress {
     since: Instant,

@@ -27,8 +27,8 @@ Usage: ploop check [-u UUID] [--remove-orphans] DiskDescriptor.xml
        ploop check [-fFcrsdS] [-R -b CLUSTER] FILE
 
 The first form checks all images of a disk that is not mounted, up to snapshot UUID, clears the mark that a crash
-left and fills holes. It tells of deltas beside the disk that the descriptor does not name; an interrupted operation
-can have left them. --remove-orphans removes those of them that nobody else uses or names.
+left and fills holes. It reports deltas beside the disk that the descriptor does not name; an interrupted operation
+can have left them. --remove-orphans removes those that no process uses and no other descriptor names.
 
 The second form checks a single image file:
 

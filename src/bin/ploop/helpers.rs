@@ -15,7 +15,7 @@ use ploop::report;
 /// Exit status of mount(8) helpers when the mount failed.
 const FAILED: u8 = 32;
 const MTAB: &str = "/etc/mtab";
-/// Where messages go when nobody is logged in: at boot.
+/// Log file for messages at boot, when no user is logged in.
 const LOG: &str = "/var/log/ploop_mount.log";
 
 /// `mount.ploop DD DIR [-o OPTIONS] [-v] [-f] [-n] [-s]`.
@@ -47,7 +47,7 @@ pub fn mount(args: &[OsString]) -> u8 {
     }
 }
 
-/// `umount.ploop DIR`; whatever else umount(8) adds is ignored.
+/// `umount.ploop DIR`; other arguments of umount(8) are ignored.
 pub fn umount(args: &[OsString]) -> u8 {
     if args.iter().any(|a| a == "-h") {
         println!("Usage: umount.ploop DIR");
@@ -68,7 +68,8 @@ pub fn umount(args: &[OsString]) -> u8 {
 fn start(verbose: bool) {
     report::set_verbose_level(if verbose { 3 } else { -1 });
     if std::env::var_os("USER").is_none_or(|u| u.is_empty()) {
-        // Nobody would see what is said at boot; without that log the mount is still worth more.
+        // At boot no user sees the messages on the console. If the log file cannot be opened the disk is mounted
+        // anyway.
         let _ = report::set_log_file(Some(Path::new(LOG)));
     }
 }
@@ -102,7 +103,7 @@ fn try_mount(disk: &Path, folder: &Path, options: &str, fake: bool) -> Result<()
         "rw" => false,
         _ => ro,
     });
-    // Words of fstab alone are dropped where the file system is mounted.
+    // Options for fstab only are dropped where the file system is mounted.
     let passed: Vec<&str> = options.split(',').filter(|w| !matches!(*w, "ro" | "rw" | "")).collect();
     let params = MountParams {
         read_only,

@@ -31,7 +31,7 @@ const IMAGE: char = '\u{11}';
 const JSON: char = '\u{12}';
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
-    // Results stand alone unless more is asked for.
+    // Only results are printed unless -v asks for more.
     if report::verbose_level() <= crate::CONSOLE {
         report::set_verbose_level(report::verbose_level().min(report::NO_STDOUT));
     }

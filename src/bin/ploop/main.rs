@@ -42,7 +42,7 @@ pub enum Fail {
     Mistake(String),
     /// The library's error, shown by its log.
     Library(Error),
-    /// Nothing more to say.
+    /// The message is shown already.
     Status(u8),
 }
 
@@ -72,7 +72,7 @@ pub fn write_out(bytes: &[u8]) -> Result<(), Fail> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
-        // Whoever read it has seen enough.
+        // The process that read the output has closed the pipe. 141 is 128 + SIGPIPE, as in a shell.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Err(Fail::Status(141)),
         Err(e) => Err(Fail::Library(Error::with(Kind::Write, "standard output cannot be written", e))),
     }
@@ -249,7 +249,7 @@ fn global(arg: &[u8], level: i32) -> Option<Global> {
     })
 }
 
-/// A command that is not ours: `ploop-NAME` from PATH takes over, with the remaining arguments.
+/// A command that this program does not have: runs `ploop-NAME` from PATH with the remaining arguments.
 fn external(name: &OsStr, args: &[OsString]) -> u8 {
     let mut program = OsString::from("ploop-");
     program.push(name);

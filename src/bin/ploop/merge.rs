@@ -1,4 +1,4 @@
-//! `ploop snapshot-merge` and `ploop merge`: deltas go into what they stand on.
+//! `ploop snapshot-merge` and `ploop merge`: deltas are merged into the images below them.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ pub const SNAPSHOTS: Command = Command {
 Usage: ploop snapshot-merge [-u UUID [-U UUID2] | -A] [-n FILE] DiskDescriptor.xml
 
 Merges a snapshot into the one that it stands on, whose name goes; the top if none is named. The disk may be in use. A
-merge that has begun is not undone: interrupted, it goes on when it is asked for again.
+merge that has begun is not undone: if it is interrupted, the same command finishes it.
 
   -u UUID   this snapshot
   -U UUID2  with all that it stands on, down to this one
@@ -38,7 +38,7 @@ Usage: ploop merge [-f raw] [-n FILE] TOP [...] BASE
 
 The first form merges image files, the topmost first, into the last one. The second one merges levels of a running device
 into the lowest of them (the base is level 0; HIGH is LOW + 1 if it is not given; without -l all levels). Merged files
-stay where they are; no descriptor is told. For a disk with a descriptor there is ploop snapshot-merge.
+stay where they are; no descriptor is changed. For a disk with a descriptor there is ploop snapshot-merge.
 
   -f raw   the last file is a raw image
   -n FILE  into a new file
@@ -78,7 +78,7 @@ fn images(parsed: Parsed) -> Result<(), Fail> {
             'd' => device = Some(values::text(value, "device name")?),
             'l' => range = Some(levels_of(value)?),
             'n' => new_delta = Some(PathBuf::from(value)),
-            // As in the classic they are accepted and mean nothing.
+            // As in the classic these options are accepted and ignored.
             'u' | 'A' => {}
             _ => return misuse(),
         }

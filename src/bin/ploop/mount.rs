@@ -73,7 +73,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             return Err(mistake("a DiskDescriptor.xml stands alone: it names its images itself"));
         }
         _ => {
-            // As with the classic, -u and -c are accepted with image files and mean nothing.
+            // As with the classic, -u and -c are accepted with image files and ignored.
             params.guid = None;
             mount::mount_list(&files, raw, &params)?
         }
@@ -84,7 +84,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     Ok(())
 }
 
-/// What to type to see the files.
+/// Prints the command that mounts the device.
 fn show_command(mounted: &Mounted) -> Result<(), Fail> {
     let (source, option) = mount::source_and_option(&mounted.device)?;
     let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `ploop reload`: after an upgrade, running devices are taken over by the new program.
+//! `ploop reload`: after an upgrade, processes of the new program serve the running devices.
 
 use ploop::ops::reload;
 

@@ -1,4 +1,4 @@
-//! `ploop replace`: another file takes an image's place.
+//! `ploop replace`: replaces an image by a copy of it.
 
 use std::path::{Path, PathBuf};
 
@@ -17,8 +17,8 @@ pub const COMMAND: Command = Command {
 Usage: ploop replace {-u UUID | -l LEVEL | -o FILE} [-k] -i NEW DiskDescriptor.xml
        ploop replace {-d DEVICE | -m DIR} {-l LEVEL | -o FILE} -i NEW
 
-Puts NEW, an identical copy, in the place of an image of a disk, or of a running device without telling a descriptor. Of
-a disk that is in use any image but the top can be replaced.
+Replaces an image of a disk by NEW, an identical copy; with -d or -m an image of a running device, and no descriptor is
+changed. Of a disk that is in use any image but the top can be replaced.
 
   -u UUID          the image of this snapshot
   -l LEVEL         the image at this level of the running device; 0 is the base
@@ -54,7 +54,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             Ok(replace::replace(Path::new(descriptor), "", which, &new, keep_name)?)
         }
         [] => {
-            // Names of snapshots mean nothing to a device.
+            // A device has no snapshot GUIDs: -u is ignored.
             selectors.retain(|s| !matches!(s, Which::Guid(_)));
             let [which] = &selectors[..] else { return wrong("name one image, by -l or -o") };
             let device = match (device, folder) {

@@ -1,4 +1,4 @@
-//! `ploop snapshot` and its relatives: taking, temporary ones, deleting, going back to one.
+//! `ploop snapshot`, `tsnapshot`, `snapshot-delete` and `snapshot-switch`.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ Usage: ploop snapshot [-u UUID] DiskDescriptor.xml
        ploop snapshot [-F] -d DEVICE FILE
 
 The first form takes a snapshot of a disk, mounted or not; the file system of a mounted one is brought to rest first.
-The second one puts a new image FILE on top of a running device; no descriptor is told.
+The second one puts a new image FILE on top of a running device; no descriptor is changed.
 
   -u UUID    of the snapshot; else a random one
   -d DEVICE  like /dev/ploop0
@@ -35,7 +35,8 @@ pub const TSNAPSHOT: Command = Command {
     usage: "\
 Usage: ploop tsnapshot -u UUID -c NAME [-m DIR] DiskDescriptor.xml
 
-Takes a snapshot that goes away by itself when it is unmounted, and mounts it read-only: for backups.
+Takes a snapshot and mounts it read-only, for backups. After it is unmounted, the next mount of the disk or operation on
+its snapshots removes it.
 
   -u UUID  of the snapshot
   -c NAME  component: a name for this additional mount, given again to umount (as ~NAME)
@@ -66,8 +67,8 @@ pub const DELETE: Command = Command {
     usage: "\
 Usage: ploop snapshot-delete -u UUID DiskDescriptor.xml
 
-Deletes a snapshot. What stands on it keeps its content; a snapshot on which several others stand goes with the last but
-one of them.
+Deletes a snapshot. Deltas that stand on it keep their content. A snapshot on which several deltas stand is removed when
+only one of them is left.
 ",
     run: delete,
 };

@@ -36,13 +36,13 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     let machine = doctor::machine();
     super::doctor::show(&machine)?;
     if machine.iter().any(|f| f.grade == Grade::Missing) {
-        result("\nThe tour needs what is missing above; get it and come back.")?;
+        result("\nThe tour needs what is missing above; install it and run the tour again.")?;
         return Err(Fail::Status(NOT_HERE));
     }
     let program =
         std::env::current_exe().map_err(|e| Error::with(Kind::Sys, "the program's own file cannot be found", e))?;
     let mut show = |line: &str| {
-        // Nobody may be reading any more; what was made must be cleaned up all the same.
+        // The process that reads the output may have exited; the tour must still remove what it made.
         let _ = result(line);
     };
     if let Err(e) = tour::run(&program, Path::new(&parent), &mut show) {

@@ -1,4 +1,4 @@
-//! `ploop umount`: the file system and the device go, the image is closed.
+//! `ploop umount`: unmounts the file system, detaches the device, closes the image.
 
 use std::path::Path;
 use std::time::Duration;
@@ -30,8 +30,8 @@ Unmounts the file system wherever it is mounted, detaches the device, closes the
   -c NAME          the mount of this component
   --abort DEVICE   give up a device whose server cannot serve it any more: waiting I/O fails, what was not flushed is
                    lost. The image stays marked in use; mounting it by its descriptor repairs it
-  --all            all disks of this machine, those that others lie on last, with whatever is mounted inside them; says
-                   which are still there at the end, and why
+  --all            all disks of this machine, with all that is mounted inside them; a disk whose file system has
+                   images of other disks comes after those; says which are still there at the end, and why
   --timeout SECONDS
                    with --all: how long their users are waited for (60)
 ",
@@ -89,7 +89,8 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     Ok(())
 }
 
-/// One line for each disk that did not end well; `Umount` if one is still there, else what the first one died of.
+/// Unmounts all disks; prints one line for each disk that failed. The error is `Umount` if a disk is still there, else
+/// that of the first disk.
 fn everything(limit: Duration) -> Result<(), Fail> {
     let outcomes = umount_all(limit)?;
     let count = outcomes.len();
@@ -106,7 +107,7 @@ fn everything(limit: Duration) -> Result<(), Fail> {
     }
     match first {
         Some(kind) => {
-            Err(Error::new(kind, "all disks are gone, not all closed cleanly; ploop check tells more").into())
+            Err(Error::new(kind, "all disks are detached, but not all images closed cleanly; see ploop check").into())
         }
         None => {
             report::say(0, format_args!("{count} disks are detached"));

@@ -9,7 +9,7 @@ use ploop::units::ClusterSize;
 
 use crate::{Fail, mistake};
 
-/// Larger sizes (in sectors) are refused before anything else looks at them.
+/// Sizes of so many sectors and more are refused.
 const TOO_LARGE: u64 = 0xffff_ffff * 512;
 
 /// C's `strtoul` with base 0: the number and what follows it. None without a digit or when it does not fit.

@@ -167,7 +167,7 @@ fn a_raw_target_takes_all() {
 #[test]
 fn a_table_without_room_is_refused_untouched() {
     let dir = dir();
-    // One cluster of table holds 8176 entries here.
+    // One cluster of table has 8176 entries here.
     let base = Maker { clusters: 8000, ..Maker::default() }.make(&dir.path().join("base"));
     let top = Maker { clusters: 8200, ..Maker::default() }.make(&dir.path().join("top"));
     let before = std::fs::read(&base).unwrap();

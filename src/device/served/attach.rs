@@ -1,4 +1,4 @@
-//! Attaching: a server is started and says when the device is there.
+//! Attaching: starts a server, which reports when the device exists.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -62,7 +62,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
     let fds: Vec<BorrowedFd> = spec.levels.iter().map(|l| l.fd.as_fd()).collect();
     for _ in 0..NAMES {
         match spawn::start(&request, &fds) {
-            // A process without our records (another root folder over the same /dev) took the name meanwhile.
+            // A process with other records (another root folder over the same /dev) took the name meanwhile.
             Err(e) if e.kind() == Kind::Mknod && request.device.is_none() => {
                 report::say(1, format_args!("{e}; trying another name"));
                 request.token = uuid::Uuid::new_v4().to_string();
@@ -70,7 +70,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
             started => return Ok(device_of(started?, State::Running)),
         }
     }
-    bail!(Mknod, "{NAMES} names for a device in /dev were taken by others while it was being made; try again")
+    bail!(Mknod, "other processes took {NAMES} names for a device in /dev while it was being made; try again")
 }
 
 /// `$PLOOP_ENOSPC_TIMEOUT` in seconds; 0 or nothing: writes wait for ever.
@@ -84,7 +84,7 @@ fn no_space_timeout() -> Result<Option<u64>> {
     }
 }
 
-/// `$PLOOP_TAKEOVER`: how requests survive a killed server. Without it as the kernel can.
+/// `$PLOOP_TAKEOVER`: true if the server keeps requests in slots. Not set: false, the kernel's version decides.
 pub fn slots_wanted() -> Result<bool> {
     match std::env::var("PLOOP_TAKEOVER") {
         Ok(way) if way == "slots" => Ok(true),

@@ -1,4 +1,4 @@
-//! Ending devices: the clean way, and after their server died.
+//! Ending devices: detaching, and removing what a killed server left.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -12,13 +12,14 @@ use crate::server::proto::{Answer, Command};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::host;
 
-/// The last flush of a large disk to a slow one takes its time; a minute of it goes to those that keep the device busy.
+/// Limit for detaching. The last flush of a large disk can be slow; the supervisor waits a minute of it for processes
+/// that keep the device busy.
 const STOP: Duration = Duration::from_secs(15 * 60);
-/// A worker without a supervisor starts one in less.
+/// Limit for a new supervisor: a worker without one starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
-/// Unbinding what has no server any more.
+/// Limit for unbinding a device whose server is gone.
 const CLEAN: Duration = Duration::from_secs(60);
-/// The end of a supervisor that has answered.
+/// Limit for the exit of a supervisor that has answered.
 const EXIT: Duration = Duration::from_secs(5);
 
 /// Detaches the device and closes its image cleanly. Busy: error 3, nothing changed. An error of the last flush is
@@ -34,7 +35,7 @@ pub fn hold_for_space(name: &str, hold: bool) -> Result<()> {
     tell(&name, &Command::HoldForSpace(hold))
 }
 
-/// Gives up a device that cannot be served any more: its I/O fails from now on.
+/// Gives up a device that no worker can serve any more: its I/O fails from now on.
 pub fn abort(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     tell(&name, &Command::Abort)
@@ -55,11 +56,11 @@ fn tell(name: &str, command: &Command) -> Result<()> {
         match control::ask(&runtime::device_dir(name), command, STOP) {
             Ok((answer, connection)) => {
                 answer.into_result()?;
-                // Its end closes the connection; until then its process would be seen.
+                // The supervisor's exit closes the connection. Until then a caller could still see the process.
                 let _ = frame::recv_within::<Answer>(&connection, EXIT);
                 return Ok(());
             }
-            // Between two supervisors.
+            // The supervisor was killed, and the worker has not started the next one yet.
             Err(e) if e.kind() == Kind::Device && host::now() < end => {
                 host::sleep(Duration::from_millis(50));
             }
@@ -68,8 +69,8 @@ fn tell(name: &str, command: &Command) -> Result<()> {
     }
 }
 
-/// Removes what a crashed host or a killed server left of a device. Refused unless it is provably ours, its processes
-/// are gone and nothing of it is mounted anywhere.
+/// Removes what a crashed host or a killed server left of a device. Refused unless the loop device provably belongs to
+/// it, its processes have exited and no mount uses it.
 pub fn clean(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     let _lock = lock::global()?;
@@ -81,7 +82,7 @@ fn clean_locked(name: &str, wait: bool) -> Result<()> {
     Helper::start(&spawn::find_server()?, &job)?.finish(CLEAN).map_err(|e: Error| e.context(format!("cleaning {name}")))
 }
 
-/// Cleans all dead devices that can be cleaned; the rest stays for the administrator to look at.
+/// Cleans all dead devices that can be cleaned. The other ones need the administrator.
 pub(super) fn clean_dead() -> Result<()> {
     if !runtime::run_dir().exists() {
         return Ok(());
@@ -90,7 +91,7 @@ pub(super) fn clean_dead() -> Result<()> {
     runtime::remove_unborn();
     for name in runtime::names()? {
         if find::is_dead(&name) {
-            // Not waiting: there may be hundreds, mounted in their containers.
+            // Without waiting: there may be hundreds of dead devices that are mounted in containers.
             let _ = clean_locked(&name, false);
         }
     }

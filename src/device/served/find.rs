@@ -1,4 +1,4 @@
-//! Finding devices by name and node, and what they are doing.
+//! Finding devices by name and node, and their states.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -18,7 +18,7 @@ use crate::sys::file_id::FileId;
 /// Longest wait for the answer of a supervisor about its state.
 const INFO: Duration = Duration::from_secs(2);
 
-/// Those devices that `wanted` picks by what is recorded of them, by number. The supervisors of those alone are asked.
+/// Those devices that `wanted` selects by their records, by number. Only the supervisors of these are asked.
 pub(super) fn list_of(wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>> {
     let mut found = Vec::new();
     for name in runtime::names()? {
@@ -58,7 +58,7 @@ fn record(name: &str) -> Result<Option<DeviceRecord>> {
     };
     match runtime::read_record(&dir) {
         Ok(Some(record)) if record.name == name => Ok(Some(record)),
-        // Gone meanwhile.
+        // The device was detached meanwhile.
         _ if fs::symlink_metadata(&dir).is_err() => Ok(None),
         Ok(_) => Ok(Some(DeviceRecord { name: name.into(), node: Path::new("/dev").join(name), ..Default::default() })),
         Err(e) => Err(e),
@@ -81,7 +81,7 @@ fn state(record: &DeviceRecord) -> State {
         State::Running => match control::ask(&runtime::device_dir(&record.name), &Command::Info, INFO) {
             Ok((Answer::Info { failed: true, .. }, _)) => State::Failed,
             Ok((Answer::Info { no_space: true, .. }, _)) => State::NoSpace,
-            // The supervisor may just have died; the device works without one.
+            // The supervisor may have been killed just now; the device works without one.
             _ => State::Running,
         },
         other => other,
@@ -108,7 +108,7 @@ pub(super) fn by_node(node: &str) -> Result<Option<Device>> {
                 && runtime::number(&name).is_some()
             {
                 let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
-                bail!(Device, "/dev/{name} ({major}:{minor}) is a stale node: no server stands behind it; remove it");
+                bail!(Device, "/dev/{name} ({major}:{minor}) is a stale node: no server serves it; remove it");
             }
         }
     }
@@ -127,7 +127,7 @@ fn verify_node(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// The base was moved, with its folder perhaps: the file that the worker has open has a name of its own still.
+/// The base was moved, perhaps with its folder: the file that the worker has open still has a name.
 pub(super) fn base_has_name(device: &Device) -> bool {
     let Some(base) = device.base_id() else { return false };
     let Ok(open) = fs::read_dir(format!("/proc/{}/fd", super::record(device).worker.pid)) else { return false };

@@ -1,4 +1,5 @@
-//! File systems of a running device at rest, for as long as a value lives: a process of the supervisor's holds the freeze.
+//! Freezes file systems of a running device until a value is dropped. A helper process of the supervisor keeps them
+//! frozen.
 #![forbid(unsafe_code)]
 
 use std::fs::File;
@@ -14,12 +15,12 @@ use crate::server::helper::{JobEvent, remote_error};
 use crate::server::proto::Command;
 use crate::server::{control, frame, freeze, runtime};
 
-/// Writing back a host's memory takes its time.
+/// Limit for freezing, in which the kernel writes back dirty memory.
 const FREEZE: Duration = Duration::from_secs(300);
-/// Thawing writes a block.
+/// Limit for thawing, in which the kernel writes a block.
 const THAW: Duration = Duration::from_secs(60);
 
-/// Frozen file systems; dropping thaws them. If this process ends, the process that holds the freeze thaws them.
+/// Frozen file systems; dropping thaws them. When this process exits, the helper process thaws them.
 #[derive(Debug)]
 pub(super) struct Frozen {
     /// None: thawed, or nothing was mounted.
@@ -46,7 +47,7 @@ impl Frozen {
                 frozen.owner = None;
                 Err(remote_error(code, message))
             }
-            _ => bail!(Sys, "the process that was to freeze the file system of {} died", device.node().display()),
+            _ => bail!(Sys, "the helper process that freezes the file system of {} exited", device.node().display()),
         }
     }
 
@@ -61,7 +62,7 @@ impl Frozen {
 impl Freeze for Frozen {
     fn thaw(&mut self) -> Result<()> {
         let Some(owner) = &self.owner else { return Ok(()) };
-        // If it has died this fails, and the answer tells.
+        // If the helper has exited this fails, no answer follows, and this process thaws.
         let _ = freeze::let_go(owner.as_fd());
         let heard = self.hear(THAW);
         self.owner = None;

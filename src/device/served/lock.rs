@@ -16,7 +16,7 @@ use crate::sys::host;
 
 const DIR: &str = "/var/lock/ploop";
 const FILE: &str = "ploop.lck";
-/// The holders have time limits themselves.
+/// Longest wait for the lock. Processes that hold it have time limits themselves.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Held until dropped.

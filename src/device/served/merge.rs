@@ -13,12 +13,12 @@ use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, ChainSwitch, Command, MergeOrder};
 use crate::server::{control, runtime};
 
-/// The supervisor answers questions at once.
+/// Limit for the supervisor's answer to a question.
 const SHORT: Duration = Duration::from_secs(10);
 
 /// Merges the top of a running device into the level below it; then the device serves the chain without the top, and
-/// `commit` is made. I/O goes on. The merge goes on, too, if the calling process dies; until its end the chain reads as
-/// before. Answers a warning: the change may not survive a power cut.
+/// `commit` is made. I/O goes on. The merge goes on also if the calling process exits; until its end the chain reads as
+/// before. Returns a warning if the change may not survive a power cut.
 ///
 /// After an error the device serves the chain it had.
 pub fn merge_top(
@@ -43,8 +43,8 @@ pub fn merge_top(
 }
 
 /// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the
-/// device serves the chain `then`. I/O goes on. Answers a warning as [`merge_top`] does. A merge that ends before its time
-/// leaves the chain as it was, and is finished by merging again.
+/// device serves the chain `then`. I/O goes on. Returns a warning as [`merge_top`] does. An interrupted merge leaves
+/// the chain as it was; the same call finishes it.
 pub fn merge_levels(
     device: &Device,
     (low, high): (usize, usize),
@@ -55,7 +55,8 @@ pub fn merge_levels(
     watched(device, &Command::MergeLevels(MergeOrder { low, high, switch }), &fds, watch)
 }
 
-/// Asks for a merge; meanwhile looks how far it is, and whether it is to go on. Answers a warning.
+/// Asks the supervisor for a merge. Meanwhile reports its progress to `watch` and cancels the merge if `watch` says so.
+/// Returns a warning if the change may not survive a power cut.
 fn watched(
     device: &Device,
     command: &Command,

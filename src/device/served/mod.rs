@@ -1,7 +1,7 @@
-//! Devices that a server of ours serves: a supervisor and a worker for each, behind a FUSE file and a loop device.
+//! Devices that `ploop-server` serves: a supervisor and a worker for each, behind a FUSE file and a loop device.
 //!
-//! What a name means is never taken from the name: a device is the record in /run/ploop/NAME together with the number
-//! and the sequence number of the disk behind, and both are compared with the kernel's before anything is done.
+//! A name alone does not identify a device. A device is the record in /run/ploop/NAME together with the number and the
+//! sequence number of the disk behind it; both are compared with the kernel's before any operation.
 
 mod attach;
 mod clean;
@@ -41,7 +41,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     reload: true,
 };
 
-/// What makes the block devices.
+/// Device nodes that this driver needs.
 const NODES: [&str; 2] = ["/dev/fuse", "/dev/loop-control"];
 
 /// The driver.

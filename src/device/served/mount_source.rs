@@ -21,7 +21,7 @@ const PARTITIONS: Duration = Duration::from_secs(3);
 /// The numbers and nodes of the disk and its partitions.
 pub(super) fn aliases(record: &DeviceRecord) -> Aliases {
     let mut found = Aliases::default();
-    // A record whose disk is another one by now names nothing that is ours.
+    // The disk of the record belongs to another device by now.
     if !runtime::backing_is_ours(record) {
         return found;
     }
@@ -64,7 +64,7 @@ pub(super) fn mount_source(record: &DeviceRecord) -> Result<PathBuf> {
 fn ensure(node: &Path, rdev: u64) -> Result<()> {
     match nodes::block_node(node) {
         Some(number) if number == rdev => Ok(()),
-        // The supervisor's may be on its way; equal nodes do not disturb each other.
+        // The supervisor may be making the same node; two equal nodes do no harm.
         _ => nodes::make(node, rdev),
     }
 }
@@ -82,7 +82,7 @@ fn open_verified(record: &DeviceRecord) -> Result<File> {
     Ok(file)
 }
 
-/// The GPT's signature stands in the second sector.
+/// Whether the second sector has the GPT's signature.
 fn has_gpt(record: &DeviceRecord) -> Result<bool> {
     let mut sector = [0u8; 512];
     match open_verified(record)?.read_exact_at(&mut sector, 512) {

@@ -22,16 +22,16 @@ use crate::sys::file_id::FileId;
 use crate::sys::host;
 use crate::sys::wait::wait;
 
-/// A change waits for what the device writes, completing a former top writes what was left out of it, and a merge copies
-/// disks. A supervisor that dies closes the connection.
+/// Limit for a change: it waits for the device's writes, completes a former top or copies disks. A supervisor that
+/// exits closes the connection.
 const CHANGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// A worker without a supervisor starts one in less.
+/// Limit for a new supervisor: a worker without one starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
 
-/// Between two calls of what is to be done while an answer is waited for.
+/// Pause between two calls of `waiting` while the answer has not come.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// So many supervisors may die in one change.
+/// So many supervisors may be killed in one change.
 const DEATHS: u32 = 20;
 
 /// The message, and the descriptors that go with it.
@@ -68,8 +68,8 @@ pub(super) fn commit_names(commit: &CommitFile) -> CommitNames {
     CommitNames { tmp: tmp.to_owned(), name: name.to_owned() }
 }
 
-/// Has the supervisor change the chain. `prepared`: called when nothing is left to be done but what requests have to wait
-/// for; its error ends the change before anything has changed.
+/// Asks the supervisor to change the chain. `prepared` is called when only those steps are left for which requests
+/// wait; its error ends the change before anything has changed.
 pub(super) fn switch(
     device: &Device,
     spec: &SwitchSpec,
@@ -95,7 +95,7 @@ pub(super) fn retained(device: &Device, i: usize) -> Result<SwitchLevel> {
 }
 
 /// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
-/// device that no worker could serve is tried once more.
+/// device that no worker could serve gets a new worker.
 pub fn reload(name: &str) -> Result<()> {
     let name = runtime::name_of(name)?;
     let path = spawn::find_server()?;
@@ -107,10 +107,10 @@ pub fn reload(name: &str) -> Result<()> {
     let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
     ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {}, &mut || {})?;
     if failed {
-        // Its supervisor has not changed.
+        // Only the worker is replaced; the supervisor stays.
         return Ok(());
     }
-    // The worker starts the new supervisor when the old one is gone.
+    // The worker starts the new supervisor when the old one has exited.
     let end = host::now() + SUPERVISOR;
     loop {
         let now = find::by_name(&name)?.map(|d| record(&d).supervisor);
@@ -124,8 +124,8 @@ pub fn reload(name: &str) -> Result<()> {
     }
 }
 
-/// Asks for a change and returns the last answer. A supervisor that exits meanwhile is replaced: the next one gets the
-/// same command, and makes the change only once. `waiting` is called each [`LOOK`] while the answer is not there.
+/// Asks the supervisor for a change and returns its last answer. If the supervisor is killed meanwhile, the next one
+/// gets the same request; the change is made only once. `waiting` is called each [`LOOK`] while the answer has not come.
 pub(super) fn ask(
     name: &str,
     command: &Command,
@@ -179,12 +179,12 @@ pub(super) fn ask(
             end = host::now() + SUPERVISOR;
         }
         match answer {
-            // What the supervisor before had begun is not known to this one.
+            // This supervisor does not know what the one before it had begun.
             Ok(Answer::NotMerged { code, message, untouched }) => {
                 return Ok(Answer::NotMerged { code, message, untouched: untouched && deaths < 2 });
             }
             Ok(answer) => return answer.into_result(),
-            // Between two supervisors.
+            // The supervisor was killed, and the worker has not started the next one yet.
             Err(e) if e.kind() == Kind::Device && host::now() < end && deaths < DEATHS => {
                 report::say(2, format_args!("{name}: {e}; asking the next supervisor"));
                 host::sleep(Duration::from_millis(50));

@@ -1,9 +1,9 @@
 //! Merging frozen levels into the lowest of them while the device is in use.
 //!
 //! No request reads what is written: a source above the target has each of these clusters, and the map names the
-//! highest level that has one. So no request is ever in the way, and no cluster is locked. The BAT pages of the sources
-//! are read when the work reaches them; clusters that stand side by side in source and target are moved in one piece:
-//! shared where the files' system can, else copied through bounce buffers.
+//! highest level that has one. So the work never conflicts with a request, and no cluster is locked. The BAT pages of
+//! the sources are read when the work reaches them. Clusters that stand side by side in source and target are moved in
+//! one piece: shared if the file system can, else copied through bounce buffers.
 
 use std::collections::VecDeque;
 
@@ -49,7 +49,7 @@ struct Copy {
     bounce: Option<BounceId>,
 }
 
-/// See the module.
+/// A merge of frozen levels; see the module.
 pub(in super::super) struct MergeFrozen {
     high: u8,
     /// BAT pages in which a source has entries.
@@ -92,7 +92,7 @@ impl MergeFrozen {
         self.cursor >= self.end && self.copies.is_empty()
     }
 
-    /// The merge has ended before its time: forgets the copies that wait for a bounce buffer; how many they were.
+    /// The merge is given up: forgets the copies that wait for a bounce buffer; returns how many they were.
     pub fn release(&mut self) -> usize {
         let waiting = std::mem::take(&mut self.waiting);
         waiting.iter().filter(|copy| self.copies.remove(**copy).is_some()).count()
@@ -211,7 +211,7 @@ impl<S: Shared> Engine<S> {
         reads.is_empty()
     }
 
-    /// One source's BAT page has come: the highest source that has a cluster wins, whatever the order.
+    /// One source's BAT page was read: the highest source that has a cluster is used, whatever the order of the reads.
     pub(in super::super) fn source_page_read(
         &mut self,
         level: u8,
@@ -348,7 +348,7 @@ impl<S: Shared> Engine<S> {
         match (copy.step, result) {
             _ if failed => self.end_frozen_copy(number, result, out),
             (Step::Sharing, Err(_)) => {
-                // These files cannot, or not now: copied instead.
+                // These files cannot share data, or not now: copied instead.
                 let level = copy.level;
                 copy.step = Step::Waiting;
                 merge.unshared[usize::from(level) / 64] |= 1 << (level % 64);

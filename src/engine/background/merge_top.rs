@@ -2,15 +2,15 @@
 //!
 //! The top stays whole: at any instant the chain as it was before reads right. Cluster by cluster the content of the top
 //! is copied to the target, under the cluster's lock; from then on every write to that cluster goes to both files. When
-//! all clusters of the top have been copied the two agree, and stay so until the engine is closed, which publishes what
-//! came last. Then the top can be dropped.
+//! all clusters of the top have been copied the two files agree, and stay so until the engine is closed; closing
+//! publishes the last changes. Then the top can be dropped.
 //!
 //! Two writes to the same sectors that are under way at the same time could end in different order in the two files:
 //! the second waits for both halves of the first.
 //!
-//! The shared table holds the progress: word 0, the cluster below which all clusters of the top agree durably, and in the
-//! other words (one more than) the clusters below that for which that is not so, because they came into the top later. A
-//! write that a killed worker left half done is not answered: it comes again, and goes to both files again.
+//! The shared table has the progress. Word 0 is the cluster below which all clusters of the top agree durably. The
+//! other words are the exceptions, as cluster number plus one: clusters below that were allocated in the top later. A
+//! write that a killed worker left half done is not answered: the next worker gets it again and writes to both files.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,18 +41,18 @@ enum Stage {
     Copying,
     /// In both files.
     Copied,
-    /// The same, and the publishing that is under way covers it.
+    /// As `Copied`, and the publishing that is under way covers it.
     Publishing,
 }
 
-/// A cluster that came into the top behind the cursor.
+/// A cluster that was allocated in the top behind the cursor.
 struct Revisit {
     stage: Stage,
     /// Where the shared table names it; `None`: the recorded cursor lies before it.
     word: Option<usize>,
 }
 
-/// See the module.
+/// A merge of the top; see the module.
 pub(in super::super) struct MergeTop {
     /// BAT pages of the top that have entries.
     pages: PageSet,
@@ -62,7 +62,8 @@ pub(in super::super) struct MergeTop {
     /// Those of them that wait to be copied.
     waiting: BTreeSet<u32>,
     free_words: Vec<usize>,
-    /// Some cluster behind the recorded cursor is named nowhere: the cursor stands where it is until all are published.
+    /// The shared table does not name all clusters behind the recorded cursor: the cursor stays until all are
+    /// published.
     overflowed: bool,
     recorded: u64,
     /// First clusters of the copies under way that are not revisits.
@@ -119,7 +120,7 @@ impl MergeTop {
         u64::from(cluster) < self.cursor && !matches!(stage, Some(Stage::Waiting | Stage::Copying))
     }
 
-    /// Every cluster that came before is named in the shared table, or the recorded cursor lies before it.
+    /// Notes a cluster behind the cursor in the shared table; else the recorded cursor stays before it.
     fn revisit<S: Shared>(&mut self, cluster: u32, shared: &S) {
         if let Some(r) = self.revisits.get_mut(&cluster) {
             r.stage = Stage::Waiting;
@@ -158,7 +159,7 @@ impl MergeTop {
         }
     }
 
-    /// All below `cursor` that is no revisit is durable, and so are the revisits that were being published.
+    /// All clusters below `cursor` that are no revisits are durable, and so are the revisits that were being published.
     pub fn end_publish<S: Shared>(&mut self, cursor: u64, shared: &S) {
         let over: Vec<u32> =
             self.revisits.iter().filter(|(_, r)| r.stage == Stage::Publishing).map(|(c, _)| *c).collect();
@@ -172,7 +173,7 @@ impl MergeTop {
         over.into_iter().for_each(|c| self.forget(c, shared));
     }
 
-    /// What waited for another write goes on.
+    /// The fragments that waited for another write; they go on.
     pub fn release(&mut self) -> Vec<Fragment> {
         std::mem::take(&mut self.waiters)
     }
@@ -190,8 +191,8 @@ impl<S: Shared> Engine<S> {
         self.background.as_ref().is_some_and(|b| matches!(b.work, Work::MergeTop(_)) && !b.has_failed())
     }
 
-    /// The top is being merged, or was until that failed: an entry of the target may be on its way to the disk, and a
-    /// cluster without an entry in the top would show it.
+    /// The top is being merged, or was until the merge failed. An entry of the target may be on its way to the disk,
+    /// and a cluster without an entry in the top would read from it.
     pub(in super::super) fn merges_top(&self) -> bool {
         self.background.as_ref().is_some_and(|b| matches!(b.work, Work::MergeTop(_)))
     }
@@ -272,7 +273,8 @@ impl<S: Shared> Engine<S> {
         if level == self.top { result } else { Ok(()) }
     }
 
-    /// A cluster comes into the top: noted before its entry changes, so that a successor never takes it for copied.
+    /// A cluster is allocated in the top. It is noted before its entry changes, so that the next worker does not count
+    /// it as copied.
     pub(in super::super) fn merge_sees_new(&mut self, cluster: u32) {
         if !self.merge_top_is_alive() || breaks(Breach::MergeMissed) {
             return;
@@ -280,7 +282,7 @@ impl<S: Shared> Engine<S> {
         let Some(Work::MergeTop(merge)) = self.background.as_mut().map(|b| &mut b.work) else { return };
         if u64::from(cluster) >= merge.cursor {
             merge.pages.insert(bat::page_of(cluster));
-            // A killed worker's successor begins at the recorded cursor, which lies before.
+            // After a kill the next worker begins at the recorded cursor, which lies before.
             return;
         }
         merge.revisit(cluster, &self.pending.shared);
@@ -439,7 +441,7 @@ impl<S: Shared> Engine<S> {
                 r.stage = Stage::Copied;
             }
         }
-        // The target's entry is on its way to the disk: without the top's the cluster would show it.
+        // The target's entry is on its way to the disk: without the top's entry the cluster would read from it.
         if !breaks(Breach::MergeUnmapped) {
             self.map.set_lower(cluster);
         }
@@ -447,9 +449,9 @@ impl<S: Shared> Engine<S> {
     }
 }
 
-/// What looking at a cluster came to.
+/// Result of looking at a cluster.
 enum Visit {
-    /// It has to be asked for again.
+    /// The cluster has to be looked at once more.
     NotYet,
     Nothing,
     Begun,

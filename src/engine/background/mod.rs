@@ -1,21 +1,21 @@
 //! Background work: long work on the clusters of the chain while requests are served.
 //!
-//! The frame that all of it shares: which cluster comes next, copying or sharing it, publishing what was done, pausing,
-//! cancelling, giving way to requests, and going on after the worker was killed where it was. What the work is says
-//! [`BackgroundWork`](super::api::BackgroundWork):
+//! This module has what all kinds of work share: the choice of the next cluster, copying or sharing it, publishing what
+//! was done, pausing, cancelling, giving way to requests, and going on after the worker was killed. The kinds of work
+//! ([`BackgroundWork`](super::api::BackgroundWork)):
 //!
 //! - [`merge_top`]: the writable top into the level below it. A copied cluster is kept equal in both files from then on.
 //! - [`merge_frozen`]: frozen levels into the lowest of them.
 //! - [`relocate`]: clusters of the top from the end of its file to free ones before it.
 //!
-//! The rules it keeps, beside those of the engine:
+//! It keeps these rules, beside those of the engine:
 //!
 //! - At every instant the chain as it was reads right: what is written into the target of a merge is hidden by the level
 //!   that it came from, until the caller drops that level.
-//! - Data before entry: a BAT page of the target holds only entries whose copies had ended before the target's sync began
+//! - Data before entry: a BAT page of the target has only entries whose copies had ended before the target's sync began
 //!   ([`target`]).
-//! - Progress is recorded in the shared table only when all below it is durable in the target, so that a successor begins
-//!   there and misses nothing.
+//! - Progress is recorded in the shared table only when all below it is durable in the target, so that the next worker
+//!   begins there and misses nothing.
 //! - Memory is bounded whatever the size of the disk: BAT pages are read when the work reaches them and dropped after.
 
 pub(super) mod merge_frozen;
@@ -37,7 +37,7 @@ const BUSY_TICKS: u8 = 2;
 /// Copies in flight while requests come. With 4 a random writer kept a third of its rate, with 1 more than half.
 const AT_ONCE_BUSY: usize = 1;
 
-/// How the work stands.
+/// State of the work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackgroundState {
     Running,
@@ -131,27 +131,27 @@ impl Background {
         matches!(self.state, BackgroundState::Failed(_))
     }
 
-    /// More copies may begin now: several at once on an idle device, one while requests come.
+    /// Whether more copies may begin now: several at once on an idle device, one while requests come.
     pub(super) fn may_copy(&self, idle_limit: usize) -> bool {
         !self.paused && self.copying < if self.busy > 0 { AT_ONCE_BUSY } else { idle_limit.max(1) }
     }
 }
 
-/// A killed worker may have been told that a sync of the target failed, and nobody else is told: whatever was written before
-/// is written again, the BAT pages too. [`SYNC_WORD`] stays until a sync has covered that.
+/// The kernel may have reported a failed sync of the target to the killed worker only. So the next worker writes all
+/// data once more, the BAT pages too. [`SYNC_WORD`] stays until a sync has covered that.
 fn forget_doubtful_progress<S: Shared>(shared: &S) {
     if is_doubtful(shared) {
         (0..SYNC_WORD).for_each(|word| shared.set_progress(word, 0));
     }
 }
 
-/// The fate of a sync of the target is unknown.
+/// The outcome of a sync of the target is unknown.
 fn is_doubtful<S: Shared>(shared: &S) -> bool {
     shared.progress(SYNC_WORD) != 0 && !breaks(Breach::TrustTargetAfterKill)
 }
 
 impl<S: Shared> Engine<S> {
-    /// How the background work stands; `None`: there is none.
+    /// State of the background work; `None`: there is none.
     pub fn background_state(&self) -> Option<BackgroundState> {
         self.background.as_ref().map(|b| b.state)
     }
@@ -176,7 +176,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// The work cannot go on, or is not to. The device can: the chain is what it was.
+    /// Gives the work up. The device goes on: the chain is as it was.
     pub(super) fn abort_background(&mut self, errno: Errno, out: &mut Vec<Action>) {
         let Some(b) = &mut self.background else { return };
         if b.has_failed() {
@@ -184,14 +184,14 @@ impl<S: Shared> Engine<S> {
         }
         b.state = BackgroundState::Failed(errno);
         if b.target.is_some() && !breaks(Breach::KeepProgressOfFailed) {
-            // From here on the target is not kept equal, and what a sync did to it may be unknown: a successor that is
-            // given the same work begins anew. The cursor goes first.
+            // From here on the target is not kept equal, and the outcome of a sync of it may be unknown: the next
+            // worker that gets the same work begins anew. The cursor is cleared first.
             (0..SYNC_WORD).for_each(|word| self.pending.shared.set_progress(word, 0));
             self.pending.shared.set_progress(SYNC_WORD, 1);
         }
         match &mut b.work {
             Work::MergeTop(merge) => self.ready.extend(merge.release()),
-            // What waits for a buffer is not copied any more.
+            // Copies that wait for a buffer are dropped.
             Work::MergeFrozen(merge) => b.copying -= merge.release(),
             Work::Relocate(_) => {}
         }
@@ -201,15 +201,15 @@ impl<S: Shared> Engine<S> {
         out.push(Action::BackgroundDone { result: Err(errno) });
     }
 
-    /// The engine is being closed: work that is not done will not be.
+    /// The engine is being closed: work that is not done is given up.
     pub(super) fn close_background(&mut self, out: &mut Vec<Action>) {
         if self.background_state() == Some(BackgroundState::Running) {
             self.abort_background(CANCELED, out);
         }
     }
 
-    /// Once a second: notes whether requests have come, and has what was copied published, so that a killed worker's
-    /// successor finds it.
+    /// Once a second: notes whether requests have come, and publishes what was copied, so that after a kill the next
+    /// worker goes on from there.
     pub(super) fn tick_background(&mut self) {
         let requests = self.stats.reads + self.stats.writes + self.stats.zeroes + self.stats.flushes;
         let Some(b) = &mut self.background else { return };
@@ -220,7 +220,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A request has come: background work gives way at once.
+    /// A request has arrived: the device counts as busy for some ticks, in which fewer copies run at once.
     pub(super) fn background_gives_way(&mut self) {
         if let Some(b) = &mut self.background {
             b.busy = BUSY_TICKS;

@@ -1,4 +1,4 @@
-//! Which BAT pages of a level hold entries: background work skips the others without reading them.
+//! Which BAT pages of a level have entries: background work skips empty pages without reading them.
 
 /// A set of BAT pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use crate::format::bat;
 /// Clusters looked at in one step: a step stays short whatever the size of the disk.
 const STEP: u32 = 4096;
 
-/// See the module.
+/// The relocation; see the module.
 pub(in super::super) struct Relocate {
     /// Host clusters from here on are to be emptied.
     from: u32,
@@ -72,7 +72,7 @@ impl<S: Shared> Engine<S> {
                 Visit::Passed => self.relocation().into_iter().for_each(|r| r.cursor += 1),
             }
         }
-        // The rest with the next step.
+        // The remaining clusters follow in the next step.
         self.more_background = true;
     }
 
@@ -153,7 +153,7 @@ impl<S: Shared> Engine<S> {
         self.relocation().into_iter().for_each(|r| r.revisit = true);
     }
 
-    /// A cluster has come into the top.
+    /// A cluster was allocated in the top.
     pub(in super::super) fn relocation_sees_new(&mut self, cluster: u32, host_cluster: u32) {
         if let Some(relocate) = self.relocation()
             && host_cluster >= relocate.from

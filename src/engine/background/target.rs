@@ -1,7 +1,7 @@
-//! The level that a merge writes to: its space, the pages of its BAT, and how what was copied becomes durable.
+//! The level that a merge writes to: its space, the pages of its BAT, and the publishing of copies.
 //!
-//! The pages of a target that are needed are read one after another and dropped when they are clean; a raw target has
-//! none, each of its clusters is where it belongs.
+//! Pages of the target's BAT are read one after another when they are needed and dropped when they are clean. A raw
+//! target has no BAT: each cluster is at its own offset.
 
 mod publish;
 
@@ -47,7 +47,7 @@ struct TargetPage {
     waiters: Vec<Fragment>,
 }
 
-/// See the module.
+/// The target of a merge; see the module.
 pub(in super::super) struct Target {
     pub level: u8,
     /// Bytes of a raw file.
@@ -64,7 +64,7 @@ pub(in super::super) struct Target {
     phase: Phase,
     /// Bytes that were copied and are not published.
     unpublished: u64,
-    /// What is not published is to be so without further delay.
+    /// All copies are to be published without further delay.
     due: bool,
     /// Pages to be written, as they stood when the data sync began.
     writing: Vec<(u32, Box<[u8; BAT_PAGE]>)>,
@@ -82,7 +82,7 @@ pub(in super::super) struct Target {
 
 impl Target {
     /// `end`: clusters that may be merged into it.
-    /// `doubtful`: a sync of it may have failed, so that its BAT on disk need not be the one that is read.
+    /// `doubtful`: a sync of it may have failed, so that the durable BAT may differ from the one that is read.
     pub fn new(
         config: &TargetConfig,
         levels: &[LevelConfig],
@@ -149,7 +149,7 @@ impl Target {
         Some(self.entry(&page.bytes, cluster))
     }
 
-    /// What the entry of a page whose entries are sound says of a cluster; 0: none.
+    /// Host cluster of a cluster by its entry in a page whose entries are sound; 0: none.
     fn entry(&self, bytes: &[u8; BAT_PAGE], cluster: u32) -> u32 {
         match self.unit.decode(bat::load(bytes, bat::index_of(cluster))) {
             bat::Entry::At(host_cluster) => host_cluster,
@@ -166,7 +166,7 @@ impl Target {
         })
     }
 
-    /// The copy that begins will change the entry of this cluster: its page stays in memory.
+    /// A copy that will change the entry of this cluster begins: its page stays in memory.
     pub fn pin(&mut self, cluster: u32) {
         if let Some(page) = self.pages.get_mut(&bat::page_of(cluster)) {
             page.pins += 1;
@@ -199,14 +199,14 @@ impl Target {
         }
     }
 
-    /// A host cluster that no copy has used.
+    /// Frees a host cluster that no copy has used.
     pub fn give_back(&mut self, host_cluster: u32) {
         if self.raw.is_none() {
             self.space.give(host_cluster);
         }
     }
 
-    /// The host cluster that follows `after`, if it is the next one to be taken.
+    /// Takes the host cluster that follows `after`, if it is the next one to be taken.
     pub fn take_next(&mut self, after: u32) -> bool {
         self.space.take_at(after + 1)
     }
@@ -226,7 +226,7 @@ impl Target {
         self.final_done && self.is_quiet()
     }
 
-    /// The merge has ended before its time: what waited for a page goes on without it.
+    /// The merge is given up: returns the fragments that waited for a page; they go on without it.
     pub fn release(&mut self) -> Vec<Fragment> {
         self.order.clear();
         self.writing.clear();
@@ -252,7 +252,7 @@ impl Target {
         }
     }
 
-    /// The tests' build keeps few pages, so that they come and go.
+    /// A build for tests keeps few pages, so that pages are dropped and read anew.
     fn limit(&self) -> usize {
         if cfg!(test) { 2 } else { CACHED_PAGES }
     }
@@ -343,7 +343,7 @@ impl<S: Shared> Engine<S> {
         let Some(target) = self.target() else { return };
         match result {
             Ok(()) => target.space.grown(),
-            // In smaller steps.
+            // No space: the next attempt takes a smaller step.
             Err(NO_SPACE) if target.space.not_grown() => {}
             Err(errno) => {
                 target.space.growing = None;

@@ -1,4 +1,4 @@
-//! Background work while requests come: whatever happens at the same time, the target ends with what the chain has.
+//! Background work while requests come: in any order of operations the target ends with the content of the chain.
 
 use super::super::BackgroundState;
 use super::*;

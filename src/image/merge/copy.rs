@@ -1,5 +1,5 @@
-//! Moving the runs of a plan: shared where the file systems can, else copied by several threads, each with one large
-//! read or write under way.
+//! Moving the runs of a plan: shared if the file systems can, else copied by several threads, each with one large read
+//! or write under way.
 
 use std::fs::File;
 use std::ops::Range;
@@ -23,11 +23,11 @@ use super::{MergeLevel, MergeOptions, Merged};
 /// Bytes that a thread moves at once, or a cluster if that is more.
 const CHUNK: u64 = 2 << 20;
 const THREADS: usize = 4;
-/// Bytes that all of them may hold, unless one cluster needs more.
+/// Bytes of the buffers of all threads, unless one cluster needs more.
 const MEMORY: u64 = 64 << 20;
 /// Bytes shared by one call.
 const SHARE: u64 = 1 << 30;
-/// How often progress is told and cancelling looked for.
+/// How often progress is reported and a cancellation checked.
 const TELL: Duration = Duration::from_millis(50);
 
 /// Where the data goes.
@@ -59,7 +59,7 @@ impl<'t, 'f> Sink<'t, 'f> {
         }
     }
 
-    /// What was written becomes durable, and then what names it.
+    /// Makes the data durable, then the entries that name it.
     fn publish(&mut self, touched: &AtomicBool) -> Result<()> {
         self.pending.sort_unstable();
         match &mut self.target {
@@ -77,8 +77,8 @@ impl<'t, 'f> Sink<'t, 'f> {
     }
 }
 
-/// An image as it is read and written: through the page cache, whose readahead and writing behind several threads keep
-/// busy better than as many direct operations do.
+/// An image, read and written through the page cache: its readahead and write-back are faster than direct I/O by the
+/// same number of threads.
 struct Io {
     file: File,
     name: PathBuf,
@@ -94,7 +94,7 @@ impl Io {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         read_exact(&self.file, buf, offset)
             .ctx(Kind::Read, || format!("cannot read image {} at offset {offset}", self.name.display()))?;
-        // It was read for once.
+        // The data is not read a second time.
         cache::drop_clean(&self.file, offset, buf.len() as u64);
         Ok(())
     }
@@ -154,8 +154,8 @@ impl<'o, 'p> Copier<'o, 'p> {
         })
     }
 
-    /// Finds out what can be shared, and takes the space for what must be copied: a full disk is known before anything
-    /// changes.
+    /// Finds out what can be shared, and reserves the space for the copies: a full file system is an error before
+    /// anything changes.
     pub fn reserve(&mut self, plan: &Plan, sink: &mut Sink<'_, '_>) -> Result<()> {
         self.total = plan.bytes;
         let size = self.cluster.bytes();
@@ -163,7 +163,7 @@ impl<'o, 'p> Copier<'o, 'p> {
         let (end, free) = (u64::from(target.table.end), &target.table.free);
         for (index, source) in self.sources.iter().enumerate() {
             let Some(extent) = plan.extents.iter().find(|e| e.source == index && !e.hole) else { continue };
-            // Behind the end, where nothing is: the first copy overwrites it, or it is cut at the end.
+            // Behind the end of the data: the first copy overwrites it, or it is cut at the end.
             let from = u64::from(extent.from) * size;
             let shares = &mut self.shares[index];
             *shares = *shares && store::clone_range(&source.file, from, &self.target.file, end * size, size).is_ok();
@@ -245,7 +245,7 @@ impl<'o, 'p> Copier<'o, 'p> {
         (self.options.progress)(done, self.total)
     }
 
-    /// False: the file systems do not do that.
+    /// Shares a run. False: the file systems cannot do that.
     fn share(&mut self, extent: &Extent, sink: &mut Sink<'_, '_>, touched: &AtomicBool) -> Result<bool> {
         let size = self.cluster.bytes();
         let mut done = 0;
@@ -270,7 +270,7 @@ impl<'o, 'p> Copier<'o, 'p> {
             }
             let from = u64::from(part.from) * size;
             match store::clone_range(&self.sources[part.source].file, from, &self.target.file, to, len) {
-                // What was allocated for it stays unused until the copy, which allocates anew.
+                // The clusters that were allocated for it stay unused; the copy allocates new ones.
                 Err(e) if store::cannot_clone(&e) => {
                     sink.pending.retain(|(c, _)| !(part.cluster..part.cluster + count).contains(c));
                     return if done == 0 { Ok(false) } else { self.copy(&[part], sink, touched).map(|()| true) };
@@ -346,10 +346,10 @@ impl<'o, 'p> Copier<'o, 'p> {
 
 struct State<'s, 't, 'f> {
     extents: &'s [Extent],
-    /// The next piece: a run, and how much of it is taken.
+    /// The next piece: the run, and how much of it was taken.
     extent: usize,
     skip: u32,
-    /// Pieces taken, and whose turn it is to get host clusters: in the order of the disk.
+    /// Pieces taken, and the piece that gets host clusters next: in the order of the disk.
     taken: u64,
     turn: u64,
     sink: &'s mut Sink<'t, 'f>,

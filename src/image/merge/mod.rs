@@ -1,7 +1,7 @@
 //! Moving the data of upper images down into a lower one.
 //!
-//! At every instant the chain reads as before: whatever is written into the target is shadowed by the source that it
-//! came from. So a merge that was interrupted is simply done again.
+//! At every instant the chain reads as before: the source of each cluster hides what the merge writes into the target.
+//! So an interrupted merge is finished by running it again.
 
 mod copy;
 mod plan;
@@ -24,8 +24,8 @@ use super::target::{Entries, Target, check_alike, read_table};
 use copy::{Copier, Sink};
 use plan::Plan;
 
-/// An image file that takes part. Open for reading, and for writing if it is the target; the merge opens it again as it
-/// needs it.
+/// An image file of a merge, open for reading, the target also for writing. The merge opens it once more in the mode
+/// that it needs.
 #[derive(Clone, Copy, Debug)]
 pub struct MergeLevel<'a> {
     pub file: &'a File,
@@ -35,7 +35,7 @@ pub struct MergeLevel<'a> {
 
 /// How to merge.
 pub struct MergeOptions<'a> {
-    /// Told now and then how many bytes of how many are done. An error stops the merge at a safe point.
+    /// Called now and then with the bytes done and the bytes in all. An error stops the merge at a safe point.
     pub progress: Progress<'a>,
     /// The target becomes the top of a running chain: its mark stays.
     pub stay_marked: bool,
@@ -65,11 +65,11 @@ pub struct Merged {
 #[derive(Debug)]
 pub struct Failed {
     pub error: Error,
-    /// The target's own content is as it was before; else it is spoiled until a merge is finished.
+    /// The target's own content is as it was before; else it is not valid until a merge is finished.
     pub untouched: bool,
 }
 
-/// Sources, topmost first, and target, looked at: nothing was written.
+/// A merge that was checked: sources (topmost first) and target. Nothing was written yet.
 pub struct Merge<'a> {
     sources: Vec<Source<'a>>,
     target: Under<'a>,
@@ -167,7 +167,7 @@ impl<'a> Merge<'a> {
         Ok(())
     }
 
-    /// Whether the target is marked in use: refused where the caller cannot say that it was a crash.
+    /// Whether the target is marked in use. A caller that does not know that a crash left the mark refuses the merge.
     pub fn target_marked(&self) -> bool {
         matches!(&self.target, Under::Ploop(t) if t.header.is_marked())
     }
@@ -181,13 +181,13 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// Does it. No other program may use the target, and none may write to the sources.
+    /// Runs the merge. The caller makes sure that no other program uses the target or writes to the sources.
     pub fn run(mut self, options: &mut MergeOptions<'_>) -> Result<Merged, Failed> {
         let mut touched = false;
         match self.work(options, &mut touched) {
             Ok(merged) => Ok(merged),
             Err(error) => {
-                // The image is as sound as before, so it is closed if that is still possible.
+                // The image is as sound as before: close it if that is still possible.
                 if let Under::Ploop(target) = &mut self.target
                     && target.header.in_use == header::IN_USE
                     && let Err(e) = target.close_as_it_is()
@@ -255,7 +255,7 @@ fn check_size(lower: &Path, lower_sectors: u64, upper: &Path, upper_sectors: u64
     Ok(())
 }
 
-/// Size of a raw image; one that is none is refused.
+/// Size of a raw image in bytes; a ploop1 image is refused.
 fn raw_bytes(level: &MergeLevel<'_>) -> Result<u64> {
     let shown = level.name.display();
     let mut head = [0; header::SIZE];

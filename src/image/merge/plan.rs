@@ -1,4 +1,4 @@
-//! Which clusters go where: runs that can be moved in one piece.
+//! The plan of a merge: runs of clusters that can be moved in one piece, with source and target.
 
 use std::fs::File;
 use std::ops::Range;
@@ -20,7 +20,7 @@ pub struct Extent {
     pub to: Destination,
     /// A hole of the source: reads as zero without being read.
     pub hole: bool,
-    /// Zeroes must be written, because something below would show through.
+    /// Zeroes must be written, because an image below has the cluster.
     pub shadows: bool,
 }
 

@@ -1,4 +1,4 @@
-//! The file systems of a running device at rest, for as long as a value lives.
+//! Freezes the file systems of a running device until the returned value is dropped.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -34,7 +34,7 @@ fn mounted(device: &Device) -> Result<Vec<File>> {
         if !namespaces.insert(ns.ino()) {
             continue;
         }
-        // It may end at any time.
+        // The process may exit at any time.
         let Ok(table) = mounts::read_of(&process) else { continue };
         for mount in table.iter().filter(|m| names.mounted_by(m)) {
             if found.contains(&mount.dev) {

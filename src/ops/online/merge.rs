@@ -1,4 +1,5 @@
-//! Merging snapshots of a running disk: the server does it, so that it goes on if we die; the descriptor is ours to prepare.
+//! Merging snapshots of a running disk. The worker copies, so that the merge goes on if the caller is killed; the
+//! caller prepares the descriptor.
 
 use super::{Ended, check_chain, check_state, outcome, prepare};
 use crate::bail;
@@ -12,8 +13,8 @@ use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
 
-/// Merges `descendant` and all between into `ancestor`, all of which the device runs. I/O goes on. What was begun is
-/// finished by doing it again: the snapshots that disappear are marked temporary before anything is written.
+/// Merges `descendant` and all between into `ancestor`; the device runs all of them. I/O goes on. An interrupted merge
+/// is finished by running it again: the snapshots that disappear are marked temporary before anything is written.
 pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
     let gone = disk.removed_by_merge(descendant, ancestor)?;
     check_chain(disk, device)?;
@@ -35,7 +36,7 @@ pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, an
     step(disk, &device, descendant, &parent, &[parent])
 }
 
-/// One merge of the server's. `gone`: the snapshots that disappear.
+/// One merge by the worker. `gone`: the snapshots that disappear.
 fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid, gone: &[Guid]) -> Result<()> {
     let level = |disk: &Descriptor, guid: &Guid| {
         let image = disk.image(guid).map(|i| FileId::at_nofollow(&i.file));
@@ -76,7 +77,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     }
 }
 
-/// Has the server do it.
+/// Asks the supervisor for the merge and waits until it is done.
 fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec) -> Result<(), Unmerged> {
     let mut patience = Patience { shown: Progress::begin("merging") };
     let merged = match is_top {
@@ -119,8 +120,8 @@ fn unmark(disk: &mut LockedDescriptor, guids: &[Guid]) {
     }
 }
 
-/// Merges levels `low` to `high` of a running device; no descriptor is told, and the files of those above the lowest are
-/// left to whoever asked.
+/// Merges levels `low` to `high` of a running device; no descriptor is changed. The files of the levels above the
+/// lowest stay: the caller removes them.
 pub fn merge_levels(device: &Device, low: usize, high: usize) -> Result<()> {
     check_state(device)?;
     let top = device.images.len().saturating_sub(1);

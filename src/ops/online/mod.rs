@@ -21,8 +21,8 @@ pub use merge::{merge, merge_levels};
 pub use replace::{replace, replace_level};
 pub use snapshot::{on_device, snapshot};
 
-/// The device must run the chain that the descriptor has for its top: else another operation, perhaps of another program,
-/// has lost track of one of the two. `Param`.
+/// The device must run the chain that the descriptor has for its top. `Param` if another operation, perhaps of another
+/// program, has changed only one of the two.
 pub fn check_chain(disk: &Descriptor, device: &Device) -> Result<()> {
     check_state(device)?;
     let chain = disk.chain(&disk.top)?;
@@ -71,9 +71,9 @@ fn levels_of(next: &Descriptor, device: &Device) -> Result<Vec<NewLevel>> {
     Ok(levels)
 }
 
-/// How a change ended that was to be committed.
+/// Result of a change that renames a descriptor.
 enum Ended {
-    /// Device and descriptor are changed; an error of what follows.
+    /// Device and descriptor are changed; an error is one of a later step.
     Changed(Result<()>),
     /// Nothing is changed.
     Not(Error),
@@ -81,7 +81,7 @@ enum Ended {
     Unknown(Error),
 }
 
-/// The chain of `next` for the server, and the name under which `next` lies ready.
+/// The chain of `next` for the server, and the temporary name under which `next` is stored.
 fn prepare(disk: &LockedDescriptor, device: &Device, next: &mut Descriptor) -> Result<(SwitchSpec, PathBuf)> {
     next.normalise_top()?;
     let levels = levels_of(next, device)?;
@@ -90,7 +90,7 @@ fn prepare(disk: &LockedDescriptor, device: &Device, next: &mut Descriptor) -> R
     Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, tmp))
 }
 
-/// What became of a change that the server was asked for: the descriptor on disk tells.
+/// The result of a change that the server was asked for. The descriptor on disk decides whether it was made.
 fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Descriptor, result: Result<()>) -> Ended {
     let committed = spec.commit.as_ref().map_or(Ok(false), CommitFile::is_committed);
     match (committed, result) {
@@ -112,7 +112,7 @@ fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Desc
 }
 
 /// Makes the device serve the chain of `next`, which becomes the disk's descriptor in the same moment. `serving` is called
-/// when I/O goes on, `prepared` before it is held; an error of it ends the change.
+/// when I/O goes on, `prepared` before requests begin to wait; an error of `prepared` ends the change.
 fn change(
     disk: &mut LockedDescriptor,
     device: &Device,

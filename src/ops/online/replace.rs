@@ -17,8 +17,9 @@ use crate::sys::store;
 
 const READ: Access = Access { write: false, direct: false };
 
-/// Replaces the image of a running disk by `new`, which is no image of the disk. `keep_name`: the new one takes the name of
-/// the old one, which goes. After an error the disk has the old one, and `new` its name.
+/// Replaces the image of a running disk by `new`, which is no image of the disk. `keep_name`: the new file takes the
+/// name of the old one, which is removed. After an error the disk has the old file, and the new one is called `new` as
+/// before.
 pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new: &Path, keep_name: bool) -> Result<()> {
     check_chain(disk, device)?;
     let id = FileId::at_nofollow(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
@@ -52,7 +53,7 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
     }
 }
 
-/// The same without a descriptor: only the device is told.
+/// Replaces a level of a running device; no descriptor is changed.
 pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
     check_state(device)?;
     check_level(device, level)?;
@@ -64,7 +65,7 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
     if device.level_of(id).is_some() {
         bail!(Param, "{} is an image of {} already", new.display(), device.node().display());
     }
-    // What runs there, whatever has its name by now.
+    // The file that the device runs must still have this name.
     let old = lock_image(&name.path, None, READ, Sharing::Readers).map_err(|e| image_set::named(e, &name.path))?;
     let running = FileId::at_nofollow(&name.path).is_ok_and(|id| id == name.id);
     if !running {

@@ -19,8 +19,8 @@ use crate::sys::store;
 /// empty and durable. The file systems mounted from the device are frozen meanwhile. When this returns, the former top is
 /// closed and does not change any more.
 ///
-/// After an error nothing is changed, and the new delta is removed; unless the error says that it may be part of the
-/// disk.
+/// After an error nothing is changed and the new delta is removed, unless the error says that the delta may be part of
+/// the disk.
 pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, path: &Path) -> Result<()> {
     check_chain(disk, device).inspect_err(|_| undo(path))?;
     let rest = Rest::default();
@@ -43,8 +43,8 @@ pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, 
     }
 }
 
-/// Puts a new image `file`, which is made, on top of a running device; no descriptor is told. `sync`: the file systems
-/// mounted from it are frozen meanwhile. After an error the file is removed.
+/// Makes the image `file` and puts it on top of a running device; no descriptor is changed. `sync`: the file systems
+/// mounted from the device are frozen meanwhile. After an error the file is removed.
 pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     check_state(device)?;
     if device.read_only {
@@ -53,7 +53,7 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     let version = device.version.unwrap_or(Version::V2);
     create_delta(file, version, device.cluster()?, device.sectors)?;
     put_on(device, file, sync).inspect_err(|e| {
-        // The server may have gone on without us.
+        // The server may have made the change although the connection to it was lost.
         let id = FileId::at(file).ok();
         let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == id);
         match runs || e.kind() == Kind::Protocol {
@@ -80,7 +80,7 @@ fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
 struct Rest(RefCell<Option<Box<dyn Freeze>>>);
 
 impl Rest {
-    /// Once; a second supervisor asks again.
+    /// Freezes once: a second supervisor asks for it a second time.
     fn freeze(&self, device: &Device) -> Result<()> {
         let mut frozen = self.0.borrow_mut();
         if frozen.is_none() {
@@ -94,7 +94,7 @@ impl Rest {
     }
 }
 
-/// The new delta is nobody's: it was never part of the disk.
+/// Removes the new delta, which was never part of the disk.
 fn undo(path: &Path) {
     if let Err(e) = store::unlink(path) {
         report::warn(format_args!("{} is not needed, but cannot be removed: {e}", path.display()));

@@ -1,7 +1,7 @@
-//! What was copied becomes durable in the target.
+//! Publishing: copies become durable in the target.
 //!
-//! Publishing is: sync the data, write the changed BAT pages, sync again, record the progress. The pages that are
-//! written are the ones that stood when the first sync began.
+//! The steps are: sync the data, write the changed BAT pages, sync again, record the progress. The pages are written
+//! with the content that they had when the first sync began.
 
 use super::{BATCH, CHANGED_PAGES, PAGES_AT_ONCE, Phase};
 use crate::engine::Engine;
@@ -153,7 +153,7 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// A successor goes on where this publishing began.
+    /// Records the cursor from which the next worker goes on: where this publishing began.
     fn record_progress(&mut self) {
         let Some(b) = &mut self.background else { return };
         let Some(target) = &mut b.target else { return };
