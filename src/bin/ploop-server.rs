@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use ploop::server::{attach, helper};
+use ploop::server::{attach, helper, resume};
 use ploop::sys::process;
 
 fn main() {
@@ -12,7 +12,8 @@ fn main() {
         "start" => spawn_detached("supervise"),
         "adopt" => spawn_detached("adopted"),
         "supervise" => attach::supervise(),
-        "adopted" => attach::adopt(),
+        "adopted" => resume::adopt(),
+        "resumed" => resume::resume(),
         "helper" => helper::main(),
         "worker" => worker(),
         "version" => helper::tell_version(),

@@ -48,6 +48,19 @@ pub fn close(top: &LevelFile, chain: &Chain, alloc_end: u32) -> Result<()> {
     write_header(top, &closed)
 }
 
+/// Whether the top of a chain is closed, durably: its in-use mark is not there.
+pub fn is_closed(top: &LevelFile) -> Result<bool> {
+    let name = top.name.display();
+    let mut head = AlignedBuf::new(HEAD);
+    read_exact(&top.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {name}"))?;
+    if Header::parse(&head).map_err(|e| e.context(&name))?.is_marked() {
+        return Ok(false);
+    }
+    // The process that took the mark away may have been killed before it had synced that.
+    store::sync_all(&top.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
+    Ok(true)
+}
+
 /// Finishes a former top that is a lower delta by now, while the worker reads it: cuts clusters at the end that no
 /// entry names, completes, syncs, clears the in-use mark. Its content does not change. An image without the mark is
 /// finished already.

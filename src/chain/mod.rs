@@ -16,7 +16,7 @@ use crate::engine::api::{AllocConfig, Carried, LevelConfig};
 use crate::format::header::Version;
 use crate::units::ClusterSize;
 
-pub use close::{close, finish};
+pub use close::{close, finish, is_closed};
 pub use open::open;
 pub use target::{open_target, used_pages};
 

@@ -41,6 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// A device finds its processes again in this time.
 const RECOVERY: Duration = Duration::from_secs(120);
 
+/// Steps of all lives.
+pub static STEPS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
 /// What a life is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -65,6 +68,7 @@ pub fn live(seed: u64, breach: Option<&'static str>) -> std::result::Result<(), 
         life.run();
     }));
     let failure = world.failure();
+    STEPS.fetch_add(world.steps(), Ordering::Relaxed);
     let trace = world.trace();
     world.power_off();
     World::end();
@@ -184,7 +188,7 @@ impl<'a> Life<'a> {
                 let modes = self.rng.pick(&[
                     &["caller"][..],
                     &["worker"],
-                    &["supervise", "adopted"],
+                    &["supervise", "adopted", "resumed"],
                     &["helper"],
                     &[],
                     &["worker"],
@@ -323,6 +327,7 @@ impl<'a> Life<'a> {
     /// The device has lost its processes: what was not flushed may be lost.
     fn dead(&mut self) {
         self.say("the device is dead".into());
+        self.follow_list();
         self.stop_app();
         self.model.lock().expect("a lock").crash();
         let Some(device) = self.device() else { return };
@@ -428,8 +433,32 @@ impl<'a> Life<'a> {
         let (result, killed) = self
             .operate(format!("merge levels {low} to {high}"), false, move || online::merge_levels(&device, low, high));
         self.after(&result, &killed, "merge of levels");
-        // The descriptor does not know: it is made to.
+        self.follow_list();
+    }
+
+    /// A merge by levels leaves the descriptor as it was: what a user has to do then.
+    fn follow_list(&mut self) {
+        let Some(device) = self.device().filter(|_| self.by_list) else { return };
         self.model.lock().expect("a lock").relevel();
+        let mut d = self.descriptor();
+        let chain: Vec<(Guid, PathBuf)> =
+            d.chain(&d.top).unwrap_or_default().iter().map(|i| (i.guid, i.file.clone())).collect();
+        let ids = device.ids();
+        let gone = chain.len().saturating_sub(ids.len());
+        if gone == 0 {
+            return;
+        }
+        let same = |at: usize| chain.get(at).and_then(|c| FileId::at(&c.1).ok()) == ids.get(at).copied();
+        let low = (0..ids.len()).take_while(|at| same(*at)).count() - 1;
+        let files = d.collapse(&chain[low + gone].0, &chain[low].0, None);
+        let files = files.unwrap_or_else(|e| self.fail(format!("collapse: {e}")));
+        let normal = d.normalise_top().and_then(|()| d.commit(&self.dd));
+        if let Err(e) = normal {
+            self.fail(format!("commit: {e}"));
+        }
+        for file in files {
+            let _ = crate::sys::store::unlink(&file);
+        }
     }
 
     fn reload(&mut self) {
@@ -665,7 +694,7 @@ fn app(world: &Arc<World>, model: &Arc<Mutex<Model>>, stop: &AtomicBool, backing
             model.lock().expect("a lock").error.get_or_insert(error);
             return;
         }
-        host::sleep(Duration::from_micros(rng.pick(&[0, 50, 500, 20_000])));
+        host::sleep(Duration::from_micros(rng.pick(&[0, 200, 5_000, 50_000, 200_000])));
     }
 }
 

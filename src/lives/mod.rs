@@ -11,6 +11,9 @@ pub mod world;
 
 pub use transport::BLOCK_DEVICES;
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 #[test]
 fn lives() {
     if !nix::unistd::geteuid().is_root() {
@@ -19,12 +22,25 @@ fn lives() {
     }
     let first: u64 = std::env::var("PLOOP_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
     let count: u64 = std::env::var("LIVES").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    let mut failed = Vec::new();
-    for seed in first..first + count {
-        if let Err(why) = life::live(seed, None) {
-            println!("{why}\n");
-            failed.push(seed);
+    let failed = Mutex::new(Vec::new());
+    let next = AtomicU64::new(first);
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        return;
+                    }
+                    if let Err(why) = life::live(seed, None) {
+                        println!("{why}\n");
+                        failed.lock().expect("a lock").push(seed);
+                    }
+                }
+            });
         }
-    }
+    });
+    let failed = failed.into_inner().expect("a lock");
+    println!("{count} lives, {} steps", life::STEPS.load(Ordering::Relaxed));
     assert!(failed.is_empty(), "seeds {failed:?} failed");
 }

@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::transport::Devices;
-use crate::server::{attach, helper, worker};
+use crate::server::{attach, helper, resume, worker};
 use crate::sys::host::simulated::{self, Host};
 use crate::sys::host::{self, Exit};
 use crate::testing::rng::Rng;
@@ -38,6 +38,9 @@ pub const DRIVER: i32 = 1;
 
 /// Why a thread of a simulated process unwinds.
 struct Unwinds;
+
+/// It replaces its program.
+struct Execs;
 
 type Ready = Box<dyn FnMut() -> bool + Send>;
 
@@ -208,10 +211,14 @@ impl World {
             .spawn(move || {
                 WORLD.set(Some(world.clone()));
                 simulated::enter(Rc::new(View { world: world.clone(), task, pid }));
-                let ended = catch_unwind(AssertUnwindSafe(|| {
+                let mut ended = catch_unwind(AssertUnwindSafe(|| {
                     world.wait_for_turn(task);
                     main();
                 }));
+                while ended.as_ref().is_err_and(|what| what.is::<Execs>()) {
+                    let (mode, parent) = world.replaced(pid);
+                    ended = catch_unwind(AssertUnwindSafe(|| main_of(&world, mode, parent)));
+                }
                 if let Err(what) = ended
                     && !what.is::<Unwinds>()
                 {
@@ -232,6 +239,10 @@ impl World {
 
     pub fn failure(&self) -> Option<String> {
         self.lock().failure.clone()
+    }
+
+    pub fn steps(&self) -> u64 {
+        self.lock().steps
     }
 
     pub fn trace(&self) -> String {
@@ -293,6 +304,14 @@ impl World {
 
     pub fn kill(&self, pid: i32) {
         kill(&mut self.lock(), pid);
+    }
+
+    /// The process begins anew with another program.
+    fn replaced(&self, pid: i32) -> (&'static str, i32) {
+        let mut state = self.lock();
+        let process = state.processes.get_mut(&pid).expect("a process");
+        process.dead = false;
+        (MODES.iter().find(|m| **m == process.mode).copied().unwrap_or("unknown"), process.parent)
     }
 
     fn is_dead(&self, pid: i32) -> bool {
@@ -533,6 +552,19 @@ impl Host for View {
         self.unwind()
     }
 
+    fn exec(&self, mode: &str, socket: OwnedFd) -> ! {
+        let _ = self.step("replace the program");
+        {
+            let mut state = self.world.lock();
+            if let Some(process) = state.processes.get_mut(&self.pid) {
+                process.dead = true;
+                process.socket = Some(socket);
+                process.mode = mode.into();
+            }
+        }
+        resume_unwind(Box::new(Execs))
+    }
+
     fn step(&self, what: &'static str) -> io::Result<()> {
         if self.world.is_dead(self.pid) {
             if !std::thread::panicking() {
@@ -648,7 +680,7 @@ impl Host for View {
     }
 }
 
-const MODES: [&str; 7] = ["start", "adopt", "supervise", "adopted", "helper", "worker", "version"];
+const MODES: [&str; 8] = ["start", "adopt", "supervise", "adopted", "resumed", "helper", "worker", "version"];
 
 /// What the program does in its modes, as `ploop-server` does it.
 fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
@@ -662,7 +694,8 @@ fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
         "start" => detached("supervise"),
         "adopt" => detached("adopted"),
         "supervise" => attach::supervise(),
-        "adopted" => attach::adopt(),
+        "adopted" => resume::adopt(),
+        "resumed" => resume::resume(),
         "helper" => helper::main(),
         "worker" => worker::worker_main(),
         "version" => helper::tell_version(),

@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::helper::{Go, Job, JobEvent, remote_error};
-use crate::server::nodes::Nodes;
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
-use crate::server::worker_process::{Descriptors, Worker};
+use crate::server::worker_process::Descriptors;
 use crate::server::{control, daemon, frame, runtime, shm};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
@@ -313,68 +312,4 @@ impl Supervisor {
         self.give_up();
         let _ = runtime::remove_dir(&self.dir);
     }
-}
-
-/// Mode `adopted`: a worker that lost its supervisor has started this one.
-pub fn adopt() -> i32 {
-    let Ok(sock) = host::take_standard(0) else { return 1 };
-    let Ok(Some((ToWorker::Start(start), fds))) = frame::recv_within::<ToWorker>(&sock, GREETING) else { return 1 };
-    match take_over(sock, start, fds) {
-        Ok(()) => 0,
-        Err(_) => 1,
-    }
-}
-
-fn take_over(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()> {
-    daemon::detach_from_caller()?;
-    daemon::lock_memory();
-    let mut start = start;
-    let levels = start.attach.levels.len();
-    let mut fds = fds;
-    let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
-    let Some(mut fds) = Descriptors::from_all(fds, levels, start.merge_fds) else {
-        bail!(Protocol, "too few descriptors came from the worker")
-    };
-    let retired = start.retired.take().map(|switch| (switch, std::mem::take(&mut fds.extra)));
-    let pid = host::peer(&sock).ctx(Kind::Sys, || "cannot see which process the worker is")?;
-    let worker = Worker::attach_running(pid, sock)?;
-    let me = runtime::process(host::pid()).unwrap_or_default();
-    let name = start.device_name.clone();
-    runtime::check_name(&name)?;
-    let dir = runtime::device_dir(&name);
-    let found = runtime::read_record(&dir).ok().flatten().filter(|r| r.name == name && r.boot == runtime::boot_id());
-    // Without a record the device goes on, but cannot be found any more.
-    let (dir, record) = match found {
-        Some(record) => (dir, record),
-        None => (PathBuf::new(), DeviceRecord { name: name.clone(), state: "lost".into(), ..Default::default() }),
-    };
-    let mut supervisor = Supervisor::new(dir, record, start, fds)?;
-    supervisor.slots = slots;
-    supervisor.nodes = Nodes::existing(&runtime::dev_dir(), &name);
-    supervisor.record.supervisor = me;
-    supervisor.record.worker = worker.id;
-    // The old supervisor may have exited before it wrote them into the record.
-    supervisor.record.levels = supervisor.start.attach.levels.clone();
-    supervisor.record.ids = supervisor.start.attach.ids.clone();
-    supervisor.worker = Some(worker);
-    supervisor.assume_ready();
-    if let Some((switch, fds)) = retired {
-        // Another worker that is about to start a supervisor reads the record first.
-        supervisor.save();
-        supervisor.resume_change(switch, fds);
-    }
-    match supervisor.record.state.as_str() {
-        // The supervisor exited while attaching: the caller got an error.
-        "starting" => supervisor.undo(),
-        "stopped" => {
-            supervisor.lost = true;
-            supervisor.save();
-            supervisor.run();
-        }
-        _ => {
-            supervisor.save();
-            supervisor.run();
-        }
-    }
-    Ok(())
 }

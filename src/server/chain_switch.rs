@@ -81,38 +81,39 @@ impl Supervisor {
         self.record.state == "running" && self.failed.is_none()
     }
 
-    /// Makes a change and answers the client. True: this supervisor ends, and the new worker starts another one.
-    pub(super) fn change(&mut self, change: PendingChange) -> bool {
+    /// Makes a change and answers the client.
+    pub(super) fn change(&mut self, change: PendingChange) {
         let PendingChange { request, fds, client } = change;
         let (switch, program) = match request {
             ChangeRequest::Switch(switch) => (switch, None),
             ChangeRequest::MergeTop(switch) => {
                 self.begin_merge(switch, None, fds, client);
-                return false;
+                return;
             }
             ChangeRequest::MergeFrozen(order) => {
                 self.begin_merge(order.switch, Some((order.low, order.high)), fds, client);
-                return false;
+                return;
             }
             ChangeRequest::MergeComplete => {
                 self.finish_merge();
-                return false;
+                return;
             }
             ChangeRequest::EndMerge(why) => {
                 self.end_merge(why);
                 client.iter().for_each(|c| control::answer(c, &Answer::Done));
-                return false;
+                return;
             }
             ChangeRequest::Reload(token) => match self.same_chain(token, fds) {
                 Ok((switch, program)) => {
-                    let result = self.try_change(&switch, Vec::new(), Some(program));
-                    let answer = result.as_ref().map_or_else(control::refusal, |_| Answer::Done);
-                    client.iter().for_each(|c| control::answer(c, &answer));
-                    return result.is_ok();
+                    match self.try_change(&switch, Vec::new(), Some(program)) {
+                        Ok(_) => self.replace_program(client),
+                        Err(e) => client.iter().for_each(|c| control::answer(c, &control::refusal(&e))),
+                    }
+                    return;
                 }
                 Err(e) => {
                     client.iter().for_each(|c| control::answer(c, &control::refusal(&e)));
-                    return false;
+                    return;
                 }
             },
         };
@@ -126,7 +127,7 @@ impl Supervisor {
                 result
             }
         };
-        let Some(client) = client else { return false };
+        let Some(client) = client else { return };
         match warning {
             Err(e) => control::answer(&client, &control::refusal(&e)),
             Ok(warning) => {
@@ -137,7 +138,6 @@ impl Supervisor {
                 }
             }
         }
-        false
     }
 
     /// The former top is complete, or not.

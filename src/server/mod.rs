@@ -18,6 +18,7 @@ pub mod nodes;
 pub mod partitions;
 pub mod proto;
 pub mod remote_error;
+pub mod resume;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;

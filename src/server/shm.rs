@@ -19,7 +19,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"ploopshm");
 const VERSION: u64 = 1;
 
 /// Changes of the BAT that may wait to become durable.
-pub const SLOTS: usize = 131_072;
+pub const SLOTS: usize = if cfg!(test) { 8192 } else { 131_072 };
 
 // Word numbers.
 const AT_MAGIC: usize = 0;
@@ -35,6 +35,7 @@ const AT_MARKS: usize = 32;
 const AT_POISON: usize = 128;
 /// Behind the poison counts; a server that does not know these words leaves them alone.
 const AT_BACKGROUND: usize = 1664;
+const AT_CLOSING: usize = 1665;
 const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
 
@@ -154,6 +155,16 @@ impl Shm {
         // Word 0 first: a worker that exits in between leaves another token, so that its successor clears all again.
         (0..PROGRESS_WORDS).for_each(|word| self.set_progress(word, 0));
         self.words[AT_BACKGROUND].store(token, Release);
+    }
+
+    /// The image is about to be closed: everything is flushed, and the in-use mark is taken away next.
+    pub fn begin_close(&self) {
+        self.words[AT_CLOSING].store(1, Release);
+    }
+
+    /// A worker has begun to close the image: where the image is not marked it has closed it.
+    pub fn is_closing(&self) -> bool {
+        self.words[AT_CLOSING].load(Acquire) != 0
     }
 
     /// Publishes the engine's status.

@@ -172,9 +172,7 @@ impl Supervisor {
                 return self.abort();
             }
             if let Some(change) = self.changes.pop_front() {
-                if self.change(change) {
-                    return;
-                }
+                self.change(change);
                 continue;
             }
             if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {

@@ -111,6 +111,12 @@ impl Worker {
         Ok(Worker::new(id, pidfd, sock, None))
     }
 
+    /// The same for a worker that this process has started by an earlier program.
+    pub fn attach_child(id: ProcessId, sock: OwnedFd) -> Result<Worker> {
+        let pidfd = host::watch(id.pid).ctx(Kind::Sys, || format!("cannot watch the worker, process {}", id.pid))?;
+        Ok(Worker::new(id, pidfd, sock, Some(Process::of_child(id.pid))))
+    }
+
     fn new(id: ProcessId, pidfd: OwnedFd, sock: OwnedFd, process: Option<Process>) -> Worker {
         Worker {
             id,

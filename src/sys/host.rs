@@ -12,6 +12,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollTimeout};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::sys::{pidfd, process};
 
@@ -136,6 +138,8 @@ pub struct Process {
 #[derive(Debug)]
 enum Inner {
     Child(Child),
+    /// Started before this process replaced its program.
+    Earlier(nix::unistd::Pid),
     #[cfg(test)]
     Simulated(i32),
 }
@@ -143,6 +147,10 @@ enum Inner {
 /// Starts the server's program in one of its modes, with `socket` as standard input, a clean environment and no terminal.
 pub fn start(program: &Path, mode: &str, socket: OwnedFd) -> io::Result<Process> {
     simulated!(host => host.start(mode, socket).map(|pid| Process { inner: Inner::Simulated(pid) }));
+    command(program, mode, socket).spawn().map(|child| Process { inner: Inner::Child(child) })
+}
+
+fn command(program: &Path, mode: &str, socket: OwnedFd) -> Command {
     let mut command = Command::new(program);
     command
         .arg0("ploop-server")
@@ -152,13 +160,32 @@ pub fn start(program: &Path, mode: &str, socket: OwnedFd) -> io::Result<Process>
         .stdin(socket)
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    command.spawn().map(|child| Process { inner: Inner::Child(child) })
+    command
+}
+
+/// Replaces the program of this process; `socket` becomes its standard input. Returns only if that fails.
+pub fn exec(program: &Path, mode: &str, socket: OwnedFd) -> io::Error {
+    #[cfg(test)]
+    if let Some(host) = simulated::current() {
+        host.exec(mode, socket);
+    }
+    command(program, mode, socket).exec()
 }
 
 impl Process {
+    /// A child of this process that an earlier program of it has started.
+    pub fn of_child(pid: i32) -> Process {
+        #[cfg(test)]
+        if is_simulated() {
+            return Process { inner: Inner::Simulated(pid) };
+        }
+        Process { inner: Inner::Earlier(nix::unistd::Pid::from_raw(pid)) }
+    }
+
     pub fn id(&self) -> i32 {
         match &self.inner {
             Inner::Child(child) => child.id() as i32,
+            Inner::Earlier(pid) => pid.as_raw(),
             #[cfg(test)]
             Inner::Simulated(pid) => *pid,
         }
@@ -168,6 +195,7 @@ impl Process {
         match &mut self.inner {
             // It may have exited.
             Inner::Child(child) => drop(child.kill()),
+            Inner::Earlier(pid) => drop(nix::sys::signal::kill(*pid, nix::sys::signal::SIGKILL)),
             #[cfg(test)]
             Inner::Simulated(pid) => simulated::with(|host| host.kill(*pid)),
         }
@@ -177,6 +205,7 @@ impl Process {
     pub fn try_wait(&mut self) -> io::Result<Option<Exit>> {
         match &mut self.inner {
             Inner::Child(child) => Ok(child.try_wait()?.map(exit_of)),
+            Inner::Earlier(pid) => Ok(exited(waitpid(*pid, Some(WaitPidFlag::WNOHANG))?)),
             #[cfg(test)]
             Inner::Simulated(pid) => Ok(simulated::with(|host| host.exit_of(*pid))),
         }
@@ -191,6 +220,7 @@ impl Process {
     pub fn wait(&mut self) -> io::Result<Exit> {
         match &mut self.inner {
             Inner::Child(child) => child.wait().map(exit_of),
+            Inner::Earlier(pid) => Ok(exited(waitpid(*pid, None)?).unwrap_or(Exit { killed: true })),
             #[cfg(test)]
             Inner::Simulated(pid) => Ok(simulated::with(|host| host.wait_for(*pid))),
         }
@@ -199,6 +229,16 @@ impl Process {
 
 fn exit_of(status: std::process::ExitStatus) -> Exit {
     Exit { killed: matches!(status.signal(), Some(libc::SIGKILL | libc::SIGTERM)) }
+}
+
+fn exited(status: WaitStatus) -> Option<Exit> {
+    match status {
+        WaitStatus::Exited(..) => Some(Exit { killed: false }),
+        WaitStatus::Signaled(_, signal, _) => {
+            Some(Exit { killed: matches!(signal, Signal::SIGKILL | Signal::SIGTERM) })
+        }
+        _ => None,
+    }
 }
 
 /// A descriptor that can be read once the process has exited; see [`pidfd::open`].

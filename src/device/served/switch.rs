@@ -31,6 +31,9 @@ const SUPERVISOR: Duration = Duration::from_secs(15);
 /// Pause between two calls of `waiting` while the answer has not come.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// Version of the protocol from which on a supervisor replaces its program and stays.
+const RESUMES: u32 = 2;
+
 /// So many supervisors may be killed in one change.
 const DEATHS: u32 = 20;
 
@@ -103,13 +106,14 @@ pub fn reload(name: &str) -> Result<()> {
     let program = program.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
     let found = find::by_name(&name)?;
     let failed = found.as_ref().is_some_and(|d| State::from_word(&record(d).state) == State::Failed);
-    let before = found.map(|d| record(&d).supervisor);
+    let before = found.map(|d| record(&d).clone());
     let command = Command::Reload { token: uuid::Uuid::new_v4().as_u64_pair().0 | 1 };
     ask(&name, &command, &[program.as_fd()], &mut || Ok(()), &mut |_| {}, &mut || {})?;
-    if failed {
-        // Only the worker is replaced; the supervisor stays.
+    if failed || before.as_ref().is_none_or(|r| r.greeting.version >= RESUMES) {
+        // The supervisor stays, or has replaced its program before it answered.
         return Ok(());
     }
+    let before = before.map(|r| r.supervisor);
     // The worker starts the new supervisor when the old one has exited.
     let end = host::now() + SUPERVISOR;
     loop {

@@ -118,6 +118,22 @@ pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
     Ok(memory)
 }
 
+/// Whether the worker before has closed the image already, and was killed before it could report that. Waits until the
+/// last operation of that worker is over.
+pub fn was_closed(inherited: &Inherited) -> Result<bool> {
+    let start = &inherited.start;
+    let (Some(fd), Some(name)) = (inherited.levels().last(), start.attach.levels.last()) else { return Ok(false) };
+    if !start.takeover || start.succeed.is_some() || start.attach.read_only || name.raw {
+        return Ok(false);
+    }
+    if !Shm::map(inherited.fds[SHM].as_fd())?.is_closing() {
+        return Ok(false);
+    }
+    let top = open_files::open(std::slice::from_ref(fd), std::slice::from_ref(name), true)?;
+    open_files::lock(&top, true, true, None)?;
+    chain::is_closed(&top[0])
+}
+
 /// Opens everything. A successor waits here until the last operation of the former worker is over. `memory`: of
 /// [`allocate_memory`], if it was called before.
 pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker> {
@@ -167,6 +183,8 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         known_below: succeed.is_some(),
         ..OpenOptions::default()
     };
+    #[cfg(test)]
+    let options = if host::is_simulated() { OpenOptions { ahead: 64 << 10, ..options } } else { options };
     // Before the chain is opened: that marks the image.
     let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
     let journal = match inherited.start.session.recovery() {

@@ -83,6 +83,17 @@ pub fn worker_main() -> ! {
             memory
         }
     };
+    match init::was_closed(&inherited) {
+        Ok(false) => {}
+        Ok(true) => {
+            let _ = link.send(&FromWorker::Closed { error: None });
+            host::exit(0)
+        }
+        Err(e) => {
+            let _ = link.send(&FromWorker::Failed { code: e.code(), message: e.to_string() });
+            host::exit(1)
+        }
+    }
     match start(&link, &inherited, memory) {
         Ok((core, chain, ready, no_merge)) => {
             let heard = link.send(&FromWorker::Ready(ready));
@@ -105,9 +116,10 @@ pub fn worker_main() -> ! {
             match link.serve(&core, &inherited) {
                 End::Closed(closed) => {
                     link.await_finisher(&core, &inherited);
-                    let closed = finish(&core, &chain, closed)
-                        .and_then(|()| merge::leave_target(&core, &inherited, chain.cluster));
-                    let error = closed.err().map(RemoteError::from);
+                    // The top last: once it is not marked, all is closed.
+                    let left =
+                        if closed.is_ok() { merge::leave_target(&core, &inherited, chain.cluster) } else { Ok(()) };
+                    let error = finish(&core, &chain, closed).and(left).err().map(RemoteError::from);
                     let code = i32::from(error.is_some());
                     let _ = link.send(&FromWorker::Closed { error });
                     host::exit(code)
@@ -283,5 +295,12 @@ fn finish(core: &Core, chain: &Chain, closed: Result<(), Errno>) -> Result<()> {
             std::io::Error::from_raw_os_error(e),
         ));
     }
-    if core.writable { chain::close(core.top(), chain, core.status().alloc_end) } else { Ok(()) }
+    if !core.writable {
+        return Ok(());
+    }
+    if !host::breach("close is not noted") {
+        // A successor of a worker that is killed behind the unmarking finds the image closed, and has to know why.
+        core.shm.begin_close();
+    }
+    chain::close(core.top(), chain, core.status().alloc_end)
 }

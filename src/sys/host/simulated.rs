@@ -19,6 +19,7 @@ pub trait Host {
     fn pid(&self) -> i32;
     fn parent(&self) -> i32;
     fn exit(&self, code: i32) -> !;
+    fn exec(&self, mode: &str, socket: OwnedFd) -> !;
     fn step(&self, what: &'static str) -> io::Result<()>;
     fn root(&self) -> PathBuf;
     fn breach(&self, name: &'static str) -> bool;
