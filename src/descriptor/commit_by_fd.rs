@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::sys::file_id::FileId;
-use crate::sys::store;
+use crate::sys::{host, store};
 
 /// File names in the folder of a descriptor: the new content is renamed over the old.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,6 +40,9 @@ pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
         }
         store::rename_in(folder, &names.tmp, &names.name)
             .ctx(Kind::Rename, || format!("cannot rename {tmp} to {name}"))?;
+    }
+    if host::breach("the folder of a commit is not synced") {
+        return Ok(None);
     }
     // An O_PATH descriptor cannot be synced.
     let synced = store::sync_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()).as_ref());

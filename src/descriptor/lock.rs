@@ -7,14 +7,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::sys::host;
 use crate::sys::reopen::{Access, reopen};
+use crate::sys::{file_lock, host};
 
 use super::model::Descriptor;
 
@@ -33,7 +32,8 @@ pub struct LockedDescriptor {
     pub path: PathBuf,
     pub descriptor: Descriptor,
     /// The lock file; it stays on disk.
-    lock: Flock<File>,
+    /// Only closing it releases the lock: a process that has a duplicate keeps the disk locked.
+    lock: File,
 }
 
 impl LockedDescriptor {
@@ -100,9 +100,9 @@ pub fn lock_path(descriptor: &Path) -> PathBuf {
     name.into()
 }
 
-fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
+fn lock_file(path: &Path, until: Instant) -> Result<File> {
     let name = lock_path(path);
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
@@ -113,17 +113,11 @@ fn lock_file(path: &Path, until: Instant) -> Result<Flock<File>> {
         .ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?;
     let mut pause = Duration::from_millis(5);
     loop {
-        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) => file,
-            Err((_, e)) => {
-                return Err(Error::with(
-                    Kind::Lock,
-                    format!("cannot lock {}", name.display()),
-                    std::io::Error::from(e),
-                ));
-            }
-        };
+        match file_lock::exclusive(&file, false) {
+            Ok(()) => return Ok(file),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(Error::with(Kind::Lock, format!("cannot lock {}", name.display()), e)),
+        }
         let left = until.saturating_duration_since(host::now());
         if left.is_zero() {
             bail!(Lock, "{} is locked: another operation on this disk is running; try again later", name.display());

@@ -99,6 +99,8 @@ struct Life<'a> {
     /// Mounted by its files, not by the descriptor.
     by_list: bool,
     app: Option<App>,
+    /// The operation has ended by a power cut, which is still to be made.
+    power_due: bool,
     guids: u32,
     /// How often each thing has happened, for messages.
     did: Vec<String>,
@@ -121,7 +123,7 @@ impl<'a> Life<'a> {
         let folder = root.join("disk-0");
         let dd = make_disk(&folder, version, mode, small(), CLUSTERS);
         let kills = rng.pick(&[0, 500, 900]);
-        let power = rng.pick(&[0, 0, 150]);
+        let power = rng.pick(&[0, 0, 250]);
         let plan = Plan { operations: rng.between(2, 8) as usize, kills, power };
         let recorder = Some(record::start(&folder, None));
         let blocks = CLUSTERS as usize * small().bytes() as usize / BLOCK;
@@ -136,6 +138,7 @@ impl<'a> Life<'a> {
             model: Arc::new(Mutex::new(Model::new(blocks))),
             by_list: false,
             app: None,
+            power_due: false,
             guids: 0,
             did: Vec::new(),
         }
@@ -147,15 +150,13 @@ impl<'a> Life<'a> {
                 self.mount();
                 continue;
             }
-            match self.rng.weighted(&[5, 5, 2, 2, 1]) {
+            match self.rng.weighted(&[6, 6, 2, 3, 1, 2]) {
                 0 => self.snapshot(),
                 1 => self.merge(),
                 2 => self.reload(),
                 3 => self.umount(),
+                5 => self.merge_and_umount(),
                 _ => self.pause(),
-            }
-            if self.rng.permille(self.plan.power) {
-                self.cut_power();
             }
         }
         self.end();
@@ -193,7 +194,7 @@ impl<'a> Life<'a> {
                     &[],
                     &["worker"],
                 ]);
-                let steps = self.rng.pick(&[30, 150, 600, 2000]);
+                let steps = self.rng.pick(&[12, 40, 120]);
                 kills.push(Kill { steps: self.rng.between(1, steps), modes: modes.to_vec() });
             }
         }
@@ -205,6 +206,15 @@ impl<'a> Life<'a> {
             let done = act();
             *told.lock().expect("a lock") = Some(done);
         });
+        if !calm && self.rng.permille(self.plan.power) {
+            // In the middle of it, or soon after.
+            let time = Duration::from_micros(self.rng.pick(&[300, 3_000, 30_000]));
+            let time = time.mul_f64(self.rng.below(1000) as f64 / 1000.0);
+            self.rest(time);
+            self.power_due = true;
+            self.world.take_killed();
+            return (None, vec!["power".into(), "power".into()]);
+        }
         self.wait_for(pid, &what);
         let result = result.lock().expect("a lock").take();
         // What was to be killed later is killed in the time after the operation.
@@ -285,7 +295,9 @@ impl<'a> Life<'a> {
         match result {
             Some(Ok(())) => {}
             Some(Err(e)) if killed.is_empty() => self.fail(format!("mount failed: {e}")),
-            _ => {}
+            _ if self.power_due => {}
+            // The supervisor takes a device back whose caller was killed.
+            _ => self.rest(Duration::from_secs(100)),
         }
         self.settle(&killed);
         if self.device().is_some() {
@@ -295,6 +307,9 @@ impl<'a> Life<'a> {
 
     /// Waits until the device runs again, if it can after these kills.
     fn settle(&mut self, killed: &[String]) {
+        if std::mem::take(&mut self.power_due) {
+            return self.cut_power();
+        }
         let end = host::now() + RECOVERY;
         loop {
             self.check();
@@ -387,7 +402,8 @@ impl<'a> Life<'a> {
         if matches!(result, Some(Ok(()))) && !there {
             self.fail("the snapshot that was made is not in the descriptor".into());
         }
-        self.model.lock().expect("a lock").end_snapshot(&guid, there);
+        let certain = matches!(result, Some(Ok(())));
+        self.model.lock().expect("a lock").end_snapshot(&guid, there, certain);
     }
 
     fn merge(&mut self) {
@@ -406,6 +422,7 @@ impl<'a> Life<'a> {
         let high = self.rng.between(1, chain.len() as u64 - 1) as usize;
         let low = self.rng.between(0, high as u64 - 1) as usize;
         let (descendant, ancestor) = (chain[high], chain[low]);
+        self.model.lock().expect("a lock").begin_merge(&chain[low..=high]);
         let dd = self.dd.clone();
         let (result, killed) = self.operate(format!("merge {high} into {low} of {}", chain.len()), false, move || {
             let params = MergeParams { guid: Some(descendant), guid2: Some(ancestor), ..MergeParams::default() };
@@ -423,6 +440,45 @@ impl<'a> Life<'a> {
         drop(model);
         if matches!(result, Some(Ok(()))) && d.snapshot(&descendant).is_some() && d.snapshot(&ancestor).is_some() {
             self.fail("both snapshots of a merge are still there".into());
+        }
+    }
+
+    /// A merge, and an umount that does not wait for its end.
+    fn merge_and_umount(&mut self) {
+        let d = self.descriptor();
+        let chain: Vec<Guid> = d.chain(&d.top).map(|c| c.iter().map(|i| i.guid).collect()).unwrap_or_default();
+        let Some(name) = self.device().map(|d| d.name().to_owned()).filter(|_| chain.len() > 1 && !self.by_list) else {
+            return self.snapshot();
+        };
+        let high = self.rng.between(1, chain.len() as u64 - 1) as usize;
+        let (descendant, ancestor) = (chain[high], chain[high - 1]);
+        self.model.lock().expect("a lock").begin_merge(&chain[high - 1..=high]);
+        let dd = self.dd.clone();
+        self.say(format!("merge {high} into {} of {}, and umount", high - 1, chain.len()));
+        self.stop_app();
+        let merging = self.world.run("caller", move || {
+            let params = MergeParams { guid: Some(descendant), guid2: Some(ancestor), ..MergeParams::default() };
+            let _ = merge_snapshot(&dd, "", &params);
+        });
+        let time = Duration::from_micros(self.rng.pick(&[2_000, 10_000, 30_000]));
+        let time = time.mul_f64(self.rng.below(1000) as f64 / 1000.0);
+        self.rest(time);
+        let (result, killed) = self.operate("umount by name".into(), true, move || umount_device(&name, None));
+        self.wait_for(merging, "the merge");
+        let d = self.descriptor();
+        if d.snapshot(&ancestor).is_none_or(|s| s.temporary) {
+            self.model.lock().expect("a lock").spoil(&ancestor);
+        }
+        if d.snapshot(&descendant).is_none_or(|s| s.temporary) {
+            self.model.lock().expect("a lock").spoil(&descendant);
+        }
+        match result {
+            Some(Ok(())) => self.closed(true),
+            // The merge's process may have unmounted nothing, and the device changed its chain just now.
+            _ => {
+                self.settle(&killed);
+                self.start_app();
+            }
         }
     }
 
@@ -483,6 +539,10 @@ impl<'a> Life<'a> {
         {
             self.fail(format!("{what} failed: {e}"));
         }
+        if result.is_none() && !self.power_due {
+            // The server goes on with what a killed caller has begun.
+            self.rest(Duration::from_secs(20));
+        }
         self.settle(killed);
         self.check_app(killed);
     }
@@ -499,10 +559,19 @@ impl<'a> Life<'a> {
                 if let Some(d) = self.device() {
                     self.fail(format!("unmounted, and the device is {:?}", d.state));
                 }
-                self.closed(killed.is_empty());
+                // With supervisor and worker killed, umount removes what is left; the image is not closed.
+                let certain = killed.len() < 2;
+                if !certain {
+                    self.model.lock().expect("a lock").crash();
+                }
+                self.closed(certain);
             }
             Some(Err(e)) if killed.is_empty() => self.fail(format!("umount failed: {e}")),
             _ => {
+                if !self.power_due {
+                    // The supervisor goes on with what a killed caller has begun.
+                    self.rest(Duration::from_secs(100));
+                }
                 self.settle_unmounted(&killed);
                 if self.device().is_some() {
                     self.start_app();
@@ -513,6 +582,9 @@ impl<'a> Life<'a> {
 
     /// After a disturbed umount the device is gone or serves.
     fn settle_unmounted(&mut self, killed: &[String]) {
+        if std::mem::take(&mut self.power_due) {
+            return self.cut_power();
+        }
         let end = host::now() + RECOVERY;
         loop {
             self.check();
@@ -546,7 +618,7 @@ impl<'a> Life<'a> {
     fn closed(&mut self, certain: bool) {
         let d = self.descriptor();
         let mut model = self.model.lock().expect("a lock");
-        model.marked = false;
+        model.marked = !certain;
         if certain {
             for image in d.chain(&d.top).unwrap_or_default().iter().filter(|i| !d.is_raw(i)) {
                 let marked = fs::File::open(&image.file)
@@ -609,8 +681,11 @@ impl<'a> Life<'a> {
         let mut model = self.model.lock().expect("a lock");
         model.crash();
         model.error = None;
-        model.keep_snapshots(&there);
+        let lost = model.keep_snapshots(&there);
         drop(model);
+        if let Some(guid) = lost {
+            self.fail(format!("after a power cut: snapshot {guid}, which had been made, is gone"));
+        }
     }
 
     fn end(&mut self) {

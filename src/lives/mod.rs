@@ -12,7 +12,56 @@ pub mod world;
 pub use transport::BLOCK_DEVICES;
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Defects that are put back, each of which some seed must find.
+const BREACHES: [&str; 16] = [
+    "a retired worker stays",
+    "close is not noted",
+    "a reload ends the supervisor",
+    "a merge's own mark is refused",
+    "a made commit is not looked for",
+    "the folder of a commit is not synced",
+    "requests are not sent again",
+    "the journal is not given to the supervisor",
+    "the record keeps the old chain",
+    "a change is made twice",
+    "the former top stays marked",
+    "no supervisor is started",
+    "the outcome of a merge is reported once",
+    "the target of an unfinished merge stays marked",
+    "the commit of a merge is forgotten",
+    "what a merge spoils is not marked",
+];
+
+/// Seeds in which a breach must be found.
+const SEEDS: u64 = 500;
+
+#[test]
+fn each_breach_of_a_life_is_found() {
+    if !nix::unistd::geteuid().is_root() {
+        crate::testing::skip::skip("servers work for root only");
+        return;
+    }
+    let next = AtomicUsize::new(0);
+    let unfound = Mutex::new(Vec::new());
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while let Some(breach) = BREACHES.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    match (0..SEEDS).find_map(|seed| life::live(seed, Some(breach)).err().map(|why| (seed, why))) {
+                        Some((seed, why)) => {
+                            println!("{breach}: seed {seed}: {}", why.lines().next().unwrap_or_default())
+                        }
+                        None => unfound.lock().expect("a lock").push(*breach),
+                    }
+                }
+            });
+        }
+    });
+    let unfound = unfound.into_inner().expect("a lock");
+    assert!(unfound.is_empty(), "not found in {SEEDS} seeds: {unfound:?}");
+}
 
 #[test]
 fn lives() {

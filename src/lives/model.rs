@@ -12,12 +12,16 @@ type Values = BTreeSet<u8>;
 
 /// What a snapshot may hold.
 #[derive(Clone, Debug)]
-pub struct Content(Vec<Values>);
+pub struct Content {
+    blocks: Vec<Values>,
+    /// The operation that made it has succeeded.
+    certain: bool,
+}
 
 impl Content {
     /// The first block that holds something else.
     pub fn differs(&self, blocks: &[Vec<u8>]) -> Option<String> {
-        blocks.iter().zip(&self.0).enumerate().find_map(|(i, (bytes, allowed))| differs(i, bytes, allowed))
+        blocks.iter().zip(&self.blocks).enumerate().find_map(|(i, (bytes, allowed))| differs(i, bytes, allowed))
     }
 }
 
@@ -75,7 +79,7 @@ impl Model {
         self.now[block].insert(value);
         self.durable[block].insert(value);
         if let Some((_, content)) = &mut self.beginning {
-            content.0[block].insert(value);
+            content.blocks[block].insert(value);
         }
         value
     }
@@ -127,20 +131,34 @@ impl Model {
 
     /// What was not flushed may be lost.
     pub fn crash(&mut self) {
+        if let Some((_, content)) = &mut self.beginning {
+            // It may be made of what was left.
+            content.blocks.iter_mut().zip(&self.durable).for_each(|(b, d)| b.extend(d));
+        }
         self.now = self.durable.clone();
         self.written.clear();
     }
 
     pub fn begin_snapshot(&mut self, guid: Guid) {
-        self.beginning = Some((guid, Content(self.now.clone())));
+        self.beginning = Some((guid, Content { blocks: self.now.clone(), certain: false }));
     }
 
-    /// `there`: it was made, by the end of the operation.
-    pub fn end_snapshot(&mut self, guid: &Guid, there: bool) {
-        if let Some((guid, content)) = self.beginning.take().filter(|(g, _)| g == guid)
+    /// `there`: it was made, by the end of the operation; `certain`: that has succeeded.
+    pub fn end_snapshot(&mut self, guid: &Guid, there: bool, certain: bool) {
+        if let Some((guid, mut content)) = self.beginning.take().filter(|(g, _)| g == guid)
             && there
         {
+            content.certain = certain;
             self.snapshots.insert(guid.to_string(), (guid, content));
+        }
+    }
+
+    /// A merge of these has begun: they may go.
+    pub fn begin_merge(&mut self, guids: &[Guid]) {
+        for guid in guids {
+            if let Some((_, content)) = self.snapshots.get_mut(&guid.to_string()) {
+                content.certain = false;
+            }
         }
     }
 
@@ -154,9 +172,12 @@ impl Model {
         self.snapshots.clear();
     }
 
-    /// After a power cut.
-    pub fn keep_snapshots(&mut self, there: &[Guid]) {
+    /// After a power cut. Returns one that had to survive it.
+    pub fn keep_snapshots(&mut self, there: &[Guid]) -> Option<Guid> {
+        let lost = self.snapshots.values().find(|(guid, content)| content.certain && !there.contains(guid));
+        let lost = lost.map(|(guid, _)| *guid);
         self.snapshots.retain(|_, (guid, _)| there.contains(guid));
+        lost
     }
 
     pub fn snapshots(&self) -> Vec<(Guid, Content)> {

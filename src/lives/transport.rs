@@ -45,7 +45,6 @@ struct Asked {
 struct Device {
     /// Becomes readable when no process holds the queue any more.
     alive: OwnedFd,
-    journal: bool,
     next: u64,
     /// Not read yet.
     waiting: VecDeque<(u64, Asked, bool)>,
@@ -189,6 +188,7 @@ impl RequestQueue for SimQueue {
 
     fn create(dir: &Path, journal: bool) -> Result<Connection<SimSession>> {
         host::step("create the connection").ctx(Kind::Device, || "killed")?;
+        let journal = journal || world().journal;
         let (alive, queue) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).ctx(Kind::Sys, || "no pipe")?;
         let world = world();
         let number = {
@@ -196,7 +196,6 @@ impl RequestQueue for SimQueue {
             let number = all.keys().last().map_or(1, |n| n + 1);
             let device = Device {
                 alive,
-                journal,
                 next: 0,
                 waiting: VecDeque::new(),
                 given: BTreeMap::new(),

@@ -79,7 +79,7 @@ struct Process {
 /// Which process is killed, and when.
 #[derive(Clone, Debug)]
 pub struct Kill {
-    /// Steps until then.
+    /// Steps until then, of those that change something.
     pub steps: u64,
     /// Of these modes; empty: of any.
     pub modes: Vec<&'static str>,
@@ -109,6 +109,8 @@ pub struct World {
     root: PathBuf,
     pub devices: Devices,
     breach: Option<&'static str>,
+    /// Requests are kept in the journal of workers: the kernel does not give them out again.
+    pub journal: bool,
     traced: bool,
 }
 
@@ -153,6 +155,7 @@ impl World {
             root,
             devices: Devices::default(),
             breach,
+            journal: seed % 3 == 2,
             traced: std::env::var_os("PLOOP_TRACE").is_some(),
         });
         world.lock().processes.insert(DRIVER, Process::new("driver", 0, 0, None));
@@ -287,12 +290,6 @@ impl World {
             host::sleep(Duration::from_millis(1));
         }
         self.lock().processes.retain(|pid, _| *pid == DRIVER);
-    }
-
-    /// Processes of a mode that run.
-    pub fn running(&self, mode: &str) -> Vec<i32> {
-        let state = self.lock();
-        state.processes.iter().filter(|(_, p)| p.exit.is_none() && !p.dead && p.mode == mode).map(|(i, _)| *i).collect()
     }
 
     /// Whatever runs, for messages.
@@ -580,7 +577,9 @@ impl Host for View {
             if state.steps > STEPS {
                 state.failure.get_or_insert(format!("no end after {STEPS} steps"));
             }
-            strike(&mut state);
+            if !WAITS.contains(&what) {
+                strike(&mut state, self.pid);
+            }
         }
         self.world.switch(self.task, None);
         Ok(())
@@ -704,8 +703,14 @@ fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
     host::exit(code)
 }
 
-/// Kills what is to be killed at this step.
-fn strike(state: &mut State) {
+/// Steps that change nothing.
+const WAITS: [&str; 4] = ["poll", "wait", "look at a process", "read a file"];
+
+/// Kills what is to be killed at this step, which process `pid` is about to make.
+fn strike(state: &mut State, pid: i32) {
+    if state.processes.get(&pid).is_none_or(|p| p.mode == "app") {
+        return;
+    }
     let mut due = Vec::new();
     for kill in &mut state.kills {
         kill.steps = kill.steps.saturating_sub(1);
@@ -723,7 +728,12 @@ fn strike(state: &mut State) {
             .map(|(pid, _)| *pid)
             .collect();
         if !victims.is_empty() {
-            let victim = victims[state.rng.index(victims.len())];
+            // Mostly the one that is about to act.
+            let at = match victims.iter().position(|v| *v == pid) {
+                Some(own) if state.rng.below(4) > 0 => own,
+                _ => state.rng.index(victims.len()),
+            };
+            let victim = victims[at];
             let mode = state.processes[&victim].mode.clone();
             kill(state, victim);
             state.killed.push(mode);

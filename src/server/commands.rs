@@ -87,7 +87,9 @@ impl Supervisor {
                 self.flush();
             }
             _ => {
-                let why = self.failed.clone().unwrap_or("it is being started".into());
+                let starting = self.record.state == "starting";
+                let now = if starting { "it is being started" } else { "it is being unmounted" };
+                let why = self.failed.clone().unwrap_or(now.into());
                 let e = Error::new(Kind::Device, format!("{}: {why}", self.record.name));
                 control::answer(&client, &control::refusal(&e));
             }

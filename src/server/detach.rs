@@ -93,6 +93,7 @@ impl Supervisor {
             if let Err(e) = result {
                 if self.failed.is_none() && opened {
                     self.record.state = "running".into();
+                    self.save();
                     self.scan_now(Duration::from_secs(5));
                 }
                 return Err(e);

@@ -36,6 +36,7 @@ const AT_POISON: usize = 128;
 /// Behind the poison counts; a server that does not know these words leaves them alone.
 const AT_BACKGROUND: usize = 1664;
 const AT_CLOSING: usize = 1665;
+const AT_SERVING: usize = 1666;
 const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
 
@@ -129,6 +130,17 @@ impl Shm {
     /// A worker serves the chain that the change `token` led to, from now on: there is no way back.
     pub fn set_switched(&self, token: u64) {
         self.words[AT_SWITCHED].store(token, Release);
+    }
+
+    /// The worker of the change `token` serves, and goes on without the supervisor that has started it: the worker that
+    /// retired in favour of it is not needed any more.
+    pub fn set_serving(&self, token: u64) {
+        self.words[AT_SERVING].store(token, Release);
+    }
+
+    /// The last change whose worker serves.
+    pub fn serving(&self) -> u64 {
+        self.words[AT_SERVING].load(Acquire)
     }
 
     /// The last change of the chain after which a worker has served; 0: none.

@@ -177,7 +177,12 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         writable,
         raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
         // The target of a merge is marked, too.
-        marked: if target.is_some() && attach.marked == Marked::Refuse { Marked::Recover } else { attach.marked },
+        marked: if target.is_some() && attach.marked == Marked::Refuse && !host::breach("a merge's own mark is refused")
+        {
+            Marked::Recover
+        } else {
+            attach.marked
+        },
         carried: takeover.then(|| shm.carried()),
         failed,
         known_below: succeed.is_some(),

@@ -105,7 +105,8 @@ pub fn worker_main() -> ! {
                 let closed = link.close_unused(&core, &inherited);
                 host::exit(i32::from(finish(&core, &chain, closed).is_err()));
             }
-            let finisher = inherited.start.finish.map(|level| {
+            let unfinished = inherited.start.finish.filter(|_| !host::breach("the former top stays marked"));
+            let finisher = unfinished.map(|level| {
                 let (core, inherited, cluster) = (core.clone(), inherited.clone(), chain.cluster);
                 thread("finish", move || finish::finish_thread(&core, &inherited, cluster, level))
             });
@@ -173,6 +174,9 @@ fn start(
         let _ = link.send(&FromWorker::Switched { warning });
         supervisor_link::pause(succeed.linger);
         host::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
+        if !host::breach("a retired worker stays") {
+            core.shm.set_serving(inherited.start.token);
+        }
     }
     // Requests that a worker before has read and not answered have to be sent again, or found in its slots.
     let resend = inherited.start.takeover || succeed.is_some();

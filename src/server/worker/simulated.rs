@@ -21,10 +21,12 @@ use super::supervisor_link::SupervisorLink;
 /// What [`start_threads`](super::start_threads) does.
 pub fn start(link: &SupervisorLink, core: &Arc<Core>, token: u64, resend: bool) -> Result<()> {
     if let Some(journal) = &core.journal {
-        link.send_journal(journal)?;
+        if !host::breach("the journal is not given to the supervisor") {
+            link.send_journal(journal)?;
+        }
         core.shm.set_reading(token);
         request_journal::replay(core, journal);
-    } else if resend {
+    } else if resend && !host::breach("requests are not sent again") {
         core.queue.resend().ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
     }
     let core = core.clone();
