@@ -206,7 +206,7 @@ enum Victim {
 fn killed_at_each_step() {
     let Some(t) = Bench::new("killed_at_each_step") else { return };
     use Victim::*;
-    let step = count(80, 80, 20);
+    let step = count(120, 40, 20);
     kill_at_each_step(&t, &[Worker, Successor, Supervisor, SupervisorAndSuccessor, Caller], step);
 }
 
@@ -215,7 +215,7 @@ fn killed_at_each_step() {
 fn killed_at_each_step_with_slots() {
     let Some(t) = Bench::with_slots("killed_at_each_step_with_slots") else { return };
     use Victim::*;
-    let step = count(120, 120, 20);
+    let step = count(200, 60, 20);
     kill_at_each_step(&t, &[Worker, Successor, Supervisor, Caller], step);
 }
 
@@ -320,7 +320,7 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
 #[test]
 fn both_of_the_new_chain_killed_with_slots() {
     let Some(t) = Bench::with_slots("both_of_the_new_chain_killed_with_slots") else { return };
-    let step = count(40, 60, 10);
+    let step = count(60, 40, 10);
     let (mut dead, mut alive) = (0, 0);
     for offset in (5..500).step_by(step) {
         let image = t.image(&format!("a{offset}.hdd"), "64M");

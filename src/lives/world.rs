@@ -79,9 +79,9 @@ struct Process {
 /// Which process is killed, and when.
 #[derive(Clone, Debug)]
 pub struct Kill {
-    /// Steps until then, of those that change something.
+    /// Steps until then, of those that change something and are made by a process of the modes.
     pub steps: u64,
-    /// Of these modes; empty: of any.
+    /// The modes of the process to be killed; empty: any.
     pub modes: Vec<&'static str>,
 }
 
@@ -708,11 +708,9 @@ const WAITS: [&str; 4] = ["poll", "wait", "look at a process", "read a file"];
 
 /// Kills what is to be killed at this step, which process `pid` is about to make.
 fn strike(state: &mut State, pid: i32) {
-    if state.processes.get(&pid).is_none_or(|p| p.mode == "app") {
-        return;
-    }
+    let Some(mode) = state.processes.get(&pid).map(|p| p.mode.clone()).filter(|mode| mode != "app") else { return };
     let mut due = Vec::new();
-    for kill in &mut state.kills {
+    for kill in state.kills.iter_mut().filter(|k| k.modes.is_empty() || k.modes.iter().any(|m| *m == mode)) {
         kill.steps = kill.steps.saturating_sub(1);
         if kill.steps == 0 {
             due.push(kill.modes.clone());
