@@ -282,7 +282,7 @@ impl<'a> Life<'a> {
     fn device(&self) -> Option<Device> {
         let base = self.descriptor().first_image().ok().map(|i| i.file.clone())?;
         let id = FileId::at(&base).ok()?;
-        let all = device::list_of(&|d: &Device| d.base_id() == Some(id)).unwrap_or_default();
+        let all = device::list_of(|d: &Device| d.base_id() == Some(id)).unwrap_or_default();
         all.into_iter().next()
     }
 

@@ -3,6 +3,9 @@
 //!
 //! What runs is the code of library and server itself, on real files and sockets. Only what is listed in `sys::host` is
 //! simulated: time, waiting, processes; and the kernel's block device, by a transport of its own.
+//!
+//! `PLOOP_SEED=N LIVES=1 PLOOP_TRACE=1 cargo test --lib lives::lives -- --nocapture` shows one life, step by step;
+//! `BREACH=WORD` chooses among the defects that are put back.
 
 mod life;
 mod model;
@@ -14,24 +17,22 @@ pub use transport::BLOCK_DEVICES;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Defects that are put back, each of which some seed must find.
-const BREACHES: [&str; 16] = [
-    "a retired worker stays",
-    "close is not noted",
-    "a reload ends the supervisor",
-    "a merge's own mark is refused",
-    "a made commit is not looked for",
-    "the folder of a commit is not synced",
-    "requests are not sent again",
-    "the journal is not given to the supervisor",
-    "the record keeps the old chain",
-    "a change is made twice",
-    "the former top stays marked",
-    "no supervisor is started",
-    "the outcome of a merge is reported once",
-    "the target of an unfinished merge stays marked",
-    "the commit of a merge is forgotten",
-    "what a merge spoils is not marked",
+use crate::testing::{Counts, counts};
+
+/// Defects that are put back, each of which some seed must find; in CI only those that few seeds find.
+const BREACHES: [(&str, bool); 12] = [
+    ("a merge's own mark is refused", true),
+    ("the folder of a commit is not synced", true),
+    ("requests are not sent again", true),
+    ("the journal is not given to the supervisor", true),
+    ("the record keeps the old chain", true),
+    ("a change is made twice", true),
+    ("the former top stays marked", true),
+    ("no supervisor is started", true),
+    ("the outcome of a merge is reported once", false),
+    ("the commit of a merge is forgotten", false),
+    ("a reload ends the supervisor", false),
+    ("close is not noted", false),
 ];
 
 /// Seeds in which a breach must be found.
@@ -43,13 +44,15 @@ fn each_breach_of_a_life_is_found() {
         crate::testing::skip::skip("servers work for root only");
         return;
     }
+    let all = matches!(counts(), Counts::Full);
     let next = AtomicUsize::new(0);
     let unfound = Mutex::new(Vec::new());
     std::thread::scope(|s| {
         for _ in 0..2 {
             s.spawn(|| {
-                while let Some(breach) = BREACHES.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if std::env::var("BREACH").is_ok_and(|wanted| !breach.contains(&wanted)) {
+                while let Some((breach, quick)) = BREACHES.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let wanted = std::env::var("BREACH").map_or(*quick || all, |wanted| breach.contains(&wanted));
+                    if !wanted {
                         continue;
                     }
                     match (0..SEEDS).find_map(|seed| life::live(seed, Some(breach)).err().map(|why| (seed, why))) {
@@ -73,7 +76,8 @@ fn lives() {
         return;
     }
     let first: u64 = std::env::var("PLOOP_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
-    let count: u64 = std::env::var("LIVES").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let usual = if matches!(counts(), Counts::Full) { 100_000 } else { 400 };
+    let count: u64 = std::env::var("LIVES").ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
     let failed = Mutex::new(Vec::new());
     let next = AtomicU64::new(first);
     std::thread::scope(|s| {

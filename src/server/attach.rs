@@ -291,9 +291,6 @@ impl Supervisor {
 
     /// Undoes the attach of a device that was never used.
     pub(super) fn undo(mut self) {
-        if host::breach("an unfinished attach is not taken back") {
-            return;
-        }
         self.nodes.clear();
         if !self.record.backing.is_empty() {
             let job = Job::UndoAttach { backing: self.record.backing.clone(), rdev: self.record.rdev };

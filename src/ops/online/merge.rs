@@ -12,7 +12,6 @@ use crate::ops::image_set;
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
-use crate::sys::host;
 
 /// Merges `descendant` and all between into `ancestor`; the device runs all of them. I/O goes on. An interrupted merge
 /// is finished by running it again: the snapshots that disappear are marked temporary before anything is written.
@@ -51,9 +50,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     let files = next.collapse(descendant, ancestor, None)?;
 
     let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
-    if !host::breach("what a merge spoils is not marked") {
-        mark(disk, &unmarked, true)?;
-    }
+    mark(disk, &unmarked, true)?;
     let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &unmarked))?;
     let is_top = *descendant == disk.top;
     let merged = run(device, (low, high), is_top, &spec);

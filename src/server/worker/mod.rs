@@ -174,9 +174,7 @@ fn start(
         let _ = link.send(&FromWorker::Switched { warning });
         supervisor_link::pause(succeed.linger);
         host::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
-        if !host::breach("a retired worker stays") {
-            core.shm.set_serving(inherited.start.token);
-        }
+        core.shm.set_serving(inherited.start.token);
     }
     // Requests that a worker before has read and not answered have to be sent again, or found in its slots.
     let resend = inherited.start.takeover || succeed.is_some();
