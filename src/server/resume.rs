@@ -142,6 +142,8 @@ impl Supervisor {
     }
 
     fn hand_over(&mut self, client: Option<&OwnedFd>) -> Result<std::convert::Infallible> {
+        // The next program does not know these children: those that have exited are reaped now.
+        self.released_helpers.retain_mut(|h| h.process.runs());
         let (Some(fds), Some(worker)) = (&self.fds, &self.worker) else { bail!(Device, "it has no worker") };
         let Some(worker_sock) = &worker.sock else { bail!(Device, "its worker exits") };
         let (mine, theirs) = frame::pair()?;
