@@ -3,7 +3,8 @@
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use ploop::server::{attach, helper, resume};
+use ploop::server::helper;
+use ploop::server::supervisor::{attach, resume};
 use ploop::sys::process;
 
 fn main() {

@@ -7,9 +7,13 @@
 //! `PLOOP_SEED=N LIVES=1 PLOOP_TRACE=1 cargo test --lib lives::lives -- --nocapture` shows one life, step by step;
 //! `BREACH=WORD` chooses among the defects that are put back.
 
+mod checks;
 mod life;
 mod model;
+mod operations;
+mod schedule;
 pub mod transport;
+mod view;
 pub mod world;
 
 pub use transport::BLOCK_DEVICES;

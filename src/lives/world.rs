@@ -7,29 +7,30 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
+use super::schedule::choose;
 use super::transport::Devices;
-use crate::server::{attach, helper, resume, worker};
-use crate::sys::host::simulated::{self, Host};
+use super::view::View;
+use crate::server::supervisor::{attach, resume};
+use crate::server::{helper, worker};
+use crate::sys::host::simulated;
 use crate::sys::host::{self, Exit};
 use crate::testing::rng::Rng;
 
 /// What a step costs on the clock.
-const STEP: Duration = Duration::from_micros(20);
+pub(super) const STEP: Duration = Duration::from_micros(20);
 /// The clock of what has been killed and still unwinds: every wait of it is over.
-const NEVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+pub(super) const NEVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Steps of a life after which something goes round in circles.
-const STEPS: u64 = 400_000;
+pub(super) const STEPS: u64 = 400_000;
 /// Lines of the trace that a failure shows.
 const TRACE: usize = 4000;
 
@@ -37,43 +38,43 @@ const TRACE: usize = 4000;
 pub const DRIVER: i32 = 1;
 
 /// Why a thread of a simulated process unwinds.
-struct Unwinds;
+pub(super) struct Unwinds;
 
 /// It replaces its program.
-struct Execs;
+pub(super) struct Execs;
 
-type Ready = Box<dyn FnMut() -> bool + Send>;
+pub(super) type Ready = Box<dyn FnMut() -> bool + Send>;
 
 #[derive(Default)]
-struct Task {
-    pid: i32,
-    name: String,
-    done: bool,
-    blocked: Option<Blocked>,
-    wake: Arc<Condvar>,
+pub(super) struct Task {
+    pub pid: i32,
+    pub name: String,
+    pub done: bool,
+    pub blocked: Option<Blocked>,
+    pub wake: Arc<Condvar>,
 }
 
 #[derive(Default)]
-struct Blocked {
-    fds: Vec<libc::pollfd>,
-    ready: Option<Ready>,
-    until: Option<Duration>,
+pub(super) struct Blocked {
+    pub fds: Vec<libc::pollfd>,
+    pub ready: Option<Ready>,
+    pub until: Option<Duration>,
 }
 
-struct Process {
-    mode: String,
-    parent: i32,
-    start_time: u64,
+pub(super) struct Process {
+    pub mode: String,
+    pub parent: i32,
+    pub start_time: u64,
     /// Threads that have not ended.
     threads: usize,
     /// Nothing of it may act any more.
-    dead: bool,
+    pub dead: bool,
     /// By its own will.
-    exits: bool,
-    exit: Option<Exit>,
-    socket: Option<OwnedFd>,
-    watchers: Vec<EventFd>,
-    dies_with_parent: bool,
+    pub exits: bool,
+    pub exit: Option<Exit>,
+    pub socket: Option<OwnedFd>,
+    pub watchers: Vec<EventFd>,
+    pub dies_with_parent: bool,
 }
 
 /// Which process is killed, and when.
@@ -85,40 +86,33 @@ pub struct Kill {
     pub modes: Vec<&'static str>,
 }
 
-struct State {
-    clock: Duration,
-    rng: Rng,
-    tasks: Vec<Task>,
-    current: usize,
-    processes: BTreeMap<i32, Process>,
+pub(super) struct State {
+    pub clock: Duration,
+    pub rng: Rng,
+    pub tasks: Vec<Task>,
+    pub current: usize,
+    pub processes: BTreeMap<i32, Process>,
     next_pid: i32,
-    boot: u64,
-    kills: Vec<Kill>,
-    killed: Vec<String>,
-    steps: u64,
+    pub boot: u64,
+    pub kills: Vec<Kill>,
+    pub killed: Vec<String>,
+    pub steps: u64,
     trace: Vec<String>,
     /// What went wrong in a simulated process.
-    failure: Option<String>,
+    pub failure: Option<String>,
     /// The driver has been woken up for it.
-    failed: bool,
+    pub failed: bool,
 }
 
 pub struct World {
     state: Mutex<State>,
-    base: Instant,
-    root: PathBuf,
+    pub(super) base: Instant,
+    pub(super) root: PathBuf,
     pub devices: Devices,
-    breach: Option<&'static str>,
+    pub(super) breach: Option<&'static str>,
     /// Requests are kept in the journal of workers: the kernel does not give them out again.
     pub journal: bool,
     traced: bool,
-}
-
-/// A simulated process's view, for one of its threads.
-struct View {
-    world: Arc<World>,
-    task: usize,
-    pid: i32,
 }
 
 thread_local! {
@@ -170,7 +164,7 @@ impl World {
         simulated::leave();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,7 +174,7 @@ impl World {
         self.process(mode, parent, None, Box::new(main))
     }
 
-    fn process(
+    pub(super) fn process(
         self: &Arc<World>,
         mode: &str,
         parent: i32,
@@ -199,7 +193,7 @@ impl World {
         pid
     }
 
-    fn thread(self: &Arc<World>, pid: i32, name: &str, main: Box<dyn FnOnce() + Send>) {
+    pub(super) fn thread(self: &Arc<World>, pid: i32, name: &str, main: Box<dyn FnOnce() + Send>) {
         let task = {
             let mut state = self.lock();
             let Some(process) = state.processes.get_mut(&pid) else { return };
@@ -311,7 +305,7 @@ impl World {
         (MODES.iter().find(|m| **m == process.mode).copied().unwrap_or("unknown"), process.parent)
     }
 
-    fn is_dead(&self, pid: i32) -> bool {
+    pub(super) fn is_dead(&self, pid: i32) -> bool {
         self.lock().processes.get(&pid).is_none_or(|p| p.dead)
     }
 
@@ -331,7 +325,7 @@ impl World {
     }
 
     /// Another thread's turn, or this one's again.
-    fn switch(&self, task: usize, blocked: Option<Blocked>) {
+    pub(super) fn switch(&self, task: usize, blocked: Option<Blocked>) {
         {
             let mut state = self.lock();
             state.tasks[task].blocked = blocked;
@@ -404,7 +398,7 @@ fn text_of(what: &Box<dyn Any + Send>) -> String {
     }
 }
 
-fn kill(state: &mut State, pid: i32) {
+pub(super) fn kill(state: &mut State, pid: i32) {
     if let Some(process) = state.processes.get_mut(&pid).filter(|p| p.exit.is_none() && !p.dead) {
         process.dead = true;
         let mode = process.mode.clone();
@@ -421,268 +415,11 @@ fn kill_threads(state: &mut State, pid: i32) {
     }
 }
 
-/// Chooses the thread whose turn it is.
-fn choose(state: &mut State) {
-    if state.failure.is_some() && !state.failed {
-        // The driver decides what becomes of the rest.
-        state.failed = true;
-        state.current = 0;
-        state.tasks[0].wake.notify_one();
-        return;
-    }
-    loop {
-        let able = able(state);
-        if !able.is_empty() {
-            let at = state.rng.index(able.len());
-            state.current = able[at];
-            state.tasks[able[at]].wake.notify_one();
-            return;
-        }
-        let next = state.tasks.iter().filter(|t| !t.done).filter_map(|t| t.blocked.as_ref()?.until).min();
-        match next {
-            Some(at) => state.clock = state.clock.max(at),
-            None => {
-                // The driver finds out.
-                let waiting: Vec<&str> = state.tasks.iter().filter(|t| !t.done).map(|t| t.name.as_str()).collect();
-                let why = format!("nothing goes on: {} wait for each other", waiting.join(", "));
-                state.failure.get_or_insert(why);
-                state.failed = true;
-                state.current = 0;
-                state.tasks[0].wake.notify_one();
-                return;
-            }
-        }
-    }
-}
-
-/// Threads that can go on.
-fn able(state: &mut State) -> Vec<usize> {
-    let State { tasks, processes, clock, .. } = state;
-    let mut fds: Vec<libc::pollfd> = Vec::new();
-    for task in tasks.iter().filter(|t| !t.done) {
-        fds.extend(task.blocked.iter().flat_map(|b| &b.fds));
-    }
-    simulated::poll_now(&mut fds);
-    let mut able = Vec::new();
-    let mut at = 0;
-    for (i, task) in tasks.iter_mut().enumerate() {
-        if task.done {
-            continue;
-        }
-        let dead = processes.get(&task.pid).is_none_or(|p| p.dead);
-        let can = match &mut task.blocked {
-            None => true,
-            Some(b) => {
-                let polled = &fds[at..at + b.fds.len()];
-                at += b.fds.len();
-                polled.iter().any(|p| p.revents != 0)
-                    || b.until.is_some_and(|u| u <= *clock)
-                    || b.ready.as_mut().is_some_and(|ready| ready())
-            }
-        };
-        if can || dead {
-            able.push(i);
-        }
-    }
-    able
-}
-
-impl View {
-    fn clock(&self) -> Duration {
-        self.world.lock().clock
-    }
-
-    fn unwind(&self) -> ! {
-        resume_unwind(Box::new(Unwinds))
-    }
-}
-
-impl Host for View {
-    fn now(&self) -> Instant {
-        let dead = self.world.is_dead(self.pid);
-        self.world.base + self.clock() + if dead { NEVER } else { Duration::ZERO }
-    }
-
-    fn sleep(&self, time: Duration) {
-        if self.world.is_dead(self.pid) {
-            return;
-        }
-        let until = Some(self.clock() + time);
-        self.world.switch(self.task, Some(Blocked { until, ..Blocked::default() }));
-    }
-
-    fn poll(&self, fds: &mut [PollFd], timeout: PollTimeout) -> nix::Result<i32> {
-        if self.step("poll").is_err() {
-            return Ok(0);
-        }
-        let found = nix::poll::poll(fds, PollTimeout::ZERO)?;
-        if found > 0 || timeout == PollTimeout::ZERO {
-            return Ok(found);
-        }
-        use std::os::fd::AsFd;
-        let raw = fds.iter().map(|p| libc::pollfd { fd: p.as_fd().as_raw_fd(), events: p.events().bits(), revents: 0 });
-        let until = match timeout.is_none() {
-            true => None,
-            false => Some(self.clock() + Duration::from_millis(u64::from(timeout.as_millis().unwrap_or(0)))),
-        };
-        self.world.switch(self.task, Some(Blocked { fds: raw.collect(), until, ready: None }));
-        nix::poll::poll(fds, PollTimeout::ZERO)
-    }
-
-    fn pid(&self) -> i32 {
-        self.pid
-    }
-
-    fn parent(&self) -> i32 {
-        self.world.lock().processes.get(&self.pid).map_or(0, |p| p.parent)
-    }
-
-    fn exit(&self, code: i32) -> ! {
-        self.world.say(format!("exits with {code}"));
-        {
-            let mut state = self.world.lock();
-            if let Some(process) = state.processes.get_mut(&self.pid).filter(|p| !p.dead) {
-                process.dead = true;
-                process.exits = true;
-            }
-        }
-        self.unwind()
-    }
-
-    fn exec(&self, mode: &str, socket: OwnedFd) -> ! {
-        let _ = self.step("replace the program");
-        {
-            let mut state = self.world.lock();
-            if let Some(process) = state.processes.get_mut(&self.pid) {
-                process.dead = true;
-                process.socket = Some(socket);
-                process.mode = mode.into();
-            }
-        }
-        resume_unwind(Box::new(Execs))
-    }
-
-    fn step(&self, what: &'static str) -> io::Result<()> {
-        if self.world.is_dead(self.pid) {
-            if !std::thread::panicking() {
-                self.unwind();
-            }
-            return Err(io::Error::other("the process was killed"));
-        }
-        self.world.say(what.into());
-        {
-            let mut state = self.world.lock();
-            state.clock += STEP;
-            state.steps += 1;
-            if state.steps > STEPS {
-                state.failure.get_or_insert(format!("no end after {STEPS} steps"));
-            }
-            if !WAITS.contains(&what) {
-                strike(&mut state, self.pid);
-            }
-        }
-        self.world.switch(self.task, None);
-        Ok(())
-    }
-
-    fn root(&self) -> PathBuf {
-        self.world.root.clone()
-    }
-
-    fn breach(&self, name: &'static str) -> bool {
-        self.world.breach == Some(name)
-    }
-
-    fn take_socket(&self) -> io::Result<OwnedFd> {
-        let taken = self.world.lock().processes.get_mut(&self.pid).and_then(|p| p.socket.take());
-        taken.ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-
-    fn exit_with_parent(&self, enable: bool) -> io::Result<()> {
-        self.step("exit with the parent, or not")?;
-        let mut state = self.world.lock();
-        if let Some(process) = state.processes.get_mut(&self.pid) {
-            process.dies_with_parent = enable;
-        }
-        Ok(())
-    }
-
-    fn start(&self, mode: &str, socket: OwnedFd) -> io::Result<i32> {
-        self.step("start a process")?;
-        let world = self.world.clone();
-        let parent = self.pid;
-        let mode: &'static str = MODES.iter().find(|m| **m == mode).copied().unwrap_or("unknown");
-        Ok(self.world.process(mode, parent, Some(socket), Box::new(move || main_of(&world, mode, parent))))
-    }
-
-    fn watch(&self, pid: i32) -> io::Result<OwnedFd> {
-        use std::os::fd::AsFd;
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let ours = event.as_fd().try_clone_to_owned()?;
-        let mut state = self.world.lock();
-        match state.processes.get_mut(&pid) {
-            Some(process) if process.exit.is_none() => process.watchers.push(event),
-            Some(_) => drop(event.write(1)),
-            None => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
-        }
-        Ok(ours)
-    }
-
-    fn kill(&self, pid: i32) {
-        if self.step("kill a process").is_ok() {
-            self.world.kill(pid);
-        }
-    }
-
-    fn exit_of(&self, pid: i32) -> Option<Exit> {
-        let _ = self.step("look at a process");
-        match self.world.lock().processes.get(&pid) {
-            Some(process) => process.exit,
-            None => Some(Exit { killed: true }),
-        }
-    }
-
-    fn wait_for(&self, pid: i32) -> Exit {
-        loop {
-            if let Some(exit) = self.exit_of(pid) {
-                return exit;
-            }
-            if self.world.is_dead(self.pid) {
-                return Exit { killed: true };
-            }
-            self.sleep(Duration::from_micros(200));
-        }
-    }
-
-    fn start_time(&self, pid: i32) -> Option<u64> {
-        let state = self.world.lock();
-        state.processes.get(&pid).filter(|p| p.exit.is_none()).map(|p| p.start_time)
-    }
-
-    fn boot(&self) -> String {
-        format!("boot-{}", self.world.lock().boot)
-    }
-
-    fn log(&self, line: String) {
-        self.world.say(format!("logs: {line}"));
-    }
-
-    fn thread(&self, name: &str, run: Box<dyn FnOnce() + Send>) {
-        self.world.thread(self.pid, name, run);
-    }
-
-    fn block(&self, ready: Ready) {
-        if self.step("wait").is_err() {
-            return;
-        }
-        self.world.switch(self.task, Some(Blocked { ready: Some(ready), ..Blocked::default() }));
-    }
-}
-
-const MODES: [&str; 8] = ["start", "adopt", "supervise", "adopted", "resumed", "helper", "worker", "version"];
+pub(super) const MODES: [&str; 8] =
+    ["start", "adopt", "supervise", "adopted", "resumed", "helper", "worker", "version"];
 
 /// What the program does in its modes, as `ploop-server` does it.
-fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
+pub(super) fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
     let detached = |mode: &'static str| {
         let socket = simulated::with(|host| host.take_socket()).ok();
         let world_of = world.clone();
@@ -701,42 +438,6 @@ fn main_of(world: &Arc<World>, mode: &'static str, parent: i32) {
         _ => 2,
     };
     host::exit(code)
-}
-
-/// Steps that change nothing.
-const WAITS: [&str; 4] = ["poll", "wait", "look at a process", "read a file"];
-
-/// Kills what is to be killed at this step, which process `pid` is about to make.
-fn strike(state: &mut State, pid: i32) {
-    let Some(mode) = state.processes.get(&pid).map(|p| p.mode.clone()).filter(|mode| mode != "app") else { return };
-    let mut due = Vec::new();
-    for kill in state.kills.iter_mut().filter(|k| k.modes.is_empty() || k.modes.iter().any(|m| *m == mode)) {
-        kill.steps = kill.steps.saturating_sub(1);
-        if kill.steps == 0 {
-            due.push(kill.modes.clone());
-        }
-    }
-    state.kills.retain(|k| k.steps > 0);
-    for modes in due {
-        let victims: Vec<i32> = state
-            .processes
-            .iter()
-            .filter(|(pid, p)| **pid != DRIVER && p.exit.is_none() && !p.dead && p.mode != "app")
-            .filter(|(_, p)| modes.is_empty() || modes.iter().any(|m| p.mode == *m))
-            .map(|(pid, _)| *pid)
-            .collect();
-        if !victims.is_empty() {
-            // Mostly the one that is about to act.
-            let at = match victims.iter().position(|v| *v == pid) {
-                Some(own) if state.rng.below(4) > 0 => own,
-                _ => state.rng.index(victims.len()),
-            };
-            let victim = victims[at];
-            let mode = state.processes[&victim].mode.clone();
-            kill(state, victim);
-            state.killed.push(mode);
-        }
-    }
 }
 
 impl World {

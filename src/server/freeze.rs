@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
-use crate::server::helper::{Go, JobEvent};
+use crate::server::jobs::{Go, JobEvent};
 use crate::sys::{freeze, process_hardening};
 
 /// No freeze lasts longer, whatever its owner does.

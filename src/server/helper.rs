@@ -3,62 +3,22 @@
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::greeting::Greeting;
+use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::own_greeting;
 use crate::server::remote_error::RemoteError;
-use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport, Wanted};
+use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport};
 use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
 use crate::sys::host::{self, Process};
 use crate::sys::process;
 
 /// Mount namespaces that are made for one action, that of an abort for one, hold copies of all mounts so long at most.
 const MOMENT: Duration = Duration::from_secs(2);
-
-/// What a helper is to do.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Job {
-    /// Bind a block device to the connection in the folder `dir`. Events: `Chosen` each time one is made, then it waits
-    /// for [`Go`]; `Attached`.
-    Attach { transport: Transport, dir: PathBuf, wanted: Wanted },
-    /// Undo an attach that was killed or gave up.
-    UndoAttach { backing: String, rdev: u64 },
-    /// Unbind. Events: `Opened`, then it waits for [`Go`]; `Done`.
-    Detach { binding: Binding, patience: Patience },
-    /// Partitions from the table, where the kernel has no parser.
-    Scan { binding: Binding },
-    /// Remove what an exited server left; if `wait`, also once it is mounted for a moment only.
-    Clean {
-        name: String,
-        #[serde(default)]
-        wait: bool,
-    },
-    /// All requests of a connection fail from now on.
-    Abort { transport: Transport, connection: u64 },
-    /// Hold file systems frozen; see [`freeze::hold`] for the descriptors that come with it.
-    Freeze,
-}
-
-/// What a helper reports.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum JobEvent {
-    Chosen(Binding),
-    Attached(Binding),
-    Opened,
-    Frozen,
-    Done,
-    Error { code: i32, message: String },
-}
-
-/// Lets a waiting helper go on.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct Go;
 
 /// Longest wait of a helper for its parent.
 const PARENT: Duration = Duration::from_secs(30);

@@ -1,24 +1,18 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
-pub mod attach;
-mod chain_plan;
-pub mod chain_switch;
-mod commands;
 pub mod control;
 pub mod daemon;
-pub mod detach;
 pub mod frame;
 pub mod freeze;
 pub mod greeting;
 pub mod helper;
+pub mod jobs;
 mod kernel_log;
-mod merge;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;
 pub mod proto;
 pub mod remote_error;
-pub mod resume;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;

@@ -99,8 +99,12 @@ fn imports_that_one_room_must_not_make() {
         one(&[("lib.rs", ""), (&from, &import), (&to, "pub struct Thing;")], wanted);
     }
     one(
-        &[("lib.rs", ""), ("server/mod.rs", "pub fn serve() {}"), ("bin/a.rs", "fn main() { ploop::server::serve() }")],
-        "src/bin/a.rs:1: bin::a imports server, which bin must not",
+        &[
+            ("lib.rs", ""),
+            ("server/mod.rs", "pub fn serve() {}"),
+            ("bin/ploop/main.rs", "fn main() { ploop::server::serve() }"),
+        ],
+        "src/bin/ploop/main.rs:1: bin::ploop imports server, which bin::ploop must not",
     );
     one(
         &[("lib.rs", ""), ("sys/mod.rs", "use crate::format::bat;"), ("format/mod.rs", "")],

@@ -27,7 +27,8 @@ const ROOMS: &[&[&str]] = &[
 /// Beside the order: what is on the left does not import from what is on the right, and why.
 const FORBIDDEN: &[(&str, &str, &str)] = &[
     ("capi", "server", "`device` is the one door to it"),
-    ("bin", "server", "`device` is the one door to it"),
+    // The other program, `ploop-server`, is the server.
+    ("bin::ploop", "server", "`device` is the one door to it"),
     ("ops", "server", "`device` is the one door to it"),
     ("fs", "server", "what is inside a disk does not depend on who serves it"),
     ("device", "server::worker", "a driver talks to the supervisor"),

@@ -11,7 +11,8 @@ use crate::device::driver::Freeze;
 use crate::device::model::Device;
 use crate::error::Result;
 use crate::report;
-use crate::server::helper::{JobEvent, remote_error};
+use crate::server::helper::remote_error;
+use crate::server::jobs::JobEvent;
 use crate::server::proto::Command;
 use crate::server::{control, frame, freeze, runtime};
 

@@ -15,7 +15,7 @@ use crate::device::spec::{CommitFile, NewLevel, SwitchSpec};
 use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
-use crate::server::helper::Go;
+use crate::server::jobs::Go;
 use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, LevelName, SwitchLevel};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::file_id::FileId;

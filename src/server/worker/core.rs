@@ -13,11 +13,11 @@ use crate::server::shm::{PoisonCounts, RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
 use crate::sys::arena::Span;
 
-use super::dispatch::EngineRequest;
 use super::locked;
 use super::log::Log;
 use super::memory::{BufId, Common, Memory, REQUESTS};
 use super::queue::{Inbox, Jobs};
+use super::request::{EngineRequest, ReplyKind};
 use super::request_journal::RequestJournal;
 
 /// I/O threads of a worker.
@@ -69,18 +69,6 @@ pub enum Pending {
     Tick,
     HoldForSpace(bool),
     Close,
-}
-
-/// How the answer to a request looks.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
-pub enum ReplyKind {
-    /// The data.
-    Read = 0,
-    /// The number of bytes.
-    Write = 1,
-    /// Nothing.
-    Status = 2,
 }
 
 /// A request in flight. One thread at a time has to do with it: the one that reads it, then, by way of the engine's

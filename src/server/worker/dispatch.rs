@@ -7,18 +7,8 @@ use crate::engine::api::{Errno, RequestKind};
 use crate::server::transport::{KernelRequest, Op, Reply};
 use crate::units::SECTOR;
 
-use super::core::{Core, ReplyKind};
-
-/// A request for the engine.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct EngineRequest {
-    pub kind: RequestKind,
-    pub answer: ReplyKind,
-    pub offset: u64,
-    pub len: u64,
-    /// An earlier worker had it and did not answer it.
-    pub resent: bool,
-}
+use super::core::Core;
+use super::request::{EngineRequest, ReplyKind};
 
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict {

@@ -24,8 +24,8 @@ use crate::units::ClusterSize;
 
 use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
-use super::request_journal::{self, PriorJournal, RequestJournal};
-use super::{locked, log, open_files, supervisor_link};
+use super::request_journal::{PriorJournal, RequestJournal};
+use super::{linger, locked, log, open_files, replay};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -147,49 +147,13 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let (log, sink) = log::new(&runtime::device_dir(&inherited.start.device_name).join(runtime::LOG), attach.trace);
 
     let mut files = open_files::open(inherited.levels(), &attach.levels, writable)?;
-    let (mut target, mut no_merge) = (None, None);
-    if let Some((low, _)) = inherited.start.merged_levels() {
-        match merge_target(inherited, low, succeed.is_none()) {
-            Ok((level, file)) => {
-                files[level] = file;
-                target = Some(level);
-            }
-            Err(e) if succeed.is_some() => return Err(e),
-            // The device matters more.
-            Err(e) => no_merge = Some(e),
-        }
-    }
+    let (target, mut no_merge) = open_merge_target(inherited, &mut files)?;
     if writable || attach.marked != Marked::Ignore {
         open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
     }
-    let mut poison_counts = PoisonCounts::default();
-    if takeover {
-        poison_counts = shm.count_marked_requests();
-        // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may
-        // exit of it, after which only the witness still knows.
-        if writable && !synced(inherited.fds[WITNESS].as_fd()) {
-            log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
-            shm.set_sync_state(SyncState::Failed);
-        }
-    }
+    let poison_counts = if takeover { inspect_left(inherited, &shm, &log) } else { PoisonCounts::default() };
     let failed = shm.failed() || shm.sync_state() == SyncState::Failed;
-    let options = OpenOptions {
-        writable,
-        raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
-        // The target of a merge is marked, too.
-        marked: if target.is_some() && attach.marked == Marked::Refuse && !host::breach("a merge's own mark is refused")
-        {
-            Marked::Recover
-        } else {
-            attach.marked
-        },
-        carried: takeover.then(|| shm.carried()),
-        failed,
-        known_below: succeed.is_some(),
-        ..OpenOptions::default()
-    };
-    #[cfg(test)]
-    let options = if host::is_simulated() { OpenOptions { ahead: 64 << 10, ..options } } else { options };
+    let options = options(inherited, &shm, (takeover, target.is_some(), failed))?;
     // Before the chain is opened: that marks the image.
     let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
     let journal = match inherited.start.session.recovery() {
@@ -202,32 +166,13 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
     let queue = inherited.fds[QUEUE].try_clone().ctx(Kind::Sys, || "cannot duplicate the queue")?;
     let linger = succeed.map_or(0, |s| s.linger);
-    supervisor_link::pause(linger);
+    linger::pause(linger);
     let mut chain = chain::open(&files, &options)?;
-    let background = match target {
-        _ if failed || chain.sync_failed => {
-            let what = || Error::new(Kind::Fsync, "a sync of the top has failed: nothing is merged");
-            no_merge = target.map(|_| what());
-            None
-        }
-        Some(_) => match background(inherited, &files, &mut chain, options.ahead) {
-            Ok(work) => {
-                shm.begin_background(inherited.start.merge.as_ref().map_or(0, |m| m.token));
-                Some(BackgroundConfig { work })
-            }
-            Err(e) if succeed.is_some() => return Err(e),
-            Err(e) => {
-                no_merge = Some(e);
-                None
-            }
-        },
-        None => None,
-    };
-    if background.is_none() {
-        // This worker keeps no target equal: the progress of an earlier merge is void, even if a successor merges again.
-        shm.begin_background(0);
-    }
-    supervisor_link::pause(linger);
+    let refused = (failed || chain.sync_failed)
+        .then(|| Error::new(Kind::Fsync, "a sync of the top has failed: nothing is merged"));
+    let background =
+        begin_merge(inherited, &files, &mut chain, (target, options.ahead), refused, (&shm, &mut no_merge))?;
+    linger::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
         let fds = std::mem::take(&mut *locked(&inherited.commit));
@@ -239,34 +184,10 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         })?;
         // The lock on the disk is the supervisor's from here on.
         drop(fds);
-        supervisor_link::pause(linger);
+        linger::pause(linger);
     }
-    let config = Config {
-        cluster_shift: chain.cluster.shift(),
-        device_bytes: chain.device_bytes,
-        levels: chain.levels.clone(),
-        writable,
-        header: chain.header,
-        alloc: chain.alloc.clone(),
-        bounces: BOUNCES as u16,
-        bounce_bytes: BOUNCE as u32,
-        map_pages: MAP_PAGES,
-        bat_age: BAT_AGE,
-        failed: failed || chain.sync_failed,
-        background,
-    };
-    let ready = WorkerReady {
-        device_bytes: chain.device_bytes,
-        cluster_sectors: chain.cluster.sectors(),
-        fmt_version: match chain.version {
-            None => 0,
-            Some(Version::V1) => 1,
-            Some(Version::V2) => 2,
-        },
-        was_marked: chain.was_marked,
-        direct: files.iter().all(|f| f.direct),
-        greeting: own_greeting(),
-    };
+    let config = config_of(&chain, writable, failed, background);
+    let ready = ready_of(&chain, &files);
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
     // The engine gets a tick once a second.
     engine.set_enospc_limit(attach.no_space_timeout.map(|s| s.min(u64::from(u32::MAX)) as u32));
@@ -284,7 +205,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
     if let Some(left) = left {
-        request_journal::import(&core, &left)?;
+        replay::import(&core, &left)?;
     }
     // Not permitted: the device works, but not under memory pressure that it causes itself.
     if !host::is_simulated()
@@ -293,6 +214,115 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         core.log.line(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
+}
+
+/// How the chain is opened; `merges`: into a target that is marked, too.
+fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, bool, bool)) -> Result<OpenOptions> {
+    let attach = &inherited.start.attach;
+    let own_mark = merges && attach.marked == Marked::Refuse && !host::breach("a merge's own mark is refused");
+    let options = OpenOptions {
+        writable: !attach.read_only,
+        raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
+        marked: if own_mark { Marked::Recover } else { attach.marked },
+        carried: takeover.then(|| shm.carried()),
+        failed,
+        known_below: inherited.start.succeed.is_some(),
+        ..OpenOptions::default()
+    };
+    // The simulation's disks are small.
+    Ok(if host::is_simulated() { OpenOptions { ahead: 64 << 10, ..options } } else { options })
+}
+
+/// Looks at what the worker before has left: requests that it may have exited of, and whether what it wrote is durable.
+fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) -> PoisonCounts {
+    // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit
+    // of it, after which only the witness still knows.
+    if !inherited.start.attach.read_only && !synced(inherited.fds[WITNESS].as_fd()) {
+        log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
+        shm.set_sync_state(SyncState::Failed);
+    }
+    shm.count_marked_requests()
+}
+
+/// Opens the target of the merge under way, in its place among `files`; and why it cannot go on.
+fn open_merge_target(inherited: &Inherited, files: &mut [LevelFile]) -> Result<(Option<usize>, Option<Error>)> {
+    let Some((low, _)) = inherited.start.merged_levels() else { return Ok((None, None)) };
+    let succeeds = inherited.start.succeed.is_some();
+    match merge_target(inherited, low, !succeeds) {
+        Ok((level, file)) => {
+            files[level] = file;
+            Ok((Some(level), None))
+        }
+        Err(e) if succeeds => Err(e),
+        // The device matters more.
+        Err(e) => Ok((None, Some(e))),
+    }
+}
+
+/// The background work of the engine, if there is a merge that can go on; else `no_merge` says why, if there is one.
+fn begin_merge(
+    inherited: &Inherited,
+    files: &[LevelFile],
+    chain: &mut Chain,
+    (target, ahead): (Option<usize>, u64),
+    refused: Option<Error>,
+    (shm, no_merge): (&Shm, &mut Option<Error>),
+) -> Result<Option<BackgroundConfig>> {
+    let begun = match (target, refused) {
+        (None, _) => None,
+        (Some(_), Some(why)) => Some(Err(why)),
+        (Some(_), None) => match background(inherited, files, chain, ahead) {
+            Err(e) if inherited.start.succeed.is_some() => return Err(e),
+            other => Some(other),
+        },
+    };
+    match begun {
+        Some(Ok(work)) => {
+            shm.begin_background(inherited.start.merge.as_ref().map_or(0, |m| m.token));
+            Ok(Some(BackgroundConfig { work }))
+        }
+        other => {
+            // This worker keeps no target equal: the progress of an earlier merge is void, even if a successor merges
+            // again.
+            shm.begin_background(0);
+            if let Some(Err(e)) = other {
+                *no_merge = Some(e);
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn config_of(chain: &Chain, writable: bool, failed: bool, background: Option<BackgroundConfig>) -> Config {
+    Config {
+        cluster_shift: chain.cluster.shift(),
+        device_bytes: chain.device_bytes,
+        levels: chain.levels.clone(),
+        writable,
+        header: chain.header,
+        alloc: chain.alloc.clone(),
+        bounces: BOUNCES as u16,
+        bounce_bytes: BOUNCE as u32,
+        map_pages: MAP_PAGES,
+        bat_age: BAT_AGE,
+        failed: failed || chain.sync_failed,
+        background,
+    }
+}
+
+fn ready_of(chain: &Chain, files: &[LevelFile]) -> WorkerReady {
+    WorkerReady {
+        device_bytes: chain.device_bytes,
+        cluster_sectors: chain.cluster.sectors(),
+        fmt_version: match chain.version {
+            None => 0,
+            Some(Version::V1) => 1,
+            Some(Version::V2) => 2,
+        },
+        was_marked: chain.was_marked,
+        direct: files.iter().all(|f| f.direct),
+        greeting: own_greeting(),
+    }
 }
 
 /// The target of the merge, opened for that. `wait` for the last operation of a dead worker.

@@ -16,9 +16,10 @@ use crate::server::transport::{HEAD, KernelRequest, ReadError, Reader, TAGS};
 use crate::sys::ring::Completion;
 
 use super::core::{Core, Notice, Pending, THREADS};
-use super::dispatch::{EngineRequest, Verdict, dispatch};
+use super::dispatch::{Verdict, dispatch};
 use super::files::{Files, IoResult};
 use super::memory::{BufId, SMALL};
+use super::request::EngineRequest;
 
 /// Requests read in one turn; the answers of the first must not wait for ever.
 const BATCH: usize = 32;

@@ -12,11 +12,14 @@ mod files;
 mod finish;
 mod init;
 mod io;
+mod linger;
 mod log;
 mod memory;
 mod merge;
 mod open_files;
 mod queue;
+mod replay;
+mod request;
 mod request_journal;
 #[cfg(test)]
 mod simulated;
@@ -129,7 +132,7 @@ pub fn worker_main() -> ! {
                     let result = result
                         .and_then(|()| merge::complete(&core, &inherited, &switch))
                         .and_then(|()| release_images(&core));
-                    supervisor_link::pause(switch.linger);
+                    linger::pause(switch.linger);
                     let retired = result.is_ok().then_some((&switch, &fds[..]));
                     let error = result.as_ref().err().map(RemoteError::from);
                     // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
@@ -172,7 +175,7 @@ fn start(
         // From here on there is no way back, and no need for a supervisor.
         core.shm.set_switched(inherited.start.token);
         let _ = link.send(&FromWorker::Switched { warning });
-        supervisor_link::pause(succeed.linger);
+        linger::pause(succeed.linger);
         host::exit_with_parent(false).ctx(Kind::Sys, || "cannot become independent of the supervisor")?;
         core.shm.set_serving(inherited.start.token);
     }
@@ -189,7 +192,7 @@ fn start(
                 // The engine begins background work with the first event that it is given.
                 core.submit_event(MAIN_THREAD, Pending::Tick);
             }
-            supervisor_link::pause(succeed.map_or(0, |s| s.linger));
+            linger::pause(succeed.map_or(0, |s| s.linger));
             Ok((core, chain, ready, no_merge))
         }
         Err(e) => {
@@ -250,7 +253,7 @@ fn start_threads(link: &SupervisorLink, core: &Arc<Core>, token: u64, resend: bo
     if let Some(journal) = &core.journal {
         link.send_journal(journal)?;
         core.shm.set_reading(token);
-        request_journal::replay(core, journal);
+        replay::replay(core, journal);
     } else if resend {
         // Before the first read: requests read by ourselves would come back to us, too.
         core.queue.resend().ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;

@@ -28,14 +28,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crate::bail;
-use crate::engine::api::{Errno, ReqId, Request};
+use crate::engine::api::Errno;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::transport::{HEAD, KernelRequest, Op, Queue, ReadError, Reply};
+use crate::server::transport::{HEAD, KernelRequest, Op, Queue, ReadError};
 use crate::sys::arena::{Arena, Span};
 use crate::sys::shared_words::{self, SharedWords};
 
-use super::core::{Core, DeferToIoThread, MAIN_THREAD, Pending};
-use super::dispatch::{EngineRequest, Verdict, dispatch};
 use super::memory::{BufId, Common, Memory, REQUESTS};
 
 /// "ploopreq"
@@ -69,12 +67,12 @@ pub struct RequestJournal {
 
 /// A request in a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct JournalEntry {
-    id: u32,
-    buf: BufId,
+pub struct JournalEntry {
+    pub id: u32,
+    pub buf: BufId,
     head: [u8; HEAD],
     /// How it ended.
-    done: Option<std::result::Result<(), Errno>>,
+    pub done: Option<std::result::Result<(), Errno>>,
 }
 
 impl JournalEntry {
@@ -97,7 +95,7 @@ impl JournalEntry {
     }
 
     /// The kernel gives out whole requests only.
-    fn request(&self, queue: &Queue) -> Option<KernelRequest> {
+    pub fn request(&self, queue: &Queue) -> Option<KernelRequest> {
         queue.parse_kept(&self.head)
     }
 }
@@ -173,7 +171,8 @@ impl RequestJournal {
         (0..REQUESTS as u32).all(|id| self.row(id)[0].load(Acquire) == 0)
     }
 
-    fn filled(&self) -> Vec<JournalEntry> {
+    /// The requests that it holds.
+    pub fn filled(&self) -> Vec<JournalEntry> {
         (0..REQUESTS as u32).filter_map(|id| JournalEntry::new(id, |i| self.row(id)[i].load(Acquire))).collect()
     }
 
@@ -237,7 +236,7 @@ impl PriorJournal {
     }
 
     /// Copies everything into the same slots and buffers of ours. The former worker's operations on files are over.
-    fn copy(&self, journal: &RequestJournal, queue: &Queue, memory: &Memory, common: &Common) -> Result<()> {
+    pub fn copy(&self, journal: &RequestJournal, queue: &Queue, memory: &Memory, common: &Common) -> Result<()> {
         for row in &self.rows {
             let (buf, len) = match row.request(queue).map(|r| r.op) {
                 // Not to be answered, or nothing that we understand.
@@ -269,51 +268,6 @@ impl PriorJournal {
             }
         }
         Ok(())
-    }
-}
-
-/// Makes the requests of the worker before our own; nothing is done for them yet.
-pub fn import(core: &Core, left: &PriorJournal) -> Result<()> {
-    let Some(journal) = &core.journal else {
-        bail!(Protocol, "requests of the worker before were sent to one that keeps none")
-    };
-    left.copy(journal, &core.queue, &core.memory, &core.common)
-}
-
-/// Answers or executes what was imported. No thread reads requests yet, and the supervisor has our journal.
-pub fn replay(core: &Core, journal: &RequestJournal) {
-    let (mut pending, mut actions) = (Vec::new(), Vec::new());
-    for row in journal.filled() {
-        let Some(from) = row.request(&core.queue) else { continue };
-        let verdict = match row.done {
-            Some(result) => Ok(Verdict::Reply(repeated(&from, result))),
-            None => dispatch(core, &from, true),
-        };
-        match verdict {
-            Ok(Verdict::Submit(request)) => {
-                core.register(row.id, &from, &request, row.buf);
-                let EngineRequest { kind, offset, len, .. } = request;
-                pending.push(Pending::Request(Request { id: ReqId(row.id), kind, offset, len }));
-                continue;
-            }
-            Ok(Verdict::Reply(reply)) => core.send(from.unique, reply),
-            Ok(Verdict::Own) => core.answer_own(&from),
-            Ok(Verdict::NoReply) => {}
-            Err(errno) => core.refuse(row.id, from.unique, errno),
-        }
-        core.forget(row.id);
-        core.give(row.buf, row.id);
-    }
-    core.step(MAIN_THREAD, &mut pending, &mut actions);
-    core.execute(&mut actions, &mut DeferToIoThread);
-}
-
-/// The answer to a request that was executed before.
-fn repeated(request: &KernelRequest, result: std::result::Result<(), Errno>) -> Reply {
-    match (request.op, result) {
-        (Op::Write { len, .. }, Ok(())) => Reply::Written(len),
-        (_, Ok(())) => Reply::Done,
-        (_, Err(errno)) => Reply::Error(errno),
     }
 }
 

@@ -13,9 +13,10 @@ use crate::sys::arena::Span;
 use crate::sys::{host, store};
 
 use super::core::{AuxJob, Core, IoSubmitter, Notice, Pending, THREADS};
-use super::dispatch::{EngineRequest, Verdict, dispatch};
+use super::dispatch::{Verdict, dispatch};
 use super::memory::{BufId, SMALL, Stash};
-use super::request_journal;
+use super::replay;
+use super::request::EngineRequest;
 use super::supervisor_link::SupervisorLink;
 
 /// What [`start_threads`](super::start_threads) does.
@@ -25,7 +26,7 @@ pub fn start(link: &SupervisorLink, core: &Arc<Core>, token: u64, resend: bool) 
             link.send_journal(journal)?;
         }
         core.shm.set_reading(token);
-        request_journal::replay(core, journal);
+        replay::replay(core, journal);
     } else if resend && !host::breach("requests are not sent again") {
         core.queue.resend().ctx(Kind::Device, || "the kernel refuses to give out unanswered requests again")?;
     }

@@ -18,14 +18,12 @@ use crate::sys::host;
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
 use super::init::Inherited;
-use super::locked;
 use super::request_journal::RequestJournal;
-use super::supervisor_restart::{has_successor, start_supervisor, try_top_lock};
+use super::supervisor_restart::{SEND_LIMIT, has_successor, start_supervisor, try_top_lock};
+use super::{linger, locked};
 
 const TICK: Duration = Duration::from_secs(1);
-/// Longest wait for a supervisor that does not take a message.
-pub const SEND_LIMIT: Duration = Duration::from_secs(5);
-/// The same for what it must have.
+/// Longest wait for a supervisor that does not take what it must have.
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// Pauses between attempts to start a supervisor: doubled from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -222,7 +220,7 @@ impl SupervisorLink {
         let retiring = self.retiring.as_mut().filter(|r| r.quiet == THREADS && !r.closing)?;
         // An answer may still be under way when the engine has forgotten the request.
         if core.status().requests == 0 && !self.flushing && core.all_answered() {
-            pause(retiring.switch.linger);
+            linger::pause(retiring.switch.linger);
             retiring.closing = true;
             core.submit_event(MAIN_THREAD, Pending::Close);
             return None;
@@ -465,12 +463,5 @@ impl SupervisorLink {
                 self.pause = (self.pause * 2).min(LAST_PAUSE);
             }
         }
-    }
-}
-
-/// Draws a step out, for tests.
-pub fn pause(milliseconds: u64) {
-    if milliseconds > 0 {
-        host::sleep(Duration::from_millis(milliseconds));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
@@ -16,7 +17,9 @@ use super::core::Core;
 use super::init::Inherited;
 use super::locked;
 use super::request_journal::RequestJournal;
-use super::supervisor_link::SEND_LIMIT;
+
+/// Longest wait for a supervisor that does not take a message.
+pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// The lock that decides who starts a supervisor; none: the successor has it.
 pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &[OwnedFd]) -> Result<Option<File>> {

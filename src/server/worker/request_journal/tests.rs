@@ -1,3 +1,6 @@
+use super::super::core::{Core, DeferToIoThread};
+use super::super::dispatch::{Verdict, dispatch};
+use super::super::replay::{import, replay};
 use super::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -5,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::chain;
 use crate::engine::Engine;
-use crate::engine::api::{Action, Config};
+use crate::engine::api::{Action, Config, ReqId};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::server::proto::LevelName;

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
-use crate::server::helper::{Go, Job, JobEvent, remote_error};
+use crate::server::helper::remote_error;
+use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{Answer, ToWorker, WorkerReady};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::transport::Patience;

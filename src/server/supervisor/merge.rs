@@ -5,7 +5,7 @@
 //! 2. When it reports that the target has everything, durably, the chain is changed to the one without the other levels
 //!    ([`chain_switch`](super::chain_switch)): the retiring worker makes durable in the target what came last.
 //!
-//! What is to follow travels in [`WorkerStart::merge`](super::proto::WorkerStart), so that it survives a supervisor,
+//! What is to follow travels in [`WorkerStart::merge`](crate::server::proto::WorkerStart), so that it survives a supervisor,
 //! and the client need not wait.
 #![forbid(unsafe_code)]
 
@@ -14,26 +14,15 @@ use std::time::Duration;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
 use crate::server::proto::{Answer, ChainSwitch, SwitchLevel};
+use crate::server::supervisor::chain_plan::MergeTransition;
+use crate::server::supervisor::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::supervisor::{Supervisor, log};
 use crate::sys::host;
 
 /// Between attempts to end a merge.
 const LATER: Duration = Duration::from_secs(5);
-
-/// What the next change of the chain does to the merge.
-#[derive(Debug)]
-pub enum MergeTransition {
-    /// `range`: target and highest level; none: the top into the level below it.
-    Begin {
-        then: ChainSwitch,
-        fds: Vec<OwnedFd>,
-        range: Option<(usize, usize)>,
-    },
-    End,
-}
 
 impl Supervisor {
     /// A client wants levels merged; `range`: target and highest level, none: the top into the level below it.

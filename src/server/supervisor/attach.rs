@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::server::helper::{Go, Job, JobEvent, remote_error};
+use crate::server::helper::{Helper, remote_error};
+use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
@@ -270,7 +271,7 @@ impl Supervisor {
     }
 
     /// Kills a helper that failed or hangs; true: it has ended.
-    fn helper_end(&mut self, mut helper: super::helper::Helper) -> bool {
+    fn helper_end(&mut self, mut helper: Helper) -> bool {
         helper.process.kill();
         let end = host::now() + Duration::from_secs(2);
         while host::now() < end {

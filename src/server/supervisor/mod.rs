@@ -1,9 +1,18 @@
 //! The supervisor: holds what a device needs to exist (the queue's connection, the shared memory, the images' identities)
 //! and keeps one worker serving it. One thread, one poll loop, nothing that can wait for the device itself.
 //!
-//! Longer work ([`attach`](super::attach), [`detach`](super::detach)) runs as straight code that keeps turning the loop
+//! Longer work ([`attach`], [`detach`]) runs as straight code that keeps turning the loop
 //! with [`Supervisor::poll_once`], so that a worker's exit is noticed and clients are answered at any time.
 #![forbid(unsafe_code)]
+
+pub mod attach;
+mod chain_plan;
+mod chain_switch;
+mod commands;
+mod detach;
+mod merge;
+mod partition_nodes;
+pub mod resume;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,18 +26,19 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{IoContext, Kind, Result};
-use crate::server::chain_switch::PendingChange;
 use crate::server::control::{self, Client, ClientEvent};
-use crate::server::helper::{Helper, Job, JobEvent};
-pub(super) use crate::server::kernel_log::log;
-use crate::server::merge::MergeTransition;
+use crate::server::helper::Helper;
+use crate::server::jobs::{Job, JobEvent};
+use crate::server::kernel_log::log;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart, own_greeting};
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
+use crate::server::supervisor::chain_plan::MergeTransition;
+use crate::server::supervisor::chain_switch::PendingChange;
 use crate::server::transport::Binding;
 use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
-use crate::server::{frame, partitions, runtime, uevents};
+use crate::server::{frame, runtime, uevents};
 use crate::sys::host;
 
 /// Longest sleep.
@@ -55,61 +65,61 @@ enum Source {
 
 /// See the module.
 pub struct Supervisor {
-    pub(super) dir: PathBuf,
-    pub(super) record: DeviceRecord,
-    pub(super) start: WorkerStart,
+    dir: PathBuf,
+    record: DeviceRecord,
+    start: WorkerStart,
     /// None once the device was given up: closing the last descriptor ends the connection.
-    pub(super) fds: Option<Descriptors>,
-    pub(super) worker: Option<Worker>,
+    fds: Option<Descriptors>,
+    worker: Option<Worker>,
     /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
-    pub(super) slots: Vec<OwnedFd>,
-    pub(super) restarts: RestartPolicy,
+    slots: Vec<OwnedFd>,
+    restarts: RestartPolicy,
     /// When to start the next worker.
     restart: Option<Instant>,
     /// No worker can serve the device: why.
-    pub(super) failed: Option<String>,
+    failed: Option<String>,
     /// The worker's exit is expected: it has closed the image, or the device is given up.
-    pub(super) ending: bool,
+    ending: bool,
     listener: UnixListener,
     clients: Vec<Client>,
     /// Clients that wait for the end of the device.
-    pub(super) stopping: Vec<OwnedFd>,
-    pub(super) aborting: Vec<OwnedFd>,
+    stopping: Vec<OwnedFd>,
+    aborting: Vec<OwnedFd>,
     /// Changes of the chain that were asked for.
-    pub(super) changes: VecDeque<PendingChange>,
+    changes: VecDeque<PendingChange>,
     /// A change is under way: the change handles a worker's exit.
-    pub(super) changing: bool,
+    changing: bool,
     /// The client that gets `Prepared` when requests are about to be held.
-    pub(super) initiator: Option<OwnedFd>,
+    initiator: Option<OwnedFd>,
     /// The worker of the new chain, while the old one retires.
-    pub(super) waiting: Option<Worker>,
+    waiting: Option<Worker>,
     /// Clients that wait until the former top is finished.
-    pub(super) finishing: Vec<OwnedFd>,
+    finishing: Vec<OwnedFd>,
     /// Clients that wait for the end of a merge.
-    pub(super) merging: Vec<OwnedFd>,
-    pub(super) merge_transition: Option<MergeTransition>,
-    pub(super) end_merge_due: Option<Instant>,
+    merging: Vec<OwnedFd>,
+    merge_transition: Option<MergeTransition>,
+    end_merge_due: Option<Instant>,
     /// Clients that wait for a flush.
-    pub(super) flushing: Vec<OwnedFd>,
+    flushing: Vec<OwnedFd>,
     /// The signal handler's share of [`flushing`](Self::flushing).
-    pub(super) flush_sent: bool,
-    pub(super) nodes: Nodes,
+    flush_sent: bool,
+    nodes: Nodes,
     events: Option<OwnedFd>,
     signals: Option<SignalFd>,
     /// When to look for partitions in the table.
     table_due: Option<Instant>,
     scan: Option<(Helper, Instant)>,
     had_partitions: bool,
-    pub(super) shm: Option<Shm>,
+    shm: Option<Shm>,
     /// Another process has detached the block device.
-    pub(super) lost: bool,
-    pub(super) released_helpers: Vec<Helper>,
+    lost: bool,
+    released_helpers: Vec<Helper>,
     last_log: String,
 }
 
 impl Supervisor {
     /// For a device in folder `dir`; starts nothing.
-    pub(super) fn new(dir: PathBuf, record: DeviceRecord, start: WorkerStart, fds: Descriptors) -> Result<Supervisor> {
+    fn new(dir: PathBuf, record: DeviceRecord, start: WorkerStart, fds: Descriptors) -> Result<Supervisor> {
         let listener = fds.listener.try_clone().ctx(Kind::Sys, || "cannot duplicate the control socket")?;
         fcntl(&listener, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .ctx(Kind::Sys, || "cannot prepare the control socket")?;
@@ -165,7 +175,7 @@ impl Supervisor {
     }
 
     /// Serves until the device has ended.
-    pub(super) fn run(mut self) {
+    fn run(mut self) {
         loop {
             self.poll_once(host::now() + TICK, None);
             if !self.aborting.is_empty() {
@@ -182,7 +192,7 @@ impl Supervisor {
     }
 
     /// One turn of the loop, until something happened or `until`. True: `extra` can be read.
-    pub(super) fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
+    fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = host::now();
         let table = self.table_due.filter(|_| self.scan.is_none() && self.record.state == "running");
         let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
@@ -279,24 +289,6 @@ impl Supervisor {
         }
     }
 
-    /// Keeps the nodes as the kernel's partitions are, and notices the end of the block device.
-    fn follow(&mut self) {
-        if !runtime::backing_is_ours(&self.record) {
-            // Another process detached it. Its nodes must go at once: the number's next owner is another disk.
-            self.nodes.clear();
-            self.lost = true;
-            return;
-        }
-        let known = partitions::known(&self.record.backing);
-        if known.is_empty() && self.had_partitions {
-            self.table_due.get_or_insert(host::now() + TABLE_PAUSE);
-        }
-        self.had_partitions = !known.is_empty();
-        if let Err(e) = self.nodes.update(self.record.rdev, &known) {
-            self.log_once(&e.to_string());
-        }
-    }
-
     fn log_once(&mut self, text: &str) {
         // The same error comes back with every tick.
         if self.last_log != text {
@@ -306,13 +298,13 @@ impl Supervisor {
     }
 
     /// The disk behind the device.
-    pub(super) fn binding(&self) -> Binding {
+    fn binding(&self) -> Binding {
         let r = &self.record;
         Binding { backing: r.backing.clone(), rdev: r.rdev, diskseq: r.diskseq }
     }
 
     /// Starts a helper process.
-    pub(super) fn helper(&self, job: &Job) -> Result<Helper> {
+    fn helper(&self, job: &Job) -> Result<Helper> {
         match &self.fds {
             Some(fds) => Helper::start(&fds.program(), job),
             None => Helper::start("/proc/self/exe".as_ref(), job),
@@ -320,7 +312,7 @@ impl Supervisor {
     }
 
     /// The next event of a helper, while the loop runs; `None`: none came before `end`, or the device is being aborted.
-    pub(super) fn helper_event(&mut self, helper: &Helper, end: Instant) -> Option<JobEvent> {
+    fn helper_event(&mut self, helper: &Helper, end: Instant) -> Option<JobEvent> {
         loop {
             let ready = self.poll_once(end, Some(helper.sock.as_fd()));
             if ready {
@@ -339,34 +331,11 @@ impl Supervisor {
     }
 
     /// Forgets a helper; one that sleeps in the kernel is reaped when it wakes up.
-    pub(super) fn release_helper(&mut self, mut helper: Helper, kill: bool) {
+    fn release_helper(&mut self, mut helper: Helper, kill: bool) {
         if kill {
             helper.process.kill();
         }
         self.released_helpers.push(helper);
-    }
-
-    /// Asks for a look into the partition table now, and waits for it a little.
-    pub(super) fn scan_now(&mut self, limit: Duration) {
-        let Ok(helper) = self.helper(&Job::Scan { binding: self.binding() }) else { return };
-        let done = self.helper_event(&helper, host::now() + limit).is_some();
-        self.release_helper(helper, !done);
-        self.follow();
-    }
-
-    fn end_scan(&mut self) {
-        if let Some((helper, _)) = self.scan.take() {
-            self.release_helper(helper, true);
-        }
-    }
-
-    fn on_uevents(&mut self) {
-        let Some(events) = &self.events else { return };
-        let news = uevents::drain(events, &self.record.backing);
-        // A table without partitions in the kernel: perhaps there is one that it cannot read.
-        if news.changed && partitions::known(&self.record.backing).is_empty() {
-            self.table_due = Some(host::now() + TABLE_PAUSE);
-        }
     }
 
     fn on_signals(&mut self) {
@@ -377,13 +346,13 @@ impl Supervisor {
         self.flush();
     }
 
-    pub(super) fn flush(&mut self) {
+    fn flush(&mut self) {
         self.flush_sent = true;
         self.send_to_worker(&ToWorker::Flush);
     }
 
     /// Sends without descriptors; the successor of a worker that exits gets the message too.
-    pub(super) fn send_to_worker(&mut self, message: &ToWorker) {
+    fn send_to_worker(&mut self, message: &ToWorker) {
         if let Some(worker) = &self.worker
             && worker.ready.is_some()
             && worker.send(message, &[]).is_err()
@@ -453,7 +422,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn fail(&mut self, why: String) {
+    fn fail(&mut self, why: String) {
         log(
             &self.record.name,
             &format!("{why}; its I/O waits until ploop reload finds it right again, or umount --abort gives it up"),
@@ -467,7 +436,7 @@ impl Supervisor {
     }
 
     /// Starts a worker; a failure counts as a failed start.
-    pub(super) fn start_worker(&mut self, takeover: bool) {
+    fn start_worker(&mut self, takeover: bool) {
         let Some(fds) = &self.fds else { return };
         self.start.takeover = takeover;
         match Worker::start(fds, &self.start, &self.slots) {
@@ -484,7 +453,7 @@ impl Supervisor {
     }
 
     /// Writes the record. After a failure only `ploop list` shows old data.
-    pub(super) fn save(&mut self) {
+    fn save(&mut self) {
         if self.dir.as_os_str().is_empty() {
             return;
         }

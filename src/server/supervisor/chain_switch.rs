@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, Kind, Result};
-use crate::server::chain_plan::{Plan, is_committed};
-use crate::server::helper::Go;
+use crate::server::jobs::Go;
 use crate::server::proto::{Answer, ChainSwitch, FromWorker, MergeOrder, ToWorker};
 use crate::server::remote_error::RemoteError;
+use crate::server::supervisor::chain_plan::{Plan, is_committed};
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker_process::Worker;
 use crate::server::{control, frame, runtime};

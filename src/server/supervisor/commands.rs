@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
-use crate::server::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::control;
 use crate::server::greeting::Greeting;
-use crate::server::helper::{Helper, Job};
+use crate::server::helper::Helper;
+use crate::server::jobs::Job;
 use crate::server::proto::{Answer, Command, ToWorker, own_greeting};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
+use crate::server::supervisor::chain_switch::{ChangeRequest, PendingChange};
 use crate::server::worker_process::{Descriptors, RestartPolicy};
 use crate::sys::host;
 

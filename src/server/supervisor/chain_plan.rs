@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use crate::bail;
 use crate::descriptor::commit_by_fd;
 use crate::error::{IoContext, Kind, Result};
-use crate::server::merge::MergeTransition;
 use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
 use crate::server::supervisor::Supervisor;
 use crate::server::worker_process::Descriptors;
@@ -19,6 +18,18 @@ use crate::units::MAX_CHAIN;
 pub(super) struct Plan {
     pub start: WorkerStart,
     pub fds: Descriptors,
+}
+
+/// What the next change of the chain does to the merge.
+#[derive(Debug)]
+pub enum MergeTransition {
+    /// `range`: target and highest level; none: the top into the level below it.
+    Begin {
+        then: ChainSwitch,
+        fds: Vec<OwnedFd>,
+        range: Option<(usize, usize)>,
+    },
+    End,
 }
 
 impl Supervisor {
@@ -42,27 +53,8 @@ impl Supervisor {
                 switch.token
             );
         }
-        let clone = |fd: &OwnedFd| fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor");
         let mut rest = sent.iter();
-        let mut levels = Vec::with_capacity(switch.levels.len());
-        for level in &switch.levels {
-            let shown = level.name.path.display();
-            match level.from {
-                Some(i) => match (fds.levels.get(i), attach.ids.get(i)) {
-                    (Some(fd), Some(id)) if *id == level.id => levels.push(clone(fd)?),
-                    _ => bail!(Param, "{shown} is not level {i} of {name}"),
-                },
-                None => {
-                    let Some(fd) = rest.next() else { bail!(Protocol, "{shown} was not sent") };
-                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
-                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
-                    if !meta.is_file() || FileId::from(&meta) != level.id {
-                        bail!(Open, "{shown} is not the regular file that was asked for");
-                    }
-                    levels.push(clone(fd)?);
-                }
-            }
-        }
+        let levels = self.planned_levels(switch, fds, &mut rest)?;
         let extra = rest.map(clone).collect::<Result<Vec<_>>>()?;
         let old_top = attach.levels.len() - 1;
         let top = switch.levels.len() - 1;
@@ -78,28 +70,8 @@ impl Supervisor {
             }
             false => clone(&fds.witness)?,
         };
-        let same = switch.levels.iter().enumerate().all(|(i, l)| l.from == Some(i)) && top == old_top;
         let mut start = self.start.clone();
-        let mut merge: &[OwnedFd] = &fds.merge;
-        let ended = match (&self.merge_transition, &self.start.merge) {
-            (Some(MergeTransition::Begin { then, fds, range }), _) => {
-                start.merge = Some(then.clone());
-                start.merge_range = *range;
-                merge = fds;
-                false
-            }
-            (Some(MergeTransition::End), _) => true,
-            (None, Some(m)) if m.token == switch.token => true,
-            (None, Some(_)) if !same => {
-                bail!(Busy, "{name}: levels of it are being merged; wait for the end of that, or cancel it")
-            }
-            _ => false,
-        };
-        if ended {
-            start.merge = None;
-            start.merge_range = None;
-            merge = &[];
-        }
+        let (merge, ended) = self.planned_merge(switch, fds, &mut start)?;
         let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
         start.merge_fds = merge.len();
         start.attach.levels = switch.levels.iter().map(|l| l.name.clone()).collect();
@@ -131,6 +103,73 @@ impl Supervisor {
         };
         Ok(Plan { start, fds })
     }
+
+    /// Descriptors of the new chain's levels: of the running chain, or the next ones of those that were `sent`.
+    fn planned_levels<'a>(
+        &self,
+        switch: &ChainSwitch,
+        fds: &Descriptors,
+        sent: &mut impl Iterator<Item = &'a OwnedFd>,
+    ) -> Result<Vec<OwnedFd>> {
+        let mut levels = Vec::with_capacity(switch.levels.len());
+        for level in &switch.levels {
+            let shown = level.name.path.display();
+            match level.from {
+                Some(i) => match (fds.levels.get(i), self.start.attach.ids.get(i)) {
+                    (Some(fd), Some(id)) if *id == level.id => levels.push(clone(fd)?),
+                    _ => bail!(Param, "{shown} is not level {i} of {}", self.record.name),
+                },
+                None => {
+                    let Some(fd) = sent.next() else { bail!(Protocol, "{shown} was not sent") };
+                    let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
+                    let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
+                    if !meta.is_file() || FileId::from(&meta) != level.id {
+                        bail!(Open, "{shown} is not the regular file that was asked for");
+                    }
+                    levels.push(clone(fd)?);
+                }
+            }
+        }
+        Ok(levels)
+    }
+
+    /// What becomes of a merge: the descriptors of the change that follows it, and whether it ends with this change.
+    fn planned_merge<'a>(
+        &'a self,
+        switch: &ChainSwitch,
+        fds: &'a Descriptors,
+        start: &mut WorkerStart,
+    ) -> Result<(&'a [OwnedFd], bool)> {
+        let kept = switch.levels.iter().enumerate().all(|(i, l)| l.from == Some(i));
+        let same = kept && switch.levels.len() == self.start.attach.levels.len();
+        let ended = match (&self.merge_transition, &self.start.merge) {
+            (Some(MergeTransition::Begin { then, fds, range }), _) => {
+                start.merge = Some(then.clone());
+                start.merge_range = *range;
+                return Ok((fds, false));
+            }
+            (Some(MergeTransition::End), _) => true,
+            (None, Some(m)) if m.token == switch.token => true,
+            (None, Some(_)) if !same => {
+                bail!(
+                    Busy,
+                    "{}: levels of it are being merged; wait for the end of that, or cancel it",
+                    self.record.name
+                )
+            }
+            _ => false,
+        };
+        if ended {
+            start.merge = None;
+            start.merge_range = None;
+            return Ok((&[], true));
+        }
+        Ok((&fds.merge, false))
+    }
+}
+
+fn clone(fd: &OwnedFd) -> Result<OwnedFd> {
+    fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor")
 }
 
 /// The descriptor on disk is the new one.
