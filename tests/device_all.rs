@@ -8,6 +8,9 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+static ALONE: Mutex<()> = Mutex::new(());
 
 const INSIDE: &str = "PLOOP_TEST_OWN_WORLD";
 
@@ -36,6 +39,9 @@ fn elsewhere(test: &str) -> bool {
     if !common::skip::devices() {
         return true;
     }
+    // The namespaces have their own /run and share /dev: a device of one test could take the name that one of the other
+    // gives up for a moment.
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::Builder::new().prefix("ploop-all-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let exe = std::env::current_exe().unwrap();
     // Whatever happens inside, devices and mounts are gone before the world ends.
