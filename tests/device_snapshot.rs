@@ -318,7 +318,7 @@ fn killed_in_the_middle() {
             .args(["if=/dev/urandom", "bs=1M", "count=16", "conv=fsync", "status=none"])
             .arg(format!("of={}", disk.target.join(name).display())));
     };
-    let rounds = count(5, 8, 60);
+    let rounds = count(4, 8, 60);
     let (mut killed, mut again, mut thawed) = (0, 0, 0);
     for round in 0..rounds {
         // A base, a snapshot to be merged into, one to be merged.

@@ -436,7 +436,7 @@ def case_merge_killed_at_steps(t):
 
 def goes_on(t, name, which):
     """A kill every 2 s; the first comes in the middle of a merge that is shorter."""
-    bulk = devlib.pick(400, 1536) * MIB
+    bulk = devlib.pick(256, 1536) * MIB
     disk, kmsg = Disk(t, name, "descriptor", 3 * GIB, 64), Kmsg()
     levels = 2 if which == "frozen" else 1
     disk.fill(0, MIB, 100)

@@ -359,7 +359,7 @@ fn kills_with_large_sectors(dir: &Path) {
 pub fn kill_count() -> u32 {
     let usual = match std::env::var("PLOOP_TEST").as_deref() {
         Ok("full") => 150,
-        Ok("ci") => 12,
+        Ok("ci") => 8,
         _ => 25,
     };
     std::env::var("KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(usual)
