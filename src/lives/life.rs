@@ -319,8 +319,8 @@ impl<'a> Life<'a> {
 
     /// Waits until the device runs again, if it can after these kills.
     pub(super) fn settle(&mut self, killed: &[String]) {
-        if std::mem::take(&mut self.power_due) {
-            return self.cut_power();
+        if self.cut_if_due() {
+            return;
         }
         let end = host::now() + RECOVERY;
         loop {
@@ -400,8 +400,8 @@ impl<'a> Life<'a> {
 
     /// After a disturbed umount the device is gone or serves.
     pub(super) fn settle_unmounted(&mut self, killed: &[String]) {
-        if std::mem::take(&mut self.power_due) {
-            return self.cut_power();
+        if self.cut_if_due() {
+            return;
         }
         let end = host::now() + RECOVERY;
         loop {

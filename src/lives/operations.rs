@@ -214,7 +214,16 @@ impl Life<'_> {
         }
     }
 
-    pub(super) fn cut_power(&mut self) {
+    /// Cuts the power if the last operation was to be ended so.
+    pub(super) fn cut_if_due(&mut self) -> bool {
+        let due = std::mem::take(&mut self.power_due);
+        if due {
+            self.cut_power();
+        }
+        due
+    }
+
+    fn cut_power(&mut self) {
         self.say("power cut".into());
         self.app = None;
         self.world.power_off();
