@@ -392,6 +392,8 @@ fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -
         token: meta.ino() << 8 | 1,
         ask: false,
         linger: 60,
+        // As a client of a version without roles.
+        roles: Vec::new(),
     };
     let fds = [path_fd(path), path_fd(dd.parent().unwrap()), path_fd(tmp)];
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();

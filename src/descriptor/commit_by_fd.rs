@@ -22,19 +22,30 @@ pub struct CommitNames {
     pub name: PathBuf,
 }
 
-/// The file `name` in the folder is the new one: the change has been made.
-pub fn is_committed(names: &CommitNames, folder: &OwnedFd, new: &OwnedFd) -> Result<bool> {
-    check(&names.tmp)?;
-    check(&names.name)?;
-    Ok(entry(folder, &names.name)? == Some(identity(new)?))
+/// What a commit uses.
+#[derive(Debug)]
+pub struct CommitFds {
+    /// O_PATH.
+    pub folder: OwnedFd,
+    /// The new descriptor, O_PATH.
+    pub file: OwnedFd,
+    /// The lock on the disk: held as long as a process has it open.
+    pub lock: Option<OwnedFd>,
 }
 
-/// Makes the change unless it was made; `fds` are the folder and the new file. The warning: it is made, but the folder
-/// could not be synced. An error: it is not made.
-pub fn commit(names: &CommitNames, fds: &[OwnedFd]) -> Result<Option<String>> {
-    let [folder, new, ..] = fds else { bail!(Protocol, "{} descriptors for a commit: 2 wanted", fds.len()) };
+/// The file `name` in the folder is the new one: the change has been made.
+pub fn is_committed(names: &CommitNames, CommitFds { folder, file, .. }: &CommitFds) -> Result<bool> {
+    check(&names.tmp)?;
+    check(&names.name)?;
+    Ok(entry(folder, &names.name)? == Some(identity(file)?))
+}
+
+/// Makes the change unless it was made. The warning: it is made, but the folder could not be synced. An error: it is
+/// not made.
+pub fn commit(names: &CommitNames, fds: &CommitFds) -> Result<Option<String>> {
+    let CommitFds { folder, file: new, .. } = fds;
     let (tmp, name) = (names.tmp.display(), names.name.display());
-    if !is_committed(names, folder, new)? {
+    if !is_committed(names, fds)? {
         if entry(folder, &names.tmp)? != Some(identity(new)?) {
             bail!(Rename, "{tmp} is not the file that was prepared; has another process changed it?");
         }
@@ -86,10 +97,10 @@ mod tests {
         fs::write(&old, "old").unwrap();
         fs::write(&tmp, "new").unwrap();
         let names = CommitNames { tmp: "d.tmp".into(), name: "d".into() };
-        let fds = [path_fd(dir.path()), path_fd(&tmp)];
-        assert!(!is_committed(&names, &fds[0], &fds[1]).unwrap());
+        let fds = CommitFds { folder: path_fd(dir.path()), file: path_fd(&tmp), lock: None };
+        assert!(!is_committed(&names, &fds).unwrap());
         assert_eq!(commit(&names, &fds).unwrap(), None);
-        assert!(is_committed(&names, &fds[0], &fds[1]).unwrap());
+        assert!(is_committed(&names, &fds).unwrap());
         // A second commit changes nothing, also if there is another temporary file.
         fs::write(&tmp, "other").unwrap();
         assert_eq!(commit(&names, &fds).unwrap(), None);
@@ -99,7 +110,7 @@ mod tests {
         let prepared = path_fd(&tmp);
         fs::remove_file(&tmp).unwrap();
         fs::write(&tmp, "another").unwrap();
-        let fds = [path_fd(dir.path()), prepared];
+        let fds = CommitFds { file: prepared, ..fds };
         assert_eq!(commit(&names, &fds).unwrap_err().kind(), Kind::Rename);
         for bad in ["../d", "a/b", "", ".."] {
             let names = CommitNames { tmp: bad.into(), name: "d".into() };

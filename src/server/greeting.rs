@@ -15,8 +15,9 @@ use serde::{Deserialize as DeserializeDerive, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
-/// Version 2 has greetings, and answers what it does not know. Descriptors go by position, as in version 1.
-pub const VERSION: u32 = 2;
+/// Version 2 has greetings, and answers what it does not know. Version 3 gives each descriptor its role; before, they
+/// went by position.
+pub const VERSION: u32 = 3;
 
 /// Longest name of a message that is repeated in an answer or a log line.
 const NAME_MAX: usize = 64;
@@ -265,7 +266,7 @@ mod tests {
         own.replaces(&Greeting::default()).unwrap();
         let e = Greeting::default().replaces(&own).unwrap_err();
         assert_eq!(e.kind(), Kind::Param);
-        assert!(e.to_string().contains("version 1") && e.to_string().contains("version 2"), "{e}");
+        assert!(e.to_string().contains("version 1") && e.to_string().contains(&format!("version {VERSION}")), "{e}");
         let less = Greeting { commands: vec!["Info".into()], ..own.clone() };
         assert!(less.replaces(&own).unwrap_err().to_string().contains("does not know Hold"));
         own.replaces(&less).unwrap();

@@ -2,6 +2,7 @@
 
 pub mod control;
 pub mod daemon;
+pub mod descriptors;
 pub mod frame;
 pub mod freeze;
 pub mod greeting;
@@ -13,6 +14,7 @@ pub mod nodes;
 pub mod partitions;
 pub mod proto;
 pub mod remote_error;
+pub mod roles;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;

@@ -12,6 +12,7 @@ pub use crate::descriptor::commit_by_fd::CommitNames;
 use crate::error::Error;
 use crate::server::greeting::{self, Greeting};
 use crate::server::remote_error::RemoteError;
+pub use crate::server::roles::Role;
 
 /// What this build knows.
 pub fn own_greeting() -> Greeting {
@@ -119,10 +120,8 @@ pub struct ProcessId {
     pub start_time: u64,
 }
 
-/// Supervisor to worker, first frame. With it, in this order: the queue, the shared memory, the witness (a description
-/// of the top opened at attach and used only to find out, after a worker's exit, whether write-back failed; for
-/// a read-only device /dev/null), the server's binary, the listening control socket, and one O_PATH descriptor for each
-/// level, base first.
+/// Supervisor to worker, first frame; also from a worker to the supervisor that it starts. With it descriptors of the
+/// [`roles`](Self::roles) that are listed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WorkerStart {
     pub attach: AttachRequest,
@@ -130,11 +129,10 @@ pub struct WorkerStart {
     #[serde(rename = "fuse")]
     pub session: Session,
     pub device_name: String,
-    /// The worker is to take over in a change of the chain. The descriptors of the commit follow those of the levels.
+    /// The worker is to take over in a change of the chain.
     #[serde(default)]
     pub succeed: Option<Succession>,
-    /// From a worker to the supervisor that it starts: it has retired in favour of this change, whose descriptors
-    /// follow those of the levels.
+    /// From a worker to the supervisor that it starts: it has retired in favour of this change.
     #[serde(default)]
     pub retired: Option<ChainSwitch>,
     /// This level was the top before: it is to be completed and unmarked while the device runs.
@@ -143,18 +141,21 @@ pub struct WorkerStart {
     /// [`ChainSwitch::token`] of the change that led to this chain.
     #[serde(default)]
     pub token: u64,
-    /// The top is being merged into the level below it; this change follows when the two agree. Its descriptors, those
-    /// of its commit, come last.
+    /// The top is being merged into the level below it; this change follows when the two agree.
     #[serde(default)]
     pub merge: Option<ChainSwitch>,
     /// The levels that are merged, into the lowest of them; none: the top into the level below it.
     #[serde(default)]
     pub merge_range: Option<(usize, usize)>,
-    /// How many these are.
+    /// What the descriptors beside this message are for, in their order. Empty: the sender is of version 1 or 2, and
+    /// they go by position.
     #[serde(default)]
+    pub roles: Vec<Role>,
+    /// Of versions 1 and 2: how many descriptors belong to the commit that follows a merge.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub merge_fds: usize,
-    /// The last so many descriptors are the slots that a worker left: see [`FromWorker::Slots`].
-    #[serde(default)]
+    /// Of versions 1 and 2: how many, the last ones, are the journal that a worker left: see [`FromWorker::Slots`].
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub slot_fds: usize,
     /// What the sender understands.
     #[serde(default)]
@@ -182,6 +183,7 @@ impl WorkerStart {
             token: 0,
             merge: None,
             merge_range: None,
+            roles: Vec::new(),
             merge_fds: 0,
             slot_fds: 0,
             greeting: own_greeting(),
@@ -204,10 +206,9 @@ pub struct Succession {
     pub linger: u64,
 }
 
-/// A change of the chain that a running device serves. With it, in this order: an O_PATH descriptor for each level that
-/// the running chain does not have, base first; for a commit O_PATH descriptors of the folder and of the new file, and
-/// the lock on the disk if there is one: it is held as long as a process has it open.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A change of the chain that a running device serves. With it descriptors of the [`roles`](Self::roles) that are
+/// listed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ChainSwitch {
     /// The chain afterwards, base first.
     pub levels: Vec<SwitchLevel>,
@@ -225,6 +226,21 @@ pub struct ChainSwitch {
     #[serde(default)]
     #[cfg_attr(not(debug_assertions), serde(skip))]
     pub linger: u64,
+    /// What the descriptors beside this message are for, in their order. Empty: the sender is of version 1 or 2; first
+    /// come those of the new levels, then folder, new file and lock of the commit.
+    #[serde(default)]
+    pub roles: Vec<Role>,
+}
+
+impl ChainSwitch {
+    /// Levels that the running chain does not have.
+    pub fn new_levels(&self) -> usize {
+        self.levels.iter().filter(|l| l.from.is_none()).count()
+    }
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -2,56 +2,18 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeSet, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::error::{IoContext, Kind, Result};
+use crate::server::descriptors::Descriptors;
 use crate::server::greeting::{self, Incoming};
 use crate::server::kernel_log::log;
 use crate::server::proto::{FromWorker, ProcessId, ToWorker, WorkerReady, WorkerStart, own_greeting};
 use crate::server::remote_error::RemoteError;
+use crate::server::roles::Role;
 use crate::server::{frame, runtime};
 use crate::sys::host::{self, Process};
-
-/// What a worker gets with its first message, and gives to a supervisor that it has to start.
-pub struct Descriptors {
-    pub queue: OwnedFd,
-    pub shm: OwnedFd,
-    pub witness: OwnedFd,
-    pub binary: OwnedFd,
-    pub listener: OwnedFd,
-    /// O_PATH, base first.
-    pub levels: Vec<OwnedFd>,
-    /// Those of a change of the chain.
-    pub extra: Vec<OwnedFd>,
-    /// Those of the change that follows a merge.
-    pub merge: Vec<OwnedFd>,
-}
-
-impl Descriptors {
-    /// In the order of the protocol.
-    pub fn all(&self) -> Vec<BorrowedFd<'_>> {
-        let fixed = [&self.queue, &self.shm, &self.witness, &self.binary, &self.listener];
-        fixed.into_iter().chain(&self.levels).chain(&self.extra).chain(&self.merge).map(AsFd::as_fd).collect()
-    }
-
-    /// From what came in that order, for a chain of `levels`, `merge` of them for a merge; `None`: too few.
-    pub fn from_all(fds: Vec<OwnedFd>, levels: usize, merge: usize) -> Option<Descriptors> {
-        let mut fds = fds.into_iter();
-        let mut next = || fds.next();
-        let (queue, shm, witness, binary, listener) = (next()?, next()?, next()?, next()?, next()?);
-        let mut rest: Vec<OwnedFd> = fds.collect();
-        let mut extra = if rest.len() < levels + merge { return None } else { rest.split_off(levels) };
-        let merge = extra.split_off(extra.len() - merge);
-        Some(Descriptors { queue, shm, witness, binary, listener, levels: rest, extra, merge })
-    }
-
-    /// The server's program, whatever became of its file's name.
-    pub fn program(&self) -> PathBuf {
-        format!("/proc/self/fd/{}", self.binary.as_raw_fd()).into()
-    }
-}
 
 /// Most different texts that are logged about messages of one worker.
 const UNKNOWN_MAX: usize = 16;
@@ -87,17 +49,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts one, as the successor of the one that left `slots`. Nothing is waited for.
-    pub fn start(fds: &Descriptors, start: &WorkerStart, slots: &[OwnedFd]) -> Result<Worker> {
+    /// Starts one, as the successor of the one that left `journal`. Nothing is waited for.
+    pub fn start(fds: &Descriptors, start: &WorkerStart, journal: &[OwnedFd]) -> Result<Worker> {
         let (ours, theirs) = frame::pair()?;
         let process = host::start(&fds.program(), "worker", theirs).ctx(Kind::Sys, || "cannot start a worker")?;
         let pid = process.id();
         let pidfd = host::watch(pid).ctx(Kind::Sys, || "cannot watch a worker (Linux 5.3 or later is needed)")?;
         let id = runtime::process(pid).unwrap_or(ProcessId { pid, start_time: 0 });
         let worker = Worker::new(id, pidfd, ours, Some(process));
-        let start = WorkerStart { slot_fds: slots.len(), greeting: own_greeting(), ..start.clone() };
-        let sent: Vec<BorrowedFd> = fds.all().into_iter().chain(slots.iter().map(AsFd::as_fd)).collect();
-        worker.send(&ToWorker::Start(start), &sent)?;
+        let mut out = fds.outgoing();
+        out.add(Role::Journal, journal);
+        let start = WorkerStart { roles: out.roles, greeting: own_greeting(), ..start.clone() };
+        worker.send(&ToWorker::Start(start), &out.fds)?;
         Ok(worker)
     }
 
@@ -263,19 +226,6 @@ mod tests {
         for _ in 0..20 {
             now = restarts.next_start(now, false, true).unwrap();
         }
-    }
-
-    #[test]
-    fn descriptors_keep_their_order() {
-        let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        assert!(Descriptors::from_all((0..4).map(|_| open()).collect(), 0, 0).is_none());
-        assert!(Descriptors::from_all((0..6).map(|_| open()).collect(), 2, 0).is_none());
-        assert!(Descriptors::from_all((0..8).map(|_| open()).collect(), 2, 2).is_none());
-        let fds: Vec<OwnedFd> = (0..10).map(|_| open()).collect();
-        let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let fds = Descriptors::from_all(fds, 2, 2).unwrap();
-        assert_eq!((fds.levels.len(), fds.extra.len(), fds.merge.len()), (2, 1, 2));
-        assert_eq!(fds.all().iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>(), numbers);
     }
 
     #[test]

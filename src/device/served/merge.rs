@@ -1,16 +1,17 @@
 //! Merging the writable top of a running device into the level below it.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::device::driver::{Unmerged, Watch};
 use crate::device::model::Device;
-use crate::device::served::switch::{ask, chain_switch, commit_names, retained};
+use crate::device::served::switch::{add_commit, ask, chain_switch, commit_names, retained};
 use crate::device::spec::{CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::server::helper::remote_error;
 use crate::server::proto::{Answer, ChainSwitch, Command, MergeOrder};
+use crate::server::roles::Outgoing;
 use crate::server::{control, runtime};
 
 /// Limit for the supervisor's answer to a question.
@@ -30,16 +31,19 @@ pub fn merge_top(
         let one = format!("{} has a chain of one image: nothing to merge", device.name());
         return Err(Unmerged::before(Error::new(Kind::Param, one)));
     };
+    let mut out = Outgoing::default();
+    if let Some(commit) = commit {
+        add_commit(&mut out, commit);
+    }
     let switch = ChainSwitch {
         levels: (0..rest).map(|i| retained(device, i)).collect::<Result<_>>().map_err(Unmerged::before)?,
         expected: device.ids(),
         commit: commit.map(commit_names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
-        ask: false,
-        linger: 0,
+        roles: out.roles,
+        ..ChainSwitch::default()
     };
-    let fds: Vec<BorrowedFd> = commit.iter().flat_map(|c| c.fds()).map(|fd| fd.as_fd()).collect();
-    watched(device, &Command::Merge(switch), &fds, watch)
+    watched(device, &Command::Merge(switch), &out.fds, watch)
 }
 
 /// Merges levels `low` to `high` of a running device, none of which is a writable top, into the lowest of them; then the

@@ -17,6 +17,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::report;
 use crate::server::jobs::Go;
 use crate::server::proto::{Answer, ChainSwitch, Command, CommitNames, LevelName, SwitchLevel};
+use crate::server::roles::{Outgoing, Role};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
@@ -40,21 +41,22 @@ const DEATHS: u32 = 20;
 /// The message, and the descriptors that go with it.
 pub(super) fn chain_switch<'a>(spec: &'a SwitchSpec, device: &Device) -> Result<(ChainSwitch, Vec<BorrowedFd<'a>>)> {
     let mut levels = Vec::with_capacity(spec.levels.len());
-    let mut fds: Vec<BorrowedFd> = Vec::new();
+    let mut out = Outgoing::default();
     for level in &spec.levels {
         levels.push(match level {
             NewLevel::Kept(i) => retained(device, *i)?,
             NewLevel::File { path, raw, fd } => {
                 let id = FileId::of(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
-                fds.push(fd.as_fd());
+                out.add(Role::NewLevel, [fd]);
                 let name = LevelName { path: path.clone(), raw: *raw };
                 SwitchLevel { name, id, from: None }
             }
         });
     }
     if let Some(commit) = &spec.commit {
-        fds.extend(commit.fds().map(AsFd::as_fd));
+        add_commit(&mut out, commit);
     }
+    let Outgoing { roles, fds } = out;
     let switch = ChainSwitch {
         levels,
         expected: device.ids(),
@@ -62,8 +64,15 @@ pub(super) fn chain_switch<'a>(spec: &'a SwitchSpec, device: &Device) -> Result<
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
         ask: false,
         linger: spec.linger,
+        roles,
     };
     Ok((switch, fds))
+}
+
+pub(super) fn add_commit<'a>(out: &mut Outgoing<'a>, commit: &'a CommitFile) {
+    for (role, fd) in [Role::CommitFolder, Role::CommitFile, Role::DiskLock].into_iter().zip(commit.fds()) {
+        out.add(role, [fd]);
+    }
 }
 
 pub(super) fn commit_names(commit: &CommitFile) -> CommitNames {

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::descriptors::Descriptors;
 use crate::server::helper::{Helper, remote_error};
 use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
-use crate::server::worker_process::Descriptors;
 use crate::server::{control, daemon, frame, runtime, shm};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
@@ -116,8 +116,8 @@ fn prepare(
         binary: binary.into(),
         listener,
         levels,
-        extra: Vec::new(),
-        merge: Vec::new(),
+        commit: None,
+        merge: None,
     };
     Supervisor::new(dir.into(), record, start, fds)
 }
@@ -189,17 +189,13 @@ impl Drop for Cleanup {
 }
 
 impl Supervisor {
-    fn transport(&self) -> Transport {
-        self.start.session.transport()
-    }
-
     /// From an empty folder to a running device.
     fn bring_up(&mut self) -> Result<()> {
         self.start_worker(false);
         self.wait_ready(host::now() + OPEN)?;
         self.bind()?;
-        self.transport().hide(&self.dir)?;
-        self.nodes.update(self.record.rdev, &[])?;
+        self.chain.transport().hide(&self.dir)?;
+        self.names.create(self.record.rdev)?;
         self.record.state = "running".into();
         self.save();
         self.scan_now(TABLE);
@@ -208,7 +204,7 @@ impl Supervisor {
 
     fn wait_ready(&mut self, end: Instant) -> Result<()> {
         loop {
-            match &self.worker {
+            match self.slot.worker() {
                 Some(worker) if worker.ready.is_some() => return Ok(()),
                 Some(worker) => {
                     if let Some(error) = &worker.refused {
@@ -217,7 +213,7 @@ impl Supervisor {
                 }
                 None => bail!(Sys, "the server's worker cannot be started"),
             }
-            if self.ending {
+            if self.slot.is_ending() {
                 bail!(Sys, "the server's worker exited while it opened the images");
             }
             if host::now() >= end {
@@ -230,7 +226,7 @@ impl Supervisor {
     fn bind(&mut self) -> Result<()> {
         let top = self.record.levels.last().map(|l| l.path.display().to_string()).unwrap_or_default();
         let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name: top };
-        let job = Job::Attach { transport: self.transport(), dir: self.dir.clone(), wanted };
+        let job = Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted };
         let helper = self.helper(&job)?;
         let mut end = host::now() + BIND;
         let mut again = true;
@@ -255,9 +251,7 @@ impl Supervisor {
                 None if again => {
                     again = false;
                     end = host::now() + BIND_AGAIN;
-                    if let Some(worker) = &self.worker {
-                        worker.kill();
-                    }
+                    self.slot.kill();
                 }
                 None => break Err(Error::new(Kind::Loop, "the block device could not be bound in time")),
             }
@@ -292,7 +286,7 @@ impl Supervisor {
 
     /// Undoes the attach of a device that was never used.
     pub(super) fn undo(mut self) {
-        self.nodes.clear();
+        self.names.clear();
         if !self.record.backing.is_empty() {
             let job = Job::UndoAttach { backing: self.record.backing.clone(), rdev: self.record.rdev };
             if let Ok(helper) = self.helper(&job) {
@@ -300,12 +294,12 @@ impl Supervisor {
                 self.release_helper(helper, !done);
             }
         }
-        self.transport().discard(&self.dir);
+        self.chain.transport().discard(&self.dir);
         // The mark goes if the worker got so far as to set it.
         let end = host::now() + UNDO;
-        self.send_to_worker(&ToWorker::Close);
-        while self.worker.as_ref().is_some_and(|w| w.ready.is_some() && w.closed.is_none())
-            && !self.ending
+        self.slot.send(&ToWorker::Close);
+        while self.slot.worker().is_some_and(|w| w.ready.is_some() && w.closed.is_none())
+            && !self.slot.is_ending()
             && host::now() < end
         {
             self.poll_once(end, None);

@@ -5,17 +5,17 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::bail;
-use crate::descriptor::commit_by_fd;
+use crate::descriptor::commit_by_fd::{self, CommitFds};
 use crate::error::{IoContext, Kind, Result};
+use crate::server::descriptors::{Descriptors, SwitchFds};
 use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
-use crate::server::supervisor::Supervisor;
-use crate::server::worker_process::Descriptors;
+use crate::server::roles::{duplicate, duplicate_commit};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 use crate::units::MAX_CHAIN;
 
 /// What the worker that takes over gets.
-pub(super) struct Plan {
+pub struct Plan {
     pub start: WorkerStart,
     pub fds: Descriptors,
 }
@@ -26,36 +26,31 @@ pub enum MergeTransition {
     /// `range`: target and highest level; none: the top into the level below it.
     Begin {
         then: ChainSwitch,
-        fds: Vec<OwnedFd>,
+        commit: Option<CommitFds>,
         range: Option<(usize, usize)>,
     },
     End,
 }
 
-impl Supervisor {
+/// The chain that is running.
+pub struct Planner<'a> {
+    pub start: &'a WorkerStart,
+    pub fds: &'a Descriptors,
+    pub transition: Option<&'a MergeTransition>,
+}
+
+impl Planner<'_> {
     /// Checks a change against the running chain.
-    pub(super) fn plan(&self, switch: &ChainSwitch, sent: &[OwnedFd], program: Option<OwnedFd>) -> Result<Plan> {
-        let Some(fds) = &self.fds else { bail!(Device, "{} is given up", self.record.name) };
-        let attach = &self.start.attach;
-        let name = &self.record.name;
+    pub fn plan(&self, switch: &ChainSwitch, sent: &SwitchFds, program: Option<OwnedFd>) -> Result<Plan> {
+        let (fds, attach, name) = (self.fds, &self.start.attach, &self.start.device_name);
         if switch.expected != attach.ids {
             bail!(Param, "{name} serves another chain than the one to be changed; look at it with ploop list -a");
         }
-        let new = switch.levels.iter().filter(|l| l.from.is_none()).count();
-        let commit = if switch.commit.is_some() { 2..=3 } else { 0..=0 };
-        let fits = sent.len().checked_sub(new).is_some_and(|rest| commit.contains(&rest));
-        if switch.levels.is_empty() || switch.levels.len() > MAX_CHAIN || !fits || switch.token == 0 {
-            bail!(
-                Protocol,
-                "a chain of {} images, {new} of them new, with {} descriptors, change {:#x}",
-                switch.levels.len(),
-                sent.len(),
-                switch.token
-            );
+        if switch.levels.is_empty() || switch.levels.len() > MAX_CHAIN || switch.token == 0 {
+            bail!(Protocol, "a chain of {} images, change {:#x}", switch.levels.len(), switch.token);
         }
-        let mut rest = sent.iter();
-        let levels = self.planned_levels(switch, fds, &mut rest)?;
-        let extra = rest.map(clone).collect::<Result<Vec<_>>>()?;
+        let levels = self.planned_levels(switch, &sent.new)?;
+        let commit = duplicate_commit(sent.commit.as_ref())?;
         let old_top = attach.levels.len() - 1;
         let top = switch.levels.len() - 1;
         let new_top = switch.levels[top].from != Some(old_top);
@@ -68,12 +63,11 @@ impl Supervisor {
                 let shown = switch.levels[top].name.path.display();
                 File::open(path).ctx(Kind::Open, || format!("cannot open {shown}"))?.into()
             }
-            false => clone(&fds.witness)?,
+            false => duplicate(&fds.witness)?,
         };
         let mut start = self.start.clone();
-        let (merge, ended) = self.planned_merge(switch, fds, &mut start)?;
-        let merge = merge.iter().map(clone).collect::<Result<Vec<_>>>()?;
-        start.merge_fds = merge.len();
+        let (merge, ended) = self.planned_merge(switch, &mut start)?;
+        let merge = duplicate_commit(merge)?;
         start.attach.levels = switch.levels.iter().map(|l| l.name.clone()).collect();
         start.attach.ids = switch.levels.iter().map(|l| l.id).collect();
         if start.attach.marked == Marked::Refuse && !host::breach("a merge's own mark is refused") {
@@ -92,41 +86,37 @@ impl Supervisor {
         start.finish = switch.levels[..frozen].iter().position(|l| l.from == Some(opened));
         start.token = switch.token;
         let fds = Descriptors {
-            queue: clone(&fds.queue)?,
-            shm: clone(&fds.shm)?,
+            queue: duplicate(&fds.queue)?,
+            shm: duplicate(&fds.shm)?,
             witness,
-            binary: program.map_or_else(|| clone(&fds.binary), Ok)?,
-            listener: clone(&fds.listener)?,
+            binary: program.map_or_else(|| duplicate(&fds.binary), Ok)?,
+            listener: duplicate(&fds.listener)?,
             levels,
-            extra,
+            commit,
             merge,
         };
         Ok(Plan { start, fds })
     }
 
-    /// Descriptors of the new chain's levels: of the running chain, or the next ones of those that were `sent`.
-    fn planned_levels<'a>(
-        &self,
-        switch: &ChainSwitch,
-        fds: &Descriptors,
-        sent: &mut impl Iterator<Item = &'a OwnedFd>,
-    ) -> Result<Vec<OwnedFd>> {
+    /// Descriptors of the new chain's levels: of the running chain, or the next ones of the `new` ones.
+    fn planned_levels(&self, switch: &ChainSwitch, new: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
+        let mut new = new.iter();
         let mut levels = Vec::with_capacity(switch.levels.len());
         for level in &switch.levels {
             let shown = level.name.path.display();
             match level.from {
-                Some(i) => match (fds.levels.get(i), self.start.attach.ids.get(i)) {
-                    (Some(fd), Some(id)) if *id == level.id => levels.push(clone(fd)?),
-                    _ => bail!(Param, "{shown} is not level {i} of {}", self.record.name),
+                Some(i) => match (self.fds.levels.get(i), self.start.attach.ids.get(i)) {
+                    (Some(fd), Some(id)) if *id == level.id => levels.push(duplicate(fd)?),
+                    _ => bail!(Param, "{shown} is not level {i} of {}", self.start.device_name),
                 },
                 None => {
-                    let Some(fd) = sent.next() else { bail!(Protocol, "{shown} was not sent") };
+                    let Some(fd) = new.next() else { bail!(Protocol, "{shown} was not sent") };
                     let meta = fd.try_clone().map(File::from).and_then(|f| f.metadata());
                     let meta = meta.ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
                     if !meta.is_file() || FileId::from(&meta) != level.id {
                         bail!(Open, "{shown} is not the regular file that was asked for");
                     }
-                    levels.push(clone(fd)?);
+                    levels.push(duplicate(fd)?);
                 }
             }
         }
@@ -134,19 +124,14 @@ impl Supervisor {
     }
 
     /// What becomes of a merge: the descriptors of the change that follows it, and whether it ends with this change.
-    fn planned_merge<'a>(
-        &'a self,
-        switch: &ChainSwitch,
-        fds: &'a Descriptors,
-        start: &mut WorkerStart,
-    ) -> Result<(&'a [OwnedFd], bool)> {
+    fn planned_merge(&self, switch: &ChainSwitch, start: &mut WorkerStart) -> Result<(Option<&CommitFds>, bool)> {
         let kept = switch.levels.iter().enumerate().all(|(i, l)| l.from == Some(i));
         let same = kept && switch.levels.len() == self.start.attach.levels.len();
-        let ended = match (&self.merge_transition, &self.start.merge) {
-            (Some(MergeTransition::Begin { then, fds, range }), _) => {
+        let ended = match (self.transition, &self.start.merge) {
+            (Some(MergeTransition::Begin { then, commit, range }), _) => {
                 start.merge = Some(then.clone());
                 start.merge_range = *range;
-                return Ok((fds, false));
+                return Ok((commit.as_ref(), false));
             }
             (Some(MergeTransition::End), _) => true,
             (None, Some(m)) if m.token == switch.token => true,
@@ -154,7 +139,7 @@ impl Supervisor {
                 bail!(
                     Busy,
                     "{}: levels of it are being merged; wait for the end of that, or cancel it",
-                    self.record.name
+                    self.start.device_name
                 )
             }
             _ => false,
@@ -162,21 +147,17 @@ impl Supervisor {
         if ended {
             start.merge = None;
             start.merge_range = None;
-            return Ok((&[], true));
+            return Ok((None, true));
         }
-        Ok((&fds.merge, false))
+        Ok((self.fds.merge.as_ref(), false))
     }
 }
 
-fn clone(fd: &OwnedFd) -> Result<OwnedFd> {
-    fd.try_clone().ctx(Kind::Sys, || "cannot duplicate a descriptor")
-}
-
 /// The descriptor on disk is the new one.
-pub(super) fn is_committed(plan: &Plan) -> bool {
+pub fn is_committed(plan: &Plan) -> bool {
     let names = plan.start.succeed.as_ref().and_then(|s| s.commit.as_ref());
-    match (names, &plan.fds.extra[..]) {
-        (Some(names), [folder, new, ..]) => commit_by_fd::is_committed(names, folder, new).unwrap_or(true),
+    match (names, &plan.fds.commit) {
+        (Some(names), Some(fds)) => commit_by_fd::is_committed(names, fds).unwrap_or(true),
         _ => false,
     }
 }

@@ -12,15 +12,18 @@
 //! 4. The new worker completes and unmarks the former top while it serves.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::bail;
 use crate::error::{Error, Kind, Result};
+use crate::server::descriptors::SwitchFds;
 use crate::server::jobs::Go;
-use crate::server::proto::{Answer, ChainSwitch, FromWorker, MergeOrder, ToWorker};
+use crate::server::proto::{Answer, ChainSwitch, FromWorker, ToWorker};
 use crate::server::remote_error::RemoteError;
 use crate::server::supervisor::chain_plan::{Plan, is_committed};
+use crate::server::supervisor::chain_state::{ChangeRequest, PendingChange};
+use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::worker_process::Worker;
 use crate::server::{control, frame, runtime};
@@ -36,30 +39,6 @@ const PREPARE: Duration = Duration::from_secs(5);
 const OPEN: Duration = Duration::from_secs(300);
 /// A worker that was killed is replaced so often before a change is given up.
 const TRIES: usize = 3;
-
-/// What a client asks for.
-#[derive(Debug)]
-pub enum ChangeRequest {
-    Switch(ChainSwitch),
-    /// The program in the first descriptor; a number for the attempt.
-    Reload(u64),
-    /// The top merged into the level below it, then this chain.
-    MergeTop(ChainSwitch),
-    /// Frozen levels merged into the lowest of them, then the chain without the others.
-    MergeFrozen(MergeOrder),
-    /// The worker has merged it.
-    MergeComplete,
-    /// A merge has ended before its time, or is to.
-    EndMerge(Error),
-}
-
-/// A requested change of the chain.
-#[derive(Debug)]
-pub struct PendingChange {
-    pub request: ChangeRequest,
-    pub fds: Vec<OwnedFd>,
-    pub client: Option<OwnedFd>,
-}
 
 /// How the new worker began.
 enum HandoverOutcome {
@@ -83,59 +62,52 @@ impl Supervisor {
 
     /// Makes a change and answers the client.
     pub(super) fn change(&mut self, change: PendingChange) {
-        let PendingChange { request, fds, client } = change;
-        let (switch, program) = match request {
-            ChangeRequest::Switch(switch) => (switch, None),
-            ChangeRequest::MergeTop(switch) => {
-                self.begin_merge(switch, None, fds, client);
-                return;
-            }
-            ChangeRequest::MergeFrozen(order) => {
+        let PendingChange { request, client } = change;
+        let answer = |answer: &Answer| client.iter().for_each(|c| control::answer(c, answer));
+        match request {
+            ChangeRequest::Switch(switch, fds) => self.switch(switch, fds, client),
+            ChangeRequest::MergeTop(switch, fds) => self.begin_merge(switch, None, fds, client),
+            ChangeRequest::MergeFrozen(order, fds) => {
                 self.begin_merge(order.switch, Some((order.low, order.high)), fds, client);
-                return;
             }
-            ChangeRequest::MergeComplete => {
-                self.finish_merge();
-                return;
-            }
+            ChangeRequest::MergeComplete => self.finish_merge(),
             ChangeRequest::EndMerge(why) => {
                 self.end_merge(why);
-                client.iter().for_each(|c| control::answer(c, &Answer::Done));
-                return;
+                answer(&Answer::Done);
             }
-            ChangeRequest::Reload(token) => match self.same_chain(token, fds) {
-                Ok((switch, program)) => {
-                    match self.try_change(&switch, Vec::new(), Some(program)) {
-                        Ok(_) => self.replace_program(client),
-                        Err(e) => client.iter().for_each(|c| control::answer(c, &control::refusal(&e))),
-                    }
-                    return;
+            ChangeRequest::Reload { token, program } => {
+                let changed = self.check_program(&program).and_then(|()| {
+                    let same = self.chain.same_levels(token);
+                    self.try_change(&same, SwitchFds::default(), Some(program))
+                });
+                match changed {
+                    Ok(_) => self.replace_program(client),
+                    Err(e) => answer(&control::refusal(&e)),
                 }
-                Err(e) => {
-                    client.iter().for_each(|c| control::answer(c, &control::refusal(&e)));
-                    return;
-                }
-            },
-        };
-        let again = switch.token == self.start.token && !host::breach("a change is made twice");
-        let warning = match switch.token != 0 && again {
+            }
+        }
+    }
+
+    fn switch(&mut self, switch: ChainSwitch, fds: SwitchFds, client: Option<OwnedFd>) {
+        let made = match self.chain.is_made(&switch) && !host::breach("a change is made twice") {
             // A client that got no answer retries.
             true => Ok(None),
             false => {
-                self.initiator = client.as_ref().filter(|_| switch.ask).and_then(|c| c.try_clone().ok());
-                let result = self.try_change(&switch, fds, program);
-                self.initiator = None;
+                let initiator = client.as_ref().filter(|_| switch.ask).and_then(|c| c.try_clone().ok());
+                self.chain.set_initiator(initiator);
+                let result = self.try_change(&switch, fds, None);
+                self.chain.set_initiator(None);
                 result
             }
         };
         let Some(client) = client else { return };
-        match warning {
+        match made {
             Err(e) => control::answer(&client, &control::refusal(&e)),
             Ok(warning) => {
                 control::answer(&client, &Answer::Switched { warning });
-                match self.start.finish {
-                    Some(_) => self.finishing.push(client),
-                    None => control::answer(&client, &Answer::Done),
+                match self.chain.is_finishing() {
+                    true => self.clients.wait(Awaited::FormerTop, [client]),
+                    false => control::answer(&client, &Answer::Done),
                 }
             }
         }
@@ -143,7 +115,7 @@ impl Supervisor {
 
     /// The former top is complete, or not.
     pub(super) fn on_former_top_finished(&mut self, error: Option<RemoteError>) {
-        self.start.finish = None;
+        self.chain.set_finished();
         let answer = match error {
             None => Answer::Done,
             Some(error) => {
@@ -151,28 +123,29 @@ impl Supervisor {
                 error.into()
             }
         };
-        self.finishing.drain(..).for_each(|c| control::answer(&c, &answer));
+        self.clients.answer(Awaited::FormerTop, &answer);
     }
 
-    /// The change to the chain that is there, and the program that comes with it.
-    fn same_chain(&mut self, token: u64, fds: Vec<OwnedFd>) -> Result<(ChainSwitch, OwnedFd)> {
-        let Some(program) = fds.into_iter().next() else { bail!(Protocol, "no program was sent") };
-        self.check_program(&program)?;
-        Ok((self.same_levels(token), program))
+    /// Checks a change against the running chain.
+    pub(super) fn plan(&self, switch: &ChainSwitch, fds: &SwitchFds, program: Option<OwnedFd>) -> Result<Plan> {
+        match &self.fds {
+            Some(own) => self.chain.plan(own, switch, fds, program),
+            None => bail!(Device, "{} is given up", self.record.name),
+        }
     }
 
     /// After an error the device serves the chain it had, unless it has failed. A warning is passed on.
     pub(super) fn try_change(
         &mut self,
         switch: &ChainSwitch,
-        fds: Vec<OwnedFd>,
+        fds: SwitchFds,
         program: Option<OwnedFd>,
     ) -> Result<Option<String>> {
         // Of two former tops one would be forgotten.
-        self.wait_while(|s| s.start.finish.is_some(), None)?;
+        self.wait_while(|s| s.chain.is_finishing(), None)?;
         let status = self.shm.as_ref().map(|s| s.status()).unwrap_or_default();
         if status.failed {
-            bail!(Fsync, "{}: a sync of its image has failed; save request is on it and unmount it", self.record.name);
+            bail!(Fsync, "{}: a sync of its image has failed; save what is on it and unmount it", self.record.name);
         }
         if status.no_space {
             bail!(
@@ -183,8 +156,8 @@ impl Supervisor {
         }
         let plan = self.plan(switch, &fds, program)?;
         self.prepare_worker(&plan);
-        let result = self.await_initiator().and_then(|()| self.replace_worker(switch, fds, plan));
-        if let Some(mut unused) = self.waiting.take() {
+        let result = self.await_initiator().and_then(|()| self.replace_worker(switch, &fds, plan));
+        if let Some(mut unused) = self.slot.take_standby() {
             end_retired_worker(&mut unused);
         }
         result
@@ -208,14 +181,14 @@ impl Supervisor {
             }
         }
         match worker.prepared {
-            true => self.waiting = Some(worker),
+            true => self.slot.set_standby(worker),
             false => end_retired_worker(&mut worker),
         }
     }
 
     /// Waits until the client wants requests to be held, if the change says so.
     fn await_initiator(&mut self) -> Result<()> {
-        let Some(initiator) = self.initiator.take() else { return Ok(()) };
+        let Some(initiator) = self.chain.take_initiator() else { return Ok(()) };
         control::answer(&initiator, &Answer::Prepared);
         let end = host::now() + INITIATOR;
         while host::now() < end {
@@ -230,11 +203,11 @@ impl Supervisor {
         bail!(Abort, "{}: the client of the change did not send Go in time", self.record.name)
     }
 
-    fn replace_worker(&mut self, switch: &ChainSwitch, fds: Vec<OwnedFd>, plan: Plan) -> Result<Option<String>> {
+    fn replace_worker(&mut self, switch: &ChainSwitch, fds: &SwitchFds, plan: Plan) -> Result<Option<String>> {
         for _ in 0..TRIES {
-            self.wait_while(|s| s.worker.as_ref().is_none_or(|w| w.ready.is_none()), None)?;
-            self.changing = true;
-            match self.retire_worker(switch, &fds) {
+            self.wait_while(|s| !s.slot.is_ready(), None)?;
+            self.slot.set_changing(true);
+            match self.retire_worker(switch, fds) {
                 Ok(Some(resting)) => return self.install(switch, plan, resting),
                 // The worker exited; nothing of the change is left.
                 Ok(None) => self.restore_chain(),
@@ -267,31 +240,31 @@ impl Supervisor {
     pub(super) fn check_alive(&self) -> Result<()> {
         match &self.failed {
             Some(why) => bail!(Device, "{}: {why}", self.record.name),
-            None if !self.aborting.is_empty() => bail!(Abort, "{} was given up", self.record.name),
+            None if self.is_aborted() => bail!(Abort, "{} was given up", self.record.name),
             None => Ok(()),
         }
     }
 
     /// The retired worker; none: it exited.
-    fn retire_worker(&mut self, switch: &ChainSwitch, fds: &[OwnedFd]) -> Result<Option<Worker>> {
-        let sent: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
-        if let Some(worker) = &mut self.worker {
+    fn retire_worker(&mut self, switch: &ChainSwitch, fds: &SwitchFds) -> Result<Option<Worker>> {
+        let out = fds.outgoing();
+        let retire = ToWorker::Retire(ChainSwitch { roles: out.roles, ..switch.clone() });
+        if let Some(worker) = self.slot.worker_mut() {
             worker.retired = None;
-            if worker.send(&ToWorker::Retire(switch.clone()), &sent).is_err() {
+            if worker.send(&retire, &out.fds).is_err() {
                 worker.kill();
             }
         }
-        let answered = |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.retired.is_some());
+        let answered = |s: &Supervisor| s.slot.worker().is_none_or(|w| w.exited || w.retired.is_some());
         self.wait_while(|s| !answered(s), Some(host::now() + RETIRE))?;
-        match self.worker.take() {
+        match self.slot.take() {
             Some(worker) if !worker.exited => match worker.retired.clone().flatten() {
                 None => {
-                    // Nothing is unanswered any more.
-                    self.slots.clear();
+                    self.slot.clear_journal();
                     Ok(Some(worker))
                 }
                 Some(error) => {
-                    self.worker = Some(worker);
+                    self.slot.put(worker);
                     Err(error.into())
                 }
             },
@@ -302,22 +275,22 @@ impl Supervisor {
     /// Another worker for the chain as it was.
     fn restore_chain(&mut self) {
         self.kill_worker();
-        self.changing = false;
-        if self.aborting.is_empty() && self.failed.is_none() {
+        self.slot.set_changing(false);
+        if !self.is_aborted() && self.failed.is_none() {
             self.start_worker(true);
         }
     }
 
     /// Kills the worker, if there is one, and waits for its end.
     fn kill_worker(&mut self) {
-        self.changing = true;
-        while let Some(worker) = self.worker.as_ref().filter(|w| !w.exited && self.aborting.is_empty()) {
-            worker.kill();
+        self.slot.set_changing(true);
+        while self.slot.worker().is_some_and(|w| !w.exited) && !self.is_aborted() {
+            self.slot.kill();
             self.poll_once(host::now() + Duration::from_millis(100), None);
         }
         // When the device is given up its worker is wanted there.
-        if self.worker.as_ref().is_some_and(|w| w.exited) {
-            self.worker = None;
+        if self.slot.worker().is_some_and(|w| w.exited) {
+            self.slot.take();
         }
     }
 
@@ -348,7 +321,7 @@ impl Supervisor {
                         return Ok(None);
                     }
                     // Committed, not served: the same again, as for a device that cannot be served.
-                    match self.restarts.next_start(host::now(), false, false) {
+                    match self.slot.next_start(false, false) {
                         Some(at) => {
                             let _ = self.wait_while(|_| host::now() < at, None);
                         }
@@ -382,7 +355,7 @@ impl Supervisor {
             return Ok(HandoverOutcome::Committed);
         }
         self.check_alive()?;
-        let prepared = self.waiting.take().and_then(|mut worker| match worker.send(&ToWorker::Go, &[]) {
+        let prepared = self.slot.take_standby().and_then(|mut worker| match worker.send(&ToWorker::Go, &[]) {
             Ok(()) => Some(worker),
             Err(_) => {
                 end_retired_worker(&mut worker);
@@ -397,11 +370,11 @@ impl Supervisor {
             }
             Err(e) => return Ok(HandoverOutcome::Unchanged(e, ExitReason::Killed)),
         };
-        self.worker = Some(worker);
+        self.slot.put(worker);
         let over =
-            |s: &Supervisor| s.worker.as_ref().is_none_or(|w| w.exited || w.refused.is_some() || w.ready.is_some());
+            |s: &Supervisor| s.slot.worker().is_none_or(|w| w.exited || w.refused.is_some() || w.ready.is_some());
         self.wait_while(|s| !over(s), Some(host::now() + OPEN))?;
-        let Some(worker) = &self.worker else { bail!(Device, "{}: its worker is gone", self.record.name) };
+        let Some(worker) = self.slot.worker() else { bail!(Device, "{}: its worker is gone", self.record.name) };
         if worker.ready.is_some() && !worker.exited {
             return Ok(HandoverOutcome::Serving(worker.switched.clone().flatten()));
         }
@@ -424,36 +397,34 @@ impl Supervisor {
     /// A worker has begun to serve the new chain.
     fn is_switched(&self, switch: &ChainSwitch) -> bool {
         let noted = self.shm.as_ref().is_some_and(|s| s.switched() == switch.token);
-        noted || self.worker.as_ref().is_some_and(|w| w.switched.is_some())
+        noted || self.slot.worker().is_some_and(|w| w.switched.is_some())
     }
 
     /// The new chain is the chain from here on.
     fn apply_plan(&mut self, plan: Plan) {
-        let Plan { mut start, mut fds } = plan;
-        start.succeed = None;
-        // The message may have come before this point.
-        let finished = self.worker.as_ref().is_some_and(|w| w.finished.is_some());
-        if finished {
-            start.finish = None;
-        }
+        let Plan { start, mut fds } = plan;
         self.record.levels = start.attach.levels.clone();
         self.record.ids = start.attach.ids.clone();
-        if let Some(worker) = &self.worker {
+        self.chain.install(start);
+        if let Some(worker) = self.slot.worker() {
             self.record.worker = worker.id;
+            // The message may have come before this point.
+            if worker.finished.is_some() {
+                self.chain.set_finished();
+            }
         }
-        self.start = start;
         // The locks on the disk that they hold fall when the record tells the new chain, not before.
-        let _former = (std::mem::take(&mut fds.extra), self.fds.replace(fds));
-        self.changing = false;
+        let _former = (fds.commit.take(), self.fds.replace(fds));
+        self.slot.set_changing(false);
         if !host::breach("the record keeps the old chain") {
             self.save();
         }
     }
 
     /// For a supervisor that a retired worker has started: the change goes on where the old one left it.
-    pub(super) fn resume_change(&mut self, switch: ChainSwitch, fds: Vec<OwnedFd>) {
-        let Some(mut resting) = self.worker.take() else { return };
-        self.changing = true;
+    pub(super) fn resume_change(&mut self, switch: ChainSwitch, fds: SwitchFds) {
+        let Some(mut resting) = self.slot.take() else { return };
+        self.slot.set_changing(true);
         let result = match self.plan(&switch, &fds, None) {
             Ok(plan) => self.install(&switch, plan, resting).map(drop),
             Err(e) => {

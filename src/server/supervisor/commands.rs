@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::server::control;
+use crate::server::descriptors::{Descriptors, SwitchFds};
 use crate::server::greeting::Greeting;
 use crate::server::helper::Helper;
 use crate::server::jobs::Job;
 use crate::server::proto::{Answer, Command, ToWorker, own_greeting};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
-use crate::server::supervisor::chain_switch::{ChangeRequest, PendingChange};
-use crate::server::worker_process::{Descriptors, RestartPolicy};
+use crate::server::supervisor::chain_state::ChangeRequest;
+use crate::server::supervisor::clients::{Asked, Awaited};
 use crate::sys::host;
 
 /// A program that does not tell its version in this time is not started as a server.
@@ -22,29 +23,29 @@ const VERSION_LIMIT: Duration = Duration::from_secs(5);
 
 impl Supervisor {
     /// Does what a client asks for; an answer may come later.
-    pub(super) fn handle_command(&mut self, command: Command, fds: Vec<OwnedFd>, client: OwnedFd) {
+    pub(super) fn handle_command(&mut self, asked: Asked) {
+        let Asked { command, fds, client } = asked;
         match command {
             Command::Info => {
                 let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
                 let failed = status.failed || self.failed.is_some();
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
-                let merging = self.start.merge.as_ref().map(|_| (status.background_seen.min(total), total));
+                let merging = self.chain.merge().map(|_| (status.background_seen.min(total), total));
                 let record = self.record.clone();
                 let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
                 control::answer(&client, &answer);
             }
-            Command::Abort if self.record.state != "starting" => self.aborting.push(client),
-            Command::Stop if self.record.state != "starting" && self.failed.is_none() => self.stopping.push(client),
+            Command::Abort if self.record.state != "starting" => self.clients.wait(Awaited::Abort, [client]),
+            Command::Stop if self.record.state != "starting" && self.failed.is_none() => {
+                self.clients.wait(Awaited::Stop, [client]);
+            }
             Command::HoldForSpace(hold) if self.failed.is_none() => {
-                self.send_to_worker(&ToWorker::HoldForSpace(hold));
+                self.slot.send(&ToWorker::HoldForSpace(hold));
                 control::answer(&client, &Answer::Done);
             }
             Command::Switch(switch) if self.can_change() => {
-                self.changes.push_back(PendingChange {
-                    request: ChangeRequest::Switch(switch),
-                    fds,
-                    client: Some(client),
-                });
+                let sent = SwitchFds::received(&switch, fds);
+                self.request(sent.map(|fds| ChangeRequest::Switch(switch, fds)), client);
             }
             Command::Freeze if self.can_change() => {
                 let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
@@ -59,32 +60,24 @@ impl Supervisor {
                 }
             }
             Command::Merge(switch) if self.can_change() => {
-                self.changes.push_back(PendingChange {
-                    request: ChangeRequest::MergeTop(switch),
-                    fds,
-                    client: Some(client),
-                });
+                let sent = SwitchFds::received(&switch, fds);
+                self.request(sent.map(|fds| ChangeRequest::MergeTop(switch, fds)), client);
             }
             Command::MergeLevels(order) if self.can_change() => {
-                self.changes.push_back(PendingChange {
-                    request: ChangeRequest::MergeFrozen(order),
-                    fds,
-                    client: Some(client),
-                });
+                let sent = SwitchFds::received(&order.switch, fds);
+                self.request(sent.map(|fds| ChangeRequest::MergeFrozen(order, fds)), client);
             }
             Command::CancelMerge => self.cancel_merge(client),
             Command::Reload { token } if self.can_change() => {
-                self.changes.push_back(PendingChange {
-                    request: ChangeRequest::Reload(token),
-                    fds,
-                    client: Some(client),
-                });
+                let program = fds.into_iter().next();
+                let program = program.ok_or_else(|| Error::new(Kind::Protocol, "no program was sent"));
+                self.request(program.map(|program| ChangeRequest::Reload { token, program }), client);
             }
-            Command::Reload { .. } if self.failed.is_some() && self.worker.is_none() => {
+            Command::Reload { .. } if self.failed.is_some() && self.slot.worker().is_none() => {
                 self.retry_failed_device(fds, client)
             }
             Command::Flush if self.failed.is_none() => {
-                self.flushing.push(client);
+                self.clients.wait(Awaited::Flush, [client]);
                 self.flush();
             }
             _ => {
@@ -94,6 +87,14 @@ impl Supervisor {
                 let e = Error::new(Kind::Device, format!("{}: {why}", self.record.name));
                 control::answer(&client, &control::refusal(&e));
             }
+        }
+    }
+
+    /// Queues a change; one that cannot be understood is refused.
+    fn request(&mut self, request: Result<ChangeRequest>, client: OwnedFd) {
+        match request {
+            Ok(request) => self.chain.request(request, Some(client)),
+            Err(e) => control::answer(&client, &control::refusal(&e)),
         }
     }
 
@@ -115,10 +116,10 @@ impl Supervisor {
             }
         }
         self.failed = None;
-        self.restarts = RestartPolicy::default();
+        self.slot.forgive();
         self.record.state = "running".into();
         self.save();
-        self.flushing.push(client);
+        self.clients.wait(Awaited::Flush, [client]);
         self.flush_sent = true;
         self.start_worker(true);
     }
@@ -128,7 +129,7 @@ impl Supervisor {
     pub(super) fn check_program(&mut self, program: &OwnedFd) -> Result<()> {
         let asked = Helper::ask_version(&path_of(program))?;
         let end = host::now() + VERSION_LIMIT;
-        while !self.poll_once(end, Some(asked.sock.as_fd())) && host::now() < end && self.aborting.is_empty() {}
+        while !self.poll_once(end, Some(asked.sock.as_fd())) && host::now() < end && !self.is_aborted() {}
         let greeting = asked.greeting(Duration::ZERO);
         self.release_helper(asked, true);
         self.judge_program(greeting)

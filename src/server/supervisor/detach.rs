@@ -4,12 +4,14 @@
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
+use crate::server::control::refusal;
 use crate::server::helper::remote_error;
 use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{Answer, ToWorker, WorkerReady};
+use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::transport::Patience;
-use crate::server::{control, frame, runtime};
+use crate::server::{frame, runtime};
 use crate::sys::host;
 
 /// How long other processes may keep the device busy.
@@ -30,9 +32,9 @@ impl Supervisor {
             Err(e) => Err(e),
         };
         // Aborted meanwhile: the abort ends the device.
-        if !self.aborting.is_empty() {
+        if self.is_aborted() {
             let e = Error::new(Kind::Abort, format!("{} was given up by another process", self.record.name));
-            self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&e)));
+            self.clients.answer(Awaited::Stop, &refusal(&e));
             return false;
         }
         let gone = self.record.state == "stopped" && self.failed.is_none();
@@ -44,12 +46,12 @@ impl Supervisor {
         }
         let answer = match &result {
             Ok(()) => Answer::Done,
-            Err(e) => control::refusal(e),
+            Err(e) => refusal(e),
         };
-        if let (Err(e), true) = (&result, self.stopping.is_empty()) {
+        if let (Err(e), false) = (&result, self.clients.is_awaited(Awaited::Stop)) {
             log(&self.record.name, &format!("closing the image: {e}"));
         }
-        self.stopping.drain(..).for_each(|c| control::answer(&c, &answer));
+        self.clients.answer(Awaited::Stop, &answer);
         gone
     }
 
@@ -68,7 +70,7 @@ impl Supervisor {
                     Some(JobEvent::Opened) => {
                         opened = true;
                         self.record.state = "stopping".into();
-                        self.nodes.clear();
+                        self.names.clear();
                         if let Err(e) = frame::send(&helper.sock, &Go, &[]) {
                             break Err(e);
                         }
@@ -76,15 +78,13 @@ impl Supervisor {
                     Some(JobEvent::Done) => break Ok(()),
                     Some(JobEvent::Error { code, message }) => break Err(remote_error(code, message)),
                     Some(_) => {}
-                    None if !self.aborting.is_empty() || self.failed.is_some() => {
+                    None if self.is_aborted() || self.failed.is_some() => {
                         let why = self.failed.clone().unwrap_or("it was given up".into());
                         break Err(Error::new(Kind::Device, format!("{}: {why}", self.record.name)));
                     }
                     None if again => {
                         again = false;
-                        if let Some(worker) = &self.worker {
-                            worker.kill();
-                        }
+                        self.slot.kill();
                     }
                     // The kernel is still writing. No limit turns that into an error.
                     None => {}
@@ -100,7 +100,7 @@ impl Supervisor {
                 return Err(e);
             }
         }
-        self.nodes.clear();
+        self.names.clear();
         self.record.state = "stopped".into();
         self.save();
         Ok(())
@@ -110,7 +110,7 @@ impl Supervisor {
     fn close(&mut self) -> Result<()> {
         let mut told = None;
         loop {
-            let worker = self.worker.as_ref();
+            let worker = self.slot.worker();
             if let Some(error) = worker.and_then(|w| w.closed.clone()) {
                 return match error {
                     None => Ok(()),
@@ -120,7 +120,7 @@ impl Supervisor {
             if let Some(why) = &self.failed {
                 return Err(Error::new(Kind::Device, format!("{}: {why}", self.record.name)));
             }
-            if !self.aborting.is_empty() {
+            if self.is_aborted() {
                 return Err(Error::new(Kind::Abort, format!("{} was given up", self.record.name)));
             }
             // Once to each worker that is ready for it.
@@ -128,7 +128,7 @@ impl Supervisor {
                 && told != Some(id)
             {
                 told = Some(id);
-                self.send_to_worker(&ToWorker::Close);
+                self.slot.send(&ToWorker::Close);
             }
             self.poll_once(host::now() + Duration::from_secs(1), None);
         }
@@ -136,19 +136,19 @@ impl Supervisor {
 
     /// The worker ends, and with the last descriptor the connection: what was not answered fails.
     pub(super) fn give_up(&mut self) {
-        self.ending = true;
+        self.slot.expect_end();
         self.fds = None;
-        let Some(worker) = &self.worker else { return };
+        let Some(worker) = self.slot.worker() else { return };
         let closed = worker.closed.is_some();
         let start = host::now();
         // One that has closed the image ends by itself.
-        while host::since(start) < EXIT && self.worker.as_ref().is_some_and(|w| runtime::alive(w.id)) {
-            if let Some(worker) = self.worker.as_ref().filter(|_| !closed || host::since(start) > EXIT / 2) {
+        while host::since(start) < EXIT && self.slot.worker().is_some_and(|w| runtime::alive(w.id)) {
+            if let Some(worker) = self.slot.worker().filter(|_| !closed || host::since(start) > EXIT / 2) {
                 worker.kill();
             }
             host::sleep(Duration::from_millis(2));
         }
-        if let Some(worker) = self.worker.as_mut().filter(|w| !runtime::alive(w.id)) {
+        if let Some(worker) = self.slot.worker_mut().filter(|w| !runtime::alive(w.id)) {
             worker.reap();
         }
     }
@@ -159,26 +159,25 @@ impl Supervisor {
         log(&self.record.name, "given up: its I/O fails from now on");
         let (binding, connection) = (self.binding(), self.record.connection);
         let detach = Job::Detach { binding, patience: Patience { busy: MOUNTED, mounted: Duration::ZERO } };
-        self.ending = true;
-        if let Some(worker) = &self.worker {
-            worker.kill();
-        }
+        self.slot.expect_end();
+        self.slot.kill();
         // By the kernel's own switch too: a worker that sleeps in the kernel keeps the connection open.
         if connection != 0
-            && let Ok(helper) = self.helper(&Job::Abort { transport: self.start.session.transport(), connection })
+            && let Ok(helper) = self.helper(&Job::Abort { transport: self.chain.transport(), connection })
         {
             let _ = helper.finish(Duration::from_secs(5));
         }
         self.give_up();
         self.record.state = "failed".into();
         self.save();
-        let aborting = std::mem::take(&mut self.aborting);
+        let aborting = self.clients.take(Awaited::Abort);
         if !self.record.backing.is_empty() && self.detach_failed(&detach) {
             let _ = runtime::remove_dir(&self.dir);
         }
         let stopped = Error::new(Kind::Abort, format!("{} was given up", self.record.name));
-        self.stopping.drain(..).for_each(|c| control::answer(&c, &control::refusal(&stopped)));
-        aborting.iter().for_each(|c| control::answer(c, &Answer::Done));
+        self.clients.answer(Awaited::Stop, &refusal(&stopped));
+        self.clients.wait(Awaited::Abort, aborting);
+        self.clients.answer(Awaited::Abort, &Answer::Done);
     }
 
     fn detach_failed(&mut self, job: &Job) -> bool {
@@ -187,7 +186,7 @@ impl Supervisor {
         let gone = loop {
             match self.helper_event(&helper, end) {
                 Some(JobEvent::Opened) => {
-                    self.nodes.clear();
+                    self.names.clear();
                     if frame::send(&helper.sock, &Go, &[]).is_err() {
                         break false;
                     }
@@ -210,9 +209,9 @@ impl Supervisor {
             fmt_version: r.fmt_version,
             was_marked: false,
             direct: true,
-            greeting: self.start.greeting.clone(),
+            greeting: self.chain.start().greeting.clone(),
         };
-        if let Some(worker) = &mut self.worker {
+        if let Some(worker) = self.slot.worker_mut() {
             worker.ready = Some(ready);
         }
     }

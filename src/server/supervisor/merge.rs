@@ -10,19 +10,17 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use crate::bail;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::server::control;
-use crate::server::proto::{Answer, ChainSwitch, SwitchLevel};
+use crate::server::descriptors::SwitchFds;
+use crate::server::proto::{Answer, ChainSwitch};
+use crate::server::roles::duplicate_commit;
 use crate::server::supervisor::chain_plan::MergeTransition;
-use crate::server::supervisor::chain_switch::{ChangeRequest, PendingChange};
+use crate::server::supervisor::chain_state::ChangeRequest;
+use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
-use crate::sys::host;
-
-/// Between attempts to end a merge.
-const LATER: Duration = Duration::from_secs(5);
 
 impl Supervisor {
     /// A client wants levels merged; `range`: target and highest level, none: the top into the level below it.
@@ -30,36 +28,36 @@ impl Supervisor {
         &mut self,
         switch: ChainSwitch,
         range: Option<(usize, usize)>,
-        fds: Vec<OwnedFd>,
+        fds: SwitchFds,
         client: Option<OwnedFd>,
     ) {
-        let token = self.start.merge.as_ref().map(|m| m.token);
-        if token == Some(switch.token) && switch.token != 0 {
+        let under_way = self.chain.merge().map(|m| m.token);
+        if under_way == Some(switch.token) && switch.token != 0 {
             // A client that got no answer retries.
-            self.merging.extend(client);
+            self.clients.wait(Awaited::Merge, client);
             return;
         }
-        if switch.token != 0 && switch.token == self.start.token {
-            let switched = Answer::Switched { warning: None };
-            client.iter().for_each(|c| control::answer(c, &switched));
-            client.iter().for_each(|c| control::answer(c, &Answer::Done));
+        if self.chain.is_made(&switch) {
+            for answer in [Answer::Switched { warning: None }, Answer::Done] {
+                client.iter().for_each(|c| control::answer(c, &answer));
+            }
             return;
         }
         match self.try_begin(switch, range, fds) {
-            Ok(()) => self.merging.extend(client),
+            Ok(()) => self.clients.wait(Awaited::Merge, client),
             // No worker has served it.
             Err(e) => client.iter().for_each(|c| control::answer(c, &not_merged(&e, true))),
         }
     }
 
-    fn try_begin(&mut self, switch: ChainSwitch, range: Option<(usize, usize)>, fds: Vec<OwnedFd>) -> Result<()> {
-        self.wait_while(|s| s.start.finish.is_some(), None)?;
+    fn try_begin(&mut self, switch: ChainSwitch, range: Option<(usize, usize)>, fds: SwitchFds) -> Result<()> {
+        self.wait_while(|s| s.chain.is_finishing(), None)?;
         let name = &self.record.name;
-        if self.start.merge.is_some() {
+        if self.chain.merge().is_some() {
             bail!(Busy, "{name}: levels of it are being merged already; wait for the end of that, or cancel it");
         }
-        let levels = self.start.attach.levels.len();
-        let read_only = self.start.attach.read_only;
+        let levels = self.chain.attach().levels.len();
+        let read_only = self.chain.attach().read_only;
         let (low, high) = match range {
             Some((low, high)) => {
                 let frozen = if read_only { levels } else { levels.saturating_sub(1) };
@@ -84,68 +82,54 @@ impl Supervisor {
         }
         // What will follow is checked before anything is written.
         self.plan(&switch, &fds, None)?;
-        let begin = self.same_levels(switch.token ^ 2);
-        self.merge_transition = Some(MergeTransition::Begin { then: switch, fds, range });
-        let result = self.try_change(&begin, Vec::new(), None);
-        self.merge_transition = None;
+        let begin = self.chain.same_levels(switch.token ^ 2);
+        self.chain.set_transition(Some(MergeTransition::Begin { then: switch, commit: fds.commit, range }));
+        let result = self.try_change(&begin, SwitchFds::default(), None);
+        self.chain.set_transition(None);
         result?;
         // It may have been quick.
         self.on_merge_outcome();
         Ok(())
     }
 
-    /// The chain that is there, as a change.
-    pub(super) fn same_levels(&self, token: u64) -> ChainSwitch {
-        let attach = &self.start.attach;
-        let levels = attach.levels.iter().zip(&attach.ids).enumerate();
-        let levels = levels.map(|(i, (name, id))| SwitchLevel { name: name.clone(), id: *id, from: Some(i) }).collect();
-        ChainSwitch { levels, expected: attach.ids.clone(), commit: None, token, ask: false, linger: 0 }
-    }
-
     /// The worker reports the outcome of its merge.
     pub(super) fn on_merge_outcome(&mut self) {
-        let told = self.worker.as_ref().and_then(|w| w.merged.clone());
-        let (Some(_), Some(told), false) = (&self.start.merge, told, self.ending) else { return };
-        let request = match told {
+        let outcome = self.slot.worker().and_then(|w| w.merged.clone());
+        let (Some(_), Some(outcome), false) = (self.chain.merge(), outcome, self.slot.is_ending()) else { return };
+        let request = match outcome {
             None => ChangeRequest::MergeComplete,
             Some(error) => ChangeRequest::EndMerge(error.into()),
         };
-        self.changes.push_back(PendingChange { request, fds: Vec::new(), client: None });
+        self.chain.request(request, None);
     }
 
     /// The target has everything: the chain without the merged levels follows.
     pub(super) fn finish_merge(&mut self) {
         // Another worker may have started the merge anew meanwhile.
-        let complete = self.worker.as_ref().is_some_and(|w| w.merged == Some(None));
-        let Some(switch) = self.start.merge.clone().filter(|_| complete) else { return };
-        let fds = self.fds.iter().flat_map(|f| &f.merge).map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
-        let result =
-            fds.ctx(Kind::Sys, || "cannot duplicate a descriptor").and_then(|fds| self.try_change(&switch, fds, None));
-        match result {
-            Ok(warning) => {
-                for client in self.merging.drain(..) {
-                    control::answer(&client, &Answer::Switched { warning: warning.clone() });
-                    control::answer(&client, &Answer::Done);
-                }
-            }
+        let complete = self.slot.worker().is_some_and(|w| w.merged == Some(None));
+        let Some(switch) = self.chain.merge().cloned().filter(|_| complete) else { return };
+        let commit = duplicate_commit(self.fds.as_ref().and_then(|f| f.merge.as_ref()));
+        let fds = commit.map(|commit| SwitchFds { new: Vec::new(), commit });
+        match fds.and_then(|fds| self.try_change(&switch, fds, None)) {
+            Ok(warning) => self.clients.answer_with(Awaited::Merge, &[Answer::Switched { warning }, Answer::Done]),
             // The worker exited, and its successor merges.
-            Err(e) if e.kind() == Kind::Abort && self.failed.is_none() && self.aborting.is_empty() => {}
+            Err(e) if e.kind() == Kind::Abort && self.failed.is_none() && !self.is_aborted() => {}
             Err(e) => self.end_merge(e),
         }
     }
 
     /// The merge is given up: the chain stays, the target is a lower delta like any other.
     pub(super) fn end_merge(&mut self, why: Error) {
-        if self.start.merge.is_some() && self.failed.is_none() && self.aborting.is_empty() {
-            let token = self.start.merge.as_ref().map_or(1, |m| m.token ^ 4);
-            let same = self.same_levels(token);
-            self.merge_transition = Some(MergeTransition::End);
-            let result = self.try_change(&same, Vec::new(), None);
-            self.merge_transition = None;
+        let under_way = self.chain.merge().map(|m| m.token);
+        if let (Some(token), None, false) = (under_way, &self.failed, self.is_aborted()) {
+            let same = self.chain.same_levels(token ^ 4);
+            self.chain.set_transition(Some(MergeTransition::End));
+            let result = self.try_change(&same, SwitchFds::default(), None);
+            self.chain.set_transition(None);
             if let Err(e) = result {
                 // Writes that wait for space, for one. The lock on the disk is held until then.
                 log(&self.record.name, &format!("a merge that has ended still has its image open, later again: {e}"));
-                self.end_merge_due = Some(host::now() + LATER);
+                self.chain.end_merge_later();
             }
         }
         log(&self.record.name, &format!("its levels are not merged: {why}"));
@@ -154,32 +138,15 @@ impl Supervisor {
 
     /// Answers the clients that wait for a merge which has ended before its time.
     pub(super) fn refuse_merging(&mut self, why: &Error) {
-        self.merging.drain(..).for_each(|c| control::answer(&c, &not_merged(why, false)));
-    }
-
-    /// A merge that could not be ended is ended now, perhaps.
-    pub(super) fn retry_end_merge(&mut self) {
-        if self.end_merge_due.take_if(|at| *at <= host::now()).is_some() && self.start.merge.is_some() {
-            let why = Error::new(Kind::Abort, "it had ended before its time");
-            self.changes.push_back(PendingChange {
-                request: ChangeRequest::EndMerge(why),
-                fds: Vec::new(),
-                client: None,
-            });
-        }
+        self.clients.answer(Awaited::Merge, &not_merged(why, false));
     }
 
     pub(super) fn cancel_merge(&mut self, client: OwnedFd) {
-        if self.start.merge.is_some() {
-            let why = Error::new(Kind::Abort, format!("the merge of {} was cancelled", self.record.name));
-            self.changes.push_back(PendingChange {
-                request: ChangeRequest::EndMerge(why),
-                fds: Vec::new(),
-                client: Some(client),
-            });
-        } else {
-            control::answer(&client, &Answer::Done);
+        if self.chain.merge().is_none() {
+            return control::answer(&client, &Answer::Done);
         }
+        let why = Error::new(Kind::Abort, format!("the merge of {} was cancelled", self.record.name));
+        self.chain.request(ChangeRequest::EndMerge(why), Some(client));
     }
 }
 

@@ -7,26 +7,26 @@
 
 pub mod attach;
 mod chain_plan;
+mod chain_state;
 mod chain_switch;
+mod clients;
 mod commands;
 mod detach;
 mod merge;
-mod partition_nodes;
+mod names;
 pub mod resume;
+mod worker_slot;
 
-use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::error::{IoContext, Kind, Result};
-use crate::server::control::{self, Client, ClientEvent};
+use crate::error::{Kind, Result};
+use crate::server::descriptors::Descriptors;
 use crate::server::helper::Helper;
 use crate::server::jobs::{Job, JobEvent};
 use crate::server::kernel_log::log;
@@ -34,22 +34,16 @@ use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, FromWorker, ToWorker, WorkerStart, own_greeting};
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
-use crate::server::supervisor::chain_plan::MergeTransition;
-use crate::server::supervisor::chain_switch::PendingChange;
+use crate::server::supervisor::chain_state::ChainState;
+use crate::server::supervisor::clients::{Awaited, Clients};
+use crate::server::supervisor::names::{Followed, Names};
+use crate::server::supervisor::worker_slot::{Exit, WorkerSlot};
 use crate::server::transport::Binding;
-use crate::server::worker_process::{Descriptors, RestartPolicy, Worker};
-use crate::server::{frame, runtime, uevents};
+use crate::server::{frame, runtime};
 use crate::sys::host;
 
 /// Longest sleep.
 const TICK: Duration = Duration::from_secs(2);
-/// Partitions are looked at so often where the kernel's announcements do not arrive.
-const BLIND_TICK: Duration = Duration::from_millis(500);
-/// After the last change of a partition table, until the supervisor reads it: the program that changes it may inform
-/// the kernel itself.
-const TABLE_PAUSE: Duration = Duration::from_millis(300);
-/// A scan that does not end.
-const SCAN: Duration = Duration::from_secs(30);
 
 /// What one poll of the loop waits for.
 enum Source {
@@ -67,52 +61,21 @@ enum Source {
 pub struct Supervisor {
     dir: PathBuf,
     record: DeviceRecord,
-    start: WorkerStart,
     /// None once the device was given up: closing the last descriptor ends the connection.
     fds: Option<Descriptors>,
-    worker: Option<Worker>,
-    /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
-    slots: Vec<OwnedFd>,
-    restarts: RestartPolicy,
-    /// When to start the next worker.
-    restart: Option<Instant>,
+    shm: Option<Shm>,
+    slot: WorkerSlot,
+    chain: ChainState,
+    names: Names,
+    clients: Clients,
+    signals: Option<SignalFd>,
+    /// A flush that the worker has not answered; its successor gets it anew.
+    flush_sent: bool,
     /// No worker can serve the device: why.
     failed: Option<String>,
-    /// The worker's exit is expected: it has closed the image, or the device is given up.
-    ending: bool,
-    listener: UnixListener,
-    clients: Vec<Client>,
-    /// Clients that wait for the end of the device.
-    stopping: Vec<OwnedFd>,
-    aborting: Vec<OwnedFd>,
-    /// Changes of the chain that were asked for.
-    changes: VecDeque<PendingChange>,
-    /// A change is under way: the change handles a worker's exit.
-    changing: bool,
-    /// The client that gets `Prepared` when requests are about to be held.
-    initiator: Option<OwnedFd>,
-    /// The worker of the new chain, while the old one retires.
-    waiting: Option<Worker>,
-    /// Clients that wait until the former top is finished.
-    finishing: Vec<OwnedFd>,
-    /// Clients that wait for the end of a merge.
-    merging: Vec<OwnedFd>,
-    merge_transition: Option<MergeTransition>,
-    end_merge_due: Option<Instant>,
-    /// Clients that wait for a flush.
-    flushing: Vec<OwnedFd>,
-    /// The signal handler's share of [`flushing`](Self::flushing).
-    flush_sent: bool,
-    nodes: Nodes,
-    events: Option<OwnedFd>,
-    signals: Option<SignalFd>,
-    /// When to look for partitions in the table.
-    table_due: Option<Instant>,
-    scan: Option<(Helper, Instant)>,
-    had_partitions: bool,
-    shm: Option<Shm>,
     /// Another process has detached the block device.
     lost: bool,
+    /// They are reaped when they exit.
     released_helpers: Vec<Helper>,
     last_log: String,
 }
@@ -120,9 +83,7 @@ pub struct Supervisor {
 impl Supervisor {
     /// For a device in folder `dir`; starts nothing.
     fn new(dir: PathBuf, record: DeviceRecord, start: WorkerStart, fds: Descriptors) -> Result<Supervisor> {
-        let listener = fds.listener.try_clone().ctx(Kind::Sys, || "cannot duplicate the control socket")?;
-        fcntl(&listener, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-            .ctx(Kind::Sys, || "cannot prepare the control socket")?;
+        let clients = Clients::new(&fds.listener)?;
         let mut asked = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             asked.add(signal);
@@ -132,42 +93,22 @@ impl Supervisor {
             true => None,
             false => asked.thread_block().and_then(|()| SignalFd::with_flags(&asked, flags)).ok(),
         };
-        let nodes = Nodes::new(&runtime::dev_dir(), &record.name);
+        let names = Names::new(Nodes::new(&runtime::dev_dir(), &record.name));
         let shm = Shm::map(fds.shm.as_fd()).ok();
         // The record may be the one of an older supervisor.
         let record = DeviceRecord { greeting: own_greeting(), ..record };
         Ok(Supervisor {
             dir,
             record,
-            start,
             fds: Some(fds),
-            worker: None,
-            slots: Vec::new(),
-            restarts: RestartPolicy::default(),
-            restart: None,
-            failed: None,
-            ending: false,
-            listener: UnixListener::from(listener),
-            clients: Vec::new(),
-            stopping: Vec::new(),
-            aborting: Vec::new(),
-            changes: VecDeque::new(),
-            changing: false,
-            initiator: None,
-            waiting: None,
-            finishing: Vec::new(),
-            merging: Vec::new(),
-            merge_transition: None,
-            end_merge_due: None,
-            flushing: Vec::new(),
-            flush_sent: false,
-            nodes,
-            events: uevents::open(),
-            signals,
-            table_due: None,
-            scan: None,
-            had_partitions: false,
             shm,
+            slot: WorkerSlot::default(),
+            chain: ChainState::new(start),
+            names,
+            clients,
+            signals,
+            flush_sent: false,
+            failed: None,
             lost: false,
             released_helpers: Vec::new(),
             last_log: String::new(),
@@ -178,56 +119,47 @@ impl Supervisor {
     fn run(mut self) {
         loop {
             self.poll_once(host::now() + TICK, None);
-            if !self.aborting.is_empty() {
+            if self.is_aborted() {
                 return self.abort();
             }
-            if let Some(change) = self.changes.pop_front() {
+            if let Some(change) = self.chain.next() {
                 self.change(change);
                 continue;
             }
-            if self.failed.is_none() && (!self.stopping.is_empty() || self.lost) && self.stop() {
+            let wanted = self.clients.is_awaited(Awaited::Stop) || self.lost;
+            if self.failed.is_none() && wanted && self.stop() {
                 return;
             }
         }
     }
 
+    /// A client wants the device given up.
+    fn is_aborted(&self) -> bool {
+        self.clients.is_awaited(Awaited::Abort)
+    }
+
     /// One turn of the loop, until something happened or `until`. True: `extra` can be read.
     fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = host::now();
-        let table = self.table_due.filter(|_| self.scan.is_none() && self.record.state == "running");
-        let tick = if self.events.is_some() { TICK } else { BLIND_TICK };
-        let until = [Some(until), Some(now + tick), self.restart, table].into_iter().flatten().min();
+        let table = self.names.table_due().filter(|_| self.record.state == "running");
+        let until = [Some(until), Some(now + self.names.tick()), self.slot.due(), table].into_iter().flatten().min();
         let (mut sources, mut polls) = (Vec::with_capacity(8), Vec::with_capacity(8));
-        let mut watch = |source, fd| {
-            sources.push(source);
-            polls.push(PollFd::new(fd, PollFlags::POLLIN));
+        let mut watch = |source, fd: Option<_>| {
+            if let Some(fd) = fd {
+                sources.push(source);
+                polls.push(PollFd::new(fd, PollFlags::POLLIN));
+            }
         };
-        if let Some(fd) = extra {
-            watch(Source::Extra, fd);
+        watch(Source::Extra, extra);
+        watch(Source::WorkerExit, self.slot.exit_fd());
+        watch(Source::Messages, self.slot.message_fd());
+        watch(Source::Listener, self.clients.listener());
+        for (i, client) in self.clients.connections().enumerate() {
+            watch(Source::Client(i), Some(client));
         }
-        if let Some(worker) = &self.worker {
-            if !worker.exited {
-                watch(Source::WorkerExit, worker.pidfd.as_fd());
-            }
-            if let Some(sock) = &worker.sock {
-                watch(Source::Messages, sock.as_fd());
-            }
-        }
-        if self.clients.len() < control::MAX_CLIENTS {
-            watch(Source::Listener, self.listener.as_fd());
-        }
-        for (i, client) in self.clients.iter().enumerate() {
-            watch(Source::Client(i), client.sock.as_fd());
-        }
-        if let Some(events) = &self.events {
-            watch(Source::Events, events.as_fd());
-        }
-        if let Some(signals) = &self.signals {
-            watch(Source::Signals, signals.as_fd());
-        }
-        if let Some((scan, _)) = &self.scan {
-            watch(Source::Scan, scan.sock.as_fd());
-        }
+        watch(Source::Events, self.names.events());
+        watch(Source::Signals, self.signals.as_ref().map(AsFd::as_fd));
+        watch(Source::Scan, self.names.scan());
         let wait = until.unwrap_or(now).saturating_duration_since(now) + Duration::from_micros(999);
         // An error (EINTR, no memory) is a turn in which nothing happened.
         let happened =
@@ -246,7 +178,7 @@ impl Supervisor {
                 Source::Extra => extra_ready = true,
                 Source::Messages => self.on_worker_message(),
                 Source::Client(i) => readable.push(*i),
-                Source::Events => self.on_uevents(),
+                Source::Events => self.names.on_events(&self.record.backing),
                 Source::Signals => self.on_signals(),
                 Source::Scan => self.end_scan(),
                 Source::WorkerExit | Source::Listener => {}
@@ -259,33 +191,52 @@ impl Supervisor {
             self.on_worker_message();
             self.on_worker_exit();
         }
-        if ready.iter().any(|s| matches!(s, Source::Listener))
-            && let Some(client) = Client::accept(&self.listener)
-        {
-            self.clients.push(client);
+        if ready.iter().any(|s| matches!(s, Source::Listener)) {
+            self.clients.accept();
         }
         self.tick();
         extra_ready
     }
 
     fn tick(&mut self) {
-        let now = host::now();
-        if self.restart.is_some_and(|at| at <= now) {
-            self.restart = None;
+        if self.slot.take_due() {
             self.start_worker(true);
         }
-        self.clients.retain(|c| !c.silent_too_long());
+        self.clients.expire();
         self.released_helpers.retain_mut(|h| h.process.runs());
         if self.record.state == "running" {
-            self.retry_end_merge();
+            self.chain.retry_end_merge();
             self.follow();
-            if self.table_due.is_some_and(|at| at <= now) && self.scan.is_none() {
-                self.table_due = None;
-                self.scan = self.helper(&Job::Scan { binding: self.binding() }).ok().map(|h| (h, now + SCAN));
+            if self.names.take_table_due() {
+                let scan = self.helper(&Job::Scan { binding: self.binding() }).ok();
+                self.names.set_scan(scan);
             }
         }
-        if self.scan.as_ref().is_some_and(|(_, end)| *end <= now) {
-            self.end_scan();
+        if let Some(late) = self.names.take_late_scan() {
+            self.release_helper(late, true);
+        }
+    }
+
+    /// Keeps the names as the kernel's partitions are, and notices the end of the block device.
+    fn follow(&mut self) {
+        match self.names.follow(&self.record) {
+            Ok(Followed::Present) => {}
+            Ok(Followed::Lost) => self.lost = true,
+            Err(e) => self.log_once(&e.to_string()),
+        }
+    }
+
+    /// Asks for a look into the partition table now, and waits for it a little.
+    fn scan_now(&mut self, limit: Duration) {
+        let Ok(helper) = self.helper(&Job::Scan { binding: self.binding() }) else { return };
+        let done = self.helper_event(&helper, host::now() + limit).is_some();
+        self.release_helper(helper, !done);
+        self.follow();
+    }
+
+    fn end_scan(&mut self) {
+        if let Some(scan) = self.names.take_scan() {
+            self.release_helper(scan, true);
         }
     }
 
@@ -324,7 +275,7 @@ impl Supervisor {
                     },
                 });
             }
-            if host::now() >= end || !self.aborting.is_empty() {
+            if host::now() >= end || self.is_aborted() {
                 return None;
             }
         }
@@ -348,22 +299,11 @@ impl Supervisor {
 
     fn flush(&mut self) {
         self.flush_sent = true;
-        self.send_to_worker(&ToWorker::Flush);
-    }
-
-    /// Sends without descriptors; the successor of a worker that exits gets the message too.
-    fn send_to_worker(&mut self, message: &ToWorker) {
-        if let Some(worker) = &self.worker
-            && worker.ready.is_some()
-            && worker.send(message, &[]).is_err()
-        {
-            // It does not read any more.
-            worker.kill();
-        }
+        self.slot.send(&ToWorker::Flush);
     }
 
     fn on_worker_message(&mut self) {
-        while let Some(worker) = &mut self.worker {
+        while let Some(worker) = self.slot.worker_mut() {
             let Some(message) = worker.receive() else { return };
             match message {
                 FromWorker::Ready(ready) => {
@@ -375,7 +315,7 @@ impl Supervisor {
                         self.flush();
                     }
                 }
-                FromWorker::Slots => self.slots = std::mem::take(&mut worker.slots),
+                FromWorker::Slots => self.slot.take_journal(),
                 FromWorker::Failed { code, message } => worker.refused = Some(RemoteError { code, message }),
                 FromWorker::Closed { error } => worker.closed = Some(error),
                 FromWorker::Merged { error } => {
@@ -394,7 +334,7 @@ impl Supervisor {
                 FromWorker::Flushed { error } => {
                     self.flush_sent = false;
                     let reply = error.map_or(Answer::Done, Answer::from);
-                    self.flushing.drain(..).for_each(|c| control::answer(&c, &reply));
+                    self.clients.answer(Awaited::Flush, &reply);
                 }
             }
         }
@@ -402,23 +342,10 @@ impl Supervisor {
 
     /// The worker has exited: starts another one, unless the exit was expected.
     fn on_worker_exit(&mut self) {
-        let Some(worker) = &mut self.worker else { return };
-        let killed = worker.reap();
-        worker.exited = true;
-        if self.ending || self.changing || worker.closed.is_some() {
-            return;
-        }
-        let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
         // Before the device exists no successor is needed; the attach that waits for the first worker sees the exit.
-        if self.record.state == "starting" && !ready {
-            self.ending = true;
-            return;
-        }
-        self.worker = None;
-        let why = refused.map_or_else(|| "it exited".into(), |e| e.message);
-        match self.restarts.next_start(host::now(), ready, killed) {
-            Some(at) => self.restart = Some(at),
-            None => self.fail(format!("no worker can serve it: {why}")),
+        match self.slot.on_exit(self.record.state == "starting") {
+            Exit::Expected | Exit::Restart => {}
+            Exit::Final(why) => self.fail(format!("no worker can serve it: {why}")),
         }
     }
 
@@ -431,24 +358,25 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
-        let waiting = self.flushing.drain(..).chain(self.finishing.drain(..)).chain(self.merging.drain(..));
-        waiting.for_each(|c| control::answer(&c, &reply));
+        for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge] {
+            self.clients.answer(awaited, &reply);
+        }
     }
 
     /// Starts a worker; a failure counts as a failed start.
     fn start_worker(&mut self, takeover: bool) {
         let Some(fds) = &self.fds else { return };
-        self.start.takeover = takeover;
-        match Worker::start(fds, &self.start, &self.slots) {
+        self.chain.set_takeover(takeover);
+        match self.slot.start(fds, self.chain.start()) {
             Ok(worker) => {
-                self.record.worker = worker.id;
-                self.worker = Some(worker);
+                self.record.worker = worker;
                 self.save();
             }
-            Err(e) => match self.restarts.next_start(host::now(), false, false) {
-                Some(at) => self.restart = Some(at),
-                None => self.fail(e.to_string()),
-            },
+            Err(e) => {
+                if let Err(e) = self.slot.start_failed(e) {
+                    self.fail(e.to_string());
+                }
+            }
         }
     }
 
@@ -464,13 +392,8 @@ impl Supervisor {
 
     fn on_clients(&mut self, readable: &[usize]) {
         for i in readable.iter().rev() {
-            match self.clients[*i].receive() {
-                ClientEvent::Nothing => {}
-                ClientEvent::Closed => drop(self.clients.swap_remove(*i)),
-                ClientEvent::Command(command, fds) => {
-                    let client = self.clients.swap_remove(*i).sock;
-                    self.handle_command(command, fds, client);
-                }
+            if let Some(asked) = self.clients.receive(*i) {
+                self.handle_command(asked);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! How a supervisor is replaced: by one that a worker starts after its exit, or by another program in the same process.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,24 +9,24 @@ use serde::{Deserialize, Serialize};
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
+use crate::server::descriptors::{Descriptors, Received};
 use crate::server::kernel_log::log;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, ProcessId, ToWorker, WorkerStart};
+use crate::server::roles::{ByRole, Role};
 use crate::server::supervisor::Supervisor;
-use crate::server::worker_process::{Descriptors, Worker};
+use crate::server::worker_process::Worker;
 use crate::server::{control, daemon, frame, runtime};
 use crate::sys::{host, process};
 
 /// The first message must come at once.
 const GREETING: Duration = Duration::from_secs(30);
 
-/// What a supervisor leaves to the program that replaces its own, with the worker's socket, the client's if there is
-/// one, and the descriptors of `start`.
+/// What a supervisor leaves to the program that replaces its own; with it the descriptors of `start`, whose roles have
+/// the worker's socket and perhaps a client's besides.
 #[derive(Debug, Serialize, Deserialize)]
 struct Handover {
     worker: ProcessId,
-    /// A client waits for the answer to its reload.
-    client: bool,
     start: WorkerStart,
 }
 
@@ -43,39 +43,34 @@ pub fn adopt() -> i32 {
 fn adopt_from(sock: OwnedFd, start: WorkerStart, fds: Vec<OwnedFd>) -> Result<()> {
     daemon::detach_from_caller()?;
     let pid = host::peer(&sock).ctx(Kind::Sys, || "cannot see which process the worker is")?;
-    take_over(Worker::attach_running(pid, sock)?, start, fds, None)
+    let received = Descriptors::received(&start, fds)?;
+    take_over(Worker::attach_running(pid, sock)?, start, received, None)
 }
 
 /// Mode `resumed`: the supervisor of a running device has replaced its program by this one.
 pub fn resume() -> i32 {
     let Ok(sock) = host::take_standard(0) else { return 1 };
-    let Ok(Some((handover, mut fds))) = frame::recv_within::<Handover>(&sock, GREETING) else { return 1 };
-    let first = 1 + usize::from(handover.client);
-    if fds.len() < first {
-        return 1;
-    }
-    let rest = fds.split_off(first);
-    let client = fds.split_off(1).pop();
-    let Some(worker_sock) = fds.pop() else { return 1 };
+    let Ok(Some((handover, fds))) = frame::recv_within::<Handover>(&sock, GREETING) else { return 1 };
     let _ = process::set_io_flusher();
-    let Ok(worker) = Worker::attach_child(handover.worker, worker_sock) else { return 1 };
-    match take_over(worker, handover.start, rest, client) {
+    match resume_from(handover, fds) {
         Ok(()) => 0,
         Err(_) => 1,
     }
 }
 
-/// Serves a device as the supervisor of a worker that runs. `fds`: as for a worker that is started.
-fn take_over(worker: Worker, start: WorkerStart, fds: Vec<OwnedFd>, client: Option<OwnedFd>) -> Result<()> {
+fn resume_from(handover: Handover, fds: Vec<OwnedFd>) -> Result<()> {
+    let Handover { worker, start } = handover;
+    let mut by = ByRole::new(&start.roles, fds)?;
+    let (sock, client) = (by.one(Role::Worker)?, by.optional(Role::Client)?);
+    let received = Descriptors::from_roles(&start, by)?;
+    take_over(Worker::attach_child(worker, sock)?, start, received, client)
+}
+
+/// Serves a device as the supervisor of a worker that runs.
+fn take_over(worker: Worker, mut start: WorkerStart, received: Received, client: Option<OwnedFd>) -> Result<()> {
     daemon::lock_memory();
-    let mut start = start;
-    let levels = start.attach.levels.len();
-    let mut fds = fds;
-    let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
-    let Some(mut fds) = Descriptors::from_all(fds, levels, start.merge_fds) else {
-        bail!(Protocol, "too few descriptors came from the worker")
-    };
-    let retired = start.retired.take().map(|switch| (switch, std::mem::take(&mut fds.extra)));
+    let Received { fds, journal, retired: sent } = received;
+    let retired = start.retired.take();
     let me = runtime::process(host::pid()).unwrap_or_default();
     let name = start.device_name.clone();
     runtime::check_name(&name)?;
@@ -90,19 +85,18 @@ fn take_over(worker: Worker, start: WorkerStart, fds: Vec<OwnedFd>, client: Opti
         bail!(Device, "{name} is gone: no change of its chain goes on");
     }
     let mut supervisor = Supervisor::new(dir, record, start, fds)?;
-    supervisor.slots = slots;
-    supervisor.nodes = Nodes::existing(&runtime::dev_dir(), &name);
+    supervisor.names.adopt(Nodes::existing(&runtime::dev_dir(), &name));
     supervisor.record.supervisor = me;
     supervisor.record.worker = worker.id;
     // The old supervisor may have exited before it wrote them into the record.
-    supervisor.record.levels = supervisor.start.attach.levels.clone();
-    supervisor.record.ids = supervisor.start.attach.ids.clone();
-    supervisor.worker = Some(worker);
+    supervisor.record.levels = supervisor.chain.attach().levels.clone();
+    supervisor.record.ids = supervisor.chain.attach().ids.clone();
+    supervisor.slot.adopt(worker, journal);
     supervisor.assume_ready();
-    if let Some((switch, fds)) = retired {
+    if let Some(switch) = retired {
         // Another worker that is about to start a supervisor reads the record first.
         supervisor.save();
-        supervisor.resume_change(switch, fds);
+        supervisor.resume_change(switch, sent);
     }
     let run = |supervisor: Supervisor| {
         // Recorded by now: the client finds the device served by this program.
@@ -144,16 +138,13 @@ impl Supervisor {
     fn hand_over(&mut self, client: Option<&OwnedFd>) -> Result<std::convert::Infallible> {
         // The next program does not know these children: those that have exited are reaped now.
         self.released_helpers.retain_mut(|h| h.process.runs());
-        let (Some(fds), Some(worker)) = (&self.fds, &self.worker) else { bail!(Device, "it has no worker") };
+        let (Some(fds), Some(worker)) = (&self.fds, self.slot.worker()) else { bail!(Device, "it has no worker") };
         let Some(worker_sock) = &worker.sock else { bail!(Device, "its worker exits") };
         let (mine, theirs) = frame::pair()?;
-        let start = WorkerStart { slot_fds: self.slots.len(), merge_fds: fds.merge.len(), ..self.start.clone() };
-        let handover = Handover { worker: worker.id, client: client.is_some(), start };
-        let mut sent: Vec<BorrowedFd> = vec![worker_sock.as_fd()];
-        sent.extend(client.map(AsFd::as_fd));
-        sent.extend(fds.all());
-        sent.extend(self.slots.iter().map(AsFd::as_fd));
-        frame::send(&mine, &handover, &sent)?;
+        let mut out = fds.outgoing();
+        out.add(Role::Journal, self.slot.journal()).add(Role::Worker, [worker_sock]).add(Role::Client, client);
+        let start = WorkerStart { roles: out.roles, ..self.chain.start().clone() };
+        frame::send(&mine, &Handover { worker: worker.id, start }, &out.fds)?;
         let program = fds.program();
         Err(host::exec(&program, "resumed", theirs)).ctx(Kind::Sys, || "cannot start the new program")
     }

@@ -10,12 +10,14 @@ use nix::unistd::fdatasync;
 
 use crate::bail;
 use crate::chain::{self, Chain, LevelFile, Marked, OpenOptions};
-use crate::descriptor::commit_by_fd;
+use crate::descriptor::commit_by_fd::{self, CommitFds};
 use crate::engine::Engine;
 use crate::engine::api::{BackgroundConfig, BackgroundWork, Config, Shared, SyncState};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Version;
+use crate::server::descriptors::{Descriptors, Received};
 use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart, own_greeting};
+use crate::server::roles::duplicate;
 use crate::server::runtime;
 use crate::server::shm::{PoisonCounts, Shm};
 use crate::server::transport::{Geometry, Queue, Recovery};
@@ -34,63 +36,27 @@ const BAT_AGE: u32 = 5;
 /// The largest granularity of discards that the block device gets.
 const MAX_BLOCK: u64 = 1 << 20;
 
-/// The descriptors that came with [`WorkerStart`], kept in their order for a new supervisor.
+/// What came with the first message, kept for a new supervisor.
 #[derive(Debug)]
 pub struct Inherited {
     pub start: WorkerStart,
-    fds: Vec<OwnedFd>,
-    /// Of the commit: the folder, the new file, perhaps the lock on the disk.
-    commit: Mutex<Vec<OwnedFd>>,
-    /// The same of the commit that follows a merge.
-    merge: Vec<OwnedFd>,
-    /// The slots of the worker before, if it left some.
-    slots: Mutex<Vec<OwnedFd>>,
+    pub fds: Descriptors,
+    /// Of the commit that this worker is to make.
+    commit: Mutex<Option<CommitFds>>,
+    /// The request journal of the worker before, if it left one.
+    journal: Mutex<Vec<OwnedFd>>,
 }
 
-const QUEUE: usize = 0;
-const SHM: usize = 1;
-const WITNESS: usize = 2;
-const BINARY: usize = 3;
-const FIRST_LEVEL: usize = 5;
-
 impl Inherited {
-    pub fn new(start: WorkerStart, mut fds: Vec<OwnedFd>) -> Result<Inherited> {
-        let slots = fds.split_off(fds.len().saturating_sub(start.slot_fds));
-        let first = FIRST_LEVEL + start.attach.levels.len();
-        let commit = start.succeed.as_ref().is_some_and(|s| s.commit.is_some());
-        let commit = if commit { 2..=3 } else { 0..=0 };
-        let extra = fds.len().checked_sub(first + start.merge_fds);
-        if extra.is_none_or(|n| !commit.contains(&n)) || first == FIRST_LEVEL {
-            bail!(
-                Protocol,
-                "{} descriptors came for {} images: {} wanted",
-                fds.len(),
-                start.attach.levels.len(),
-                first + start.merge_fds + commit.start()
-            );
-        }
-        let merge = fds.split_off(fds.len() - start.merge_fds);
-        let commit = Mutex::new(fds.split_off(first));
-        Ok(Inherited { start, fds, commit, merge, slots: Mutex::new(slots) })
-    }
-
-    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.fds.iter().map(|fd| fd.as_fd()).collect()
-    }
-
-    /// Those of the commit that follows a merge.
-    pub fn merge_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.merge.iter().map(|fd| fd.as_fd())
-    }
-
-    /// The server's program.
-    pub fn binary(&self) -> BorrowedFd<'_> {
-        self.fds[BINARY].as_fd()
+    pub fn new(start: WorkerStart, fds: Vec<OwnedFd>) -> Result<Inherited> {
+        let Received { mut fds, journal, .. } = Descriptors::received(&start, fds)?;
+        let commit = Mutex::new(fds.commit.take());
+        Ok(Inherited { start, fds, commit, journal: Mutex::new(journal) })
     }
 
     /// O_PATH, base first.
     pub fn levels(&self) -> &[OwnedFd] {
-        &self.fds[FIRST_LEVEL..]
+        &self.fds.levels
     }
 }
 
@@ -126,7 +92,7 @@ pub fn was_closed(inherited: &Inherited) -> Result<bool> {
     if !start.takeover || start.succeed.is_some() || start.attach.read_only || name.raw {
         return Ok(false);
     }
-    if !Shm::map(inherited.fds[SHM].as_fd())?.is_closing() {
+    if !Shm::map(inherited.fds.shm.as_fd())?.is_closing() {
         return Ok(false);
     }
     let top = open_files::open(std::slice::from_ref(fd), std::slice::from_ref(name), true)?;
@@ -141,7 +107,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let succeed = inherited.start.succeed.as_ref();
     let new_top = succeed.is_some_and(|s| s.new_top);
     let writable = !attach.read_only;
-    let shm = Shm::map(inherited.fds[SHM].as_fd())?;
+    let shm = Shm::map(inherited.fds.shm.as_fd())?;
     // A retiring worker leaves the table empty: what is there comes from a successor that has served the new top.
     let takeover = inherited.start.takeover && (!new_top || !shm.carried().is_empty());
     let (log, sink) = log::new(&runtime::device_dir(&inherited.start.device_name).join(runtime::LOG), attach.trace);
@@ -162,9 +128,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         }
         Recovery::Kernel => None,
     };
-    let left = std::mem::take(&mut *locked(&inherited.slots));
+    let left = std::mem::take(&mut *locked(&inherited.journal));
     let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
-    let queue = inherited.fds[QUEUE].try_clone().ctx(Kind::Sys, || "cannot duplicate the queue")?;
+    let queue = duplicate(&inherited.fds.queue)?;
     let linger = succeed.map_or(0, |s| s.linger);
     linger::pause(linger);
     let mut chain = chain::open(&files, &options)?;
@@ -175,7 +141,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     linger::pause(linger);
     let mut warning = None;
     if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
-        let fds = std::mem::take(&mut *locked(&inherited.commit));
+        let Some(fds) = locked(&inherited.commit).take() else { bail!(Protocol, "the commit is made once") };
         warning = commit_by_fd::commit(names, &fds).inspect_err(|_| {
             if let (true, Some(top)) = (new_top && !takeover, files.last()) {
                 // It stays what it was: an empty image outside of every chain.
@@ -237,7 +203,7 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
 fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) -> PoisonCounts {
     // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit
     // of it, after which only the witness still knows.
-    if !inherited.start.attach.read_only && !synced(inherited.fds[WITNESS].as_fd()) {
+    if !inherited.start.attach.read_only && !synced(inherited.fds.witness.as_fd()) {
         log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
         shm.set_sync_state(SyncState::Failed);
     }

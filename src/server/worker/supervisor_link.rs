@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use crate::bail;
 use crate::engine::api::{Errno, Request, RequestKind, Status};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::server::descriptors::SwitchFds;
 use crate::server::greeting::{self, Incoming};
 use crate::server::proto::{ChainSwitch, FromWorker, ProcessId, ToWorker};
 use crate::server::remote_error::RemoteError;
@@ -43,14 +44,14 @@ pub enum End {
     /// The engine has closed.
     Closed(Result<(), Errno>),
     /// The engine has closed in favour of a worker with another chain, whose descriptors these are; or it could not.
-    Retired(ChainSwitch, Vec<OwnedFd>, Result<()>),
+    Retired(ChainSwitch, SwitchFds, Result<()>),
 }
 
 /// A retirement under way.
 #[derive(Debug)]
 struct Retiring {
     switch: ChainSwitch,
-    fds: Vec<OwnedFd>,
+    fds: SwitchFds,
     /// I/O threads that read no more requests.
     quiet: usize,
     /// The engine has got its `Close`.
@@ -237,7 +238,7 @@ impl SupervisorLink {
         Some(End::Retired(r.switch, r.fds, Err(Error::new(Kind::Sys, late))))
     }
 
-    fn retire(&mut self, core: &Core, inherited: &Inherited, switch: ChainSwitch, fds: Vec<OwnedFd>) {
+    fn retire(&mut self, core: &Core, inherited: &Inherited, switch: ChainSwitch, fds: SwitchFds) {
         // The record names the supervisor that has just sent `Retire`.
         self.retired_by = recorded_supervisor(&inherited.start.device_name);
         if self.retiring.is_some() || core.closing.load(Ordering::Acquire) {
@@ -259,7 +260,7 @@ impl SupervisorLink {
     /// Waits, serving nothing, to be killed. If the supervisor exits first, one of the workers must start another one:
     /// the
     /// successor, once it has the lock on the top of its chain, else this one.
-    pub fn await_kill(&mut self, core: &Core, inherited: &Inherited, retired: Option<(&ChainSwitch, &[OwnedFd])>) -> ! {
+    pub fn await_kill(&mut self, core: &Core, inherited: &Inherited, retired: Option<(&ChainSwitch, &SwitchFds)>) -> ! {
         loop {
             if let Some(socket) = &self.socket {
                 match frame::receive::<ToWorker>(socket) {
@@ -353,7 +354,12 @@ impl SupervisorLink {
             // A retiring worker flushes everything; the successor gets the flush anew.
             Ok(Some((ToWorker::Flush, _))) if self.retiring.is_some() => {}
             Ok(Some((ToWorker::Flush, _))) => self.flush(core),
-            Ok(Some((ToWorker::Retire(switch), fds))) => self.retire(core, inherited, switch, fds),
+            Ok(Some((ToWorker::Retire(switch), fds))) => match SwitchFds::received(&switch, fds) {
+                Ok(fds) => self.retire(core, inherited, switch, fds),
+                Err(e) => {
+                    let _ = self.send(&FromWorker::Retired { error: Some(RemoteError::from(&e)) });
+                }
+            },
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),

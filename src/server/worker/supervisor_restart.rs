@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
+use crate::server::descriptors::SwitchFds;
 use crate::server::proto::{ChainSwitch, ProcessId, ToWorker, WorkerStart, own_greeting};
+use crate::server::roles::Role;
 use crate::server::{frame, runtime};
 use crate::sys::file_lock;
 use crate::sys::host;
@@ -22,12 +24,11 @@ use super::request_journal::RequestJournal;
 pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// The lock that decides who starts a supervisor; none: the successor has it.
-pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &[OwnedFd]) -> Result<Option<File>> {
+pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &SwitchFds) -> Result<Option<File>> {
     let Some(top) = switch.levels.last() else { bail!(Protocol, "a change to a chain without images") };
-    let new = switch.levels.iter().filter(|l| l.from.is_none()).count();
     let fd = match top.from {
         Some(level) => inherited.levels().get(level),
-        None => new.checked_sub(1).and_then(|last| fds.get(last)),
+        None => fds.new.last(),
     };
     let Some(fd) = fd else { bail!(Protocol, "the top of the new chain was not sent") };
     let (file, _) = reopen(fd, Access::default()).ctx(Kind::Open, || format!("{}", top.name.path.display()))?;
@@ -50,31 +51,34 @@ pub fn has_successor(device: &str, gone: ProcessId) -> bool {
 pub fn start_supervisor(
     core: &Core,
     inherited: &Inherited,
-    retired: Option<(&ChainSwitch, &[OwnedFd])>,
+    retired: Option<(&ChainSwitch, &SwitchFds)>,
 ) -> Result<OwnedFd> {
     let (mine, theirs) = frame::pair()?;
-    let program = format!("/proc/self/fd/{}", inherited.binary().as_raw_fd());
-    let started = host::start(program.as_ref(), "adopt", theirs);
+    let started = host::start(&inherited.fds.program(), "adopt", theirs);
     let mut started = started.ctx(Kind::Sys, || "cannot start the server's program")?;
     // The starter ends as soon as the supervisor runs, so that the supervisor is no child of this worker.
     let _ = started.wait();
     // Who has retired has answered everything.
-    let slots = core.journal.iter().filter(|_| retired.is_none()).flat_map(RequestJournal::fds).collect::<Vec<_>>();
+    let journal = core.journal.iter().filter(|_| retired.is_none()).flat_map(RequestJournal::fds);
+    let mut out = inherited.fds.without_merge();
+    if let Some((_, fds)) = retired {
+        fds.add_to(&mut out);
+    }
+    if !host::breach("the commit of a merge is forgotten") {
+        out.add_merge(inherited.fds.merge.as_ref());
+    }
+    for fd in journal {
+        out.add_borrowed(Role::Journal, fd);
+    }
     let start = WorkerStart {
         takeover: true,
         succeed: None,
         retired: retired.map(|(switch, _)| switch.clone()),
         finish: inherited.start.finish.filter(|_| locked(&core.finished).is_none()),
-        slot_fds: slots.len(),
+        roles: out.roles,
         greeting: own_greeting(),
         ..inherited.start.clone()
     };
-    let mut fds = inherited.fds();
-    fds.extend(retired.iter().flat_map(|(_, fds)| fds.iter().map(AsFd::as_fd)));
-    if !host::breach("the commit of a merge is forgotten") {
-        fds.extend(inherited.merge_fds());
-    }
-    fds.extend(slots);
-    frame::send_within(&mine, &ToWorker::Start(start), &fds, SEND_LIMIT)?;
+    frame::send_within(&mine, &ToWorker::Start(start), &out.fds, SEND_LIMIT)?;
     Ok(mine)
 }

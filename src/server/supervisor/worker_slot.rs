@@ -1,0 +1,211 @@
+//! The place of the worker that serves: one process at a time, and when the next one is started.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use crate::error::{Error, Result};
+use crate::server::descriptors::Descriptors;
+use crate::server::proto::{ProcessId, ToWorker, WorkerStart};
+use crate::server::worker_process::{RestartPolicy, Worker};
+use crate::sys::host;
+
+/// Which code handles the worker's exit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum ExitHandler {
+    /// The event loop: it starts a successor.
+    #[default]
+    Loop,
+    /// The change of the chain that is under way.
+    Change,
+    /// None: the device ends, and no worker follows. Final.
+    End,
+}
+
+/// What an exit means.
+pub enum Exit {
+    /// No successor is started here: the worker has closed the image, never served, or other code handles its exit.
+    Expected,
+    /// A successor is started when it is time.
+    Restart,
+    /// No successor could serve either: why.
+    Final(String),
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct WorkerSlot {
+    worker: Option<Worker>,
+    /// The worker of the new chain, prepared while the old one serves.
+    standby: Option<Worker>,
+    /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
+    journal: Vec<OwnedFd>,
+    restarts: RestartPolicy,
+    /// When to start the next worker.
+    due: Option<Instant>,
+    exits: ExitHandler,
+}
+
+impl WorkerSlot {
+    /// For a device that a worker serves already.
+    pub fn adopt(&mut self, worker: Worker, journal: Vec<OwnedFd>) {
+        self.worker = Some(worker);
+        self.journal = journal;
+    }
+
+    pub fn worker(&self) -> Option<&Worker> {
+        self.worker.as_ref()
+    }
+
+    pub fn worker_mut(&mut self) -> Option<&mut Worker> {
+        self.worker.as_mut()
+    }
+
+    pub fn take(&mut self) -> Option<Worker> {
+        self.worker.take()
+    }
+
+    pub fn put(&mut self, worker: Worker) {
+        self.worker = Some(worker);
+    }
+
+    pub fn set_standby(&mut self, worker: Worker) {
+        self.standby = Some(worker);
+    }
+
+    pub fn take_standby(&mut self) -> Option<Worker> {
+        self.standby.take()
+    }
+
+    /// The journal that a successor needs.
+    pub fn journal(&self) -> &[OwnedFd] {
+        &self.journal
+    }
+
+    /// The worker has announced its own journal.
+    pub fn take_journal(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            self.journal = std::mem::take(&mut worker.slots);
+        }
+    }
+
+    /// The worker has answered all of its requests.
+    pub fn clear_journal(&mut self) {
+        self.journal.clear();
+    }
+
+    /// Where its exit shows.
+    pub fn exit_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.worker.as_ref().filter(|w| !w.exited).map(|w| w.pidfd.as_fd())
+    }
+
+    /// Where its messages come.
+    pub fn message_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.worker.as_ref()?.sock.as_ref().map(AsFd::as_fd)
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.worker.as_ref().is_some_and(|w| w.ready.is_some())
+    }
+
+    /// Starts a worker with what the last one left.
+    pub fn start(&mut self, fds: &Descriptors, start: &WorkerStart) -> Result<ProcessId> {
+        let worker = Worker::start(fds, start, &self.journal)?;
+        let id = worker.id;
+        self.worker = Some(worker);
+        Ok(id)
+    }
+
+    /// Schedules a start after one that failed; the error again: there were too many.
+    pub fn start_failed(&mut self, error: Error) -> Result<(), Error> {
+        match self.next_start(false, false) {
+            Some(at) => {
+                self.due = Some(at);
+                Ok(())
+            }
+            None => Err(error),
+        }
+    }
+
+    /// See [`RestartPolicy::next_start`].
+    pub fn next_start(&mut self, ready: bool, killed: bool) -> Option<Instant> {
+        self.restarts.next_start(host::now(), ready, killed)
+    }
+
+    /// When the next worker is to be started, if one is.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// It is time for the next worker.
+    pub fn take_due(&mut self) -> bool {
+        self.due.take_if(|at| *at <= host::now()).is_some()
+    }
+
+    /// Forgets failed starts.
+    pub fn forgive(&mut self) {
+        self.restarts = RestartPolicy::default();
+    }
+
+    /// Sends without descriptors; the successor of a worker that exits gets the message too.
+    pub fn send(&self, message: &ToWorker) {
+        self.send_with(message, &[]);
+    }
+
+    pub fn send_with(&self, message: &ToWorker, fds: &[BorrowedFd]) {
+        if let Some(worker) = &self.worker
+            && worker.ready.is_some()
+            && worker.send(message, fds).is_err()
+        {
+            // It does not read any more.
+            worker.kill();
+        }
+    }
+
+    /// Kills the worker; its exit is noticed by the loop.
+    pub fn kill(&self) {
+        if let Some(worker) = &self.worker {
+            worker.kill();
+        }
+    }
+
+    /// No worker follows this one.
+    pub fn expect_end(&mut self) {
+        self.exits = ExitHandler::End;
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.exits == ExitHandler::End
+    }
+
+    /// A change of the chain handles exits of the worker, or no longer.
+    pub fn set_changing(&mut self, changing: bool) {
+        if !self.is_ending() {
+            self.exits = if changing { ExitHandler::Change } else { ExitHandler::Loop };
+        }
+    }
+
+    /// The worker's process has exited. `starting`: the device does not exist yet.
+    pub fn on_exit(&mut self, starting: bool) -> Exit {
+        let Some(worker) = &mut self.worker else { return Exit::Expected };
+        let killed = worker.reap();
+        worker.exited = true;
+        if self.exits != ExitHandler::Loop || worker.closed.is_some() {
+            return Exit::Expected;
+        }
+        let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
+        let why = refused.map_or_else(|| "it exited".into(), |e| e.message);
+        if starting && !ready {
+            self.expect_end();
+            return Exit::Expected;
+        }
+        self.worker = None;
+        match self.next_start(ready, killed) {
+            Some(at) => {
+                self.due = Some(at);
+                Exit::Restart
+            }
+            None => Exit::Final(why),
+        }
+    }
+}
