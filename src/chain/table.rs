@@ -45,6 +45,24 @@ pub fn scan_level(level: &LevelFile, header: &Header, file_len: u64) -> Result<S
     scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
 }
 
+/// Slots behind the disk that have an entry: a larger disk would make clusters of them.
+pub fn slots_beyond(level: &LevelFile, header: &Header, file_len: u64) -> Result<Vec<u64>> {
+    struct Beyond(Vec<u64>);
+    impl Visitor for Beyond {
+        fn entry(&mut self, _cluster: u32, _host_cluster: u32) {}
+
+        fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
+            if problem == Problem::BeyondDisk {
+                self.0.push(found.cluster);
+            }
+            Ok(())
+        }
+    }
+    let mut visitor = Beyond(Vec::new());
+    scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))?;
+    Ok(visitor.0)
+}
+
 /// Notes the pages of an image's BAT that have entries. `top`: entries may lie beyond the length that the file had.
 pub fn scan_pages(level: &LevelFile, header: &Header, file_len: u64, top: bool, pages: &mut PageSet) -> Result<()> {
     struct Pages<'a> {

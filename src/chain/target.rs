@@ -6,17 +6,17 @@ use crate::engine::api::{AllocConfig, LevelConfig, PageSet, TargetConfig};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
-use crate::sys::aligned::{AlignedBuf, read_full};
-use crate::sys::store;
+use crate::sys::aligned::{AlignedBuf, read_exact, read_full, write_all};
+use crate::sys::{host, store};
 use crate::units::SECTOR;
 
 use super::open::{HEAD, alloc_config, cut, write_header};
-use super::table::{scan_level, scan_pages};
+use super::table::{scan_level, scan_pages, slots_beyond};
 use super::{Chain, LevelFile};
 
 /// Makes a level of an opened chain ready to take what the levels above it up to `high` have. Its file must be writable
 /// and locked for this worker. The first thing written is its in-use mark, durable before anything else changes; a
-/// smaller image takes the size of the disk of `high` with it (its table must have room for that), a raw one becomes as
+/// smaller image loses entries that it has behind its disk and takes the size of the disk of `high` (its table must have room for that), a raw one becomes as
 /// long as that disk.
 ///
 /// `chain` is changed accordingly. When the worker that made this call has exited, the next worker makes it again.
@@ -63,7 +63,7 @@ pub fn open_target(
             bytes / SECTOR
         );
     }
-    let scan = scan_level(target, &old, len)?;
+    let mut scan = scan_level(target, &old, len)?;
     let sized = match grows {
         true => Header {
             sectors: bytes / SECTOR,
@@ -76,6 +76,15 @@ pub fn open_target(
     };
     let flags = old.flags & !header::FLAG_EMPTY;
     let marked = Header { in_use: header::IN_USE, flags, extension: 0, ..sized };
+    if grows {
+        let stale = slots_beyond(target, &old, len)?;
+        if !stale.is_empty() && !host::breach("entries behind the disk are kept") {
+            // With the mark first, and the larger disk last.
+            write_header(target, &Header { in_use: header::IN_USE, flags, extension: 0, ..old })?;
+            clear_slots(target, &stale)?;
+            scan = scan_level(target, &old, len)?;
+        }
+    }
     if marked != old {
         write_header(target, &marked)?;
     }
@@ -87,6 +96,23 @@ pub fn open_target(
         file_clusters: scan.end,
     };
     Ok(TargetConfig { level: index as u8, alloc: alloc_config(&marked, &scan, ahead) })
+}
+
+/// Clears these slots of the BAT, durably.
+fn clear_slots(level: &LevelFile, slots: &[u64]) -> Result<()> {
+    let name = level.name.display();
+    let page_of = |slot: u64| bat::offset_of(slot) / bat::PAGE_BYTES as u64;
+    for page in slots.chunk_by(|a, b| page_of(*a) == page_of(*b)) {
+        let at = page_of(page[0]) * bat::PAGE_BYTES as u64;
+        let mut buf = AlignedBuf::new(bat::PAGE_BYTES);
+        read_exact(&level.file, &mut buf, at).ctx(Kind::Read, || format!("cannot read the BAT of image {name}"))?;
+        for slot in page {
+            let within = (bat::offset_of(*slot) - at) as usize;
+            buf[within..within + bat::ENTRY_BYTES].fill(0);
+        }
+        write_all(&level.file, &buf, at).ctx(Kind::Write, || format!("cannot write the BAT of image {name}"))?;
+    }
+    store::sync_data(&level.file).ctx(Kind::Fsync, || format!("cannot sync the BAT of image {name}"))
 }
 
 /// Size of the disk that the level `high` has.

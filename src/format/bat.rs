@@ -11,7 +11,7 @@ use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 pub const HEADER_BYTES: u64 = 64;
 
 /// Bytes of an entry.
-const ENTRY_BYTES: usize = 4;
+pub const ENTRY_BYTES: usize = 4;
 
 /// The header takes the room of this many entries.
 pub const HEADER_ENTRIES: u64 = HEADER_BYTES / ENTRY_BYTES as u64;

@@ -127,6 +127,16 @@ impl Shm {
         self.words[AT_PANICKED].store(1, Release);
     }
 
+    /// Whether the worker that has exited panicked; forgets it.
+    pub fn take_panicked(&self) -> bool {
+        self.words[AT_PANICKED].swap(0, Acquire) != 0
+    }
+
+    /// Whether the worker that has exited was working on a request.
+    pub fn is_request_marked(&self) -> bool {
+        (0..MARKS).any(|thread| self.words[AT_MARKS + thread * MARK_WORDS].load(Acquire) != 0)
+    }
+
     /// A worker serves the chain that the change `token` led to, from now on: there is no way back.
     pub fn set_switched(&self, token: u64) {
         self.words[AT_SWITCHED].store(token, Release);
@@ -251,15 +261,12 @@ impl Shm {
     }
 
     /// At a takeover, before the first request: counts a worker exit for each request that the former worker was
-    /// working on. Returns how requests that come back are to be counted.
-    pub fn count_marked_requests(&self) -> PoisonCounts {
-        let panicked = self.words[AT_PANICKED].swap(0, Acquire) != 0;
-        let mut named = false;
+    /// working on. No other request is suspect.
+    pub fn count_marked_requests(&self) {
         for thread in 0..MARKS {
             let at = AT_MARKS + thread * MARK_WORDS;
             let w = &self.words[at..at + MARK_WORDS];
             if w[0].swap(0, Acquire) != 0 {
-                named = true;
                 self.add_poison(RequestKey {
                     unique: w[1].load(Relaxed),
                     offset: w[2].load(Relaxed),
@@ -267,7 +274,6 @@ impl Shm {
                 });
             }
         }
-        PoisonCounts { all: panicked && !named }
     }
 
     fn poison_entry(&self, key: RequestKey) -> Option<usize> {
@@ -295,10 +301,7 @@ impl Shm {
     }
 
     /// Whether a request that came back has caused [`MAX_WORKER_EXITS`] worker exits and must be answered EIO.
-    pub fn is_poisoned(&self, key: RequestKey, how: &PoisonCounts) -> bool {
-        if how.all {
-            self.add_poison(key);
-        }
+    pub fn is_poisoned(&self, key: RequestKey) -> bool {
         self.poison_entry(key).is_some_and(|at| self.words[at].load(Relaxed) >= MAX_WORKER_EXITS)
     }
 
@@ -308,13 +311,6 @@ impl Shm {
             self.words[at].store(0, Release);
         }
     }
-}
-
-/// How worker exits are counted for requests that come back; see [`Shm::count_marked_requests`].
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct PoisonCounts {
-    /// The former worker panicked without naming a request: every unanswered request is suspect.
-    pub all: bool,
 }
 
 impl Shared for Shm {
@@ -399,28 +395,26 @@ mod tests {
             shm.mark(1, Some(innocent));
             shm.mark(1, None);
             shm.mark(0, Some(guilty));
-            let how = shm.count_marked_requests();
-            assert_eq!(shm.is_poisoned(key(40), &how), death == 3);
-            assert!(!shm.is_poisoned(innocent, &how));
+            assert!(shm.is_request_marked());
+            shm.count_marked_requests();
+            assert!(!shm.is_request_marked());
+            assert_eq!(shm.is_poisoned(key(40)), death == 3);
+            assert!(!shm.is_poisoned(innocent));
         }
         let shm = Shm::map(fd.as_fd()).unwrap();
         shm.clear_poison(guilty);
-        assert!(!shm.is_poisoned(guilty, &PoisonCounts::default()));
+        assert!(!shm.is_poisoned(guilty));
     }
 
     #[test]
-    fn a_panic_without_a_name_makes_all_suspect() {
+    fn a_panic_without_a_name_makes_no_request_suspect() {
         let fd = create().unwrap();
         let shm = Shm::map(fd.as_fd()).unwrap();
-        for death in 1..=3 {
+        for _ in 0..5 {
             shm.set_panicked();
-            let how = shm.count_marked_requests();
-            assert!(how.all);
-            for unique in 1..=300 {
-                let out = shm.is_poisoned(key(unique), &how);
-                assert!(!out || death == 3);
-            }
-            assert_eq!(shm.is_poisoned(key(99), &PoisonCounts::default()), death == 3);
+            shm.count_marked_requests();
+            assert!((1..=300).all(|unique| !shm.is_poisoned(key(unique))));
+            assert!(shm.take_panicked() && !shm.take_panicked());
         }
     }
 }

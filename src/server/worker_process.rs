@@ -28,6 +28,8 @@ pub struct Worker {
     /// It has been reaped.
     pub exited: bool,
     pub ready: Option<WorkerReady>,
+    /// When it began to serve, as this supervisor has seen it.
+    pub serving_since: Option<Instant>,
     /// Why it could not open the chain.
     pub refused: Option<RemoteError>,
     /// It has closed the image: how that went.
@@ -88,6 +90,7 @@ impl Worker {
             process,
             exited: false,
             ready: None,
+            serving_since: None,
             refused: None,
             closed: None,
             slots: Vec::new(),
@@ -168,37 +171,68 @@ impl Worker {
     }
 }
 
+/// How a worker ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WorkerExit {
+    /// How long it has served; none: it never did.
+    pub served: Option<Duration>,
+    /// A signal from outside killed it.
+    pub killed: bool,
+    /// It was working on a request: after several such exits that request fails, and the next worker goes on.
+    pub named: bool,
+}
+
 /// Decides from worker exits when the next worker starts.
 #[derive(Default)]
 pub struct RestartPolicy {
     failed: VecDeque<Instant>,
+    /// Starts without success in a row.
     quick: u32,
+    /// Exits soon after the start in a row.
+    short: u32,
 }
 
-/// So many failed starts within [`WINDOW`] are enough.
-const FAILED_STARTS: usize = 5;
+/// So many failures of a worker's own within [`WINDOW`] are enough.
+const FAILURES: usize = 5;
 const WINDOW: Duration = Duration::from_secs(10);
+/// A worker that has served so long has not failed at its start.
+const STABLE: Duration = Duration::from_secs(10);
+/// So many exits of workers that have served less are followed by a start at once, later ones by pauses.
+const AT_ONCE: u32 = 3;
+/// The longest pause after a worker that was killed from outside, so often as it may be.
+const AFTER_KILL: Duration = Duration::from_millis(200);
 
 impl RestartPolicy {
-    /// A worker has exited; `ready`: it had served; `killed`: by a signal from outside. Returns when to start the next
-    /// one; `None`: never.
-    pub fn next_start(&mut self, now: Instant, ready: bool, killed: bool) -> Option<Instant> {
-        if ready {
-            self.quick = 0;
-            return Some(now);
-        }
-        self.quick = (self.quick + 1).min(6);
-        if !killed {
+    /// A worker has exited. Returns when to start the next one; `None`: never.
+    pub fn next_start(&mut self, now: Instant, exit: WorkerExit) -> Option<Instant> {
+        let pause = match exit.served {
+            Some(served) if served >= STABLE => {
+                *self = RestartPolicy::default();
+                return Some(now);
+            }
+            Some(_) => {
+                self.quick = 0;
+                self.short = (self.short + 1).min(AT_ONCE + 6);
+                let pause = Duration::from_millis(25 << self.short.saturating_sub(AT_ONCE));
+                match self.short <= AT_ONCE {
+                    true => Duration::ZERO,
+                    false if exit.killed => pause.min(AFTER_KILL),
+                    false => pause,
+                }
+            }
+            None => {
+                self.quick = (self.quick + 1).min(6);
+                Duration::from_millis(25 << self.quick)
+            }
+        };
+        if !exit.killed && !exit.named {
             self.failed.push_back(now);
         }
         while self.failed.front().is_some_and(|t| now.duration_since(*t) > WINDOW) {
             self.failed.pop_front();
         }
-        match self.failed.len() >= FAILED_STARTS {
-            true => None,
-            // All five fit into the window.
-            false => Some(now + Duration::from_millis(25 << self.quick)),
-        }
+        // All five fit into the window, with their pauses.
+        if self.failed.len() >= FAILURES { None } else { Some(now + pause) }
     }
 }
 
@@ -206,26 +240,61 @@ impl RestartPolicy {
 mod tests {
     use super::*;
 
+    const NEVER_READY: WorkerExit = WorkerExit { served: None, killed: false, named: false };
+
+    fn served(ms: u64) -> WorkerExit {
+        WorkerExit { served: Some(Duration::from_millis(ms)), ..NEVER_READY }
+    }
+
     #[test]
     fn five_failed_starts_are_enough() {
         let start = Instant::now();
         let mut restarts = RestartPolicy::default();
-        assert_eq!(restarts.next_start(start, true, false), Some(start));
+        assert_eq!(restarts.next_start(start, served(60_000)), Some(start));
         let mut now = start;
         for _ in 0..4 {
-            now = restarts.next_start(now, false, false).unwrap();
+            now = restarts.next_start(now, NEVER_READY).unwrap();
         }
         assert!(now - start < Duration::from_secs(3));
-        assert_eq!(restarts.next_start(now, false, false), None);
+        assert_eq!(restarts.next_start(now, NEVER_READY), None);
         // Spread over a longer time they are not, and kills never are.
         let mut restarts = RestartPolicy::default();
         let mut now = start;
         for _ in 0..20 {
-            now = restarts.next_start(now, false, false).unwrap() + Duration::from_secs(3);
+            now = restarts.next_start(now, NEVER_READY).unwrap() + Duration::from_secs(3);
         }
         for _ in 0..20 {
-            now = restarts.next_start(now, false, true).unwrap();
+            now = restarts.next_start(now, WorkerExit { killed: true, ..NEVER_READY }).unwrap();
         }
+    }
+
+    #[test]
+    fn workers_that_exit_soon_after_their_start_are_not_started_for_ever() {
+        let start = Instant::now();
+        let mut restarts = RestartPolicy::default();
+        let mut now = start;
+        for i in 0..4 {
+            let next = restarts.next_start(now, served(20)).unwrap();
+            assert_eq!(next > now, i >= 3, "exit {i}");
+            now = next + Duration::from_millis(20);
+        }
+        assert_eq!(restarts.next_start(now, served(20)), None);
+        // A request that causes the exits fails by itself; the pauses stay.
+        let mut restarts = RestartPolicy::default();
+        let mut now = start;
+        for _ in 0..50 {
+            now = restarts.next_start(now, WorkerExit { named: true, ..served(20) }).unwrap();
+        }
+        assert!(now - start > Duration::from_secs(50), "{:?}", now - start);
+        // Kills from outside never end the device, and are followed by a worker soon.
+        let mut restarts = RestartPolicy::default();
+        for _ in 0..100 {
+            let next = restarts.next_start(start, WorkerExit { killed: true, ..served(100) }).unwrap();
+            assert!(next - start <= AFTER_KILL);
+        }
+        // One that has served for long is replaced at once.
+        assert_eq!(restarts.next_start(start, served(10_000)), Some(start));
+        assert_eq!(restarts.next_start(start, served(20)), Some(start));
     }
 
     #[test]

@@ -150,6 +150,27 @@ fn a_smaller_target_takes_all_and_becomes_the_top() {
 }
 
 #[test]
+fn entries_behind_the_old_disk_do_not_become_data() {
+    for version in [Version::V1, Version::V2] {
+        let dir = dir();
+        // Left behind the disk by an older program, within the disk of the top.
+        let base = Maker { version, clusters: 60, entries: vec![(3, 1), (60, 3), (70, 2)], ..Maker::default() };
+        let top = Maker { version, entries: vec![(4, 2), (90, 1)], ..Maker::default() };
+        let (base, top) = (base.make(&dir.path().join("base")), top.make(&dir.path().join("top")));
+        let levels = [level(&base, true), level(&top, true)];
+        let chain = merge(&levels, &[(5, 77)]);
+        drop(levels);
+        assert_eq!(chain.device_bytes, 100 * CLUSTER);
+        let got: Vec<_> = [3, 4, 5, 60, 70, 90].iter().map(|c| first_byte(&base, version, *c)).collect();
+        assert_eq!(got, [Some(4), Some(5), Some(77), None, None, Some(91)]);
+        // The host clusters that they named are allocated anew.
+        let alone = [level(&base, true)];
+        let again = open(&alone, &OpenOptions_ { marked: Marked::Recover, ..writable() }).unwrap();
+        assert_eq!(again.alloc.free, []);
+    }
+}
+
+#[test]
 fn a_raw_target_takes_all() {
     let dir = dir();
     let base = dir.path().join("base");

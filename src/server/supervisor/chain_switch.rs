@@ -25,7 +25,7 @@ use crate::server::supervisor::chain_plan::{Plan, is_committed};
 use crate::server::supervisor::chain_state::{ChangeRequest, PendingChange};
 use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
-use crate::server::worker_process::Worker;
+use crate::server::worker_process::{Worker, WorkerExit};
 use crate::server::{control, frame, runtime};
 use crate::sys::host;
 
@@ -321,7 +321,7 @@ impl Supervisor {
                         return Ok(None);
                     }
                     // Committed, not served: the same again, as for a device that cannot be served.
-                    match self.slot.next_start(false, false) {
+                    match self.slot.next_start(WorkerExit::default()) {
                         Some(at) => {
                             let _ = self.wait_while(|_| host::now() < at, None);
                         }

@@ -213,6 +213,7 @@ impl Supervisor {
         };
         if let Some(worker) = self.slot.worker_mut() {
             worker.ready = Some(ready);
+            worker.serving_since = Some(host::now());
         }
     }
 }

@@ -311,6 +311,7 @@ impl Supervisor {
                     self.record.cluster_sectors = ready.cluster_sectors;
                     self.record.fmt_version = ready.fmt_version;
                     worker.ready = Some(ready);
+                    worker.serving_since = Some(host::now());
                     if self.flush_sent {
                         self.flush();
                     }
@@ -343,7 +344,7 @@ impl Supervisor {
     /// The worker has exited: starts another one, unless the exit was expected.
     fn on_worker_exit(&mut self) {
         // Before the device exists no successor is needed; the attach that waits for the first worker sees the exit.
-        match self.slot.on_exit(self.record.state == "starting") {
+        match self.slot.on_exit(self.record.state == "starting", self.shm.as_ref()) {
             Exit::Expected | Exit::Restart => {}
             Exit::Final(why) => self.fail(format!("no worker can serve it: {why}")),
         }

@@ -7,7 +7,8 @@ use std::time::Instant;
 use crate::error::{Error, Result};
 use crate::server::descriptors::Descriptors;
 use crate::server::proto::{ProcessId, ToWorker, WorkerStart};
-use crate::server::worker_process::{RestartPolicy, Worker};
+use crate::server::shm::Shm;
+use crate::server::worker_process::{RestartPolicy, Worker, WorkerExit};
 use crate::sys::host;
 
 /// Which code handles the worker's exit.
@@ -118,7 +119,7 @@ impl WorkerSlot {
 
     /// Schedules a start after one that failed; the error again: there were too many.
     pub fn start_failed(&mut self, error: Error) -> Result<(), Error> {
-        match self.next_start(false, false) {
+        match self.next_start(WorkerExit::default()) {
             Some(at) => {
                 self.due = Some(at);
                 Ok(())
@@ -128,8 +129,8 @@ impl WorkerSlot {
     }
 
     /// See [`RestartPolicy::next_start`].
-    pub fn next_start(&mut self, ready: bool, killed: bool) -> Option<Instant> {
-        self.restarts.next_start(host::now(), ready, killed)
+    pub fn next_start(&mut self, exit: WorkerExit) -> Option<Instant> {
+        self.restarts.next_start(host::now(), exit)
     }
 
     /// When the next worker is to be started, if one is.
@@ -185,8 +186,8 @@ impl WorkerSlot {
         }
     }
 
-    /// The worker's process has exited. `starting`: the device does not exist yet.
-    pub fn on_exit(&mut self, starting: bool) -> Exit {
+    /// The worker's process has exited. `starting`: the device does not exist yet. `shm`: what it has left.
+    pub fn on_exit(&mut self, starting: bool, shm: Option<&Shm>) -> Exit {
         let Some(worker) = &mut self.worker else { return Exit::Expected };
         let killed = worker.reap();
         worker.exited = true;
@@ -194,13 +195,19 @@ impl WorkerSlot {
             return Exit::Expected;
         }
         let (ready, refused) = (worker.ready.is_some(), worker.refused.clone());
-        let why = refused.map_or_else(|| "it exited".into(), |e| e.message);
+        let panicked = shm.is_some_and(Shm::take_panicked);
+        let why = match refused {
+            Some(e) => e.message,
+            None if panicked => "it panicked; its message is in the log of the device".into(),
+            None => "it exited".into(),
+        };
         if starting && !ready {
             self.expect_end();
             return Exit::Expected;
         }
+        let served = worker.serving_since.map(host::since);
         self.worker = None;
-        match self.next_start(ready, killed) {
+        match self.next_start(WorkerExit { served, killed, named: shm.is_some_and(Shm::is_request_marked) }) {
             Some(at) => {
                 self.due = Some(at);
                 Exit::Restart

@@ -9,7 +9,7 @@ use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
 use crate::server::remote_error::RemoteError;
-use crate::server::shm::{PoisonCounts, RequestKey, Shm};
+use crate::server::shm::{RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
 use crate::sys::arena::Span;
 
@@ -121,7 +121,6 @@ pub struct Core {
     /// An I/O thread stopped reading requests for want of buffers.
     pub starving: AtomicBool,
     pub shm: Shm,
-    pub poison_counts: PoisonCounts,
     pub log: Log,
 }
 
@@ -135,7 +134,6 @@ pub struct CoreConfig {
     pub geometry: Geometry,
     pub writable: bool,
     pub shm: Shm,
-    pub poison_counts: PoisonCounts,
     pub log: Log,
 }
 
@@ -161,7 +159,6 @@ impl Core {
             finished: Mutex::new(None),
             starving: AtomicBool::new(false),
             shm: p.shm,
-            poison_counts: p.poison_counts,
             log: p.log,
         })
     }

@@ -63,7 +63,7 @@ pub fn dispatch(core: &Core, request: &KernelRequest, resent: bool) -> Result<Ve
         return Err(libc::EIO);
     }
     let key = core.request_key(request.unique, request.code, offset, len);
-    if resent && core.shm.is_poisoned(key, &core.poison_counts) {
+    if resent && core.shm.is_poisoned(key) {
         core.log.line(format!(
             "request {} {:?} has caused several worker exits: it fails with EIO",
             request.unique, request.op

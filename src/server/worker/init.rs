@@ -19,7 +19,7 @@ use crate::server::descriptors::{Descriptors, Received};
 use crate::server::proto::{AttachRequest, WorkerReady, WorkerStart, own_greeting};
 use crate::server::roles::duplicate;
 use crate::server::runtime;
-use crate::server::shm::{PoisonCounts, Shm};
+use crate::server::shm::Shm;
 use crate::server::transport::{Geometry, Queue, Recovery};
 use crate::sys::{host, process_hardening};
 use crate::units::ClusterSize;
@@ -117,7 +117,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     if writable || attach.marked != Marked::Ignore {
         open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
     }
-    let poison_counts = if takeover { inspect_left(inherited, &shm, &log) } else { PoisonCounts::default() };
+    if takeover {
+        inspect_left(inherited, &shm, &log);
+    }
     let failed = shm.failed() || shm.sync_state() == SyncState::Failed;
     let options = options(inherited, &shm, (takeover, target.is_some(), failed))?;
     // Before the chain is opened: that marks the image.
@@ -166,7 +168,6 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
         writable,
         shm,
-        poison_counts,
         log,
     })
     .ctx(Kind::Sys, || "cannot make an eventfd")?;
@@ -200,14 +201,14 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
 }
 
 /// Looks at what the worker before has left: requests that it may have exited of, and whether what it wrote is durable.
-fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) -> PoisonCounts {
+fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) {
     // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit
     // of it, after which only the witness still knows.
     if !inherited.start.attach.read_only && !synced(inherited.fds.witness.as_fd()) {
         log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
         shm.set_sync_state(SyncState::Failed);
     }
-    shm.count_marked_requests()
+    shm.count_marked_requests();
 }
 
 /// Opens the target of the merge under way, in its place among `files`; and why it cannot go on.

@@ -12,7 +12,7 @@ use crate::engine::api::{Action, Config, ReqId};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::server::proto::LevelName;
-use crate::server::shm::{self, PoisonCounts, Shm};
+use crate::server::shm::{self, Shm};
 use crate::server::transport::fuse_loop::connection::FuseSession;
 use crate::server::transport::{Geometry, Session};
 use crate::server::{frame, worker::core::CoreConfig};
@@ -247,7 +247,6 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: 1 << 20 },
         writable: true,
         shm: shm.clone(),
-        poison_counts: PoisonCounts::default(),
         log: log::new(&dir.join("log"), false).0,
     };
     (Core::new(parts).unwrap(), kernel)
@@ -330,9 +329,8 @@ fn a_request_that_kills_fails_at_last() {
     let key = crate::server::shm::RequestKey::new(from.unique, from.code, request.offset, request.len);
     for death in 1..=3 {
         shm.mark(0, Some(key));
-        let poison_counts = shm.count_marked_requests();
-        let (mut next, kernel) = core(dir.path(), &shm);
-        next.poison_counts = poison_counts;
+        shm.count_marked_requests();
+        let (next, kernel) = core(dir.path(), &shm);
         import(&next, &left(&dead)).unwrap();
         replay(&next, journal(&next));
         let out = death == 3;
