@@ -63,7 +63,7 @@ pub struct Descriptor {
     /// Folder of the file, resolved: images in it are stored by their names.
     pub dir: PathBuf,
     pub layout: Layout,
-    /// 0 if the file has no valid size.
+    /// A copy: the header of the top decides. 0 if the file has no valid size.
     pub size_sectors: u64,
     /// Geometry at creation; never updated.
     pub cylinders: u32,

@@ -144,7 +144,7 @@ pub trait Driver: Sync {
         Err(self.unsupported("reloading a device"))
     }
 
-    /// Makes a running device serve another chain of the same content; see [`switch`](crate::device::switch) and
+    /// Makes a running device serve a chain of the same content, perhaps with a new descriptor; see [`switch`](crate::device::switch) and
     /// [`switch_prepared`](crate::device::switch_prepared).
     fn switch(
         &self,
@@ -177,7 +177,8 @@ pub trait Driver: Sync {
         Err(Unmerged::before(self.unsupported("merging frozen levels of a running device")))
     }
 
-    /// Gives a running device another size, in sectors.
+    /// Gives a running device another size, in sectors. Durable in this order: the top's header, the descriptor, the
+    /// block device's capacity. No driver offers it yet.
     fn set_size(&self, _device: &Device, _sectors: u64) -> Result<()> {
         Err(self.unsupported("changing the size of a running device"))
     }

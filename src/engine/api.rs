@@ -189,7 +189,7 @@ pub enum BackgroundWork {
     /// The levels above the target up to `high`, all of them frozen, into the target. `pages`: the BAT pages in which
     /// any of them has entries.
     MergeFrozen { high: u8, target: TargetConfig, pages: PageSet },
-    /// Clusters of the top from this host cluster on to free ones before it.
+    /// Clusters of the top from this host cluster on to free ones before it, so that the file's end can be cut.
     Relocate { from: u32 },
 }
 

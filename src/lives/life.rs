@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::checks::app;
 use super::model::{BLOCK, Model};
+use super::plan::{Focus, Plan};
 use super::world::{Kill, World};
 use crate::descriptor::{Descriptor, ImageMode, LockedDescriptor};
 use crate::device::{self, Device, State};
@@ -38,16 +39,6 @@ const RECOVERY: Duration = Duration::from_secs(120);
 /// Steps of all lives.
 pub static STEPS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
 
-/// What a life is made of.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan {
-    pub operations: usize,
-    /// Of 1000 operations, so many have a process killed.
-    pub kills: u32,
-    /// Of 1000 operations, so many are ended by a power cut.
-    pub power: u32,
-}
-
 /// Runs the life of a seed; why it failed, if it did.
 pub fn live(seed: u64, breach: Option<&'static str>) -> std::result::Result<(), String> {
     let dir = tempfile::tempdir_in(if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" }).expect("a folder");
@@ -64,6 +55,9 @@ pub fn live(seed: u64, breach: Option<&'static str>) -> std::result::Result<(), 
     let failure = world.failure();
     STEPS.fetch_add(world.steps(), Ordering::Relaxed);
     let trace = world.trace();
+    if std::env::var("LIVES").is_ok_and(|n| n == "1") {
+        println!("{trace}");
+    }
     world.power_off();
     World::end();
     match (outcome, failure) {
@@ -99,23 +93,6 @@ pub(super) struct Life<'a> {
     pub(super) guids: u32,
     /// How often each thing has happened, for messages.
     pub(super) did: Vec<String>,
-}
-
-/// Every second life has one kind of process killed at one step of one kind of operation: every step has its turn.
-#[derive(Clone, Copy)]
-pub(super) struct Focus {
-    operation: &'static str,
-    modes: &'static [&'static str],
-    steps: u64,
-}
-
-impl Focus {
-    pub(super) fn new(n: u64) -> Focus {
-        let operations = ["umount", "snapshot", "merge", "snapshot"];
-        let modes: [&[&str]; 2] = [&["worker"], &["supervise", "adopted", "resumed"]];
-        let (operation, rest) = (operations[n as usize % operations.len()], n / operations.len() as u64);
-        Focus { operation, modes: modes[rest as usize % 2], steps: 1 + rest / 2 % 20 }
-    }
 }
 
 /// The program that uses the device.
@@ -163,7 +140,9 @@ impl<'a> Life<'a> {
                 self.mount();
                 continue;
             }
-            match self.rng.weighted(&[6, 6, 2, 3, 1, 2]) {
+            let focused = |operation| if self.focus.is_some_and(|f| f.operation == operation) { 6 } else { 0 };
+            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2];
+            match self.rng.weighted(&weights) {
                 0 => self.snapshot(),
                 1 => self.merge(),
                 2 => self.reload(),
@@ -182,8 +161,9 @@ impl<'a> Life<'a> {
 
     pub(super) fn fail(&self, why: String) -> ! {
         wrong!(
-            "{why}\n  plan {:?}; did: {}; runs: {}",
+            "{why}\n  plan {:?}, journal {}; did: {}; runs: {}",
             self.plan,
+            self.world.journal,
             self.did.join("; "),
             self.world.all_running().join(", ")
         )
@@ -252,7 +232,8 @@ impl<'a> Life<'a> {
         let limit = PollTimeout::try_from(PATIENCE).expect("a time");
         if host::poll(&mut fds, limit) != Ok(1) {
             self.check();
-            self.fail(format!("no end of: {what}"));
+            let unanswered = self.world.devices.unanswered();
+            self.fail(format!("no end of: {what}; unanswered requests: {unanswered:?}"));
         }
         self.check();
     }
@@ -383,6 +364,7 @@ impl<'a> Life<'a> {
     pub(super) fn stop_app(&mut self) {
         let Some(app) = self.app.take() else { return };
         app.stop.store(true, Ordering::Release);
+        self.say("stop the program".into());
         self.wait_for(app.pid, "the program that uses the device");
         self.world.devices.open(&app.backing, false);
     }

@@ -84,6 +84,17 @@ impl Devices {
         backing.strip_prefix(BLOCK_DEVICES)?.parse().ok()
     }
 
+    /// Requests without an answer: of which device, number, whether a worker has read it, and what it is.
+    pub fn unanswered(&self) -> Vec<(u32, u64, bool, Op)> {
+        let all = self.lock();
+        let of = |(number, device): (&u32, &Device)| {
+            let waiting = device.waiting.iter().map(|(unique, asked, _)| (*number, *unique, false, asked.op));
+            let given = device.given.iter().map(|(unique, asked)| (*number, *unique, true, asked.op));
+            waiting.chain(given).collect::<Vec<_>>()
+        };
+        all.iter().flat_map(of).collect()
+    }
+
     /// A program opens the device, or closes it.
     pub fn open(&self, backing: &str, open: bool) -> bool {
         let mut all = self.lock();
@@ -115,6 +126,7 @@ impl Devices {
             device.waiting.push_back((device.next, Asked { op, data }, false));
             device.next
         };
+        world().say(format!("request {unique}: {op:?}"));
         let devices = self.clone();
         host::simulated::with(|host| {
             host.block(Box::new(move || {
@@ -153,6 +165,7 @@ impl SimQueue {
         let mut all = self.devices.lock();
         let Some(device) = all.get_mut(&self.number) else { return Err(ReadError::Over) };
         let Some((unique, asked, resent)) = device.waiting.pop_front() else { return Err(ReadError::Empty) };
+        world().say(format!("reads request {unique}{}", if resent { ", sent again" } else { "" }));
         device.given.insert(unique, asked.clone());
         Ok((unique, asked, resent))
     }
@@ -269,6 +282,7 @@ impl RequestQueue for SimQueue {
     }
 
     fn reply(&self, arena: &Arena, unique: u64, reply: Reply) -> io::Result<()> {
+        world().say(format!("answers request {unique}"));
         host::step("answer a request")?;
         let mut all = self.devices.lock();
         let Some(device) = all.get_mut(&self.number) else { return Ok(()) };

@@ -113,6 +113,7 @@ pub struct World {
     /// Requests are kept in the journal of workers: the kernel does not give them out again.
     pub journal: bool,
     traced: bool,
+    waits: bool,
 }
 
 thread_local! {
@@ -151,6 +152,7 @@ impl World {
             breach,
             journal: seed % 3 == 2,
             traced: std::env::var_os("PLOOP_TRACE").is_some(),
+            waits: std::env::var_os("PLOOP_TRACE").is_some_and(|v| v == "all"),
         });
         world.lock().processes.insert(DRIVER, Process::new("driver", 0, 0, None));
         WORLD.set(Some(world.clone()));
@@ -248,6 +250,11 @@ impl World {
         state.trace[from..].join("\n")
     }
 
+    /// Waits are shown, too: tens of thousands where nothing happens for long.
+    pub fn shows_waits(&self) -> bool {
+        self.waits
+    }
+
     pub fn say(&self, line: String) {
         if self.traced {
             let mut state = self.lock();
@@ -302,7 +309,12 @@ impl World {
         let mut state = self.lock();
         let process = state.processes.get_mut(&pid).expect("a process");
         process.dead = false;
-        (MODES.iter().find(|m| **m == process.mode).copied().unwrap_or("unknown"), process.parent)
+        let (mode, name) = (process.mode.clone(), format!("{} {pid} main", process.mode));
+        for task in state.tasks.iter_mut().filter(|t| t.pid == pid && !t.done) {
+            task.name = name.clone();
+        }
+        let process = state.processes.get_mut(&pid).expect("a process");
+        (MODES.iter().find(|m| **m == mode).copied().unwrap_or("unknown"), process.parent)
     }
 
     pub(super) fn is_dead(&self, pid: i32) -> bool {

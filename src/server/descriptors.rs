@@ -31,7 +31,9 @@ pub struct Descriptors {
 #[derive(Debug)]
 pub struct Received {
     pub fds: Descriptors,
-    /// The request journal that a worker left; empty: it has answered all, or the kernel keeps its requests.
+    /// The request journal of the worker that serves, or served last; empty: it has answered all, or the kernel keeps its
+    /// requests. To a new worker: what it is to replay. To a new supervisor: what it must keep for the next worker, since
+    /// it is not sent again.
     pub journal: Vec<OwnedFd>,
     /// Those of the change in whose favour the sender has retired.
     pub retired: SwitchFds,

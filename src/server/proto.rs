@@ -154,7 +154,7 @@ pub struct WorkerStart {
     /// Of versions 1 and 2: how many descriptors belong to the commit that follows a merge.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub merge_fds: usize,
-    /// Of versions 1 and 2: how many, the last ones, are the journal that a worker left: see [`FromWorker::Slots`].
+    /// Of versions 1 and 2: how many, the last ones, are the journal that a worker left: see [`FromWorker::Journal`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub slot_fds: usize,
     /// What the sender understands.
@@ -282,9 +282,11 @@ pub enum ToWorker {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     Ready(WorkerReady),
-    /// Beside it the slots of this worker, a table and the data: from here on they, and no others, are what a successor
-    /// needs. Sent before the first request is read, answered or executed.
-    Slots,
+    /// Beside it the request journal of this worker, a table and the data: from here on they, and no others, are what a
+    /// successor needs. Sent once in a worker's life, before the first request is read, answered or executed; a later
+    /// supervisor gets it from the one before, or from the worker that starts it.
+    #[serde(rename = "Slots")]
+    Journal,
     /// `Go` is waited for.
     Prepared,
     /// The answer to `Retire`. An error: the worker can serve no more, and the chain stays as it was.

@@ -34,8 +34,8 @@ pub struct Worker {
     pub refused: Option<RemoteError>,
     /// It has closed the image: how that went.
     pub closed: Option<Option<RemoteError>>,
-    /// The slots that it reads requests into, until the supervisor takes them.
-    pub slots: Vec<OwnedFd>,
+    /// Its request journal, until the supervisor takes it.
+    pub journal: Vec<OwnedFd>,
     /// What was logged about messages that were not understood.
     unknown: BTreeSet<String>,
     /// The worker waits for `Go`.
@@ -93,7 +93,7 @@ impl Worker {
             serving_since: None,
             refused: None,
             closed: None,
-            slots: Vec::new(),
+            journal: Vec::new(),
             unknown: BTreeSet::new(),
             prepared: false,
             retired: None,
@@ -117,9 +117,9 @@ impl Worker {
         loop {
             let sock = self.sock.as_ref()?;
             match frame::receive_within::<FromWorker>(sock, Duration::ZERO) {
-                Ok(Some((Incoming::Known(FromWorker::Slots), fds))) => {
-                    self.slots = fds;
-                    return Some(FromWorker::Slots);
+                Ok(Some((Incoming::Known(FromWorker::Journal), fds))) => {
+                    self.journal = fds;
+                    return Some(FromWorker::Journal);
                 }
                 Ok(Some((Incoming::Known(FromWorker::Unsupported { what, version }), _))) => {
                     if let Some(outcome) = self.unsupported(&what, version) {

@@ -170,7 +170,7 @@ impl Rig {
         let socket = &self.worker.as_ref().unwrap().1;
         loop {
             match frame::recv_within(socket, limit).unwrap()? {
-                (FromWorker::Slots, fds) => {
+                (FromWorker::Journal, fds) => {
                     assert_eq!(fds.len(), 2);
                     self.slots = fds;
                 }

@@ -316,7 +316,7 @@ impl Supervisor {
                         self.flush();
                     }
                 }
-                FromWorker::Slots => self.slot.take_journal(),
+                FromWorker::Journal => self.slot.take_journal(),
                 FromWorker::Failed { code, message } => worker.refused = Some(RemoteError { code, message }),
                 FromWorker::Closed { error } => worker.closed = Some(error),
                 FromWorker::Merged { error } => {

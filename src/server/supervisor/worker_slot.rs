@@ -48,7 +48,8 @@ pub struct WorkerSlot {
 }
 
 impl WorkerSlot {
-    /// For a device that a worker serves already.
+    /// For a device that a worker serves already. `journal`: that worker's; empty only if it has retired or the kernel
+    /// keeps requests.
     pub fn adopt(&mut self, worker: Worker, journal: Vec<OwnedFd>) {
         self.worker = Some(worker);
         self.journal = journal;
@@ -86,7 +87,7 @@ impl WorkerSlot {
     /// The worker has announced its own journal.
     pub fn take_journal(&mut self) {
         if let Some(worker) = &mut self.worker {
-            self.journal = std::mem::take(&mut worker.slots);
+            self.journal = std::mem::take(&mut worker.journal);
         }
     }
 

@@ -17,6 +17,7 @@ use crate::error::Result;
 /// One binding of one block device: its name in /sys/block, number and disk sequence number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Binding {
+    /// Name in /sys/block (`loop10000`) of the block device that /dev/ploopN stands for.
     pub backing: String,
     pub rdev: u64,
     /// 0: the kernel has none.
@@ -58,7 +59,8 @@ pub trait BlockBinding {
     /// now, or none.
     fn open(&self, binding: &Binding, flags: i32) -> io::Result<File>;
 
-    /// The queue shows another size: the block device takes it over.
+    /// The queue shows another size: the block device takes it over. A worker serves that size already, and only a helper
+    /// process calls this. Has no caller yet: for resize.
     fn set_capacity(&self, binding: &Binding) -> Result<()>;
 
     /// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names), unbinds and removes

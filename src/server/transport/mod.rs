@@ -1,7 +1,7 @@
 //! How the kernel's block device and the worker exchange requests: one folder for each transport, which implements
 //! [`RequestQueue`] for the worker and [`BlockBinding`] for supervisor and helpers.
 //!
-//! All that names a transport is here: the enums of what each one has, and the choice ([`probe`]). The enums dispatch
+//! All that chooses a transport or dispatches on it is here: the enums of what each one has, and the choice ([`probe`]). The enums dispatch
 //! without indirect calls, because queue and reader are on the path of every request.
 #![forbid(unsafe_code)]
 
@@ -121,7 +121,8 @@ impl Transport {
     }
 }
 
-/// What a worker has to know of the connection it serves. In messages it is told by its fields.
+/// What a worker has to know of the connection it serves. Untagged in messages: a new variant must have a required
+/// field that no other variant has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Session {

@@ -100,7 +100,7 @@ pub enum Recovery {
     Journal,
 }
 
-/// The size of a device as its queue shows it.
+/// The size of a device as a worker's queue shows it: fixed for a worker; its successor may have another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     pub bytes: u64,
@@ -111,7 +111,8 @@ pub struct Geometry {
 /// A connection with the kernel for one device; no worker serves it yet.
 #[derive(Debug)]
 pub struct Connection<S> {
-    /// Every worker gets a duplicate of it; when the last one is closed, all requests fail.
+    /// Every process of the device holds a duplicate of it. If the kernel ends the connection with the last one, the
+    /// transport says so; else [`BlockBinding::abort`](super::BlockBinding::abort) must end it.
     pub queue: OwnedFd,
     /// What a worker has to know of it.
     pub session: S,
@@ -126,6 +127,9 @@ impl<S> Connection<S> {
 }
 
 /// Requests in, replies out. One for all threads of a worker.
+///
+/// The order of the calls: `create` (supervisor); `open`, the readers armed (worker); `bind` of the block device
+/// (helper); `hide` (supervisor). A successor: `quiesce` or a kill of the worker before, `open`, `resend`, first read.
 pub trait RequestQueue: Sized {
     /// What was agreed on with the kernel once; each worker of the device gets it.
     type Session: Copy;
@@ -141,10 +145,11 @@ pub trait RequestQueue: Sized {
     /// device alone holds the connection, and no process finds it by a name.
     fn hide(dir: &Path) -> Result<()>;
 
-    /// The same for a device that is given up while it is made; nothing waits, and errors are of no interest.
+    /// The same, called by the supervisor of a device that is given up while it is made; nothing waits, and errors are
+    /// of no interest.
     fn discard(dir: &Path);
 
-    /// The same for what an exited server has left.
+    /// The same, called by a process that cleans up after an exited server.
     fn clean(dir: &Path) -> Result<()>;
 
     fn recovery(session: &Self::Session) -> Recovery;
@@ -165,10 +170,12 @@ pub trait RequestQueue: Sized {
     /// The same for a head of the journal, which holds whole requests only.
     fn parse_kept(&self, head: &[u8; HEAD]) -> Option<KernelRequest>;
 
-    /// What of `unique` stays the same when the kernel gives out the request again.
+    /// What of `unique` stays the same when the kernel gives out the request again: part of the key by which requests
+    /// that make workers exit are counted; 0 if nothing does.
     fn stable_id(&self, unique: u64) -> u64;
 
-    /// Answers a request. That no process waits for the answer any more is no error.
+    /// Answers a request; any thread of the worker calls it, not only the one that read the request. The buffer is free
+    /// afterwards. That no process waits for the answer any more is no error.
     fn reply(&self, arena: &Arena, unique: u64, reply: Reply) -> io::Result<()>;
 
     /// Answers an [`Op::Own`].

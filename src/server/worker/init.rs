@@ -132,6 +132,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     };
     let left = std::mem::take(&mut *locked(&inherited.journal));
     let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
+    if left.is_some() {
+        log.line("takes over the request journal of the worker before".into());
+    }
     let queue = duplicate(&inherited.fds.queue)?;
     let linger = succeed.map_or(0, |s| s.linger);
     linger::pause(linger);

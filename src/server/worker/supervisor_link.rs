@@ -118,7 +118,7 @@ impl SupervisorLink {
     /// them; if there is no supervisor any more, the next one gets them from this worker.
     pub fn send_journal(&self, journal: &RequestJournal) -> Result<()> {
         let Some(socket) = &self.socket else { return Ok(()) };
-        match frame::send_within(socket, &FromWorker::Slots, &journal.fds(), JOURNAL_LIMIT) {
+        match frame::send_within(socket, &FromWorker::Journal, &journal.fds(), JOURNAL_LIMIT) {
             Err(e) if !self.is_closed() => Err(e),
             _ => Ok(()),
         }
