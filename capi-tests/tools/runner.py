@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import cleanup
@@ -22,6 +23,9 @@ GROUP_LIMIT = 900
 BUILD_LIMIT = 1800
 # The full counts take hours, one of them for the fuzzers.
 CARGO_LIMIT = devlib.pick(3600, 14400)
+
+# Test binaries of cargo's that use no device: they run beside the others, at low priority, in the time in which those wait.
+BESIDE = ("cargo.lib", "cargo.sim", "cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering")
 
 # Scripts beside the groups that are run by name only.
 SLOW = ("chroot", "oldkernel")
@@ -71,20 +75,22 @@ class Runner:
         self.scratch = tempfile.mkdtemp(prefix=f"ploop-tests.{os.getpid()}.", dir=base)
         os.makedirs(LOGS, exist_ok=True)
         self.before = cleanup.snapshot()
-        self.child = None
+        self.children = set()
+        self.printing = threading.Lock()
         self.binaries, self.cargo_env = {}, {"CARGO_MANIFEST_DIR": ROOT}
 
     def log(self, name):
         return os.path.join(LOGS, name.replace("/", "_") + ".log")
 
-    def command(self, name, cmd, limit, cwd=ROOT, env=None):
+    def command(self, name, cmd, limit, cwd=ROOT, env=None, nice=0):
         """Runs one test under `limit`; returns its status (124: limit) and the seconds."""
         begin = time.monotonic()
         env = {**os.environ, "PLOOP_TEST_SCRATCH": self.scratch, "PLOOP_TEST_CASE": f"{name}@{os.getpid()}", "PLOOP": devlib.PLOOP,
                "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
         with open(self.log(name), "wb") as out:
-            self.child = p = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env,
-                                              start_new_session=True)
+            p = subprocess.Popen(["nice", "-n", str(nice), *cmd] if nice else cmd, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env,
+                                 start_new_session=True)
+            self.children.add(p)
             try:
                 rc = p.wait(limit)
             except subprocess.TimeoutExpired:
@@ -94,7 +100,7 @@ class Runner:
                     p.wait(5)
                 except subprocess.TimeoutExpired:
                     pass
-            self.child = None
+            self.children.discard(p)
         if rc == 124:
             with open(self.log(name), "a") as out:
                 out.write(f"\nno end after {limit} s\n")
@@ -115,6 +121,10 @@ class Runner:
         return [l.rstrip()[:400] for l in (text[said[0]:][:lines] if said else text[-lines:])]
 
     def note(self, name, rc, seconds, extra=""):
+        with self.printing:
+            self.note_alone(name, rc, seconds, extra)
+
+    def note_alone(self, name, rc, seconds, extra):
         """One line of the report. The one place that decides what a skipped test is, as tests/common/skip.rs is for cargo's."""
         if rc == 0:
             self.passed.append(name)
@@ -157,7 +167,7 @@ class Runner:
                 self.cargo_env["CARGO_BIN_EXE_" + m["target"]["name"]] = m["executable"]
         self.note("cargo.build", rc, seconds, f"({len(self.binaries)} binaries)")
 
-    def cargo(self, name, target):
+    def cargo(self, name, target, nice=0):
         """Runs one test binary (the tests in it run in parallel) or the doc tests."""
         cmd = target.command or [self.binaries.get((target.kind, target.name))]
         if cmd == [None]:
@@ -165,7 +175,7 @@ class Runner:
                 f.write("FAILED: there is no such binary, see cargo.build\n")
             self.note(name, 1, 0)
             return
-        rc, seconds = self.command(name, cmd, CARGO_LIMIT, env=self.cargo_env)
+        rc, seconds = self.command(name, cmd, CARGO_LIMIT, env=self.cargo_env, nice=nice)
         with open(self.log(name), errors="replace") as f:
             text = f.read()
         totals = re.findall(r"^test result: .*? (\d+) passed; (\d+) failed; (\d+) ignored", text, re.M)
@@ -277,8 +287,8 @@ def main():
     runner = Runner("--keep" in flags, "--shared" in flags)
 
     def stop(number, _):
-        if runner.child:
-            os.killpg(runner.child.pid, signal.SIGKILL)
+        for child in list(runner.children):
+            os.killpg(child.pid, signal.SIGKILL)
         raise SystemExit(128 + number)
 
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -286,12 +296,27 @@ def main():
     if not os.path.exists(devlib.PLOOP):
         print(f"note: {devlib.PLOOP} is not built; --build builds it", flush=True)
     stages = {}
+    beside = [t for t in chosen if t[0] in BESIDE]
+    # Alone they need not be gentle.
+    beside = beside if len(beside) < len(chosen) else []
+
+    def run_beside():
+        for name, _, args in beside:
+            runner.cargo(name, *args, nice=15)
+
+    lane = threading.Thread(target=run_beside, daemon=True)
     try:
+        t = time.monotonic()
+        built = [a[0] for _, kind, a in chosen if kind == "cargo"]
+        if built:
+            runner.build(built)
+            stages["cargo"] = time.monotonic() - t
+        lane.start()
         for name, kind, args in chosen:
             t = time.monotonic()
+            if (name, kind, args) in beside:
+                continue
             if kind == "cargo":
-                if not stages.get(kind):
-                    runner.build([a[0] for _, k, a in chosen if k == kind])
                 runner.cargo(name, *args)
             elif kind == "group":
                 runner.group(name, *args)
@@ -302,6 +327,9 @@ def main():
                 runner.after(name, rc)
                 runner.note(name, rc, seconds)
             stages[kind] = stages.get(kind, 0) + time.monotonic() - t
+        t = time.monotonic()
+        lane.join()
+        stages["waiting for those beside"] = time.monotonic() - t
     finally:
         runner.finish()
     for kind, seconds in stages.items():
