@@ -103,13 +103,23 @@ pub fn tell_version() -> i32 {
 pub fn main() -> i32 {
     let Ok(sock) = host::take_standard(0) else { return 1 };
     let Ok(Some((job, fds))) = frame::recv_within::<Job>(&sock, PARENT) else { return 1 };
+    let rest = job.clone();
     let event = match run(job, fds, sock.as_fd()) {
         Ok(event) => event,
         Err(e) => JobEvent::Error { code: e.code(), message: e.to_string() },
     };
-    match frame::send(&sock, &event, &[]) {
-        Ok(()) => 0,
-        Err(_) => 1,
+    let sent = frame::send(&sock, &event, &[]);
+    drop(sock);
+    finish_job(&rest, &event);
+    i32::from(sent.is_err())
+}
+
+/// What no process waits for.
+fn finish_job(job: &Job, event: &JobEvent) {
+    match (job, event) {
+        (Job::Attach { .. }, JobEvent::Attached(binding)) => block_device(binding).tune(&binding.backing),
+        (Job::Detach { binding, .. }, JobEvent::Done) => block_device(binding).remove(&binding.backing, binding.rdev),
+        _ => {}
     }
 }
 
@@ -122,7 +132,10 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
                 frame::send(sock, &JobEvent::Chosen(binding.clone()), &[])?;
                 wait_for_go(sock)
             };
-            transport.binding().bind(&dir, &wanted, &mut chosen).map(JobEvent::Attached)
+            let binding = transport.binding().bind(&dir, &wanted, &mut chosen)?;
+            // The device works without; the supervisor looks again when the table changes.
+            let _ = scan(&binding);
+            Ok(JobEvent::Attached(binding))
         }
         Job::UndoAttach { backing, rdev } => {
             Transport::of(&backing).binding().undo(&backing, rdev).map(|()| JobEvent::Done)
@@ -134,18 +147,17 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
             };
             block_device(&binding).unbind(&binding, patience, &mut opened).map(|()| JobEvent::Done)
         }
-        Job::Scan { binding } => {
-            let disk = block_device(&binding)
-                .open(&binding, 0)
-                .ctx(Kind::Open, || format!("cannot open {}", binding.backing))?;
-            partitions::scan(&binding.backing, &disk)
-                .ctx(Kind::Device, || format!("cannot make the partitions of {} known", binding.backing))?;
-            Ok(JobEvent::Done)
-        }
+        Job::Scan { binding } => scan(&binding).map(|()| JobEvent::Done),
         Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
         Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
     }
+}
+
+fn scan(binding: &Binding) -> Result<()> {
+    let disk = block_device(binding).open(binding, 0).ctx(Kind::Open, || format!("cannot open {}", binding.backing))?;
+    partitions::scan(&binding.backing, &disk)
+        .ctx(Kind::Device, || format!("cannot make the partitions of {} known", binding.backing))
 }
 
 fn block_device(binding: &Binding) -> &'static dyn BlockBinding {
@@ -200,6 +212,7 @@ fn clean(name: &str, wait: bool) -> Result<()> {
                 remove_nodes(name, record.rdev);
                 Ok(())
             })?;
+            block_device(&binding).remove(&binding.backing, binding.rdev);
         } else if record.state == "starting" {
             Transport::of(&record.backing).binding().undo(&record.backing, record.rdev)?;
         }

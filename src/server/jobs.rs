@@ -11,7 +11,7 @@ use crate::server::transport::{Binding, Patience, Transport, Wanted};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
     /// Bind a block device to the connection in the folder `dir`. Events: `Chosen` each time one is made, then it waits
-    /// for [`Go`]; `Attached`.
+    /// for [`Go`]; `Attached`, when its partitions are known.
     Attach { transport: Transport, dir: PathBuf, wanted: Wanted },
     /// Undo an attach that was killed or gave up.
     UndoAttach { backing: String, rdev: u64 },

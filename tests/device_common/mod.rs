@@ -85,9 +85,16 @@ impl Bench {
             assert!(!runtime::device_dir(&r.name).exists(), "the folder of {} is left", r.name);
             assert!(device::by_node(&r.name).unwrap().is_none());
         }
-        let identity = runtime::disk_identity(&r.backing);
-        assert!(identity.is_none_or(|(_, seq)| seq > r.diskseq + 1), "{} is left: {identity:?}", r.backing);
+        let (bound, identity) =
+            (Path::new("/sys/block").join(&r.backing).join("loop"), runtime::disk_identity(&r.backing));
+        let left = bound.exists() && identity.is_some_and(|(_, seq)| seq == r.diskseq);
+        assert!(!left, "{} is still bound", r.backing);
         let end = Instant::now() + Duration::from_secs(2);
+        // The helper removes the unbound block device after the answer.
+        while runtime::disk_identity(&r.backing).is_some_and(|(_, seq)| seq <= r.diskseq + 1) {
+            assert!(Instant::now() < end, "{} is left", r.backing);
+            pause(5);
+        }
         while runtime::alive(r.supervisor) || runtime::alive(r.worker) {
             assert!(Instant::now() < end, "processes of {} are left", r.name);
             pause(5);

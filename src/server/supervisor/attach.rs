@@ -28,8 +28,6 @@ const BIND: Duration = Duration::from_secs(60);
 const BIND_AGAIN: Duration = Duration::from_secs(30);
 /// Undoing it.
 const UNDO: Duration = Duration::from_secs(60);
-/// Reading the partition table.
-const TABLE: Duration = Duration::from_secs(20);
 
 /// Mode `supervise`: one device, asked for by the socket on standard input.
 pub fn supervise() -> i32 {
@@ -198,7 +196,7 @@ impl Supervisor {
         self.names.create(self.record.rdev)?;
         self.record.state = "running".into();
         self.save();
-        self.scan_now(TABLE);
+        self.follow();
         Ok(())
     }
 

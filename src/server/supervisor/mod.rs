@@ -142,7 +142,8 @@ impl Supervisor {
     fn poll_once(&mut self, until: Instant, extra: Option<BorrowedFd>) -> bool {
         let now = host::now();
         let table = self.names.table_due().filter(|_| self.record.state == "running");
-        let until = [Some(until), Some(now + self.names.tick()), self.slot.due(), table].into_iter().flatten().min();
+        let look = if self.record.state == "running" { self.names.look_due() } else { now + TICK };
+        let until = [Some(until), Some(look), self.slot.due(), table].into_iter().flatten().min();
         let (mut sources, mut polls) = (Vec::with_capacity(8), Vec::with_capacity(8));
         let mut watch = |source, fd: Option<_>| {
             if let Some(fd) = fd {
@@ -206,7 +207,9 @@ impl Supervisor {
         self.released_helpers.retain_mut(|h| h.process.runs());
         if self.record.state == "running" {
             self.chain.retry_end_merge();
-            self.follow();
+            if self.names.take_look_due() {
+                self.follow();
+            }
             if self.names.take_table_due() {
                 let scan = self.helper(&Job::Scan { binding: self.binding() }).ok();
                 self.names.set_scan(scan);

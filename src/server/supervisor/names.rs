@@ -32,6 +32,8 @@ pub enum Followed {
 pub struct Names {
     nodes: Nodes,
     events: Option<OwnedFd>,
+    /// When to look at the block device and its partitions, as /sys shows them.
+    look_due: Instant,
     /// When to look for partitions in the table.
     table_due: Option<Instant>,
     scan: Option<(Helper, Instant)>,
@@ -40,7 +42,14 @@ pub struct Names {
 
 impl Names {
     pub fn new(nodes: Nodes) -> Names {
-        Names { nodes, events: uevents::open(), table_due: None, scan: None, had_partitions: false }
+        Names {
+            nodes,
+            events: uevents::open(),
+            look_due: host::now(),
+            table_due: None,
+            scan: None,
+            had_partitions: false,
+        }
     }
 
     /// The nodes are there already.
@@ -80,15 +89,28 @@ impl Names {
     pub fn on_events(&mut self, backing: &str) {
         let Some(events) = &self.events else { return };
         let news = uevents::drain(events, backing);
+        if news.any {
+            self.look_due = host::now();
+        }
         // A table without partitions in the kernel: perhaps there is one that it cannot read.
         if news.changed && partitions::known(backing).is_empty() {
             self.table_due = Some(host::now() + TABLE_PAUSE);
         }
     }
 
-    /// How long the loop may sleep without looking at the partitions.
-    pub fn tick(&self) -> Duration {
-        if self.events.is_some() { TICK } else { BLIND_TICK }
+    /// When to [`follow`](Self::follow) again.
+    pub fn look_due(&self) -> Instant {
+        self.look_due
+    }
+
+    /// It is time to [`follow`](Self::follow): the kernel has announced a change of this disk, or some time has passed.
+    pub fn take_look_due(&mut self) -> bool {
+        let now = host::now();
+        let due = self.look_due <= now;
+        if due {
+            self.look_due = now + if self.events.is_some() { TICK } else { BLIND_TICK };
+        }
+        due
     }
 
     /// When the partition table is to be read, if it is.

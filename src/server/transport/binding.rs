@@ -63,9 +63,15 @@ pub trait BlockBinding {
     /// process calls this. Has no caller yet: for resize.
     fn set_capacity(&self, binding: &Binding) -> Result<()>;
 
-    /// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names), unbinds and removes
-    /// it. Busy to the end: error 3, and all is as before, except that the names are gone.
+    /// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names) and unbinds it. Busy
+    /// to the end: error 3, and all is as before, except that the names are gone. [`remove`](Self::remove) follows.
     fn unbind(&self, binding: &Binding, patience: Patience, opened: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+
+    /// Removes a block device that nothing is bound to. One that stays is harmless.
+    fn remove(&self, _backing: &str, _rdev: u64) {}
+
+    /// Settings of a bound device that it works without: made after its user was answered, since they take long.
+    fn tune(&self, _backing: &str) {}
 
     /// Undoes a bind of unknown fate: whatever is bound to the device of number `rdev` came from the killed attempt.
     fn undo(&self, backing: &str, rdev: u64) -> Result<()>;

@@ -53,6 +53,14 @@ impl BlockBinding for LoopBinding {
         loop_device::detach(binding, patience, opened)
     }
 
+    fn remove(&self, backing: &str, rdev: u64) {
+        loop_device::remove_unbound(backing, rdev);
+    }
+
+    fn tune(&self, backing: &str) {
+        loop_device::tune(backing);
+    }
+
     fn undo(&self, backing: &str, rdev: u64) -> Result<()> {
         loop_device::undo_attach(backing, rdev)
     }

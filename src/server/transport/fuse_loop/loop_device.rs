@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -25,6 +25,8 @@ const TRIES: u32 = 1000;
 const CONTROL: (u64, u64) = (10, 237);
 /// Between two tries at something busy.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long a detached device of the wanted number may take to disappear, until the next number is taken.
+const REMOVAL: Duration = Duration::from_millis(300);
 /// How long the kernel may take to unbind a device that no process holds any more.
 const UNBIND: Duration = Duration::from_secs(20);
 
@@ -74,9 +76,20 @@ pub fn open(binding: &Binding, flags: i32) -> io::Result<File> {
     }
 }
 
+/// A write stops the device's queue for tens of milliseconds: only where the value is another one.
 fn set_queue(backing: &str, what: &str, value: &str) {
-    // The device works without, only slower.
-    let _ = fs::write(format!("/sys/block/{backing}/queue/{what}"), value);
+    let path = format!("/sys/block/{backing}/queue/{what}");
+    let now = fs::read_to_string(&path).unwrap_or_default();
+    let chosen = now.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or(now.trim(), |(name, _)| name);
+    if chosen != value {
+        // The device works without, only slower.
+        let _ = fs::write(path, value);
+    }
+}
+
+/// Makes requests as large as the queue takes them in one piece.
+pub fn tune(backing: &str) {
+    set_queue(backing, "max_sectors_kb", "1024");
 }
 
 /// Binds `disk` to a new loop device, its number `first` or above. `chosen` learns each device that is made, before it
@@ -92,7 +105,12 @@ pub fn attach(
     for n in first..first + TRIES {
         match loopdev::add(control.as_fd(), n) {
             Ok(()) => {}
-            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => continue,
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+                // The helper of a device that was detached just now may still be removing it.
+                if n > first || !disappears(control.as_fd(), n) {
+                    continue;
+                }
+            }
             Err(e) => return Err(Error::with(Kind::Loop, format!("cannot make the loop device {n}"), e)),
         }
         let backing = format!("loop{n}");
@@ -132,21 +150,31 @@ pub fn attach(
                 return Err(Error::with(Kind::Loop, text, e));
             }
         }
-        set_queue(&binding.backing, "max_sectors_kb", "1024");
         binding.diskseq = disk_identity(&binding.backing).map_or(0, |(_, seq)| seq);
         return Ok(binding);
     }
     bail!(Loop, "all loop devices from {first} to {} are taken", first + TRIES - 1)
 }
 
-/// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names), unbinds and removes it.
-/// Busy to the end: error 3, and all is as before, except that the names are gone.
+/// Waits for the end of an unbound loop device of this number, and makes it anew. False: it stays.
+fn disappears(control: BorrowedFd, n: u32) -> bool {
+    let end = Instant::now() + REMOVAL;
+    while !is_bound(&format!("loop{n}")) && Instant::now() < end {
+        sleep(Duration::from_millis(5));
+        match loopdev::add(control, n) {
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
+            made => return made.is_ok(),
+        }
+    }
+    false
+}
+
+/// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names) and unbinds it;
+/// [`remove_unbound`] follows. Busy to the end: error 3, and all is as before, except that the names are gone.
 pub fn detach(binding: &Binding, patience: Patience, opened: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     let start = Instant::now();
     let Some(device) = open_alone(binding, start, patience)? else {
-        opened()?;
-        remove_unbound(&binding.backing, binding.rdev);
-        return Ok(());
+        return opened();
     };
     opened()?;
     let end = start + patience.busy;
@@ -188,7 +216,6 @@ pub fn detach(binding: &Binding, patience: Patience, opened: &mut dyn FnMut() ->
         }
         sleep(Duration::from_millis(2));
     }
-    remove_unbound(&binding.backing, binding.rdev);
     Ok(())
 }
 
@@ -198,7 +225,7 @@ fn still_bound(binding: &Binding) -> bool {
 
 /// Removes a loop device that nothing is bound to; the kernel refuses if that is not so. An unbound device is harmless:
 /// it may stay if another process keeps it open for too long.
-fn remove_unbound(backing: &str, rdev: u64) {
+pub fn remove_unbound(backing: &str, rdev: u64) {
     let number = backing.strip_prefix("loop").and_then(|n| n.parse().ok());
     let (Some(number), Ok(control)) = (number, control()) else { return };
     let end = Instant::now() + Duration::from_secs(2);
@@ -245,7 +272,7 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
         return Ok(());
     }
     if is_bound(backing) {
-        return detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, &mut || Ok(()));
+        detach(&binding, Patience { busy: UNBIND, mounted: UNBIND }, &mut || Ok(()))?;
     }
     remove_unbound(backing, rdev);
     Ok(())
