@@ -7,6 +7,7 @@ use crate::bail;
 use crate::error::{Error, Kind, Result};
 use crate::format::geometry;
 use crate::format::guid::{self, Guid};
+use crate::sys::folder::Folder;
 use crate::units::{ClusterSize, MAX_CHAIN};
 
 /// What kind of image the base is.
@@ -60,8 +61,8 @@ pub struct Snapshot {
 /// A disk's descriptor.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Descriptor {
-    /// Folder of the file, resolved: images in it are stored by their names.
-    pub dir: PathBuf,
+    /// Folder of the file, resolved: images in it are stored by their names, and are looked up from it.
+    pub dir: Folder,
     pub layout: Layout,
     /// 0 if the file has no valid size.
     pub size_sectors: u64,
@@ -87,7 +88,7 @@ impl Descriptor {
         };
         let g = geometry::chs(size_sectors);
         Ok(Descriptor {
-            dir: dir.to_owned(),
+            dir: Folder::new(dir),
             layout: Layout::Parallels,
             size_sectors,
             cylinders: g.cylinders,

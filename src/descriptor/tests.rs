@@ -273,7 +273,7 @@ fn names_are_escaped_and_come_back() {
     let mut root = Descriptor::parse(BASE_ONLY.as_bytes(), Path::new("/")).unwrap();
     assert_eq!(root.images[0].file, Path::new("/web01.hds"));
     assert!(root.to_xml().unwrap().contains("<File>web01.hds<"));
-    root.dir = "/x".into();
+    root.dir = crate::sys::folder::Folder::new("/x");
     assert!(root.to_xml().unwrap().contains("<File>/web01.hds<"));
 }
 
@@ -323,7 +323,7 @@ fn storing_replaces_leftovers_and_keeps_owner_and_mode() {
     assert_eq!(names.len(), 2, "{names:?}");
     let read = Descriptor::read(&path).unwrap();
     assert_eq!(read.snapshots, d.snapshots);
-    assert_eq!(read.dir, dir.path().canonicalize().unwrap());
+    assert_eq!(read.dir.path(), dir.path().canonicalize().unwrap());
 }
 
 #[test]

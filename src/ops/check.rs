@@ -16,6 +16,7 @@ use crate::image::check::check_file;
 pub use crate::image::check::{CheckOptions, CheckReport};
 use crate::image::open::open_level;
 use crate::report;
+use crate::sys::folder::Folder;
 use crate::sys::reopen::{Access, reopen};
 
 /// Checks one image file, and repairs what the options say. `InUse` if a device of this machine has it open and
@@ -149,7 +150,7 @@ fn refuse_attached(path: &Path) -> Result<()> {
 
 /// Takes the lock that a worker holds on the image that it writes. This also finds a worker without a record in this
 /// /run/ploop. None: the file system has no such locks.
-fn hold(path: &Path, dir: Option<&Path>) -> Result<Option<Flock<File>>> {
+fn hold(path: &Path, dir: Option<&Folder>) -> Result<Option<Flock<File>>> {
     let fd = open_level(path, dir)?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;

@@ -1,8 +1,6 @@
 //! What the operations on a disk's deltas share: which devices use them, what a new one is like, how old ones are
 //! removed.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::find;
@@ -13,11 +11,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::format::header::Version;
 use crate::image::check::{CheckOptions, check_file, read_header};
-use crate::image::create::create_delta;
+use crate::image::create::{Built, create_delta};
 use crate::image::lock::{self, LockedImage, Sharing};
 use crate::image::open::{self, Access};
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -51,49 +50,53 @@ impl Shape {
         Ok(Shape { version: header.version, cluster: header.cluster, sectors: header.sectors })
     }
 
-    /// Makes an empty delta like this, durable; returns the size that it gives the disk, in sectors.
-    pub fn make(&self, path: &Path) -> Result<u64> {
+    /// Makes an empty delta like this, durable.
+    pub fn make(&self, place: &Place) -> Result<Built> {
         report::say(
             0,
             format_args!(
                 "Creating delta {} bs={} size={} sectors v{}",
-                path.display(),
+                place.display(),
                 self.cluster.sectors(),
                 self.sectors,
                 self.version.number()
             ),
         );
-        Ok(create_delta(path, self.version, self.cluster, self.sectors)?.sectors)
+        create_delta(place, self.version, self.cluster, self.sectors)
     }
 }
 
 /// A name for a new delta: beside the first image, or in `folder`, which must exist (`Creat`).
-pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
+pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<Place> {
     let first = &disk.first_image()?.file;
     let Some(stem) = first.file_name() else { bail!(DiskDescr, "image {} has no name", first.display()) };
     let folder = match folder {
-        None => first.parent().unwrap_or(Path::new("/")).to_owned(),
+        None => {
+            let place = disk.dir.place(first);
+            place.ctx(Kind::Creat, || format!("cannot open the folder of {}", first.display()))?.folder
+        }
         Some(dir) => {
-            let dir = dir.canonicalize().ctx(Kind::Creat, || format!("folder {}", dir.display()))?;
-            if !dir.is_dir() {
-                bail!(Creat, "{} is not a folder: new deltas go into one", dir.display());
+            let named = || format!("folder {}: new deltas go into one", dir.display());
+            let found = Folder::resolve(dir).ctx(Kind::Creat, named)?;
+            match found.strip_prefix(&disk.dir) {
+                Ok(inside) => disk.dir.below(inside).ctx(Kind::Creat, named)?,
+                Err(_) => found,
             }
-            check_usable(disk, &dir)?;
-            dir
         }
     };
+    check_usable(disk, &folder)?;
     let mut name = stem.to_owned();
     name.push(format!(".{}", Guid::generate()));
-    Ok(folder.join(name))
+    Ok(folder.entry(name))
 }
 
 /// Refuses a folder outside the disk's folder in which a new delta would belong to a user whose images are not opened;
 /// see [`open::open_level`].
 fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     let shown = disk.dir.display();
-    let owner = fs::metadata(&disk.dir).ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.uid();
+    let owner = disk.dir.stat().ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.st_uid;
     let me = nix::unistd::geteuid().as_raw();
-    if owner != me && !folder.starts_with(&disk.dir) {
+    if owner != me && !disk.dir.has(folder) {
         bail!(
             Param,
             "folder {} lies outside the disk's folder {shown}, which belongs to user {owner}: the new delta would belong \
@@ -189,38 +192,56 @@ pub fn repair_in_place(disk: &Descriptor, path: &Path) -> Result<()> {
 
 /// After a commit that failed: removes the new image if the descriptor on disk does not name it. If the descriptor
 /// names it or cannot be read, the file stays.
-pub fn undo_new(disk: &LockedDescriptor, path: &Path) {
+pub fn undo_new(disk: &LockedDescriptor, place: &Place, file: FileId) {
+    let path = place.path();
     let names_it = |d: Descriptor| d.images.iter().any(|i| i.file == path);
-    match Descriptor::read(&disk.path).map(names_it) {
+    match Descriptor::read_at(&disk.place).map(names_it) {
         Ok(false) => {
-            let _ = store::unlink(path);
+            let _ = store::unlink_file(place, file);
         }
         _ => report::warn(format_args!("{} stays: it may be part of the disk", path.display())),
     }
 }
 
+/// A file that the descriptor is about to name no more, as it was when the operation had it open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unneeded {
+    pub path: PathBuf,
+    pub file: FileId,
+}
+
 /// Removes files that the stored descriptor no longer names. A file that cannot be removed is a warning and no error:
 /// the operation is done.
-pub fn remove(files: &[PathBuf]) {
-    let mut folders: Vec<&Path> = Vec::new();
-    for path in files {
+pub fn remove(disk: &Descriptor, files: &[Unneeded]) {
+    let mut folders: Vec<Folder> = Vec::new();
+    let mut places = Vec::new();
+    for Unneeded { path, file } in files {
         report::say(0, format_args!("Removing {}", path.display()));
-    }
-    for (path, done) in files.iter().zip(unlink_all(files)) {
-        match done {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
+        match disk.dir.place(path) {
+            Ok(place) => {
+                if !folders.contains(&place.folder) {
+                    folders.push(place.folder.clone());
+                }
+                places.push((place, *file));
             }
-            _ => {}
-        }
-        if let Some(dir) = path.parent().filter(|d| !folders.contains(d)) {
-            folders.push(dir);
+            Err(e) => warn_of(path, &e),
         }
     }
-    for dir in folders {
-        if let Err(e) = descriptor::sync_parent(&dir.join("x")) {
+    for ((place, _), done) in places.iter().zip(unlink_all(&places)) {
+        if let Err(e) = done {
+            warn_of(&place.path(), &e);
+        }
+    }
+    for folder in folders {
+        if let Err(e) = descriptor::sync_folder(&folder) {
             report::warn(e);
         }
+    }
+}
+
+fn warn_of(path: &Path, e: &std::io::Error) {
+    if e.kind() != std::io::ErrorKind::NotFound {
+        report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
     }
 }
 
@@ -228,8 +249,9 @@ pub fn remove(files: &[PathBuf]) {
 /// a long chain back several times as fast.
 const FEW: usize = 8;
 
-fn unlink_all(files: &[PathBuf]) -> Vec<std::io::Result<()>> {
-    let one_by_one = |files: &[PathBuf]| files.iter().map(|f| store::unlink(f)).collect::<Vec<_>>();
+fn unlink_all(files: &[(Place, FileId)]) -> Vec<std::io::Result<()>> {
+    let one_by_one =
+        |files: &[(Place, FileId)]| files.iter().map(|(p, id)| store::unlink_file(p, *id)).collect::<Vec<_>>();
     if files.len() <= FEW {
         return one_by_one(files);
     }

@@ -19,6 +19,7 @@ use crate::fs::stat;
 use crate::image::open;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::units::ClusterSize;
 
 /// Logs every request of the device.
@@ -260,7 +261,7 @@ fn refuse_running(base: &Path, component: &str) -> Result<()> {
 }
 
 /// Opens one image for the server. A missing one is `Mount`.
-fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
+fn level(path: &Path, dir: Option<&Folder>, raw: bool) -> Result<Level> {
     let fd = open::open_level(path, dir).map_err(|e| match e.errno() {
         Some(libc::ENOENT) => e.as_kind(Kind::Mount),
         _ => e,
@@ -375,7 +376,7 @@ pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static st
 
 /// Removes the file system's numbers that are stored beside the image: they are not valid any more.
 pub(super) fn drop_cache(disk: &LockedDescriptor) {
-    let image = disk.first_image().ok().and_then(|i| i.file.parent().map(Path::to_owned));
+    let image = disk.first_image().ok().and_then(|i| open::place_beside(&i.file, &disk.dir).ok()).map(|p| p.folder);
     for folder in image.iter().chain([&disk.dir]) {
         if let Err(e) = stat::drop_cache(folder) {
             report::warn(format_args!("{}/{} cannot be removed: {e}", folder.display(), stat::FILE));

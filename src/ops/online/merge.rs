@@ -1,6 +1,8 @@
 //! Merging snapshots of a running disk. The worker copies, so that the merge goes on if the caller is killed; the
 //! caller prepares the descriptor.
 
+use std::path::PathBuf;
+
 use super::{Ended, check_chain, check_state, outcome, prepare};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -8,7 +10,7 @@ use crate::device::merge::{Unmerged, Watch, merge_levels as merge_levels_of, mer
 use crate::device::{self, Device, NewLevel, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
-use crate::ops::image_set;
+use crate::ops::image_set::{self, Unneeded};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
@@ -48,6 +50,13 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     let (low, high) = (level(disk, ancestor)?, level(disk, descendant)?);
     let mut next = disk.descriptor.clone();
     let files = next.collapse(descendant, ancestor, None)?;
+    // The files that the device runs.
+    let unneeded = |path: PathBuf| {
+        let running = disk.images.iter().find(|i| i.file == path).and_then(|i| level(disk, &i.guid).ok());
+        let file = running.and_then(|at| device.images.get(at))?.id;
+        Some(Unneeded { path, file })
+    };
+    let files: Vec<Unneeded> = files.into_iter().filter_map(unneeded).collect();
 
     let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
     mark(disk, &unmarked, true)?;
@@ -60,7 +69,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     };
     match outcome(disk, spec, &tmp, next, result) {
         Ended::Changed(result) => {
-            image_set::remove(&files);
+            image_set::remove(disk, &files);
             result
         }
         Ended::Not(e) => {

@@ -7,22 +7,29 @@ use super::{Ended, change, check_chain, check_state, freeze};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, Freeze, NewLevel, SwitchSpec};
-use crate::error::{Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
 use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 use crate::sys::store;
 
-/// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta `path`, complete,
+/// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta at `place`, complete,
 /// empty and durable. The file systems mounted from the device are frozen meanwhile. When this returns, the former top is
 /// closed and does not change any more.
 ///
 /// After an error nothing is changed and the new delta is removed, unless the error says that the delta may be part of
 /// the disk.
-pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, path: &Path) -> Result<()> {
-    check_chain(disk, device).inspect_err(|_| undo(path))?;
+pub fn snapshot(
+    disk: &mut LockedDescriptor,
+    device: &Device,
+    next: Descriptor,
+    place: &Place,
+    file: FileId,
+) -> Result<()> {
+    check_chain(disk, device).inspect_err(|_| undo(place, file))?;
     let rest = Rest::default();
     let mut thawed = Ok(());
     let ended = change(disk, device, next, &mut || rest.freeze(device), &mut || thawed = rest.thaw());
@@ -36,10 +43,10 @@ pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, 
         }
         Ended::Changed(Err(e)) => Err(e.context("the snapshot is taken, but its image could not be closed")),
         Ended::Not(e) => {
-            undo(path);
+            undo(place, file);
             Err(e)
         }
-        Ended::Unknown(e) => Err(e.context(format_args!("{} may be part of the disk or not", path.display()))),
+        Ended::Unknown(e) => Err(e.context(format_args!("{} may be part of the disk or not", place.display()))),
     }
 }
 
@@ -51,14 +58,14 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
         bail!(Param, "{} is read-only: it gets no new top", device.node().display());
     }
     let version = device.version.unwrap_or(Version::V2);
-    create_delta(file, version, device.cluster()?, device.sectors)?;
+    let place = Place::named(file).ctx(Kind::Creat, || format!("cannot open the folder of {}", file.display()))?;
+    let made = create_delta(&place, version, device.cluster()?, device.sectors)?;
     put_on(device, file, sync).inspect_err(|e| {
         // The server may have made the change although the connection to it was lost.
-        let id = FileId::at(file).ok();
-        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == id);
+        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == Some(made.id));
         match runs || e.kind() == Kind::Protocol {
             true => report::warn(format_args!("{} stays: it may be in use", file.display())),
-            false => undo(file),
+            false => undo(&place, made.id),
         }
     })
 }
@@ -95,8 +102,8 @@ impl Rest {
 }
 
 /// Removes the new delta, which was never part of the disk.
-fn undo(path: &Path) {
-    if let Err(e) = store::unlink(path) {
-        report::warn(format_args!("{} is not needed, but cannot be removed: {e}", path.display()));
+fn undo(place: &Place, file: FileId) {
+    if let Err(e) = store::unlink_file(place, file) {
+        report::warn(format_args!("{} is not needed, but cannot be removed: {e}", place.display()));
     }
 }
