@@ -54,6 +54,9 @@ pub struct Snapshot {
     pub parent: Guid,
     /// To be removed once no process uses it.
     pub temporary: bool,
+    /// A merge that removes this snapshot has begun to change its content; until that merge is finished only the deltas
+    /// above show what they should. Set with `temporary`.
+    pub spoiled: bool,
     /// Set with `temporary`.
     pub reverse_merge: Option<ReverseMerge>,
 }
@@ -97,7 +100,13 @@ impl Descriptor {
             mode,
             max_delta_size: 0,
             images: vec![Image { guid: guid::TOP, file: image.to_owned() }],
-            snapshots: vec![Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None }],
+            snapshots: vec![Snapshot {
+                guid: guid::TOP,
+                parent: guid::NONE,
+                temporary: false,
+                spoiled: false,
+                reverse_merge: None,
+            }],
             top: guid::TOP,
         })
     }

@@ -15,6 +15,7 @@ use crate::sys::folder::{Folder, Place};
 use crate::units::ClusterSize;
 
 use super::model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Snapshot};
+use super::write::SPOILED;
 use super::xml::{self, Element, cut};
 
 /// Largest file that is read.
@@ -224,6 +225,7 @@ fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Gu
             guid: parse_guid(required(element, "GUID", "Shot")?)?,
             parent: parse_guid(required(element, "ParentGUID", "Shot")?)?,
             temporary: stage.is_some(),
+            spoiled: element.children.iter().any(|c| c.name == "Temporary" && c.text.trim() == SPOILED),
             reverse_merge: stage.and_then(|s| s.1),
         });
     }
@@ -234,7 +236,13 @@ fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Gu
     let has_top = |snapshots: &[Snapshot]| snapshots.iter().any(|s| s.guid == guid::TOP);
     if snapshots.len() != images {
         // Descriptors older than snapshots.
-        snapshots.push(Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None });
+        snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent: guid::NONE,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         top = top.or(Some(guid::TOP));
     }
     if top.is_none() && has_top(&snapshots) {

@@ -64,6 +64,9 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),
         other => other?,
     };
+    for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
+        report::warn(why);
+    }
     let mut below: Option<(PathBuf, CheckReport)> = None;
     for image in chain {
         // Nothing runs on the disk, so a mark anywhere is a crash's.

@@ -1,7 +1,7 @@
 //! Merging deltas that stand on each other into the lowest of them, or into a new file.
 //!
-//! This order is safe at any crash. First the snapshots that are going to disappear are marked temporary, so that no
-//! operation switches to one whose content is partly that of another. Then their data is copied down; until the
+//! This order is safe at any crash. First the snapshots that are going to disappear are marked as half merged, so that no
+//! operation shows or switches to one whose content is partly that of another. Then their data is copied down; until the
 //! descriptor without them is stored, the sources hide the copies. Only then are the sources removed. A merge that was
 //! interrupted is finished by running it again.
 
@@ -211,28 +211,26 @@ pub(super) fn range(
 
 /// The copy, between the marks in the descriptor.
 fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> Result<Merged> {
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
-    if !unmarked.is_empty() {
-        let mut marked = disk.descriptor.clone();
-        marked.mark_temporary(&unmarked, true);
+    let before = disk.descriptor.clone();
+    let mut marked = before.clone();
+    marked.mark_spoiled(gone);
+    if marked != before {
         disk.commit_as(marked)?;
     }
     match run(merge) {
         Ok(merged) => Ok(merged),
         Err(Failed { error, untouched: true }) => {
-            if !unmarked.is_empty() {
-                let mut back = disk.descriptor.clone();
-                back.mark_temporary(&unmarked, false);
-                if let Err(e) = disk.commit_as(back) {
-                    report::warn(format_args!("the snapshots stay marked temporary: {e}"));
-                }
+            if **disk != before
+                && let Err(e) = disk.commit_as(before)
+            {
+                report::warn(format_args!("the snapshots stay marked as half merged: {e}"));
             }
             Err(error)
         }
         Err(Failed { error, untouched: false }) => {
             report::warn(
                 "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
-                 temporary; the next merge, snapshot or mount finishes it",
+                 as half merged; the next merge, snapshot or mount finishes it",
             );
             Err(error)
         }

@@ -86,6 +86,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
     }
     let guid = wanted(disk, params.guid.as_deref())?;
     let chain = disk.chain(&guid)?;
+    disk.check_whole(&guid)?;
     if !params.read_only && disk.has_children(&guid) {
         bail!(
             Param,
@@ -400,7 +401,13 @@ mod tests {
         disk.images[0].guid = first;
         disk.snapshots[0].guid = first;
         disk.images.push(Image { guid: guid::TOP, file: "/d/root.hdd.1".into() });
-        disk.snapshots.push(Snapshot { guid: guid::TOP, parent: first, temporary: false, reverse_merge: None });
+        disk.snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent: first,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         assert_eq!(wanted(&disk, None).unwrap(), guid::TOP);
         assert_eq!(wanted(&disk, Some("base")).unwrap(), first);
         assert_eq!(wanted(&disk, Some("AAAAAAAA-2222-4333-8444-555555555555")).unwrap(), first);

@@ -38,6 +38,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     recovery::before_change(&mut disk)?;
     let device = image_set::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;
+    disk.check_whole(&image.guid)?;
     let new = new.canonicalize().ctx(Kind::Param, || format!("cannot open image {}", new.display()))?;
     let id = id_of(&new)?;
     if let Some(own) = disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id)) {

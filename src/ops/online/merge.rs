@@ -16,7 +16,7 @@ use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
 
 /// Merges `descendant` and all between into `ancestor`; the device runs all of them. I/O goes on. An interrupted merge
-/// is finished by running it again: the snapshots that disappear are marked temporary before anything is written.
+/// is finished by running it again: the snapshots that disappear are marked as half merged before anything is written.
 pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
     let gone = disk.removed_by_merge(descendant, ancestor)?;
     check_chain(disk, device)?;
@@ -58,9 +58,9 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     };
     let files: Vec<Unneeded> = files.into_iter().filter_map(unneeded).collect();
 
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
-    mark(disk, &unmarked, true)?;
-    let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &unmarked))?;
+    let before = disk.descriptor.clone();
+    mark(disk, gone)?;
+    let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &before))?;
     let is_top = *descendant == disk.top;
     let merged = run(device, (low, high), is_top, &spec);
     let (result, untouched) = match merged {
@@ -74,10 +74,10 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
         }
         Ended::Not(e) => {
             match untouched {
-                true => unmark(disk, &unmarked),
+                true => unmark(disk, &before),
                 false => report::warn(
                     "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
-                     temporary; the next merge or snapshot finishes it",
+                     as half merged; the next merge or snapshot finishes it",
                 ),
             }
             Err(e)
@@ -114,18 +114,17 @@ impl Watch for Patience {
     }
 }
 
-fn mark(disk: &mut LockedDescriptor, guids: &[Guid], temporary: bool) -> Result<()> {
-    if guids.is_empty() {
-        return Ok(());
-    }
+fn mark(disk: &mut LockedDescriptor, gone: &[Guid]) -> Result<()> {
     let mut next = disk.descriptor.clone();
-    next.mark_temporary(guids, temporary);
-    disk.commit_as(next)
+    next.mark_spoiled(gone);
+    if next == disk.descriptor { Ok(()) } else { disk.commit_as(next) }
 }
 
-fn unmark(disk: &mut LockedDescriptor, guids: &[Guid]) {
-    if let Err(e) = mark(disk, guids, false) {
-        report::warn(format_args!("the snapshots stay marked temporary: {e}"));
+fn unmark(disk: &mut LockedDescriptor, before: &Descriptor) {
+    if disk.descriptor != *before
+        && let Err(e) = disk.commit_as(before.clone())
+    {
+        report::warn(format_args!("the snapshots stay marked as half merged: {e}"));
     }
 }
 
