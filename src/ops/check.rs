@@ -9,7 +9,6 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{find, image_set, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
-use crate::device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::check_file;
@@ -50,7 +49,7 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
+    if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
             && let Err(e) = online::check_chain(&disk, running)
         {
@@ -78,6 +77,10 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             raw_blocksize: Some(u64::from(disk.blocksize.sectors())),
             ..CheckOptions::default()
         };
+        // Another disk may stand on the same file, and its worker knows the file as it is.
+        let read_only = !image_set::users(&image.file)?.is_empty();
+        let options =
+            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: read_only, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{self, Path, PathBuf};
 
 use crate::bail;
@@ -11,6 +12,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 
 /// Longest component name in bytes; no program could find a device by a longer one.
 pub const COMPONENT_MAX: usize = 63;
@@ -23,9 +25,51 @@ pub fn check_component(component: &str) -> Result<()> {
     Ok(())
 }
 
-/// The device of a base image under exactly this component.
+/// The device that runs this disk under exactly this component.
+pub fn of_disk(disk: &LockedDescriptor, component: &str) -> Result<Option<Device>> {
+    Ok(devices_of(&disk.place, disk, Some(component))?.into_iter().next())
+}
+
+/// The devices that run a disk. A disk is its descriptor and its chain: other disks may stand on the same base file (a
+/// template, hard links), and their devices are not among these.
+pub fn devices_of(place: &Place, disk: &Descriptor, component: Option<&str>) -> Result<Vec<Device>> {
+    let ids: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
+    let found = device::by_base(&disk.first_image()?.file, component)?;
+    Ok(found.into_iter().filter(|d| runs(d, place, &ids)).collect())
+}
+
+/// Whether a device runs, or shows a snapshot of, this disk; see [`devices_of`].
+pub fn is_of(disk: &LockedDescriptor, device: &Device) -> bool {
+    let ids: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
+    runs(device, &disk.place, &ids)
+}
+
+/// Whether a device over the base of a disk runs this disk, whose images are `ids`: it was made by this descriptor, or it
+/// shows an image of this disk that the descriptor by which it was made does not name (a folder that was moved, a list of
+/// files).
+fn runs(device: &Device, place: &Place, ids: &[FileId]) -> bool {
+    let Some(top) = device.top_id() else { return true };
+    let Some(made_by) = &device.descriptor else { return ids.contains(&top) };
+    let folder = made_by.parent().and_then(id);
+    let here = place.folder.fd().and_then(FileId::of).ok();
+    if folder.is_some() && folder == here && made_by.file_name() == Some(&place.name) {
+        return true;
+    }
+    let named_there = Descriptor::read(made_by).is_ok_and(|d| d.images.iter().any(|i| id(&i.file) == Some(top)));
+    ids.contains(&top) && !named_there
+}
+
+/// The device of a base image under exactly this component. Of a file with several names (hard links) each name can be the
+/// base of a disk of its own: the device is that of the name by which it was made, as long as that is there.
 pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
-    Ok(device::by_base(base, Some(component))?.into_iter().next())
+    let mut found = device::by_base(base, Some(component))?;
+    let names = fs::metadata(base).map_or(1, |m| m.nlink());
+    if names > 1 {
+        let real = fs::canonicalize(base).ok();
+        let other = |d: &Device| real.as_deref() != Some(d.base()) && id(d.base()) == d.base_id();
+        found.retain(|d| !other(d));
+    }
+    Ok(found.into_iter().next())
 }
 
 fn id(path: &Path) -> Option<FileId> {
@@ -62,7 +106,7 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     let disk = LockedDescriptor::open(descriptor)?;
-    let Some(found) = of_base(&disk.first_image()?.file, component)? else { return Ok(None) };
+    let Some(found) = of_disk(&disk, component)? else { return Ok(None) };
     if !found.state.runs() {
         bail!(
             Sys,
@@ -74,11 +118,16 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     Ok(Some(found.node().to_owned()))
 }
 
-/// Nodes of all devices over the base of this disk, whatever their components. No lock is taken.
+/// Nodes of all devices of this disk, whatever their components. No lock is taken.
 pub fn get_devs(descriptor: &Path) -> Result<Vec<PathBuf>> {
-    let disk = Descriptor::read(descriptor)?;
-    let found = device::by_base(&disk.first_image()?.file, None)?;
+    let found = devices(descriptor, None)?;
     Ok(found.iter().map(|d| d.node().to_owned()).collect())
+}
+
+/// Devices of a disk; no lock is taken.
+pub fn devices(descriptor: &Path, component: Option<&str>) -> Result<Vec<Device>> {
+    let place = Descriptor::find(descriptor)?;
+    devices_of(&place, &Descriptor::read_at(&place)?, component)
 }
 
 /// Node of the device whose base is this file, under this component. A file that is not there belongs to none.

@@ -108,9 +108,9 @@ fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
 }
 
 /// The device that runs this disk under this component and may write to its top; none: no ploop device does.
-pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
+pub fn running(disk: &LockedDescriptor, component: &str) -> Result<Option<Device>> {
     find::check_component(component)?;
-    let found = find::of_base(&disk.first_image()?.file, component)?;
+    let found = find::of_disk(disk, component)?;
     if found.is_none() {
         find::refuse_replaced(disk)?;
     }
@@ -118,12 +118,12 @@ pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
 }
 
 /// The device that runs this disk and may write to its top, whatever its component.
-pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
+pub fn writer(disk: &LockedDescriptor) -> Result<Option<Device>> {
     if !nix::unistd::geteuid().is_root() {
         // Only root can make devices. The locks on the images still refuse a second writer.
         return Ok(None);
     }
-    let found = device::by_base(&disk.first_image()?.file, None)?;
+    let found = find::devices_of(&disk.place, disk, None)?;
     if found.is_empty() {
         find::refuse_replaced(disk)?;
     }
@@ -146,6 +146,21 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
 /// Locks an image of the disk. If another process uses it, the error (17) names the device.
 pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
     lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
+}
+
+/// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Param`.
+pub fn refuse_shared(disk: &Descriptor, image: &Image) -> Result<()> {
+    let shown = image.file.display();
+    let fd = open::open_level(&image.file, Some(&disk.dir))?;
+    let names = nix::sys::stat::fstat(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.st_nlink;
+    if names > 1 {
+        bail!(
+            Param,
+            "image {shown} has {names} names (hard links), so that another disk may stand on it: nothing is merged into it; \
+             merge into a new file (-n FILE), or remove the names that are not needed"
+        );
+    }
+    Ok(())
 }
 
 /// Adds the devices that use the image to an error that says it is busy.

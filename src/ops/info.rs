@@ -43,7 +43,7 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
         return Ok(info);
     }
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
+    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
         return match find::mounts_of(&device)?.first() {
             Some(m) => FsInfo::of(&m.target),
             None => bail!(
@@ -98,7 +98,7 @@ pub struct Spec {
 /// What the top of a disk is: from its device if it runs, else from the file.
 pub fn spec(descriptor: &Path) -> Result<Spec> {
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
+    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
         let version = device.version.map_or(0, Version::number);
         return Ok(Spec { sectors: device.sectors, cluster: device.cluster_sectors, version });
     }

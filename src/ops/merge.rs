@@ -171,6 +171,9 @@ pub(super) fn range(
         return running(disk, &device, descendant, ancestor, new_delta);
     }
     let gone = disk.removed_by_merge(descendant, ancestor)?;
+    if let Some(target) = disk.image(ancestor).filter(|_| new_delta.is_none()) {
+        image_set::refuse_shared(disk, target)?;
+    }
     for guid in gone.iter().filter(|g| disk.snapshot(g).is_some_and(|s| s.temporary)) {
         // If another process does use it, the locks refuse the merge.
         temporary_snapshot::end_idle(disk, guid)?;

@@ -17,6 +17,7 @@ use crate::image::open::{Access, open_level, reopen};
 use crate::image::scan::{self, Visitor};
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::sys::store;
 
 /// Reports all leftovers beside the first image, and removes orphan deltas if `remove` is set. A delta that another
@@ -25,7 +26,7 @@ pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
     let first = &disk.first_image()?.file;
     let mut kept = None;
     for path in orphans(disk, first) {
-        let what = content(&path);
+        let what = content(&path, &disk.dir);
         if !remove {
             report::warn(format_args!(
                 "{} looks like a delta of this disk but is not in its descriptor ({what}); an interrupted operation can have \
@@ -84,16 +85,16 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
 }
 
 /// What the file has in it, for messages.
-fn content(path: &Path) -> String {
+fn content(path: &Path, dir: &Folder) -> String {
     let used = || -> Result<u64> {
-        let header = read_header(path, None)?;
-        let fd = open_level(path, None)?;
+        let header = read_header(path, Some(dir))?;
+        let fd = open_level(path, Some(dir))?;
         let (file, _) = reopen(&fd, Access::default()).ctx(Kind::Open, || path.display().to_string())?;
         let len = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?.len();
         let mut quiet = Quiet;
         Ok(scan::scan(&file, &header, len, &mut quiet)?.mapped * header.cluster.bytes())
     };
-    let marked = if read_header(path, None).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
+    let marked = if read_header(path, Some(dir)).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
     match used() {
         Ok(0) => format!("empty{marked}"),
         Ok(bytes) => format!("{bytes} bytes of data{marked}"),

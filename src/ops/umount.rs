@@ -25,8 +25,7 @@ pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
 
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    let base = &disk.first_image()?.file;
-    match find::of_base(base, component)? {
+    match find::of_disk(disk, component)? {
         Some(device) => umount(&device, Some(disk)),
         None => {
             let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };

@@ -58,6 +58,9 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     };
     let files: Vec<Unneeded> = files.into_iter().filter_map(unneeded).collect();
 
+    if let Some(target) = disk.image(ancestor) {
+        image_set::refuse_shared(disk, target)?;
+    }
     let before = disk.descriptor.clone();
     mark(disk, gone)?;
     let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &before))?;

@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+
 use super::{Ended, change, check_chain, check_state, freeze};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -10,7 +12,6 @@ use crate::device::{self, Device, Freeze, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
-use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
@@ -60,7 +61,7 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     let version = device.version.unwrap_or(Version::V2);
     let place = Place::named(file).ctx(Kind::Creat, || format!("cannot open the folder of {}", file.display()))?;
     let made = create_delta(&place, version, device.cluster()?, device.sectors)?;
-    put_on(device, file, sync).inspect_err(|e| {
+    put_on(device, &place, made.id, sync).inspect_err(|e| {
         // The server may have made the change although the connection to it was lost.
         let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == Some(made.id));
         match runs || e.kind() == Kind::Protocol {
@@ -70,10 +71,15 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
     })
 }
 
-fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
+fn put_on(device: &Device, place: &Place, file: FileId, sync: bool) -> Result<()> {
     let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
-    let path = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    levels.push(NewLevel::File { path, raw: false, fd: open_level(file, None)? });
+    let shown = place.display();
+    let fd = place.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+    if FileId::of(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))? != file {
+        bail!(Open, "{shown} is not the image that was made; has another process replaced it?");
+    }
+    let path = std::path::absolute(place.path()).unwrap_or_else(|_| place.path());
+    levels.push(NewLevel::File { path, raw: false, fd });
     let rest = Rest::default();
     let mut thawed = Ok(());
     let mut freeze = || if sync { rest.freeze(device) } else { Ok(()) };
