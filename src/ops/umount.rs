@@ -109,10 +109,8 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;
-    if let Some(disk) = disk {
-        if let Ok(place) = temporary_mount_point(disk) {
-            remove_mount_point(&place);
-        }
+    if let Some(Ok(place)) = disk.map(temporary_mount_point) {
+        remove_mount_point(&place);
     }
     report::say(0, format_args!("{} is detached", device.node().display()));
     Ok(())

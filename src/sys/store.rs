@@ -1,6 +1,7 @@
 //! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of
 //! them, let one fail, and make up what a crash leaves.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -230,12 +231,12 @@ pub fn sync_open_dir(folder: impl AsFd) -> io::Result<()> {
 
 /// The path of a place, which tests record.
 #[cfg(test)]
-fn shown(place: &Place) -> std::path::PathBuf {
-    place.folder.fd().map(|fd| record::path_of(&fd).join(&place.name)).unwrap_or_default()
+fn shown(place: &Place) -> Cow<'_, Path> {
+    Cow::Owned(place.folder.fd().map(|fd| record::path_of(&fd).join(&place.name)).unwrap_or_default())
 }
 
 #[cfg(not(test))]
 #[inline(always)]
-fn shown(place: &Place) -> &Path {
-    Path::new(&place.name)
+fn shown(place: &Place) -> Cow<'_, Path> {
+    Cow::Borrowed(Path::new(&place.name))
 }
