@@ -148,6 +148,42 @@ pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharin
     lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
 }
 
+/// The descriptor beside an image that names this file, and the snapshot whose image it is.
+pub fn named_beside(path: &Path, file: FileId) -> Option<(PathBuf, Descriptor, Guid)> {
+    let descriptor = path.with_file_name(descriptor::FILE_NAME);
+    let disk = match Descriptor::read(&descriptor) {
+        Ok(disk) => disk,
+        Err(e) if e.errno() == Some(libc::ENOENT) => return None,
+        Err(e) => {
+            report::warn(e.context("whether deltas stand on the image is not known"));
+            return None;
+        }
+    };
+    let id = |path: &Path| open::open_level(path, Some(&disk.dir)).ok().and_then(|fd| FileId::of(fd).ok());
+    let guid = disk.images.iter().find(|i| id(&i.file) == Some(file))?.guid;
+    Some((descriptor, disk, guid))
+}
+
+/// Refuses to merge files into `target` if the descriptor beside it has a delta on it that is not one of the files. `Param`.
+pub fn refuse_other_deltas(target: &Path, file: FileId, merged: &[FileId]) -> Result<()> {
+    let real = std::fs::canonicalize(target).ctx(Kind::Open, || format!("cannot open image {}", target.display()))?;
+    let Some((descriptor, disk, guid)) = named_beside(&real, file) else { return Ok(()) };
+    let is_merged = |path: &Path| FileId::at(path).is_ok_and(|id| merged.contains(&id));
+    let children = disk.children(&guid);
+    let left = children.iter().filter_map(|g| disk.image(g)).find(|i| !is_merged(&i.file));
+    match left {
+        Some(image) => bail!(
+            Param,
+            "{} of {} stands on {}, too, and would change: merge into a new file (-n), or by the descriptor (ploop \
+             snapshot-merge)",
+            image.file.display(),
+            descriptor.display(),
+            target.display()
+        ),
+        None => Ok(()),
+    }
+}
+
 /// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Param`.
 pub fn refuse_shared(disk: &Descriptor, image: &Image) -> Result<()> {
     let shown = image.file.display();

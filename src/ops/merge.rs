@@ -445,6 +445,9 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
         }
         ids.push(id);
     }
+    if let (None, Some(file)) = (new_delta, ids.last()) {
+        image_set::refuse_other_deltas(target, *file, &ids)?;
+    }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
         lock::lock_image(&path, None, access, others).map_err(|e| image_set::named(e, &path))

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
+use super::image_set;
 use crate::bail;
-use crate::descriptor::{Descriptor, FILE_NAME};
 use crate::device::Level;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
@@ -61,22 +61,9 @@ pub struct Frozen {
 /// Whether the descriptor beside an image says that deltas stand on it.
 pub fn frozen(top: &Level) -> Result<Option<Frozen>> {
     let file = FileId::of(&top.fd).ctx(Kind::Fstat, || format!("cannot look at {}", top.path.display()))?;
-    let descriptor = top.path.with_file_name(FILE_NAME);
-    let disk = match Descriptor::read(&descriptor) {
-        Ok(disk) => disk,
-        Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(None),
-        Err(e) => {
-            report::warn(e.context("whether deltas stand on the image is not known"));
-            return Ok(None);
-        }
-    };
-    let id = |path: &Path| open::open_level(path, Some(&disk.dir)).ok().and_then(|fd| FileId::of(fd).ok());
-    let image = disk.images.iter().find(|i| id(&i.file) == Some(file));
-    Ok(image.filter(|i| disk.has_children(&i.guid)).map(|image| Frozen {
-        guid: image.guid,
-        deltas: disk.children(&image.guid).len(),
-        descriptor,
-    }))
+    let Some((descriptor, disk, guid)) = image_set::named_beside(&top.path, file) else { return Ok(None) };
+    let deltas = disk.children(&guid).len();
+    Ok((deltas > 0).then_some(Frozen { descriptor, guid, deltas }))
 }
 
 /// Refuses to write to an image on which deltas stand, unless the user insists; says so of a look at one.
@@ -147,7 +134,7 @@ fn check_extents(file: &File, path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::descriptor::ImageMode;
+    use crate::descriptor::{Descriptor, ImageMode};
     use crate::format::header::Version;
     use crate::ops::snapshot::{self, SnapshotParams};
     use crate::ops::testkit::{self, g, make_disk, small};

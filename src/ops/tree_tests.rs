@@ -377,6 +377,19 @@ fn a_half_merged_snapshot_is_shown_and_refused_until_the_merge_is_finished() {
 }
 
 #[test]
+fn files_are_not_merged_into_one_on_which_another_delta_stands() {
+    let (_dir, dd) = disk(KINDS[1]);
+    snap(&dd, 1);
+    snap(&dd, 2);
+    switch(&dd, "", &SwitchParams { keep_top: true, guid_old: Some(g(3)), ..to(1) }).unwrap();
+    let d = Descriptor::read(&dd).unwrap();
+    let file = |guid: &Guid| d.image(guid).unwrap().file.clone();
+    let e = merge_files(&[file(&g(2)), file(&g(1))], false, None).unwrap_err();
+    assert!(e.kind() == Kind::Param && e.to_string().contains(&file(&guid::TOP).display().to_string()), "{e}");
+    merge_files(&[file(&g(3)), file(&g(2))], false, None).unwrap();
+}
+
+#[test]
 fn nothing_is_merged_into_a_file_of_several_names() {
     let (dir, dd) = disk(KINDS[1]);
     snap(&dd, 1);
