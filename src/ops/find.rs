@@ -33,30 +33,54 @@ pub fn of_disk(disk: &LockedDescriptor, component: &str) -> Result<Option<Device
 /// The devices that run a disk. A disk is its descriptor and its chain: other disks may stand on the same base file (a
 /// template, hard links), and their devices are not among these.
 pub fn devices_of(place: &Place, disk: &Descriptor, component: Option<&str>) -> Result<Vec<Device>> {
-    let ids: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
     let found = device::by_base(&disk.first_image()?.file, component)?;
-    Ok(found.into_iter().filter(|d| runs(d, place, &ids)).collect())
+    let own = Own::of(place, disk);
+    Ok(found.into_iter().filter(|d| own.runs(d)).collect())
 }
 
 /// Whether a device runs, or shows a snapshot of, this disk; see [`devices_of`].
 pub fn is_of(disk: &LockedDescriptor, device: &Device) -> bool {
-    let ids: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
-    runs(device, &disk.place, &ids)
+    Own::of(&disk.place, disk).runs(device)
 }
 
-/// Whether a device over the base of a disk runs this disk, whose images are `ids`: it was made by this descriptor, or it
-/// shows an image of this disk that the descriptor by which it was made does not name (a folder that was moved, a list of
-/// files).
-fn runs(device: &Device, place: &Place, ids: &[FileId]) -> bool {
-    let Some(top) = device.top_id() else { return true };
-    let Some(made_by) = &device.descriptor else { return ids.contains(&top) };
-    let folder = made_by.parent().and_then(id);
-    let here = place.folder.fd().and_then(FileId::of).ok();
-    if folder.is_some() && folder == here && made_by.file_name() == Some(&place.name) {
-        return true;
+/// By what a disk is told from another one that stands on the same base.
+struct Own<'a> {
+    place: &'a Place,
+    folder: Option<FileId>,
+    images: Vec<FileId>,
+    top: Option<FileId>,
+    /// An image was removed or renamed; the device may run it.
+    missing: bool,
+}
+
+impl Own<'_> {
+    fn of<'a>(place: &'a Place, disk: &Descriptor) -> Own<'a> {
+        let images: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
+        Own {
+            place,
+            folder: place.folder.fd().and_then(FileId::of).ok(),
+            missing: images.len() < disk.images.len(),
+            images,
+            top: disk.image(&disk.top).and_then(|i| id(&i.file)),
+        }
     }
-    let named_there = Descriptor::read(made_by).is_ok_and(|d| d.images.iter().any(|i| id(&i.file) == Some(top)));
-    ids.contains(&top) && !named_there
+
+    /// A device over the base of this disk runs it if it shows one of its images, or a file that was put on its top, unless
+    /// the device was made by another descriptor that names that image.
+    fn runs(&self, device: &Device) -> bool {
+        let Some(top) = device.top_id() else { return true };
+        let here = device.descriptor.as_ref().is_some_and(|made_by| {
+            let folder = made_by.parent().and_then(id);
+            folder.is_some() && folder == self.folder && made_by.file_name() == Some(&self.place.name)
+        });
+        let extended = self.top.is_some_and(|own| device.level_of(own).is_some());
+        if !self.images.contains(&top) && !extended {
+            return here && self.missing;
+        }
+        let Some(made_by) = device.descriptor.as_ref().filter(|_| !here) else { return true };
+        // The folder was moved, or this is another disk.
+        !Descriptor::read(made_by).is_ok_and(|d| d.images.iter().any(|i| id(&i.file) == Some(top)))
+    }
 }
 
 /// The device of a base image under exactly this component. Of a file with several names (hard links) each name can be the
@@ -180,4 +204,63 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
     };
     let found = device::list_of(|d| mount_of(d).is_some())?.into_iter().next();
     Ok(found.and_then(|device| mount_of(&device).cloned().map(|mount| (device, mount))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::{FILE_NAME, ImageMode};
+    use crate::device::served::made_up;
+    use crate::format::guid;
+    use crate::format::header::Version;
+    use crate::ops::snapshot::{self, SnapshotParams};
+    use crate::ops::testkit::{self, g, make_disk, small};
+
+    #[test]
+    fn a_device_is_of_the_disk_that_made_it_whatever_shares_its_base() {
+        let dir = testkit::folder();
+        let root = dir.path().canonicalize().unwrap();
+        let [a, b] = ["a", "b"].map(|name| root.join(name));
+        for folder in [&a, &b] {
+            fs::create_dir(folder).unwrap();
+        }
+        let dd = make_disk(&a, Version::V2, ImageMode::Expanded, small(), 20);
+        snapshot::create(&dd, "", &SnapshotParams { guid: g(1), snap_dir: None, temporary: false }).unwrap();
+        let top = Descriptor::read(&dd).unwrap().image(&guid::TOP).unwrap().file.clone();
+        fs::hard_link(a.join("root.hdd"), b.join("root.hdd")).unwrap();
+        for name in [FILE_NAME.as_ref(), top.file_name().unwrap()] {
+            fs::copy(a.join(name), b.join(name)).unwrap();
+        }
+        let is = |device: &Device, folder: &Path| {
+            let place = Descriptor::find(&folder.join(FILE_NAME)).unwrap();
+            let disk = Descriptor::read_at(&place).unwrap();
+            let own = Own::of(&place, &disk);
+            assert!(own.images.contains(&device.base_id().unwrap()));
+            own.runs(device)
+        };
+        let base = a.join("root.hdd");
+        let running = made_up(Some(&dd), &[&base, &top]);
+        let look = made_up(Some(&dd), &[&base]);
+        let by_list = made_up(None, &[&base, &top]);
+        for device in [&running, &look, &by_list] {
+            assert!(is(device, &a) && !is(device, &b), "{:?}", device.descriptor);
+        }
+        // The same folder by another path, and after it was moved; a copy with the old name is another disk.
+        std::os::unix::fs::symlink(&a, root.join("link")).unwrap();
+        assert!(is(&made_up(Some(&root.join("link").join(FILE_NAME)), &[&base, &top]), &a));
+        let moved = root.join("moved");
+        fs::rename(&a, &moved).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &b));
+        fs::rename(&b, &a).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &a));
+        // A file that was put on its top by device.
+        fs::write(moved.join("more"), "x").unwrap();
+        let (base, top) = (moved.join("root.hdd"), moved.join(top.file_name().unwrap()));
+        let extended = made_up(Some(&moved.join(FILE_NAME)), &[&base, &top, &moved.join("more")]);
+        assert!(is(&extended, &moved) && !is(&extended, &a));
+        // Its top was removed while it runs.
+        let running = made_up(Some(&moved.join(FILE_NAME)), &[&base, &top]);
+        fs::remove_file(&top).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &a));
+    }
 }

@@ -105,7 +105,7 @@ fn disks_that_share_a_base_file_are_two() {
     assert!(!info("{}/b/DiskDescriptor.xml").contains("/dev/"));
     for (command, code, names) in [
         (&["umount", "{}/b/DiskDescriptor.xml"][..], 40, "is not mounted"),
-        (&["mount", "{}/b/f"], 38, "deltas"),
+        (&["mount", "{}/b/f"], 38, "delta(s) stand on it"),
         (&["snapshot-merge", "{}/b/DiskDescriptor.xml"], 38, "hard links"),
         (&["check", "{}/b/DiskDescriptor.xml"], 0, ""),
         (&["snapshot", "{}/b/DiskDescriptor.xml"], 0, ""),
