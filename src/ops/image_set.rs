@@ -184,14 +184,15 @@ pub fn refuse_other_deltas(target: &Path, file: FileId, merged: &[FileId]) -> Re
     }
 }
 
-/// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Param`.
+/// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Busy`, as for
+/// a file that a device of another disk reads: a temporary snapshot in it stays for now.
 pub fn refuse_shared(disk: &Descriptor, image: &Image) -> Result<()> {
     let shown = image.file.display();
     let fd = open::open_level(&image.file, Some(&disk.dir))?;
     let names = nix::sys::stat::fstat(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.st_nlink;
     if names > 1 {
         bail!(
-            Param,
+            Busy,
             "image {shown} has {names} names (hard links), so that another disk may stand on it: nothing is merged into it; \
              merge into a new file (-n FILE), or remove the names that are not needed"
         );

@@ -394,7 +394,7 @@ fn nothing_is_merged_into_a_file_of_several_names() {
     let (dir, dd) = disk(KINDS[1]);
     snap(&dd, 1);
     std::fs::hard_link(dd.with_file_name("root.hdd"), dir.path().join("clone")).unwrap();
-    assert_eq!(merge(&dd, None, None), Err(Kind::Param));
+    assert_eq!(merge(&dd, None, None), Err(Kind::Busy));
     assert!(!Descriptor::read(&dd).unwrap().snapshots.iter().any(|s| s.temporary));
     let params = MergeParams { new_delta: Some(dir.path().join("new")), ..Default::default() };
     merge_snapshot(&dd, "", &params).unwrap();
