@@ -58,10 +58,10 @@ pub unsafe extern "C" fn ploop_is_mounted(di: *mut ploop_disk_images_data) -> c_
         // SAFETY: the caller's object, used by this thread alone.
         let mut disk = unsafe { Disk::borrow(di) }?;
         read_once(&mut disk)?;
-        let Some(base) = disk.base() else {
+        if disk.base().is_none() {
             bail!(DiskDescr, "{} names no image", disk.descriptor().display());
-        };
-        Ok(match ops::find::of_base(&base, "")? {
+        }
+        Ok(match ops::find::devices(disk.descriptor(), Some(""))?.into_iter().next() {
             None => false,
             Some(device) if device.state.runs() => true,
             Some(device) => bail!(

@@ -382,7 +382,13 @@ mod tests {
         d.snapshots[0].guid = snapshot;
         d.snapshots[0].temporary = true;
         d.images.push(Image { guid: guid::TOP, file: dir.join("delta") });
-        d.snapshots.push(Snapshot { guid: guid::TOP, parent: snapshot, temporary: false, reverse_merge: None });
+        d.snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent: snapshot,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         d.max_delta_size = 77;
         d
     }

@@ -3,7 +3,7 @@
 //! It uses open files of the folder and of the new descriptor, so that it does not depend on names or mounts of the
 //! caller, and so that the next worker or supervisor can find out whether it was made.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::AtFlags;
@@ -55,8 +55,7 @@ pub fn commit(names: &CommitNames, fds: &CommitFds) -> Result<Option<String>> {
     if host::breach("the folder of a commit is not synced") {
         return Ok(None);
     }
-    // An O_PATH descriptor cannot be synced.
-    let synced = store::sync_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()).as_ref());
+    let synced = store::sync_open_dir(folder);
     Ok(synced.err().map(|e| format!("{name} was replaced, but its folder cannot be synced: {e}")))
 }
 

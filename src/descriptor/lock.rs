@@ -1,9 +1,8 @@
 //! The lock that every operation on a disk takes.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::folder::Place;
 use crate::sys::reopen::{Access, reopen};
 use crate::sys::{file_lock, host};
 
@@ -30,6 +30,8 @@ const RANGE_LONG: (i64, i64) = (300, 5);
 pub struct LockedDescriptor {
     /// Resolved path of the file.
     pub path: PathBuf,
+    /// Its name in its folder, which stays open.
+    pub place: Place,
     pub descriptor: Descriptor,
     /// The lock file; it stays on disk.
     /// Only closing it releases the lock: a process that has a duplicate keeps the disk locked.
@@ -45,23 +47,24 @@ impl LockedDescriptor {
 
     /// As [`open`](Self::open) with another limit.
     pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
-        let path = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
+        let place = Descriptor::find(path)?;
+        let path = place.path();
         // Checked first, so that no lock file is made beside a folder or a device.
-        if path.metadata().is_ok_and(|m| !m.is_file()) {
+        if place.regular().is_ok_and(|found| found.is_none()) {
             bail!(Lock, "descriptor {} is not a regular file", path.display());
         }
         let until = host::now() + patience;
-        let lock = lock_file(&path, until)?;
-        let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
+        let lock = lock_file(&place, until)?;
+        let descriptor = Descriptor::read_at(&place).map_err(|e| e.as_kind(Kind::Lock))?;
         wait_for_ranges(&descriptor, until)?;
-        Ok(LockedDescriptor { path, descriptor, lock })
+        Ok(LockedDescriptor { path, place, descriptor, lock })
     }
 
     /// Replaces the descriptor by `next`, on disk first. After an error the old one stays in memory; the file may be
     /// the old or the new one.
     pub fn commit_as(&mut self, mut next: Descriptor) -> Result<()> {
         next.normalise_top()?;
-        next.commit(&self.path)?;
+        next.commit(&self.place)?;
         self.descriptor = next;
         Ok(())
     }
@@ -75,7 +78,7 @@ impl LockedDescriptor {
 
     /// Stores the descriptor as it is in memory.
     pub fn commit(&self) -> Result<()> {
-        self.descriptor.commit(&self.path)
+        self.descriptor.commit(&self.place)
     }
 }
 
@@ -93,24 +96,22 @@ impl std::ops::DerefMut for LockedDescriptor {
     }
 }
 
+/// Suffix of the lock file's name.
+const LOCK: &str = ".lck";
+
 /// Path of a descriptor's lock file.
 pub fn lock_path(descriptor: &Path) -> PathBuf {
     let mut name: OsString = descriptor.into();
-    name.push(".lck");
+    name.push(LOCK);
     name.into()
 }
 
-fn lock_file(path: &Path, until: Instant) -> Result<File> {
-    let name = lock_path(path);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(&name)
-        .ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?;
+fn lock_file(descriptor: &Place, until: Instant) -> Result<File> {
+    let name = descriptor.suffixed(LOCK);
+    let file: File = name
+        .open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NONBLOCK)
+        .ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?
+        .into();
     let mut pause = Duration::from_millis(5);
     loop {
         match file_lock::exclusive(&file, false) {

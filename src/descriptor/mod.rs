@@ -11,7 +11,7 @@ mod tree;
 mod write;
 mod xml;
 
-pub use commit::{rename_new, sync_parent};
+pub use commit::{rename_new, sync_folder};
 pub use lock::{LockedDescriptor, lock_path};
 pub use model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Snapshot};
 

@@ -7,6 +7,7 @@ use crate::bail;
 use crate::error::{Error, Kind, Result};
 use crate::format::geometry;
 use crate::format::guid::{self, Guid};
+use crate::sys::folder::Folder;
 use crate::units::{ClusterSize, MAX_CHAIN};
 
 /// What kind of image the base is.
@@ -53,6 +54,9 @@ pub struct Snapshot {
     pub parent: Guid,
     /// To be removed once no process uses it.
     pub temporary: bool,
+    /// A merge that removes this snapshot has begun to change its content; until that merge is finished only the deltas
+    /// above show what they should. Set with `temporary`.
+    pub spoiled: bool,
     /// Set with `temporary`.
     pub reverse_merge: Option<ReverseMerge>,
 }
@@ -60,8 +64,8 @@ pub struct Snapshot {
 /// A disk's descriptor.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Descriptor {
-    /// Folder of the file, resolved: images in it are stored by their names.
-    pub dir: PathBuf,
+    /// Folder of the file, resolved: images in it are stored by their names, and are looked up from it.
+    pub dir: Folder,
     pub layout: Layout,
     /// A copy: the header of the top decides. 0 if the file has no valid size.
     pub size_sectors: u64,
@@ -87,7 +91,7 @@ impl Descriptor {
         };
         let g = geometry::chs(size_sectors);
         Ok(Descriptor {
-            dir: dir.to_owned(),
+            dir: Folder::new(dir),
             layout: Layout::Parallels,
             size_sectors,
             cylinders: g.cylinders,
@@ -96,7 +100,13 @@ impl Descriptor {
             mode,
             max_delta_size: 0,
             images: vec![Image { guid: guid::TOP, file: image.to_owned() }],
-            snapshots: vec![Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None }],
+            snapshots: vec![Snapshot {
+                guid: guid::TOP,
+                parent: guid::NONE,
+                temporary: false,
+                spoiled: false,
+                reverse_merge: None,
+            }],
             top: guid::TOP,
         })
     }

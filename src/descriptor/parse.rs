@@ -2,16 +2,20 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::geometry;
 use crate::format::guid::{self, Guid};
+use crate::sys::folder::{Folder, Place};
 use crate::units::ClusterSize;
 
 use super::model::{Descriptor, Image, ImageMode, Layout, ReverseMerge, Snapshot};
+use super::write::SPOILED;
 use super::xml::{self, Element, cut};
 
 /// Largest file that is read.
@@ -21,23 +25,33 @@ impl Descriptor {
     /// Reads a descriptor file. Links in its path are followed; its images are relative to the folder of the resolved
     /// path.
     pub fn read(path: &Path) -> Result<Descriptor> {
-        let real = path.canonicalize().ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))?;
+        Descriptor::read_at(&Descriptor::find(path)?)
+    }
+
+    /// Resolves the path of a descriptor, once: everything else is done from its open folder.
+    pub fn find(path: &Path) -> Result<Place> {
+        Place::resolve(path).ctx(Kind::DiskDescr, || format!("cannot find descriptor {}", path.display()))
+    }
+
+    /// Reads the descriptor at this place.
+    pub fn read_at(place: &Place) -> Result<Descriptor> {
         let mut bytes = Vec::new();
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            // An open of a pipe must not wait.
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&real)
-            .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", real.display()))?;
-        let owner = read_limited(file, &real, &mut bytes)?;
-        let dir = real.parent().unwrap_or(Path::new("/"));
+        // An open of a pipe must not wait.
+        let file = place
+            .open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)
+            .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", place.display()))?;
+        let owner = read_limited(file.into(), &place.path(), &mut bytes)?;
         let check = |d: Descriptor| check_outside(&d, owner).map(|()| d);
-        let parsed = Descriptor::parse(&bytes, dir).and_then(check);
-        parsed.map_err(|e| e.context(format_args!("descriptor {}", real.display())))
+        let parsed = Descriptor::parse_in(&bytes, &place.folder).and_then(check);
+        parsed.map_err(|e| e.context(format_args!("descriptor {}", place.display())))
     }
 
     /// Parses a descriptor whose file lies in the folder `dir` (resolved).
     pub fn parse(bytes: &[u8], dir: &Path) -> Result<Descriptor> {
+        Descriptor::parse_in(bytes, &Folder::new(dir))
+    }
+
+    fn parse_in(bytes: &[u8], dir: &Folder) -> Result<Descriptor> {
         let root = xml::parse(bytes)?;
         let layout = match root.name.as_str() {
             "Virtuozzo_disk_image" => Layout::Virtuozzo,
@@ -67,7 +81,7 @@ impl Descriptor {
         };
         let (snapshots, top) = parse_snapshots(required(&root, "Snapshots", "the root element")?, images.len())?;
         Ok(Descriptor {
-            dir: dir.to_owned(),
+            dir: dir.clone(),
             layout,
             size_sectors,
             cylinders,
@@ -88,7 +102,7 @@ fn check_outside(disk: &Descriptor, owner: u32) -> Result<()> {
     let inside = |file: &Path| file.starts_with(&disk.dir) && !file.components().any(|c| c == Component::ParentDir);
     let Some(outside) = disk.images.iter().find(|i| !inside(&i.file)) else { return Ok(()) };
     let dir = disk.dir.display();
-    let folder = std::fs::metadata(&disk.dir).ctx(Kind::DiskDescr, || format!("cannot look at folder {dir}"))?.uid();
+    let folder = disk.dir.stat().ctx(Kind::DiskDescr, || format!("cannot look at folder {dir}"))?.st_uid;
     if owner != 0 && owner != folder {
         bail!(
             DiskDescr,
@@ -211,6 +225,7 @@ fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Gu
             guid: parse_guid(required(element, "GUID", "Shot")?)?,
             parent: parse_guid(required(element, "ParentGUID", "Shot")?)?,
             temporary: stage.is_some(),
+            spoiled: element.children.iter().any(|c| c.name == "Temporary" && c.text.trim() == SPOILED),
             reverse_merge: stage.and_then(|s| s.1),
         });
     }
@@ -221,7 +236,13 @@ fn parse_snapshots(parent: &Element, images: usize) -> Result<(Vec<Snapshot>, Gu
     let has_top = |snapshots: &[Snapshot]| snapshots.iter().any(|s| s.guid == guid::TOP);
     if snapshots.len() != images {
         // Descriptors older than snapshots.
-        snapshots.push(Snapshot { guid: guid::TOP, parent: guid::NONE, temporary: false, reverse_merge: None });
+        snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent: guid::NONE,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         top = top.or(Some(guid::TOP));
     }
     if top.is_none() && has_top(&snapshots) {

@@ -225,6 +225,17 @@ fn reverse_merge_is_recognised() {
     let e = d.commit(&dir.path().join("d.xml")).unwrap_err();
     assert_eq!(e.kind(), Kind::DiskDescr);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    // Only the text of the element is ours: other programs look whether it is there.
+    let mut spoiled = parse(BRANCHED).unwrap();
+    let temporary = spoiled.snapshots.iter().find(|s| s.temporary).unwrap().guid;
+    assert!(spoiled.half_merged(&temporary).is_none());
+    spoiled.mark_spoiled(&[temporary]);
+    let xml = spoiled.to_xml().unwrap();
+    assert_eq!(xml, BRANCHED.replace("<Temporary/>", "<Temporary>merging</Temporary>"));
+    assert_eq!(parse(&xml).unwrap(), spoiled);
+    assert!(spoiled.half_merged(&temporary).unwrap().contains("ploop snapshot-merge -u"));
+    spoiled.mark_temporary(&[temporary], false);
+    assert!(!spoiled.snapshot(&temporary).unwrap().spoiled);
     let swapped = parse(&BRANCHED.replace("<Temporary/>", "<TemporaryZeroSwap/>")).unwrap();
     assert_eq!(swapped.snapshots[2].reverse_merge, Some(ReverseMerge::Swapped));
     assert!(swapped.to_xml().unwrap().contains("      <TemporaryZeroSwap/>\n"));
@@ -273,7 +284,7 @@ fn names_are_escaped_and_come_back() {
     let mut root = Descriptor::parse(BASE_ONLY.as_bytes(), Path::new("/")).unwrap();
     assert_eq!(root.images[0].file, Path::new("/web01.hds"));
     assert!(root.to_xml().unwrap().contains("<File>web01.hds<"));
-    root.dir = "/x".into();
+    root.dir = crate::sys::folder::Folder::new("/x");
     assert!(root.to_xml().unwrap().contains("<File>/web01.hds<"));
 }
 
@@ -323,7 +334,7 @@ fn storing_replaces_leftovers_and_keeps_owner_and_mode() {
     assert_eq!(names.len(), 2, "{names:?}");
     let read = Descriptor::read(&path).unwrap();
     assert_eq!(read.snapshots, d.snapshots);
-    assert_eq!(read.dir, dir.path().canonicalize().unwrap());
+    assert_eq!(read.dir.path(), dir.path().canonicalize().unwrap());
 }
 
 #[test]

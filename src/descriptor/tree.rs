@@ -125,6 +125,7 @@ impl Descriptor {
         if to == guid::TOP {
             bail!(Param, "the disk is on {to} already, the writable top");
         }
+        self.check_whole(&to)?;
         if snapshot.temporary {
             bail!(Param, "snapshot {to} is temporary and will be removed: the disk cannot be switched to it");
         }
@@ -259,6 +260,7 @@ impl Descriptor {
         for snapshot in next.snapshots.iter_mut().filter(|s| s.guid == *ancestor) {
             snapshot.guid = descendant.guid;
             snapshot.temporary = descendant.temporary;
+            snapshot.spoiled = descendant.spoiled;
         }
         *self = next;
         Ok(files)
@@ -268,7 +270,43 @@ impl Descriptor {
     pub fn mark_temporary(&mut self, guids: &[Guid], temporary: bool) {
         for snapshot in self.snapshots.iter_mut().filter(|s| guids.contains(&s.guid)) {
             snapshot.temporary = temporary;
+            snapshot.spoiled &= temporary;
         }
+    }
+
+    /// Marks snapshots that a merge is going to remove, before it writes into their images.
+    pub fn mark_spoiled(&mut self, guids: &[Guid]) {
+        for snapshot in self.snapshots.iter_mut().filter(|s| guids.contains(&s.guid)) {
+            (snapshot.temporary, snapshot.spoiled) = (true, true);
+        }
+    }
+
+    /// Refuses a snapshot whose content an interrupted merge has changed, and says how to finish that merge. `Param`.
+    pub fn check_whole(&self, guid: &Guid) -> Result<()> {
+        match self.half_merged(guid) {
+            Some(why) => bail!(Param, "{why}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Why a snapshot is not whole, and the command that ends that; none: it is whole.
+    pub fn half_merged(&self, guid: &Guid) -> Option<String> {
+        let spoiled = |guid: &Guid| self.snapshot(guid).filter(|s| s.spoiled);
+        let mut lowest = spoiled(guid)?;
+        let mut highest = lowest.guid;
+        // Bounded, since a tree that is not sound can have a circle.
+        for _ in 0..self.snapshots.len() {
+            lowest = spoiled(&lowest.parent).unwrap_or(lowest);
+            if let (Some(_), [above, ..]) = (spoiled(&highest), self.children(&highest).as_slice()) {
+                highest = *above;
+            }
+        }
+        Some(format!(
+            "snapshot {guid} is half merged: an interrupted merge of {highest} has changed its content; finish that: ploop \
+             snapshot-merge -u {highest} -U {} {}",
+            lowest.guid,
+            self.dir.join(super::FILE_NAME).display()
+        ))
     }
 
     /// Gives the image of a snapshot another file; returns the old one.
@@ -304,7 +342,13 @@ impl Descriptor {
 
     fn push_top(&mut self, file: PathBuf, parent: Guid) {
         self.images.push(Image { guid: guid::TOP, file });
-        self.snapshots.push(Snapshot { guid: guid::TOP, parent, temporary: false, reverse_merge: None });
+        self.snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         self.top = guid::TOP;
     }
 }

@@ -8,6 +8,10 @@ use crate::error::Result;
 
 use super::model::{Descriptor, ImageMode, Layout, ReverseMerge};
 
+/// Text of the element Temporary of a snapshot that a merge has begun to change. Of that element other programs read only
+/// whether it is there.
+pub(super) const SPOILED: &str = "merging";
+
 impl Descriptor {
     /// The file's content.
     pub fn to_xml(&self) -> Result<String> {
@@ -54,6 +58,7 @@ impl Descriptor {
             match (snapshot.temporary, snapshot.reverse_merge) {
                 (_, Some(ReverseMerge::Zeroing)) => out.empty("TemporaryZero"),
                 (_, Some(ReverseMerge::Swapped)) => out.empty("TemporaryZeroSwap"),
+                (true, None) if snapshot.spoiled => out.leaf("Temporary", SPOILED),
                 (true, None) => out.empty("Temporary"),
                 (false, None) => {}
             }

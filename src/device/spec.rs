@@ -1,14 +1,15 @@
 //! What to attach, and what a running device is to serve next.
 
-use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 use crate::bail;
 use crate::chain::Marked;
 use crate::error::{IoContext, Kind, Result};
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Named;
 use crate::units::ClusterSize;
 
 /// One image of a chain.
@@ -74,22 +75,26 @@ pub struct CommitFile {
 
 impl CommitFile {
     /// `new` lies in the folder of `descriptor`.
-    pub fn open(new: &Path, descriptor: &Path) -> Result<CommitFile> {
-        let (Some(folder), Some(tmp), Some(name)) = (descriptor.parent(), new.file_name(), descriptor.file_name())
-        else {
-            bail!(Param, "{} is no path of a descriptor", descriptor.display());
-        };
-        let open = |path: &Path, flags: i32| {
-            let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | flags).open(path);
-            file.ctx(Kind::Open, || format!("cannot open {}", path.display())).map(OwnedFd::from)
-        };
+    pub fn open(new: &(impl Named + ?Sized), descriptor: &(impl Named + ?Sized)) -> Result<CommitFile> {
+        let name = descriptor.place().ctx(Kind::Open, || "cannot open the folder of a descriptor")?;
+        let tmp = new.place().ctx(Kind::Open, || "cannot open the folder of a new descriptor")?.name;
+        let shown = || format!("cannot open {} in {}", tmp.display(), name.folder.display());
         Ok(CommitFile {
-            folder: open(folder, libc::O_DIRECTORY)?,
-            new: open(new, libc::O_NOFOLLOW)?,
-            tmp: PathBuf::from(tmp),
-            name: PathBuf::from(name),
+            folder: name.folder.duplicate().ctx(Kind::Open, shown)?,
+            new: name.folder.entry(&tmp).open(OFlag::O_PATH).ctx(Kind::Open, shown)?,
+            tmp: PathBuf::from(&tmp),
+            name: PathBuf::from(&name.name),
             lock: None,
         })
+    }
+
+    /// Makes sure that the new file is this one.
+    pub fn of(self, file: FileId) -> Result<CommitFile> {
+        let tmp = self.tmp.display();
+        if FileId::of(&self.new).ctx(Kind::Fstat, || format!("cannot look at {tmp}"))? != file {
+            bail!(Rename, "{tmp} is not the file that was prepared; has another process changed it?");
+        }
+        Ok(self)
     }
 
     /// Adds the lock on the disk, which the driver holds until the change is made or given up.

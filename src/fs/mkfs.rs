@@ -10,6 +10,8 @@ use nix::unistd::geteuid;
 use super::balloon;
 use super::helper::{self, Outcome};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::folder::Folder;
+use crate::sys::store;
 
 /// What can be made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -139,8 +141,16 @@ fn make_root(root: &Path) -> Result<()> {
     make().ctx(Kind::Creat, || format!("{} cannot be made", root.display()))
 }
 
+/// Removes what [`make`] puts into the new root folder; it may be missing.
+pub fn clear_root(root: &Folder) -> std::io::Result<()> {
+    match store::unlink(&root.entry(balloon::NAME)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
 /// Removes what [`make`] puts into its scratch folder, also what an interrupted run left. A missing folder is no error.
-pub fn remove_root(root: &Path) -> std::io::Result<()> {
+fn remove_root(root: &Path) -> std::io::Result<()> {
     let missing = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
     match fs::remove_file(root.join(balloon::NAME)) {
         Err(e) if !missing(&e) => return Err(e),

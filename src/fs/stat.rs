@@ -1,13 +1,15 @@
 //! How full the inner file system is, and the cache file of these numbers beside the image.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::OpenOptions;
+use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::sys::statvfs::statvfs;
 
 use crate::error::{IoContext, Kind, Result};
+use crate::sys::folder::Folder;
+use crate::sys::store;
 
 /// Name of the cache file, in the folder of the image.
 pub const FILE: &str = ".statfs";
@@ -69,21 +71,21 @@ impl FsInfo {
     }
 
     /// Replaces the cache in `folder`.
-    pub fn store(self, folder: &Path) -> io::Result<()> {
-        let tmp = folder.join(format!("{FILE}.tmp"));
-        let _ = fs::remove_file(&tmp);
-        let mut file: File = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
-        let written = file.write_all(&self.to_bytes()).and_then(|()| fs::rename(&tmp, folder.join(FILE)));
+    pub fn store(self, folder: &Folder) -> io::Result<()> {
+        let (place, tmp) = (folder.entry(FILE), folder.entry(format!("{FILE}.tmp")));
+        let _ = store::unlink(&tmp);
+        let file = store::create_new(&tmp, 0o600)?;
+        let written = store::write_all(&file, &self.to_bytes(), 0).and_then(|()| store::rename(&tmp, &place));
         if written.is_err() {
-            let _ = fs::remove_file(&tmp);
+            let _ = store::unlink(&tmp);
         }
         written
     }
 }
 
 /// Removes the cache in `folder`: its numbers are not valid any more.
-pub fn drop_cache(folder: &Path) -> io::Result<()> {
-    match fs::remove_file(folder.join(FILE)) {
+pub fn drop_cache(folder: &Folder) -> io::Result<()> {
+    match store::unlink(&folder.entry(FILE)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
@@ -92,20 +94,22 @@ pub fn drop_cache(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn cache_is_five_native_numbers() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(FsInfo::cached(dir.path()), None);
         let info = FsInfo { block_size: 4096, blocks: 1000, free_blocks: 7, inodes: 64, free_inodes: 53 };
-        info.store(dir.path()).unwrap();
+        let folder = Folder::open(dir.path().canonicalize().unwrap()).unwrap();
+        info.store(&folder).unwrap();
         let bytes = fs::read(dir.path().join(FILE)).unwrap();
         assert_eq!(bytes.len(), 40);
         assert_eq!(bytes[8..16], 1000u64.to_ne_bytes());
         assert_eq!(FsInfo::cached(dir.path()), Some(info));
         fs::write(dir.path().join(FILE), [0; 39]).unwrap();
         assert_eq!(FsInfo::cached(dir.path()), None);
-        drop_cache(dir.path()).unwrap();
-        drop_cache(dir.path()).unwrap();
+        drop_cache(&folder).unwrap();
+        drop_cache(&folder).unwrap();
     }
 }

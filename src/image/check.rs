@@ -11,6 +11,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, CLOSED_V21, Header, Version};
 use crate::sys::aligned::{read_full, write_all};
+use crate::sys::folder::Folder;
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -61,7 +62,7 @@ const TOLD: usize = 16;
 ///
 /// Errors carry the classic's codes: 4 cannot be opened, 6 too short, 7 would need writing and may not, 11 damaged or
 /// sparse, 17 conversion interrupted, 37 marked in use, 38 wrong flags.
-pub fn check_file(path: &Path, dir: Option<&Path>, options: &CheckOptions) -> Result<CheckReport> {
+pub fn check_file(path: &Path, dir: Option<&Folder>, options: &CheckOptions) -> Result<CheckReport> {
     let fd = open_level(path, dir)?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
@@ -308,7 +309,7 @@ fn more(count: u64, told: usize) -> String {
 }
 
 /// Reads the header of an image that must be a ploop1 image; nothing is written. `Open` if the file is too short.
-pub fn read_header(path: &Path, dir: Option<&Path>) -> Result<Header> {
+pub fn read_header(path: &Path, dir: Option<&Folder>) -> Result<Header> {
     let fd = open_level(path, dir)?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;

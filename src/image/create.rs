@@ -14,6 +14,8 @@ use crate::format::header::{self, Header, Version};
 use crate::format::{bat, limits};
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
+use crate::sys::file_id::FileId;
+use crate::sys::folder::{Named, Place};
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -39,6 +41,7 @@ pub struct Built {
     pub header: Option<Header>,
     /// Length of the file in bytes.
     pub bytes: u64,
+    pub id: FileId,
 }
 
 /// Called now and then with the bytes done and the bytes in all. An error ends the creation and removes the file.
@@ -49,33 +52,46 @@ const WINDOW: u64 = 4 << 20;
 
 /// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up
 /// to a cluster. A file of that name is an error (38) and stays. After any error the new file is removed.
-pub fn create_delta(path: &Path, version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
+pub fn create_delta(to: &(impl Named + ?Sized), version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
+    let place = place_of(to)?;
     let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
-    let built = create(path, &params, &mut |_, _| Ok(()))?;
-    descriptor::sync_parent(path).inspect_err(|_| {
-        let _ = store::unlink(path);
+    let built = create(&place, &params, &mut |_, _| Ok(()))?;
+    descriptor::sync_folder(&place.folder).inspect_err(|_| {
+        let _ = store::unlink_file(&place, built.id);
     })?;
     Ok(built)
 }
 
+fn place_of(to: &(impl Named + ?Sized)) -> Result<Place> {
+    to.place().ctx(Kind::Creat, || "cannot open the folder of a new image")
+}
+
 /// An image without content.
-pub fn create(path: &Path, params: &Params, progress: Progress<'_>) -> Result<Built> {
-    build(path, params, &[], progress)
+pub fn create(to: &(impl Named + ?Sized), params: &Params, progress: Progress<'_>) -> Result<Built> {
+    build(to, params, &[], progress)
 }
 
 /// Makes an image with this content, exclusively, mode 0600, and syncs it; the caller makes the folder's entry durable,
 /// usually after a rename. Pieces may come in any order and must not overlap; ranges without a piece read as zero.
 ///
 /// A file of that name is an error (38) and stays. If anything fails the new file is removed.
-pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progress<'_>) -> Result<Built> {
+pub fn build(
+    to: &(impl Named + ?Sized),
+    params: &Params,
+    pieces: &[Piece<'_>],
+    progress: Progress<'_>,
+) -> Result<Built> {
+    let place = place_of(to)?;
+    let path = place.path();
     let sectors = limits::round_size(params.version, params.cluster, params.sectors)?;
     let content = Content::new(pieces, sectors * SECTOR)?;
     let plan = plan(params, sectors)?;
-    let file = store::create_new(path, 0o600).map_err(|e| {
+    let file = store::create_new(&place, 0o600).map_err(|e| {
         let kind = if e.kind() == io::ErrorKind::AlreadyExists { Kind::Param } else { Kind::Creat };
         Error::with(kind, format!("cannot create image {}", path.display()), e)
     })?;
-    let mut work = Work { file: &file, path, params, plan, content, progress, done: 0, total: 0 };
+    let id = FileId::of(&file).ctx(Kind::Fstat, || format!("cannot look at image {}", path.display()))?;
+    let mut work = Work { file: &file, path: &path, params, plan, content, progress, done: 0, total: 0 };
     let made = match params.mode {
         ImageMode::Expanded => work.expanded(),
         ImageMode::Preallocated => work.preallocated(),
@@ -83,11 +99,10 @@ pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progr
     };
     let made = made.and_then(|bytes| {
         store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync image {}", path.display()))?;
-        Ok(Built { sectors, header: work.plan.header, bytes })
+        Ok(Built { sectors, header: work.plan.header, bytes, id })
     });
     if made.is_err() {
-        // This function made the file exclusively above.
-        let _ = store::unlink(path);
+        let _ = store::unlink_file(&place, id);
     }
     made
 }

@@ -16,7 +16,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::file_id::FileId;
 use crate::sys::file_lock;
+use crate::sys::folder::Folder;
 use crate::sys::host;
 
 use super::open::{Access, open_level, reopen};
@@ -50,7 +52,7 @@ pub struct LockedImage {
 /// Opens an image and locks it: no other program writes to it, or with [`Sharing::Exclusive`] reads it, until the
 /// result is dropped. Fails with `Busy` if another program does. `dir`: folder of the descriptor that names it, see
 /// [`open_level`].
-pub fn lock_image(path: &Path, dir: Option<&Path>, access: Access, sharing: Sharing) -> Result<LockedImage> {
+pub fn lock_image(path: &Path, dir: Option<&Folder>, access: Access, sharing: Sharing) -> Result<LockedImage> {
     lock_open(&open_level(path, dir)?, path, access, sharing)
 }
 
@@ -63,6 +65,10 @@ pub fn lock_open(fd: &OwnedFd, path: &Path, access: Access, sharing: Sharing) ->
 }
 
 impl LockedImage {
+    pub fn id(&self) -> Result<FileId> {
+        FileId::of(&self.file).ctx(Kind::Fstat, || format!("cannot look at image {}", self.path.display()))
+    }
+
     fn lock(&self, sharing: Sharing) -> Result<()> {
         match retry(|| file_lock::exclusive(&self.file, false)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {

@@ -1,16 +1,17 @@
 //! Opening image files that untrusted users may have made or named.
 
-use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::geteuid;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::folder::{Folder, Place, look_up};
 
+pub use crate::sys::folder::lexical;
 pub use crate::sys::reopen::{Access, reopen};
 
 /// An O_PATH descriptor of an image: a regular file.
@@ -18,30 +19,25 @@ pub use crate::sys::reopen::{Access, reopen};
 /// `dir` is the folder of the descriptor that names it. Below that folder no link is followed. A file elsewhere must
 /// belong to the folder's owner and be no link itself, so that a user cannot make root open the file of another user by
 /// writing a descriptor. Without `dir` the user named the file, and links are followed.
-pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
-    let fail = |e: Errno| {
-        let why = match e {
-            Errno::ELOOP => " (links are not followed for images that a descriptor names)",
+pub fn open_level(path: &Path, dir: Option<&Folder>) -> Result<OwnedFd> {
+    let fail = |e: std::io::Error| {
+        let why = match e.raw_os_error() {
+            Some(libc::ELOOP) => " (links are not followed for images that a descriptor names)",
             _ => "",
         };
-        Error::with(
-            Kind::Open,
-            format!("cannot open image {}{why}", path.display()),
-            std::io::Error::from_raw_os_error(e as i32),
-        )
+        Error::with(Kind::Open, format!("cannot open image {}{why}", path.display()), e)
     };
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
     let fd = match dir {
-        None => open(path, flags, Mode::empty()).map_err(fail)?,
+        None => open(path, flags, Mode::empty()).map_err(|e| fail(e.into()))?,
         Some(dir) => {
-            let folder = open(dir, flags | OFlag::O_DIRECTORY, Mode::empty())
-                .ctx(Kind::Open, || format!("cannot open folder {}", dir.display()))?;
+            let folder = dir.fd().ctx(Kind::Open, || format!("cannot open folder {}", dir.display()))?;
             let path = lexical(path);
             match path.strip_prefix(lexical(dir)) {
-                Ok(inside) => open_below(&folder, inside).map_err(fail)?,
+                Ok(inside) => look_up(Some(folder), inside, flags).map_err(fail)?,
                 Err(_) => {
-                    let fd = open(&path, flags | OFlag::O_NOFOLLOW, Mode::empty()).map_err(fail)?;
-                    check_owner(&fd, &folder, &path, dir)?;
+                    let fd = open(&path, flags | OFlag::O_NOFOLLOW, Mode::empty()).map_err(|e| fail(e.into()))?;
+                    check_owner(&fd, dir, &path)?;
                     fd
                 }
             }
@@ -69,45 +65,32 @@ pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
     }
 }
 
-/// `.` and `..` and doubled slashes resolved by text, as the newer line reads its paths.
-pub fn lexical(path: &Path) -> PathBuf {
-    let mut out = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                out.pop();
-            }
-            other => out.push(other),
+/// The place for a file that this program makes in the name of a disk: in the disk's folder, or in another one if that
+/// belongs to the same user, or the disk to the user of this program. So a user cannot make root write elsewhere by writing
+/// a descriptor.
+pub fn place_beside(path: &Path, dir: &Folder) -> Result<Place> {
+    let shown = path.display();
+    let place = dir.place(path).ctx(Kind::Open, || format!("cannot open the folder of {shown}"))?;
+    if !dir.has(path) {
+        let owner = |folder: &Folder| {
+            folder.stat().ctx(Kind::Fstat, || format!("cannot look at {}", folder.display())).map(|s| s.st_uid)
+        };
+        let (of_disk, here) = (owner(dir)?, owner(&place.folder)?);
+        if of_disk != geteuid().as_raw() && of_disk != here {
+            bail!(
+                Param,
+                "{shown} lies outside the disk's folder {}, which belongs to user {of_disk}, in a folder of user {here}: no \
+                 file is made there; move the image into the disk's folder",
+                dir.display()
+            );
         }
     }
-    out
+    Ok(place)
 }
 
-fn open_below(folder: &OwnedFd, inside: &Path) -> nix::Result<OwnedFd> {
-    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-    match openat2(folder, inside, how) {
-        // Kernels before 5.6 and sandboxes that do not know the call: step by step.
-        Err(Errno::ENOSYS | Errno::EPERM) => {}
-        other => return other,
-    }
-    let mut at: Option<OwnedFd> = None;
-    let names: Vec<&OsStr> = inside.iter().collect();
-    for (i, name) in names.iter().enumerate() {
-        let last = i + 1 == names.len();
-        let step = if last { flags } else { flags | OFlag::O_DIRECTORY };
-        at = Some(match &at {
-            None => openat(folder, *name, step, Mode::empty())?,
-            Some(fd) => openat(fd, *name, step, Mode::empty())?,
-        });
-    }
-    at.ok_or(Errno::EISDIR)
-}
-
-fn check_owner(fd: &OwnedFd, folder: &OwnedFd, path: &Path, dir: &Path) -> Result<()> {
+fn check_owner(fd: &OwnedFd, dir: &Folder, path: &Path) -> Result<()> {
     let file = fstat(fd).ctx(Kind::Fstat, || format!("cannot look at {}", path.display()))?;
-    let owner = fstat(folder).ctx(Kind::Fstat, || format!("cannot look at {}", dir.display()))?.st_uid;
+    let owner = dir.stat().ctx(Kind::Fstat, || format!("cannot look at {}", dir.display()))?.st_uid;
     if file.st_uid != owner {
         bail!(
             Open,

@@ -19,7 +19,18 @@ const CHUNK: u64 = 4 << 20;
 /// Compares sizes and headers of two ploop1 images; in-use marks are left out, contents are not looked at. `Format` if
 /// they differ, `Open` if one cannot be opened or has no sound header.
 pub fn same_shape(one: &Path, other: &Path) -> Result<()> {
-    let (a, b) = (shape(one)?, shape(other)?);
+    same_shape_of((&opened(one)?, one), (&opened(other)?, other))
+}
+
+fn opened(path: &Path) -> Result<File> {
+    let (file, _) = reopen(open_level(path, None)?, Access::default())
+        .ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    Ok(file)
+}
+
+/// As [`same_shape`], for open files and their names.
+pub fn same_shape_of((a, one): (&File, &Path), (b, other): (&File, &Path)) -> Result<()> {
+    let (a, b) = (shape(a, one)?, shape(b, other)?);
     if a.0 != b.0 {
         bail!(
             Format,
@@ -44,10 +55,7 @@ pub fn same_shape(one: &Path, other: &Path) -> Result<()> {
 }
 
 /// Bytes of the file, and its header without the mark.
-fn shape(path: &Path) -> Result<(u64, Header)> {
-    let fd = open_level(path, None)?;
-    let (file, _) =
-        reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+fn shape(file: &File, path: &Path) -> Result<(u64, Header)> {
     let len = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?.len();
     let mut bytes = [0; header::SIZE];
     let got = file.read_at(&mut bytes, 0).ctx(Kind::Read, || format!("cannot read {}", path.display()))?;

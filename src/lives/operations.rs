@@ -145,7 +145,7 @@ impl Life<'_> {
             self.fail(format!("commit: {e}"));
         }
         for file in files {
-            let _ = crate::sys::store::unlink(&file);
+            let _ = crate::sys::folder::Place::named(&file).and_then(|place| crate::sys::store::unlink(&place));
         }
     }
 

@@ -9,13 +9,13 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{find, image_set, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
-use crate::device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::check_file;
 pub use crate::image::check::{CheckOptions, CheckReport};
 use crate::image::open::open_level;
 use crate::report;
+use crate::sys::folder::Folder;
 use crate::sys::reopen::{Access, reopen};
 
 /// Checks one image file, and repairs what the options say. `InUse` if a device of this machine has it open and
@@ -49,7 +49,7 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(running) = device::by_base(&disk.first_image()?.file, None)?.first() {
+    if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
             && let Err(e) = online::check_chain(&disk, running)
         {
@@ -63,6 +63,9 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),
         other => other?,
     };
+    for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
+        report::warn(why);
+    }
     let mut below: Option<(PathBuf, CheckReport)> = None;
     for image in chain {
         // Nothing runs on the disk, so a mark anywhere is a crash's.
@@ -74,6 +77,10 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             raw_blocksize: Some(u64::from(disk.blocksize.sectors())),
             ..CheckOptions::default()
         };
+        // Another disk may stand on the same file, and its worker knows the file as it is.
+        let read_only = !image_set::users(&image.file)?.is_empty();
+        let options =
+            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: read_only, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);
@@ -149,7 +156,7 @@ fn refuse_attached(path: &Path) -> Result<()> {
 
 /// Takes the lock that a worker holds on the image that it writes. This also finds a worker without a record in this
 /// /run/ploop. None: the file system has no such locks.
-fn hold(path: &Path, dir: Option<&Path>) -> Result<Option<Flock<File>>> {
+fn hold(path: &Path, dir: Option<&Folder>) -> Result<Option<Flock<File>>> {
     let fd = open_level(path, dir)?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;

@@ -2,9 +2,8 @@
 //! root are needed. All files have temporary names at first; the image gets its name when it is whole, the descriptor
 //! comes last.
 
-use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::scratch::Scratch;
@@ -19,7 +18,8 @@ use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
 use crate::image::open;
 use crate::report;
-use crate::sys::file_id::FileId;
+use crate::sys::folder::{Folder, Place};
+use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
 /// Block size of a file system when none is asked for.
@@ -56,7 +56,7 @@ pub struct CreateParams {
 pub fn create_image(params: &CreateParams) -> Result<()> {
     let _operation = report::cancel::begin();
     let target = Target::find(&params.image)?;
-    let params = CreateParams { image: target.image.clone(), sectors: size(params)?, ..params.clone() };
+    let params = CreateParams { image: target.image.path(), sectors: size(params)?, ..params.clone() };
     let table = match params.fs.is_some() && !params.without_partition {
         true => Some(Gpt::single(params.sectors, params.cluster)?),
         false => None,
@@ -69,7 +69,7 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
         );
     }
     let there = exists(&target.image)?;
-    if there && !exists(&target.folder.join(super::scratch::NAME))? {
+    if there && !exists(&target.folder.entry(super::scratch::NAME))? {
         return target.image_exists();
     }
 
@@ -102,8 +102,8 @@ pub fn create_image(params: &CreateParams) -> Result<()> {
     target.place(&scratch)?;
     target.commit(&params).inspect_err(|_| {
         // It is the file that got this name in the step before.
-        if same_file(&scratch.image(), &target.image).unwrap_or(false) {
-            let _ = fs::remove_file(&target.image);
+        if let Ok(Some(made)) = scratch.image().id() {
+            let _ = store::unlink_file(&target.image, made);
         }
     })?;
     report::say(0, format_args!("Created {} and {}", target.image.display(), target.descriptor.display()));
@@ -162,33 +162,27 @@ fn fill(scratch: &Scratch, params: &CreateParams, table: Option<&Gpt>) -> Result
         Some(only) => (only.start, only.length),
         None => (0, params.sectors * SECTOR),
     };
-    let content_path = scratch.content();
-    let content = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&content_path)
-        .ctx(Kind::Creat, || format!("{} cannot be made", content_path.display()))?;
-    content
-        .set_len(length)
-        .ctx(Kind::Ftruncate, || format!("{} cannot have {} bytes", content_path.display(), length))?;
+    let place = scratch.content();
+    let content =
+        store::create_new(&place, 0o600).ctx(Kind::Creat, || format!("{} cannot be made", place.display()))?;
+    content.set_len(length).ctx(Kind::Ftruncate, || format!("{} cannot have {length} bytes", place.display()))?;
     let block_size = if fs.block_size == 0 { FS_BLOCK } else { fs.block_size };
     let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy };
     report::say(0, format_args!("Making file system {}", fs.fstype.name()));
-    mkfs::make(&content_path, &spec, scratch.path())?;
+    let folder = scratch.path_for_programs()?;
+    mkfs::make(&folder.join(&place.name), &spec, &folder)?;
     let table = table.map(Gpt::encode).transpose()?;
     let mut pieces = vec![Piece::file(start, &content, length)];
     pieces.extend(table.iter().flatten().map(|p| Piece::bytes(p.offset, &p.bytes)));
     build::build(&scratch.image(), &image_params(params), &pieces, &mut progress)?;
-    fs::remove_file(&content_path).ctx(Kind::Unlink, || content_path.display().to_string())
+    store::unlink(&place).ctx(Kind::Unlink, || place.display())
 }
 
 /// The names that the new disk will have.
 struct Target {
-    folder: PathBuf,
-    image: PathBuf,
-    descriptor: PathBuf,
+    folder: Folder,
+    image: Place,
+    descriptor: Place,
 }
 
 impl Target {
@@ -200,8 +194,9 @@ impl Target {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
         };
-        let folder = fs::canonicalize(folder).ctx(Kind::Creat, || format!("folder {}", folder.display()))?;
-        let target = Target { image: folder.join(name), descriptor: folder.join(descriptor::FILE_NAME), folder };
+        let opened = Folder::resolve(folder);
+        let folder = opened.ctx(Kind::Creat, || format!("folder {}", folder.display()))?;
+        let target = Target { image: folder.entry(name), descriptor: folder.entry(descriptor::FILE_NAME), folder };
         if target.image == target.descriptor {
             bail!(Param, "{} is the descriptor's name; give the image another one", image.display());
         }
@@ -220,24 +215,25 @@ impl Target {
     /// stays, the next creation sees that the image was left by an interrupted creation and is no image of the user's.
     fn place(&self, scratch: &Scratch) -> Result<()> {
         let from = scratch.image();
-        match fs::hard_link(&from, &self.image) {
+        match store::link(&from, &self.image) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return self.image_exists(),
             // The file system has no hard links.
             Err(_) => descriptor::rename_new(&from, &self.image)?,
             Ok(()) => {}
         }
-        descriptor::sync_parent(&self.image)
+        descriptor::sync_folder(&self.folder)
     }
 
     fn commit(&self, params: &CreateParams) -> Result<()> {
         report::say(0, format_args!("Storing {}", self.descriptor.display()));
-        Descriptor::new_base(&self.image, params.sectors, params.cluster, params.mode)?.commit_new(&self.descriptor)
+        let disk = Descriptor::new_base(&self.image.path(), params.sectors, params.cluster, params.mode)?;
+        disk.commit_new(&self.descriptor)
     }
 
     /// Is the whole image that is there the one now asked for?
     fn same_parameters(&self, params: &CreateParams) -> Result<()> {
-        let shown = || self.image.display().to_string();
-        let fd = open::open_level(&self.image, Some(&self.folder))?;
+        let shown = || self.image.display();
+        let fd = open::open_level(&self.image.path(), Some(&self.folder))?;
         let (file, _) = open::reopen(&fd, open::Access::default()).ctx(Kind::Open, shown)?;
         let seen = match params.mode {
             ImageMode::Raw => file.metadata().ctx(Kind::Fstat, shown)?.len() == params.sectors * SECTOR,
@@ -260,19 +256,11 @@ impl Target {
 }
 
 /// Is there anything of this name? A link to nothing counts.
-fn exists(path: &Path) -> Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e).ctx(Kind::Creat, || path.display().to_string()),
-    }
+fn exists(place: &Place) -> Result<bool> {
+    Ok(place.id().ctx(Kind::Creat, || place.display())?.is_some())
 }
 
-fn same_file(a: &Path, b: &Path) -> Result<bool> {
-    let id = |p: &Path| match FileId::at_nofollow(p) {
-        Ok(id) => Ok(Some(id)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).ctx(Kind::Fstat, || p.display().to_string()),
-    };
+fn same_file(a: &Place, b: &Place) -> Result<bool> {
+    let id = |p: &Place| p.id().ctx(Kind::Fstat, || p.display());
     Ok(id(a)?.is_some_and(|a| id(b).is_ok_and(|b| b == Some(a))))
 }

@@ -1,6 +1,6 @@
 //! Removing a snapshot on which no delta stands, with its file.
 
-use super::image_set;
+use super::image_set::{self, Unneeded};
 use crate::descriptor::LockedDescriptor;
 use crate::error::{Kind, Result};
 use crate::format::guid::{self, Guid};
@@ -19,6 +19,10 @@ pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
         Err(e) if e.errno() == Some(libc::ENOENT) => None,
         other => Some(other?),
     };
+    let unneeded = match &held {
+        Some(held) => Some(Unneeded { path: file.clone(), file: held.id()? }),
+        None => None,
+    };
     if *guid == disk.top
         && let Some(top) = next.image(&guid::TOP)
     {
@@ -26,6 +30,6 @@ pub fn delete_leaf(disk: &mut LockedDescriptor, guid: &Guid) -> Result<()> {
     }
     disk.commit_as(next)?;
     drop(held);
-    image_set::remove(&[file]);
+    image_set::remove(disk, unneeded.as_slice());
     Ok(())
 }

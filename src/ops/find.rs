@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{self, Path, PathBuf};
 
 use crate::bail;
@@ -11,6 +12,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::fs::mounts::{self, Mount, Names};
 use crate::image::open;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 
 /// Longest component name in bytes; no program could find a device by a longer one.
 pub const COMPONENT_MAX: usize = 63;
@@ -23,9 +25,75 @@ pub fn check_component(component: &str) -> Result<()> {
     Ok(())
 }
 
-/// The device of a base image under exactly this component.
+/// The device that runs this disk under exactly this component.
+pub fn of_disk(disk: &LockedDescriptor, component: &str) -> Result<Option<Device>> {
+    Ok(devices_of(&disk.place, disk, Some(component))?.into_iter().next())
+}
+
+/// The devices that run a disk. A disk is its descriptor and its chain: other disks may stand on the same base file (a
+/// template, hard links), and their devices are not among these.
+pub fn devices_of(place: &Place, disk: &Descriptor, component: Option<&str>) -> Result<Vec<Device>> {
+    let found = device::by_base(&disk.first_image()?.file, component)?;
+    let own = Own::of(place, disk);
+    Ok(found.into_iter().filter(|d| own.runs(d)).collect())
+}
+
+/// Whether a device runs, or shows a snapshot of, this disk; see [`devices_of`].
+pub fn is_of(disk: &LockedDescriptor, device: &Device) -> bool {
+    Own::of(&disk.place, disk).runs(device)
+}
+
+/// By what a disk is told from another one that stands on the same base.
+struct Own<'a> {
+    place: &'a Place,
+    folder: Option<FileId>,
+    images: Vec<FileId>,
+    top: Option<FileId>,
+    /// An image was removed or renamed; the device may run it.
+    missing: bool,
+}
+
+impl Own<'_> {
+    fn of<'a>(place: &'a Place, disk: &Descriptor) -> Own<'a> {
+        let images: Vec<FileId> = disk.images.iter().filter_map(|i| id(&i.file)).collect();
+        Own {
+            place,
+            folder: place.folder.fd().and_then(FileId::of).ok(),
+            missing: images.len() < disk.images.len(),
+            images,
+            top: disk.image(&disk.top).and_then(|i| id(&i.file)),
+        }
+    }
+
+    /// A device over the base of this disk runs it if it shows one of its images, or a file that was put on its top, unless
+    /// the device was made by another descriptor that names that image.
+    fn runs(&self, device: &Device) -> bool {
+        let Some(top) = device.top_id() else { return true };
+        let here = device.descriptor.as_ref().is_some_and(|made_by| {
+            let folder = made_by.parent().and_then(id);
+            folder.is_some() && folder == self.folder && made_by.file_name() == Some(&self.place.name)
+        });
+        let extended = self.top.is_some_and(|own| device.level_of(own).is_some());
+        if !self.images.contains(&top) && !extended {
+            return here && self.missing;
+        }
+        let Some(made_by) = device.descriptor.as_ref().filter(|_| !here) else { return true };
+        // The folder was moved, or this is another disk.
+        !Descriptor::read(made_by).is_ok_and(|d| d.images.iter().any(|i| id(&i.file) == Some(top)))
+    }
+}
+
+/// The device of a base image under exactly this component. Of a file with several names (hard links) each name can be the
+/// base of a disk of its own: the device is that of the name by which it was made, as long as that is there.
 pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
-    Ok(device::by_base(base, Some(component))?.into_iter().next())
+    let mut found = device::by_base(base, Some(component))?;
+    let names = fs::metadata(base).map_or(1, |m| m.nlink());
+    if names > 1 {
+        let real = fs::canonicalize(base).ok();
+        let other = |d: &Device| real.as_deref() != Some(d.base()) && id(d.base()) == d.base_id();
+        found.retain(|d| !other(d));
+    }
+    Ok(found.into_iter().next())
 }
 
 fn id(path: &Path) -> Option<FileId> {
@@ -62,7 +130,7 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     let disk = LockedDescriptor::open(descriptor)?;
-    let Some(found) = of_base(&disk.first_image()?.file, component)? else { return Ok(None) };
+    let Some(found) = of_disk(&disk, component)? else { return Ok(None) };
     if !found.state.runs() {
         bail!(
             Sys,
@@ -74,11 +142,16 @@ pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
     Ok(Some(found.node().to_owned()))
 }
 
-/// Nodes of all devices over the base of this disk, whatever their components. No lock is taken.
+/// Nodes of all devices of this disk, whatever their components. No lock is taken.
 pub fn get_devs(descriptor: &Path) -> Result<Vec<PathBuf>> {
-    let disk = Descriptor::read(descriptor)?;
-    let found = device::by_base(&disk.first_image()?.file, None)?;
+    let found = devices(descriptor, None)?;
     Ok(found.iter().map(|d| d.node().to_owned()).collect())
+}
+
+/// Devices of a disk; no lock is taken.
+pub fn devices(descriptor: &Path, component: Option<&str>) -> Result<Vec<Device>> {
+    let place = Descriptor::find(descriptor)?;
+    devices_of(&place, &Descriptor::read_at(&place)?, component)
 }
 
 /// Node of the device whose base is this file, under this component. A file that is not there belongs to none.
@@ -131,4 +204,63 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
     };
     let found = device::list_of(|d| mount_of(d).is_some())?.into_iter().next();
     Ok(found.and_then(|device| mount_of(&device).cloned().map(|mount| (device, mount))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::{FILE_NAME, ImageMode};
+    use crate::device::served::made_up;
+    use crate::format::guid;
+    use crate::format::header::Version;
+    use crate::ops::snapshot::{self, SnapshotParams};
+    use crate::ops::testkit::{self, g, make_disk, small};
+
+    #[test]
+    fn a_device_is_of_the_disk_that_made_it_whatever_shares_its_base() {
+        let dir = testkit::folder();
+        let root = dir.path().canonicalize().unwrap();
+        let [a, b] = ["a", "b"].map(|name| root.join(name));
+        for folder in [&a, &b] {
+            fs::create_dir(folder).unwrap();
+        }
+        let dd = make_disk(&a, Version::V2, ImageMode::Expanded, small(), 20);
+        snapshot::create(&dd, "", &SnapshotParams { guid: g(1), snap_dir: None, temporary: false }).unwrap();
+        let top = Descriptor::read(&dd).unwrap().image(&guid::TOP).unwrap().file.clone();
+        fs::hard_link(a.join("root.hdd"), b.join("root.hdd")).unwrap();
+        for name in [FILE_NAME.as_ref(), top.file_name().unwrap()] {
+            fs::copy(a.join(name), b.join(name)).unwrap();
+        }
+        let is = |device: &Device, folder: &Path| {
+            let place = Descriptor::find(&folder.join(FILE_NAME)).unwrap();
+            let disk = Descriptor::read_at(&place).unwrap();
+            let own = Own::of(&place, &disk);
+            assert!(own.images.contains(&device.base_id().unwrap()));
+            own.runs(device)
+        };
+        let base = a.join("root.hdd");
+        let running = made_up(Some(&dd), &[&base, &top]);
+        let look = made_up(Some(&dd), &[&base]);
+        let by_list = made_up(None, &[&base, &top]);
+        for device in [&running, &look, &by_list] {
+            assert!(is(device, &a) && !is(device, &b), "{:?}", device.descriptor);
+        }
+        // The same folder by another path, and after it was moved; a copy with the old name is another disk.
+        std::os::unix::fs::symlink(&a, root.join("link")).unwrap();
+        assert!(is(&made_up(Some(&root.join("link").join(FILE_NAME)), &[&base, &top]), &a));
+        let moved = root.join("moved");
+        fs::rename(&a, &moved).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &b));
+        fs::rename(&b, &a).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &a));
+        // A file that was put on its top by device.
+        fs::write(moved.join("more"), "x").unwrap();
+        let (base, top) = (moved.join("root.hdd"), moved.join(top.file_name().unwrap()));
+        let extended = made_up(Some(&moved.join(FILE_NAME)), &[&base, &top, &moved.join("more")]);
+        assert!(is(&extended, &moved) && !is(&extended, &a));
+        // Its top was removed while it runs.
+        let running = made_up(Some(&moved.join(FILE_NAME)), &[&base, &top]);
+        fs::remove_file(&top).unwrap();
+        assert!(is(&running, &moved) && !is(&running, &a));
+    }
 }

@@ -1,8 +1,6 @@
 //! What the operations on a disk's deltas share: which devices use them, what a new one is like, how old ones are
 //! removed.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::find;
@@ -13,11 +11,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::format::header::Version;
 use crate::image::check::{CheckOptions, check_file, read_header};
-use crate::image::create::create_delta;
+use crate::image::create::{Built, create_delta};
 use crate::image::lock::{self, LockedImage, Sharing};
 use crate::image::open::{self, Access};
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
@@ -51,49 +50,53 @@ impl Shape {
         Ok(Shape { version: header.version, cluster: header.cluster, sectors: header.sectors })
     }
 
-    /// Makes an empty delta like this, durable; returns the size that it gives the disk, in sectors.
-    pub fn make(&self, path: &Path) -> Result<u64> {
+    /// Makes an empty delta like this, durable.
+    pub fn make(&self, place: &Place) -> Result<Built> {
         report::say(
             0,
             format_args!(
                 "Creating delta {} bs={} size={} sectors v{}",
-                path.display(),
+                place.display(),
                 self.cluster.sectors(),
                 self.sectors,
                 self.version.number()
             ),
         );
-        Ok(create_delta(path, self.version, self.cluster, self.sectors)?.sectors)
+        create_delta(place, self.version, self.cluster, self.sectors)
     }
 }
 
 /// A name for a new delta: beside the first image, or in `folder`, which must exist (`Creat`).
-pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<PathBuf> {
+pub fn new_name(disk: &Descriptor, folder: Option<&Path>) -> Result<Place> {
     let first = &disk.first_image()?.file;
     let Some(stem) = first.file_name() else { bail!(DiskDescr, "image {} has no name", first.display()) };
     let folder = match folder {
-        None => first.parent().unwrap_or(Path::new("/")).to_owned(),
+        None => {
+            let place = disk.dir.place(first);
+            place.ctx(Kind::Creat, || format!("cannot open the folder of {}", first.display()))?.folder
+        }
         Some(dir) => {
-            let dir = dir.canonicalize().ctx(Kind::Creat, || format!("folder {}", dir.display()))?;
-            if !dir.is_dir() {
-                bail!(Creat, "{} is not a folder: new deltas go into one", dir.display());
+            let named = || format!("folder {}: new deltas go into one", dir.display());
+            let found = Folder::resolve(dir).ctx(Kind::Creat, named)?;
+            match found.strip_prefix(&disk.dir) {
+                Ok(inside) => disk.dir.below(inside).ctx(Kind::Creat, named)?,
+                Err(_) => found,
             }
-            check_usable(disk, &dir)?;
-            dir
         }
     };
+    check_usable(disk, &folder)?;
     let mut name = stem.to_owned();
     name.push(format!(".{}", Guid::generate()));
-    Ok(folder.join(name))
+    Ok(folder.entry(name))
 }
 
 /// Refuses a folder outside the disk's folder in which a new delta would belong to a user whose images are not opened;
 /// see [`open::open_level`].
 fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
     let shown = disk.dir.display();
-    let owner = fs::metadata(&disk.dir).ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.uid();
+    let owner = disk.dir.stat().ctx(Kind::Fstat, || format!("cannot look at folder {shown}"))?.st_uid;
     let me = nix::unistd::geteuid().as_raw();
-    if owner != me && !folder.starts_with(&disk.dir) {
+    if owner != me && !disk.dir.has(folder) {
         bail!(
             Param,
             "folder {} lies outside the disk's folder {shown}, which belongs to user {owner}: the new delta would belong \
@@ -105,9 +108,9 @@ fn check_usable(disk: &Descriptor, folder: &Path) -> Result<()> {
 }
 
 /// The device that runs this disk under this component and may write to its top; none: no ploop device does.
-pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
+pub fn running(disk: &LockedDescriptor, component: &str) -> Result<Option<Device>> {
     find::check_component(component)?;
-    let found = find::of_base(&disk.first_image()?.file, component)?;
+    let found = find::of_disk(disk, component)?;
     if found.is_none() {
         find::refuse_replaced(disk)?;
     }
@@ -115,12 +118,12 @@ pub fn running(disk: &Descriptor, component: &str) -> Result<Option<Device>> {
 }
 
 /// The device that runs this disk and may write to its top, whatever its component.
-pub fn writer(disk: &Descriptor) -> Result<Option<Device>> {
+pub fn writer(disk: &LockedDescriptor) -> Result<Option<Device>> {
     if !nix::unistd::geteuid().is_root() {
         // Only root can make devices. The locks on the images still refuse a second writer.
         return Ok(None);
     }
-    let found = device::by_base(&disk.first_image()?.file, None)?;
+    let found = find::devices_of(&disk.place, disk, None)?;
     if found.is_empty() {
         find::refuse_replaced(disk)?;
     }
@@ -143,6 +146,58 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
 /// Locks an image of the disk. If another process uses it, the error (17) names the device.
 pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
     lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
+}
+
+/// The descriptor beside an image that names this file, and the snapshot whose image it is.
+pub fn named_beside(path: &Path, file: FileId) -> Option<(PathBuf, Descriptor, Guid)> {
+    let descriptor = path.with_file_name(descriptor::FILE_NAME);
+    let disk = match Descriptor::read(&descriptor) {
+        Ok(disk) => disk,
+        Err(e) if e.errno() == Some(libc::ENOENT) => return None,
+        Err(e) => {
+            report::warn(e.context("whether deltas stand on the image is not known"));
+            return None;
+        }
+    };
+    let id = |path: &Path| open::open_level(path, Some(&disk.dir)).ok().and_then(|fd| FileId::of(fd).ok());
+    let guid = disk.images.iter().find(|i| id(&i.file) == Some(file))?.guid;
+    Some((descriptor, disk, guid))
+}
+
+/// Refuses to merge files into `target` if the descriptor beside it has a delta on it that is not one of the files. `Param`.
+pub fn refuse_other_deltas(target: &Path, file: FileId, merged: &[FileId]) -> Result<()> {
+    let real = std::fs::canonicalize(target).ctx(Kind::Open, || format!("cannot open image {}", target.display()))?;
+    let Some((descriptor, disk, guid)) = named_beside(&real, file) else { return Ok(()) };
+    let is_merged = |path: &Path| FileId::at(path).is_ok_and(|id| merged.contains(&id));
+    let children = disk.children(&guid);
+    let left = children.iter().filter_map(|g| disk.image(g)).find(|i| !is_merged(&i.file));
+    match left {
+        Some(image) => bail!(
+            Param,
+            "{} of {} stands on {}, too, and would change: merge into a new file (-n), or by the descriptor (ploop \
+             snapshot-merge)",
+            image.file.display(),
+            descriptor.display(),
+            target.display()
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Busy`, as for
+/// a file that a device of another disk reads: a temporary snapshot in it stays for now.
+pub fn refuse_shared(disk: &Descriptor, image: &Image) -> Result<()> {
+    let shown = image.file.display();
+    let fd = open::open_level(&image.file, Some(&disk.dir))?;
+    let names = nix::sys::stat::fstat(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.st_nlink;
+    if names > 1 {
+        bail!(
+            Busy,
+            "image {shown} has {names} names (hard links), so that another disk may stand on it: nothing is merged into it; \
+             merge into a new file (-n FILE), or remove the names that are not needed"
+        );
+    }
+    Ok(())
 }
 
 /// Adds the devices that use the image to an error that says it is busy.
@@ -189,38 +244,56 @@ pub fn repair_in_place(disk: &Descriptor, path: &Path) -> Result<()> {
 
 /// After a commit that failed: removes the new image if the descriptor on disk does not name it. If the descriptor
 /// names it or cannot be read, the file stays.
-pub fn undo_new(disk: &LockedDescriptor, path: &Path) {
+pub fn undo_new(disk: &LockedDescriptor, place: &Place, file: FileId) {
+    let path = place.path();
     let names_it = |d: Descriptor| d.images.iter().any(|i| i.file == path);
-    match Descriptor::read(&disk.path).map(names_it) {
+    match Descriptor::read_at(&disk.place).map(names_it) {
         Ok(false) => {
-            let _ = store::unlink(path);
+            let _ = store::unlink_file(place, file);
         }
         _ => report::warn(format_args!("{} stays: it may be part of the disk", path.display())),
     }
 }
 
+/// A file that the descriptor is about to name no more, as it was when the operation had it open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unneeded {
+    pub path: PathBuf,
+    pub file: FileId,
+}
+
 /// Removes files that the stored descriptor no longer names. A file that cannot be removed is a warning and no error:
 /// the operation is done.
-pub fn remove(files: &[PathBuf]) {
-    let mut folders: Vec<&Path> = Vec::new();
-    for path in files {
+pub fn remove(disk: &Descriptor, files: &[Unneeded]) {
+    let mut folders: Vec<Folder> = Vec::new();
+    let mut places = Vec::new();
+    for Unneeded { path, file } in files {
         report::say(0, format_args!("Removing {}", path.display()));
-    }
-    for (path, done) in files.iter().zip(unlink_all(files)) {
-        match done {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
+        match disk.dir.place(path) {
+            Ok(place) => {
+                if !folders.contains(&place.folder) {
+                    folders.push(place.folder.clone());
+                }
+                places.push((place, *file));
             }
-            _ => {}
-        }
-        if let Some(dir) = path.parent().filter(|d| !folders.contains(d)) {
-            folders.push(dir);
+            Err(e) => warn_of(path, &e),
         }
     }
-    for dir in folders {
-        if let Err(e) = descriptor::sync_parent(&dir.join("x")) {
+    for ((place, _), done) in places.iter().zip(unlink_all(&places)) {
+        if let Err(e) = done {
+            warn_of(&place.path(), &e);
+        }
+    }
+    for folder in folders {
+        if let Err(e) = descriptor::sync_folder(&folder) {
             report::warn(e);
         }
+    }
+}
+
+fn warn_of(path: &Path, e: &std::io::Error) {
+    if e.kind() != std::io::ErrorKind::NotFound {
+        report::warn(format_args!("{} is not used any more but cannot be removed: {e}", path.display()));
     }
 }
 
@@ -228,8 +301,9 @@ pub fn remove(files: &[PathBuf]) {
 /// a long chain back several times as fast.
 const FEW: usize = 8;
 
-fn unlink_all(files: &[PathBuf]) -> Vec<std::io::Result<()>> {
-    let one_by_one = |files: &[PathBuf]| files.iter().map(|f| store::unlink(f)).collect::<Vec<_>>();
+fn unlink_all(files: &[(Place, FileId)]) -> Vec<std::io::Result<()>> {
+    let one_by_one =
+        |files: &[(Place, FileId)]| files.iter().map(|(p, id)| store::unlink_file(p, *id)).collect::<Vec<_>>();
     if files.len() <= FEW {
         return one_by_one(files);
     }

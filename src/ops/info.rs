@@ -1,10 +1,12 @@
 //! What a disk is and how full it is; what is in an image file.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::Serialize;
 
 use super::find;
@@ -12,7 +14,7 @@ use super::mount::{self, MountParams};
 use super::umount;
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat::{self, Entry};
 use crate::format::gpt::Gpt;
 use crate::format::header::{self, Header, Version};
@@ -23,6 +25,7 @@ use crate::image::open;
 use crate::image::scan::{self, Problem, Visitor};
 use crate::report;
 use crate::sys::reopen::{Access, reopen};
+use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
 /// Size and use of the disk's file system. What was remembered at the last unmount serves while nothing runs; else the
@@ -40,7 +43,7 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
         return Ok(info);
     }
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
+    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
         return match find::mounts_of(&device)?.first() {
             Some(m) => FsInfo::of(&m.target),
             None => bail!(
@@ -59,17 +62,24 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
 
 fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
     let target = umount::temporary_mount_point(disk)?;
-    match DirBuilder::new().mode(0o700).create(&target) {
+    match store::make_dir(&target, 0o700) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
             return Err(e).ctx(Kind::Mkdir, || format!("cannot make {}", target.display()));
         }
         _ => {}
     }
-    let params = MountParams { read_only: true, target: Some(target.clone()), ..MountParams::default() };
-    let mounted = mount::mount_locked(disk, "", &params).inspect_err(|_| {
-        let _ = fs::remove_dir(&target);
-    })?;
-    let info = FsInfo::of(&target);
+    let folder = target
+        .open(OFlag::O_PATH | OFlag::O_DIRECTORY)
+        .ctx(Kind::Mkdir, || format!("cannot open {}", target.display()))?;
+    // The folder that was opened, whatever has its name by now.
+    let point = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+    let params = MountParams { read_only: true, target: Some(point), ..MountParams::default() };
+    let mounted = mount::mount_locked(disk, "", &params).inspect_err(|_| umount::remove_mount_point(&target))?;
+    let info = match find::mounts_of(&mounted.device).map(|all| all.into_iter().next()) {
+        Ok(Some(m)) => FsInfo::of(&m.target),
+        Ok(None) => Err(Error::new(Kind::Mount, format!("{} is not mounted any more", target.display()))),
+        Err(e) => Err(e),
+    };
     let undone = umount::umount_locked(disk, "");
     drop(mounted);
     undone.and(info)
@@ -88,7 +98,7 @@ pub struct Spec {
 /// What the top of a disk is: from its device if it runs, else from the file.
 pub fn spec(descriptor: &Path) -> Result<Spec> {
     let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_base(&disk.first_image()?.file, "")?.filter(|d| d.state.runs()) {
+    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
         let version = device.version.map_or(0, Version::number);
         return Ok(Spec { sectors: device.sectors, cluster: device.cluster_sectors, version });
     }

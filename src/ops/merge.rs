@@ -1,14 +1,17 @@
 //! Merging deltas that stand on each other into the lowest of them, or into a new file.
 //!
-//! This order is safe at any crash. First the snapshots that are going to disappear are marked temporary, so that no
-//! operation switches to one whose content is partly that of another. Then their data is copied down; until the
+//! This order is safe at any crash. First the snapshots that are going to disappear are marked as half merged, so that no
+//! operation shows or switches to one whose content is partly that of another. Then their data is copied down; until the
 //! descriptor without them is stored, the sources hide the copies. Only then are the sources removed. A merge that was
 //! interrupted is finished by running it again.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::{image_set, online, recovery, temporary_snapshot};
+use super::image_set::{self, Unneeded};
+use super::{online, recovery, temporary_snapshot};
+use nix::fcntl::OFlag;
+
 use crate::bail;
 use crate::descriptor::{self, Descriptor, LockedDescriptor};
 use crate::device::{self, Device};
@@ -18,10 +21,12 @@ use crate::image::check::read_header;
 use crate::image::lock::{self, LockedImage, Sharing};
 use crate::image::merge::{BATCH, Failed, Merge, MergeLevel, MergeOptions, Merged};
 use crate::image::open::Access;
+use crate::image::target::read_table;
 use crate::image::{complete, create};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 
 /// What to merge. Nothing given: the top into its parent.
@@ -110,7 +115,7 @@ fn running(
 }
 
 /// Replaces the image of a running disk by a copy of it; returns the device as it is then.
-fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path) -> Result<Device> {
+fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Place) -> Result<Device> {
     let Some(image) = disk.image(guid).cloned() else { bail!(Param, "snapshot {guid} has no image") };
     if disk.is_raw(&image) {
         bail!(
@@ -121,30 +126,35 @@ fn move_to(disk: &mut LockedDescriptor, device: &Device, guid: &Guid, new: &Path
         );
     }
     let tmp = scratch_name(new)?;
-    let made = copy_image(disk, &image.file, &tmp).and_then(|()| {
-        descriptor::rename_new(&tmp, new)?;
-        descriptor::sync_parent(new)
-    });
-    made.inspect_err(|_| {
-        // This operation made the file exclusively.
-        let _ = store::unlink(&tmp);
+    let (copy, old) = copy_image(disk, &image.file, &tmp)?;
+    let named = descriptor::rename_new(&tmp, new).and_then(|()| descriptor::sync_folder(&new.folder));
+    named.inspect_err(|_| {
+        let _ = store::unlink_file(&tmp, copy);
     })?;
-    online::replace(disk, device, &image, new, false).inspect_err(|_| image_set::undo_new(disk, new))?;
-    image_set::remove(&[image.file]);
+    let moved = online::replace(disk, device, &image, &new.path(), false);
+    moved.inspect_err(|_| image_set::undo_new(disk, new, copy))?;
+    image_set::remove(disk, &[Unneeded { path: image.file, file: old }]);
     match device::by_node(device.name())? {
         Some(device) => Ok(device),
         None => bail!(Device, "{} is gone", device.node().display()),
     }
 }
 
-fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Path) -> Result<()> {
+/// Copies an image of a running disk; returns the identities of the copy and of the image.
+fn copy_image(disk: &LockedDescriptor, from: &Path, to: &Place) -> Result<(FileId, FileId)> {
     let held = image_set::lock_image(disk, from, READ, Sharing::Readers)?;
-    copy_raw(level(&held, false), to)?;
+    let file = new_copy(level(&held, false), to)?;
     let shown = to.display();
-    let file = File::options().read(true).write(true).open(to).ctx(Kind::Open, || format!("cannot open {shown}"))?;
-    let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.len();
-    complete::complete(&file, disk.blocksize, len).ctx(Kind::Write, || format!("cannot complete {shown}"))?;
-    store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync {shown}"))
+    let copy = FileId::of(&file).ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
+    let finish = || {
+        let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.len();
+        complete::complete(&file, disk.blocksize, len).ctx(Kind::Write, || format!("cannot complete {shown}"))?;
+        store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync {shown}"))?;
+        Ok((copy, held.id()?))
+    };
+    finish().inspect_err(|_| {
+        let _ = store::unlink_file(to, copy);
+    })
 }
 
 /// Merges `descendant` and all between into `ancestor`. No process may use these images except the device that runs the
@@ -161,6 +171,9 @@ pub(super) fn range(
         return running(disk, &device, descendant, ancestor, new_delta);
     }
     let gone = disk.removed_by_merge(descendant, ancestor)?;
+    if let Some(target) = disk.image(ancestor).filter(|_| new_delta.is_none()) {
+        image_set::refuse_shared(disk, target)?;
+    }
     for guid in gone.iter().filter(|g| disk.snapshot(g).is_some_and(|s| s.temporary)) {
         // If another process does use it, the locks refuse the merge.
         temporary_snapshot::end_idle(disk, guid)?;
@@ -178,9 +191,9 @@ pub(super) fn range(
         }
         Some(new) => {
             let new = new_file(new)?;
-            let files = next.collapse(descendant, ancestor, Some(new.clone()))?;
-            let merged = locked.write_new(&new)?;
-            (files, merged, Some(new))
+            let files = next.collapse(descendant, ancestor, Some(new.path()))?;
+            let (merged, id) = locked.write_new(&new)?;
+            (files, merged, Some((new, id)))
         }
     };
     let (files, merged, new) = merged;
@@ -188,40 +201,39 @@ pub(super) fn range(
         next.size_sectors = merged.sectors;
     }
     disk.commit_as(next).inspect_err(|_| {
-        if let Some(new) = &new {
-            image_set::undo_new(disk, new);
+        if let Some((new, id)) = &new {
+            image_set::undo_new(disk, new, *id);
         }
     })?;
+    let files = locked.unneeded(&files)?;
     drop(locked);
-    image_set::remove(&files);
+    image_set::remove(disk, &files);
     report::say(0, format_args!("{ancestor} is merged: its place has snapshot {descendant}"));
     Ok(())
 }
 
 /// The copy, between the marks in the descriptor.
 fn merge_down(disk: &mut LockedDescriptor, gone: &[Guid], merge: Merge<'_>) -> Result<Merged> {
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
-    if !unmarked.is_empty() {
-        let mut marked = disk.descriptor.clone();
-        marked.mark_temporary(&unmarked, true);
+    let before = disk.descriptor.clone();
+    let mut marked = before.clone();
+    marked.mark_spoiled(gone);
+    if marked != before {
         disk.commit_as(marked)?;
     }
     match run(merge) {
         Ok(merged) => Ok(merged),
         Err(Failed { error, untouched: true }) => {
-            if !unmarked.is_empty() {
-                let mut back = disk.descriptor.clone();
-                back.mark_temporary(&unmarked, false);
-                if let Err(e) = disk.commit_as(back) {
-                    report::warn(format_args!("the snapshots stay marked temporary: {e}"));
-                }
+            if **disk != before
+                && let Err(e) = disk.commit_as(before)
+            {
+                report::warn(format_args!("the snapshots stay marked as half merged: {e}"));
             }
             Err(error)
         }
         Err(Failed { error, untouched: false }) => {
             report::warn(
                 "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
-                 temporary; the next merge, snapshot or mount finishes it",
+                 as half merged; the next merge, snapshot or mount finishes it",
             );
             Err(error)
         }
@@ -305,36 +317,44 @@ impl LockedChain {
     }
 
     /// Writes the merged content into a new file of this name, durable. The target itself is only read.
-    fn write_new(&self, new: &Path) -> Result<Merged> {
+    fn write_new(&self, new: &Place) -> Result<(Merged, FileId)> {
         let tmp = scratch_name(new)?;
-        let made = self.fill_new(&tmp).and_then(|merged| {
-            descriptor::rename_new(&tmp, new)?;
-            descriptor::sync_parent(new).inspect_err(|_| {
-                let _ = store::unlink(new);
-            })?;
-            Ok(merged)
-        });
-        if made.is_err() {
-            // This operation made the file exclusively.
-            let _ = store::unlink(&tmp);
-        }
-        made
-    }
-
-    fn fill_new(&self, tmp: &Path) -> Result<Merged> {
         let (mut sources, target, below) = self.levels();
-        match self.target_raw {
-            true => copy_raw(target, tmp)?,
+        let id = match self.target_raw {
+            true => {
+                let copy = new_copy(target, &tmp)?;
+                FileId::of(&copy).ctx(Kind::Fstat, || format!("cannot look at {}", tmp.display()))?
+            }
             false => {
                 // As large as the lowest, which may be smaller than those above it: the merge lets it grow.
-                let header = read_header(&self.target.path, None)?;
-                create::create_delta(tmp, header.version, header.cluster, header.sectors)?;
+                let (header, _) = read_table(&self.target.file, &self.target.path)?;
                 sources.push(target);
+                create::create_delta(&tmp, header.version, header.cluster, header.sectors)?.id
             }
-        }
-        let held = lock::lock_image(tmp, None, WRITE, Sharing::Exclusive)?;
-        let merge = Merge::prepare(&sources, level(&held, self.target_raw), below.as_deref())?;
-        run(merge).map_err(|f| f.error)
+        };
+        let fill = || {
+            let opened = tmp.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {}", tmp.display()))?;
+            let held = lock::lock_open(&opened, &tmp.path(), WRITE, Sharing::Exclusive)?;
+            if held.id()? != id {
+                bail!(Open, "{} is not the file that this merge made; another process has replaced it", tmp.display());
+            }
+            let merge = Merge::prepare(&sources, level(&held, self.target_raw), below.as_deref())?;
+            let merged = run(merge).map_err(|f| f.error)?;
+            descriptor::rename_new(&tmp, new)?;
+            descriptor::sync_folder(&new.folder).inspect_err(|_| {
+                let _ = store::unlink_file(new, id);
+            })?;
+            Ok((merged, id))
+        };
+        fill().inspect_err(|_| {
+            let _ = store::unlink_file(&tmp, id);
+        })
+    }
+
+    /// These files, as they were opened for the merge.
+    fn unneeded(&self, files: &[PathBuf]) -> Result<Vec<Unneeded>> {
+        let held = self.sources.iter().chain([&self.target]).filter(|held| files.contains(&held.path));
+        held.map(|held| Ok(Unneeded { path: held.path.clone(), file: held.id()? })).collect()
     }
 }
 
@@ -343,42 +363,52 @@ fn level(held: &LockedImage, raw: bool) -> MergeLevel<'_> {
 }
 
 /// The path of a file to be made, resolved: its folder must exist (`Creat`), itself must not (`Param`).
-fn new_file(path: &Path) -> Result<PathBuf> {
+fn new_file(path: &Path) -> Result<Place> {
     let Some(name) = path.file_name() else { bail!(Param, "{} does not name a file", path.display()) };
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
-    let new = folder.canonicalize().ctx(Kind::Creat, || format!("folder {}", folder.display()))?.join(name);
-    if fs::symlink_metadata(&new).is_ok() {
+    let named = || format!("folder {}", folder.display());
+    let folder = Folder::resolve(folder).ctx(Kind::Creat, named)?;
+    let new = folder.entry(name);
+    if new.id().ctx(Kind::Fstat, || format!("cannot look at {}", new.display()))?.is_some() {
         bail!(Param, "{} exists already: a merge goes into a file that it makes itself", new.display());
     }
     Ok(new)
 }
 
 /// The name of the new file until it is complete. Removes what an interrupted merge left there.
-fn scratch_name(new: &Path) -> Result<PathBuf> {
-    let mut name = new.as_os_str().to_owned();
-    name.push(SCRATCH);
-    let tmp = PathBuf::from(name);
-    if fs::symlink_metadata(&tmp).is_ok() {
-        let held = lock::lock_image(&tmp, None, READ, Sharing::Exclusive)?;
-        store::unlink(&tmp).ctx(Kind::Unlink, || format!("cannot remove {}", tmp.display()))?;
-        drop(held);
+fn scratch_name(new: &Place) -> Result<Place> {
+    let tmp = new.suffixed(SCRATCH);
+    let shown = tmp.display();
+    if tmp.id().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.is_some() {
+        if tmp.regular().ctx(Kind::Fstat, || format!("cannot look at {shown}"))?.is_none() {
+            bail!(Open, "{shown} is no regular file, and its name is that of a merge's new file; move it away");
+        }
+        let opened = tmp.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+        let held = lock::lock_open(&opened, &tmp.path(), READ, Sharing::Exclusive)?;
+        store::unlink_file(&tmp, held.id()?).ctx(Kind::Unlink, || format!("cannot remove {shown}"))?;
     }
     Ok(tmp)
 }
 
 /// Copies an image file byte by byte into a new file.
-fn copy_raw(from: MergeLevel<'_>, to: &Path) -> Result<()> {
+fn new_copy(from: MergeLevel<'_>, to: &Place) -> Result<File> {
     let shown = to.display();
     let len = from.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", from.name.display()))?.len();
     let file = store::create_new(to, 0o600).ctx(Kind::Creat, || format!("cannot create image {shown}"))?;
     if len == 0 || store::clone_range(from.file, 0, &file, 0, len).is_ok() {
-        return Ok(());
+        return Ok(file);
     }
     store::set_len(&file, len).ctx(Kind::Ftruncate, || format!("cannot extend image {shown} to {len} bytes"))?;
-    copy_data(from.file, &file, len).map_err(|e| Error::with(Kind::Write, format!("cannot fill image {shown}"), e))
+    copy_data(from.file, &file, len).map_err(|e| {
+        if let Ok(id) = FileId::of(&file) {
+            let _ = store::unlink_file(to, id);
+        }
+        Error::with(Kind::Write, format!("cannot fill image {shown}"), e)
+    })?;
+    Ok(file)
 }
 
 fn copy_data(from: &File, to: &File, len: u64) -> std::io::Result<()> {
@@ -414,6 +444,9 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
             bail!(Param, "image {} is named twice", image.display());
         }
         ids.push(id);
+    }
+    if let (None, Some(file)) = (new_delta, ids.last()) {
+        image_set::refuse_other_deltas(target, *file, &ids)?;
     }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::mount_images::{host_checks, raw_cluster};
+use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
 use super::{find, merge_temporary, recovery};
 use crate::bail;
 use crate::chain::Marked;
@@ -19,6 +19,7 @@ use crate::fs::stat;
 use crate::image::open;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::units::ClusterSize;
 
 /// Logs every request of the device.
@@ -28,7 +29,7 @@ const TRACE: &str = "TRACE_REQUESTS";
 #[derive(Clone, Debug, Default)]
 pub struct MountParams {
     pub read_only: bool,
-    /// Look at images that are in use elsewhere; read-only file lists alone.
+    /// File lists alone. Read-only: look at images that are in use elsewhere. Else: write to an image on which deltas stand.
     pub force: bool,
     /// Log every request.
     pub trace: bool,
@@ -61,7 +62,7 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
     let _operation = report::cancel::begin();
     let mut disk = LockedDescriptor::open(descriptor)?;
     let guid = wanted(&disk, params.guid.as_deref())?;
-    let running = find::of_base(&disk.first_image()?.file, component)?.is_some();
+    let running = find::of_disk(&disk, component)?.is_some();
     if !running {
         find::refuse_replaced(&disk)?;
         recovery::before_mount(&mut disk, &guid, params.read_only)?;
@@ -85,19 +86,19 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
     }
     let guid = wanted(disk, params.guid.as_deref())?;
     let chain = disk.chain(&guid)?;
+    disk.check_whole(&guid)?;
     if !params.read_only && disk.has_children(&guid) {
         bail!(
             Param,
             "snapshot {guid} cannot be mounted for writing: other deltas stand on it and would change with it; mount it read-only (-r)"
         );
     }
-    let base = &disk.first_image()?.file;
     let beside = component.is_empty() && params.read_only && params.guid.is_some() && guid != disk.top;
     let component = &match beside {
-        true => beside_running(base, &guid)?,
+        true => beside_running(disk, &guid)?,
         false => component.to_owned(),
     };
-    refuse_running(base, component)?;
+    refuse_running(disk, component)?;
 
     let levels = chain
         .iter()
@@ -131,9 +132,6 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         bail!(Param, "no image to mount");
     }
     check_target(params.target.as_deref())?;
-    if params.force && !params.read_only {
-        bail!(Param, "--force looks at an image that may be in use elsewhere: only read-only (-r)");
-    }
     if params.guid.is_some() {
         bail!(Param, "a snapshot's GUID (-u) is found in a descriptor; give DiskDescriptor.xml instead of image files");
     }
@@ -146,7 +144,11 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         })
         .collect::<Result<Vec<Level>>>()?;
     refuse_twice(&levels)?;
-    if !params.force {
+    if let Some(top) = levels.last() {
+        refuse_frozen(top, params.read_only, params.force)?;
+    }
+    let only_look = params.force && params.read_only;
+    if !only_look {
         refuse_used(&levels, params.read_only)?;
     }
     let raw_cluster = match raw {
@@ -159,7 +161,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         levels,
         raw_cluster,
         read_only: params.read_only,
-        marked: if params.force { Marked::Ignore } else { Marked::Refuse },
+        marked: if only_look { Marked::Ignore } else { Marked::Refuse },
         component: String::new(),
         descriptor: None,
         device: params.device.clone(),
@@ -223,9 +225,9 @@ fn wanted(disk: &Descriptor, guid: Option<&str>) -> Result<Guid> {
 
 /// The component of a snapshot that is mounted beside the running disk: any number of them can be, so it is named after
 /// the snapshot. The empty one if nothing runs without a component.
-fn beside_running(base: &Path, guid: &Guid) -> Result<String> {
+fn beside_running(disk: &LockedDescriptor, guid: &Guid) -> Result<String> {
     let taken =
-        |component: &str| find::of_base(base, component).map(|found| found.is_some_and(|d| d.state != State::Dead));
+        |component: &str| find::of_disk(disk, component).map(|found| found.is_some_and(|d| d.state != State::Dead));
     if !taken("")? {
         return Ok(String::new());
     }
@@ -240,9 +242,9 @@ fn beside_running(base: &Path, guid: &Guid) -> Result<String> {
 }
 
 /// Refuses the mount if a device of the same component runs. What is left of a dead device is removed first.
-fn refuse_running(base: &Path, component: &str) -> Result<()> {
-    let Some(found) = find::of_base(base, component)? else { return Ok(()) };
-    let shown = format!("{} as {}", base.display(), found.node().display());
+fn refuse_running(disk: &LockedDescriptor, component: &str) -> Result<()> {
+    let Some(found) = find::of_disk(disk, component)? else { return Ok(()) };
+    let shown = format!("{} as {}", disk.first_image()?.file.display(), found.node().display());
     match found.state {
         State::Dead => {
             report::say(0, format_args!("Removing what is left of {shown}, whose server was killed"));
@@ -260,7 +262,7 @@ fn refuse_running(base: &Path, component: &str) -> Result<()> {
 }
 
 /// Opens one image for the server. A missing one is `Mount`.
-fn level(path: &Path, dir: Option<&Path>, raw: bool) -> Result<Level> {
+fn level(path: &Path, dir: Option<&Folder>, raw: bool) -> Result<Level> {
     let fd = open::open_level(path, dir).map_err(|e| match e.errno() {
         Some(libc::ENOENT) => e.as_kind(Kind::Mount),
         _ => e,
@@ -375,7 +377,7 @@ pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static st
 
 /// Removes the file system's numbers that are stored beside the image: they are not valid any more.
 pub(super) fn drop_cache(disk: &LockedDescriptor) {
-    let image = disk.first_image().ok().and_then(|i| i.file.parent().map(Path::to_owned));
+    let image = disk.first_image().ok().and_then(|i| open::place_beside(&i.file, &disk.dir).ok()).map(|p| p.folder);
     for folder in image.iter().chain([&disk.dir]) {
         if let Err(e) = stat::drop_cache(folder) {
             report::warn(format_args!("{}/{} cannot be removed: {e}", folder.display(), stat::FILE));
@@ -399,7 +401,13 @@ mod tests {
         disk.images[0].guid = first;
         disk.snapshots[0].guid = first;
         disk.images.push(Image { guid: guid::TOP, file: "/d/root.hdd.1".into() });
-        disk.snapshots.push(Snapshot { guid: guid::TOP, parent: first, temporary: false, reverse_merge: None });
+        disk.snapshots.push(Snapshot {
+            guid: guid::TOP,
+            parent: first,
+            temporary: false,
+            spoiled: false,
+            reverse_merge: None,
+        });
         assert_eq!(wanted(&disk, None).unwrap(), guid::TOP);
         assert_eq!(wanted(&disk, Some("base")).unwrap(), first);
         assert_eq!(wanted(&disk, Some("AAAAAAAA-2222-4333-8444-555555555555")).unwrap(), first);

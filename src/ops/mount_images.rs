@@ -4,17 +4,20 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
+use super::image_set;
 use crate::bail;
 use crate::device::Level;
 use crate::error::{IoContext, Kind, Result};
+use crate::format::guid::Guid;
 use crate::format::header;
 use crate::fs::mounts;
 use crate::image::open::{self, Access};
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -45,6 +48,52 @@ pub fn raw_cluster(level: &Level, given: Option<ClusterSize>) -> Result<ClusterS
         Some(cluster) => Ok(cluster),
         None => bail!(Param, "{shown}: no cluster size from 32 KiB to 1 MiB divides its {len} bytes; name one with -b"),
     }
+}
+
+/// An image on which deltas stand, as the descriptor beside it says.
+#[derive(Debug)]
+pub struct Frozen {
+    descriptor: PathBuf,
+    guid: Guid,
+    deltas: usize,
+}
+
+/// Whether the descriptor beside an image says that deltas stand on it.
+pub fn frozen(top: &Level) -> Result<Option<Frozen>> {
+    let file = FileId::of(&top.fd).ctx(Kind::Fstat, || format!("cannot look at {}", top.path.display()))?;
+    let Some((descriptor, disk, guid)) = image_set::named_beside(&top.path, file) else { return Ok(None) };
+    let deltas = disk.children(&guid).len();
+    Ok((deltas > 0).then_some(Frozen { descriptor, guid, deltas }))
+}
+
+/// Refuses to write to an image on which deltas stand, unless the user insists; says so of a look at one.
+pub fn refuse_frozen(top: &Level, read_only: bool, force: bool) -> Result<()> {
+    let shown = top.path.display();
+    let Some(Frozen { descriptor, guid, deltas }) = frozen(top)? else {
+        if force && !read_only {
+            bail!(Param, "--force looks at an image that may be in use elsewhere: only read-only (-r)");
+        }
+        return Ok(());
+    };
+    let descriptor = descriptor.display();
+    match (read_only, force) {
+        (true, _) => report::say(
+            0,
+            format_args!(
+                "{shown} is snapshot {guid} of {descriptor}; newer deltas exist, and what they have is not shown"
+            ),
+        ),
+        (false, true) => report::warn(format_args!(
+            "{shown} is snapshot {guid} of {descriptor}: what is written to it changes what stands on it"
+        )),
+        (false, false) => bail!(
+            Param,
+            "image {shown} is snapshot {guid} of {descriptor}, and {deltas} delta(s) stand on it: what is written to it \
+             would change and damage them; mount the disk (ploop mount {descriptor}), or look at this image without writing \
+             (ploop mount -r {shown}); --force writes to it all the same"
+        ),
+    }
+    Ok(())
 }
 
 /// Whether the host's file system suits the images.
@@ -85,10 +134,40 @@ fn check_extents(file: &File, path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::descriptor::{Descriptor, ImageMode};
+    use crate::format::header::Version;
+    use crate::ops::snapshot::{self, SnapshotParams};
+    use crate::ops::testkit::{self, g, make_disk, small};
     use std::fs;
 
     fn level(path: &Path) -> Level {
         Level { path: path.to_owned(), raw: true, fd: open::open_level(path, None).unwrap() }
+    }
+
+    #[test]
+    fn a_frozen_base_is_not_written_to_by_its_name() {
+        let dir = testkit::folder();
+        let dd = make_disk(dir.path(), Version::V2, ImageMode::Expanded, small(), 20);
+        let base = dd.with_file_name("root.hdd");
+        let look =
+            |read_only, force| refuse_frozen(&level(&base), read_only, force).map_err(|e| (e.kind(), e.to_string()));
+        // Nothing stands on it yet.
+        look(false, false).unwrap();
+        assert_eq!(look(false, true).unwrap_err().0, Kind::Param);
+        let params = SnapshotParams { guid: g(1), snap_dir: None, temporary: false };
+        snapshot::create(&dd, "", &params).unwrap();
+        let (kind, text) = look(false, false).unwrap_err();
+        assert_eq!(kind, Kind::Param);
+        assert!(text.contains(&format!("ploop mount {}", dd.display())) && text.contains("--force"), "{text}");
+        look(true, false).unwrap();
+        look(false, true).unwrap();
+        let top = Descriptor::read(&dd).unwrap().images[1].file.clone();
+        refuse_frozen(&level(&top), false, false).unwrap();
+        // Under another name it is the same file.
+        fs::hard_link(&base, dd.with_file_name("other")).unwrap();
+        assert!(refuse_frozen(&level(&dd.with_file_name("other")), false, false).is_err());
+        fs::write(&dd, "<broken").unwrap();
+        look(false, false).unwrap();
     }
 
     #[test]

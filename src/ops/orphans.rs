@@ -1,15 +1,15 @@
 //! Files that look like deltas of a disk and are not: an interrupted operation can have left them. They are reported,
 //! and removed only if the user asks for that.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::{image_set, merge};
 use crate::bail;
-use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::descriptor::{self, Descriptor, LockedDescriptor};
+use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::read_header;
 use crate::image::lock::{self, Sharing};
@@ -17,6 +17,7 @@ use crate::image::open::{Access, open_level, reopen};
 use crate::image::scan::{self, Visitor};
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::sys::store;
 
 /// Reports all leftovers beside the first image, and removes orphan deltas if `remove` is set. A delta that another
@@ -25,7 +26,7 @@ pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
     let first = &disk.first_image()?.file;
     let mut kept = None;
     for path in orphans(disk, first) {
-        let what = content(&path);
+        let what = content(&path, &disk.dir);
         if !remove {
             report::warn(format_args!(
                 "{} looks like a delta of this disk but is not in its descriptor ({what}); an interrupted operation can have \
@@ -50,9 +51,12 @@ pub fn leftovers(disk: &LockedDescriptor, remove: bool) -> Result<()> {
     };
     let mut side = vec![beside(&disk.path, ".tmp")];
     side.extend([".tmp", ".idx", ".mnt"].map(|suffix| beside(first, suffix)));
-    // Files that merges were writing.
-    let entries = fs::read_dir(&disk.dir).into_iter().flatten().flatten().map(|e| e.path());
-    side.extend(entries.filter(|p| p.as_os_str().as_bytes().ends_with(merge::SCRATCH.as_bytes())));
+    // Files that merges were writing, and folders in which files are removed.
+    let interrupted = |name: &OsString| {
+        name.as_bytes().ends_with(merge::SCRATCH.as_bytes()) || name.as_bytes().starts_with(store::PRIVATE.as_bytes())
+    };
+    let names = disk.dir.names().unwrap_or_default().into_iter();
+    side.extend(names.filter(interrupted).map(|name| disk.dir.join(name)));
     for path in side.iter().filter(|p| p.symlink_metadata().is_ok()) {
         report::warn(format_args!("{} was left by an interrupted operation", path.display()));
     }
@@ -81,16 +85,16 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
 }
 
 /// What the file has in it, for messages.
-fn content(path: &Path) -> String {
+fn content(path: &Path, dir: &Folder) -> String {
     let used = || -> Result<u64> {
-        let header = read_header(path, None)?;
-        let fd = open_level(path, None)?;
+        let header = read_header(path, Some(dir))?;
+        let fd = open_level(path, Some(dir))?;
         let (file, _) = reopen(&fd, Access::default()).ctx(Kind::Open, || path.display().to_string())?;
         let len = file.metadata().ctx(Kind::Fstat, || path.display().to_string())?.len();
         let mut quiet = Quiet;
         Ok(scan::scan(&file, &header, len, &mut quiet)?.mapped * header.cluster.bytes())
     };
-    let marked = if read_header(path, None).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
+    let marked = if read_header(path, Some(dir)).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
     match used() {
         Ok(0) => format!("empty{marked}"),
         Ok(bytes) => format!("{bytes} bytes of data{marked}"),
@@ -109,7 +113,7 @@ impl Visitor for Quiet {
 /// Removes an orphan if no process uses it and no other descriptor in the folder names it.
 fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     let shown = path.display();
-    if path.parent() != Some(&disk.dir) {
+    if path.parent() != Some(disk.dir.path()) {
         bail!(Param, "{shown} stays: outside the descriptor's own folder it may belong to another disk");
     }
     if let Some(device) = image_set::users(path)?.first() {
@@ -129,20 +133,23 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
     if let Some(other) = other_owner(disk, path) {
         bail!(InUse, "{shown} stays: {} names it", other.display());
     }
-    store::unlink(path).map_err(|e| Error::with(Kind::Unlink, format!("cannot remove {shown}"), e))?;
-    store::sync_dir(&disk.dir).ctx(Kind::Fsync, || format!("cannot sync folder {}", disk.dir.display()))?;
+    let file = held.id()?;
+    let removed = disk.dir.place(path).and_then(|place| store::unlink_file(&place, file));
+    removed.ctx(Kind::Unlink, || format!("cannot remove {shown}"))?;
+    descriptor::sync_folder(&disk.dir)?;
     drop(held);
     Ok(())
 }
 
 /// Another descriptor in the folder, a copy put aside perhaps, that names the file.
 fn other_owner(disk: &LockedDescriptor, path: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(&disk.dir).ok()?;
-    entries.flatten().map(|e| e.path()).find(|other| {
-        let name = other.file_name().unwrap_or_default().as_bytes();
-        let maybe = *other != disk.path && name.windows(4).any(|w| w.eq_ignore_ascii_case(b".xml"));
-        maybe && Descriptor::read(other).is_ok_and(|d| d.images.iter().any(|i| i.file == path))
-    })
+    let names = disk.dir.names().ok()?;
+    let found = names.into_iter().map(|name| disk.dir.entry(name)).find(|other| {
+        let name = other.name.as_bytes();
+        let maybe = *other != disk.place && name.windows(4).any(|w| w.eq_ignore_ascii_case(b".xml"));
+        maybe && Descriptor::read_at(other).is_ok_and(|d| d.images.iter().any(|i| i.file == path))
+    });
+    found.map(|other| other.path())
 }
 
 #[cfg(test)]

@@ -1,9 +1,7 @@
 //! Repairs what an interrupted operation provably left in a disk, before the next operation, with one message for each.
 //! What is only suspicious is left to `check`.
 
-use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use super::image_set;
 use crate::bail;
@@ -13,8 +11,9 @@ use crate::format::guid::Guid;
 use crate::format::header;
 use crate::image::check::read_header;
 use crate::image::lock::Sharing;
-use crate::image::open::Access;
+use crate::image::open::{self, Access};
 use crate::report;
+use crate::sys::folder::Place;
 use crate::sys::store;
 
 /// Before an operation changes the disk: finishes or removes descriptors that were not stored completely, validates the
@@ -43,19 +42,14 @@ pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -
     clear_marks(disk, &below)
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name: OsString = path.into();
-    name.push(suffix);
-    name.into()
-}
-
 /// Finishes or removes descriptors under temporary names. The caller holds the disk's lock, so no process is storing
 /// them.
 fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
-    let tmp = with_suffix(&disk.path, ".tmp");
-    let twice = with_suffix(&tmp, ".tmp");
-    if fs::symlink_metadata(&tmp).is_ok_and(|m| m.is_file()) {
-        let new = fs::read(&tmp).ok().and_then(|bytes| Descriptor::parse(&bytes, &disk.dir).ok());
+    let tmp = disk.place.suffixed(".tmp");
+    let twice = tmp.suffixed(".tmp");
+    let there = |place: &Place| place.regular().is_ok_and(|found| found.is_some());
+    if there(&tmp) {
+        let new = Descriptor::read_at(&tmp).ok();
         match new {
             Some(new) if replaces_missing(disk, &new) => {
                 report::say(
@@ -73,16 +67,16 @@ fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
             _ => forget(&tmp),
         }
     }
-    if fs::symlink_metadata(&twice).is_ok_and(|m| m.is_file()) {
+    if there(&twice) {
         forget(&twice);
     }
     Ok(())
 }
 
-fn forget(path: &Path) {
-    match store::unlink(path) {
-        Ok(()) => report::say(0, format_args!("Removed {}, left by an interrupted operation", path.display())),
-        Err(e) => report::say(1, format_args!("{} stays: {e}", path.display())),
+fn forget(place: &Place) {
+    match store::unlink(place) {
+        Ok(()) => report::say(0, format_args!("Removed {}, left by an interrupted operation", place.display())),
+        Err(e) => report::say(1, format_args!("{} stays: {e}", place.display())),
     }
 }
 
@@ -91,7 +85,7 @@ fn forget(path: &Path) {
 /// whole: same disk, same top, all of its files exist and are closed, and only the new file is not in the old
 /// descriptor.
 fn replaces_missing(old: &Descriptor, new: &Descriptor) -> bool {
-    let there = |i: &Image| fs::symlink_metadata(&i.file).is_ok_and(|m| m.is_file());
+    let there = |i: &Image| old.dir.place(&i.file).and_then(|place| place.regular()).is_ok_and(|found| found.is_some());
     let missing: Vec<&Image> = old.images.iter().filter(|i| !there(i)).collect();
     let fresh: Vec<&Image> = new.images.iter().filter(|n| !old.images.iter().any(|o| o.file == n.file)).collect();
     let known = |g: &Guid| old.snapshot(g).is_some();
@@ -109,7 +103,9 @@ fn replaces_missing(old: &Descriptor, new: &Descriptor) -> bool {
 fn base_signed(disk: &Descriptor) -> bool {
     use std::io::Read;
     let mut head = [0; header::SIZE];
-    let read = disk.first_image().ok().and_then(|i| fs::File::open(&i.file).ok()).map(|mut f| f.read_exact(&mut head));
+    let opened = disk.first_image().ok().and_then(|i| open::open_level(&i.file, Some(&disk.dir)).ok());
+    let file = opened.and_then(|fd| open::reopen(&fd, Access::default()).ok());
+    let read = file.map(|(mut file, _)| file.read_exact(&mut head));
     matches!(read, Some(Ok(()))) && header::has_signature(&head)
 }
 

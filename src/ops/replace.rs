@@ -13,6 +13,7 @@ use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 use crate::sys::store;
 use crate::units::Level;
 
@@ -37,6 +38,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     recovery::before_change(&mut disk)?;
     let device = image_set::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;
+    disk.check_whole(&image.guid)?;
     let new = new.canonicalize().ctx(Kind::Param, || format!("cannot open image {}", new.display()))?;
     let id = id_of(&new)?;
     if let Some(own) = disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id)) {
@@ -55,10 +57,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     let old_held = image_set::lock_image(&disk, &image.file, READ, Sharing::Exclusive)?;
     let new_held = copy_of(Some(&disk), &image.file, &old_held, &new, Sharing::Exclusive)?;
     if keep_name {
-        store::rename(&new, &image.file).ctx(Kind::Rename, || {
-            format!("cannot give {} the name of {}, on the same file system", new.display(), image.file.display())
-        })?;
-        descriptor::sync_parent(&image.file)?;
+        take_name(&disk, &image.file, &new, new_held.id()?)?;
     } else {
         let mut next = disk.descriptor.clone();
         next.set_file(&image.guid, new.clone())?;
@@ -67,6 +66,28 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     drop((old_held, new_held));
     report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
     Ok(())
+}
+
+/// Renames the new file over the old one. Both are looked up under the rules of images; the name must still be that of
+/// the file that was compared.
+fn take_name(disk: &Descriptor, old: &Path, new: &Path, file: FileId) -> Result<()> {
+    let place = |path: &Path| {
+        disk.dir.place(path).ctx(Kind::Rename, || format!("cannot open the folder of {}", path.display()))
+    };
+    let (from, to) = (place(new)?, place(old)?);
+    let is = |place: &Place| place.id().ctx(Kind::Rename, || format!("cannot look at {}", place.display()));
+    let changed =
+        || format!("{} is not the file that was compared any more: another process has replaced it", new.display());
+    if is(&from)? != Some(file) {
+        bail!(Rename, "{}", changed());
+    }
+    store::rename(&from, &to).ctx(Kind::Rename, || {
+        format!("cannot give {} the name of {}, on the same file system", new.display(), old.display())
+    })?;
+    if is(&to)? != Some(file) {
+        bail!(Rename, "{}", changed());
+    }
+    descriptor::sync_folder(&to.folder)
 }
 
 fn id_of(path: &Path) -> Result<FileId> {

@@ -1,12 +1,12 @@
 //! The private folder of a new disk until it is whole: `.ploop-init` beside the image. A running creation holds a lock
 //! in it. A folder whose lock is free was left by an interrupted creation and is replaced.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::libc;
 use nix::unistd::geteuid;
 
@@ -15,6 +15,8 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::fs::mkfs;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::{Folder, Place};
+use crate::sys::store;
 
 /// Name of the folder. One is enough: a folder has one DiskDescriptor.xml, so one disk.
 pub const NAME: &str = ".ploop-init";
@@ -25,46 +27,43 @@ const ROOT: &str = "root";
 
 /// The folder, locked. Dropping it removes the folder and the files that a creation makes in it.
 pub struct Scratch {
-    path: PathBuf,
+    place: Place,
+    inside: Folder,
     keep: bool,
     _lock: Flock<File>,
 }
 
 impl Scratch {
     /// Makes the folder in `parent`, or takes over a leftover. `Lock` while another creation runs there.
-    pub fn take(parent: &Path) -> Result<Scratch> {
-        let path = parent.join(NAME);
+    pub fn take(parent: &Folder) -> Result<Scratch> {
+        let place = parent.entry(NAME);
+        let shown = place.display();
         // Another creation may finish, and take the folder away, between any two steps.
         for _ in 0..10 {
-            match DirBuilder::new().mode(0o700).create(&path) {
+            match store::make_dir(&place, 0o700) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(e).ctx(Kind::Creat, || format!("{} cannot be made", path.display()));
+                    return Err(e).ctx(Kind::Creat, || format!("{shown} cannot be made"));
                 }
                 _ => {}
             }
-            let meta = match fs::symlink_metadata(&path) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                other => other.ctx(Kind::Fstat, || path.display().to_string())?,
+            let strange = || {
+                Error::new(
+                    Kind::Param,
+                    format!("{shown} is needed as a scratch folder, but it is not a folder of this user; remove it"),
+                )
             };
-            if !meta.is_dir() || meta.uid() != geteuid().as_raw() {
-                bail!(
-                    Param,
-                    "{} is needed as a scratch folder, but it is not a folder of this user; remove it",
-                    path.display()
-                );
-            }
-            let lock_path = path.join(LOCK);
-            let opened = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&lock_path);
-            let file = match opened {
+            let inside = match parent.below(Path::new(NAME)) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                other => other.ctx(Kind::Creat, || format!("{} cannot be opened", lock_path.display()))?,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => return Err(strange()),
+                other => other.ctx(Kind::Fstat, || &shown)?,
+            };
+            if inside.stat().ctx(Kind::Fstat, || &shown)?.st_uid != geteuid().as_raw() {
+                return Err(strange());
+            }
+            let lock_place = inside.entry(LOCK);
+            let file = match lock_place.open(OFlag::O_RDWR | OFlag::O_CREAT) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                other => File::from(other.ctx(Kind::Creat, || format!("{} cannot be opened", lock_place.display()))?),
             };
             let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
@@ -72,32 +71,34 @@ impl Scratch {
                     bail!(Lock, "another disk is being made in {}; wait for it", parent.display())
                 }
                 Err((_, errno)) => {
-                    return Err(errno).ctx(Kind::Lock, || format!("{} cannot be locked", lock_path.display()));
+                    return Err(errno).ctx(Kind::Lock, || format!("{} cannot be locked", lock_place.display()));
                 }
             };
-            let locked = FileId::of(&*lock).ctx(Kind::Fstat, || lock_path.display().to_string())?;
-            if FileId::at_nofollow(&lock_path).is_ok_and(|id| id == locked) {
-                return Ok(Scratch { path, keep: false, _lock: lock });
+            let locked = FileId::of(&*lock).ctx(Kind::Fstat, || lock_place.display())?;
+            let current = parent.below(Path::new(NAME)).and_then(|folder| folder.entry(LOCK).id());
+            if current.is_ok_and(|id| id == Some(locked)) {
+                return Ok(Scratch { place, inside, keep: false, _lock: lock });
             }
         }
-        Err(Error::new(
-            Kind::Lock,
-            format!("{} is made and removed by other processes; try again later", path.display()),
-        ))
+        Err(Error::new(Kind::Lock, format!("{shown} is made and removed by other processes; try again later")))
     }
 
     /// The image until it gets its name.
-    pub fn image(&self) -> PathBuf {
-        self.path.join(IMAGE)
+    pub fn image(&self) -> Place {
+        self.inside.entry(IMAGE)
     }
 
     /// The file system until it is copied into the image.
-    pub fn content(&self) -> PathBuf {
-        self.path.join(CONTENT)
+    pub fn content(&self) -> Place {
+        self.inside.entry(CONTENT)
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A path by which a program that is started now finds this folder, whatever has its name by then.
+    pub fn path_for_programs(&self) -> Result<PathBuf> {
+        let fd = self.inside.fd().ctx(Kind::Open, || self.place.display())?;
+        let opened = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd()));
+        // Without /proc only the name is left.
+        Ok(if opened.is_dir() { opened } else { self.inside.path().to_owned() })
     }
 
     /// Leaves the folder as it is.
@@ -112,14 +113,18 @@ impl Scratch {
             _ => Ok(()),
         };
         let clear = || {
-            gone(fs::remove_file(self.image()))?;
-            gone(fs::remove_file(self.content()))?;
-            mkfs::remove_root(&self.path.join(ROOT))
+            gone(store::unlink(&self.image()))?;
+            gone(store::unlink(&self.content()))?;
+            match self.inside.below(Path::new(ROOT)) {
+                Ok(root) => mkfs::clear_root(&root)?,
+                Err(e) => gone(Err(e))?,
+            }
+            gone(store::remove_dir(&self.inside.entry(ROOT)))
         };
-        clear().ctx(Kind::Unlink, || format!("{} cannot be cleared", self.path.display()))?;
-        for entry in fs::read_dir(&self.path).ctx(Kind::Read, || self.path.display().to_string())?.flatten() {
-            if entry.file_name() != LOCK {
-                bail!(Param, "{} is not ours; move it away or remove it", entry.path().display());
+        clear().ctx(Kind::Unlink, || format!("{} cannot be cleared", self.place.display()))?;
+        for name in self.inside.names().ctx(Kind::Read, || self.place.display())? {
+            if name != LOCK {
+                bail!(Param, "{} is not ours; move it away or remove it", self.inside.join(name).display());
             }
         }
         Ok(())
@@ -132,9 +137,9 @@ impl Drop for Scratch {
             return;
         }
         let cleared = self.clear().and_then(|()| {
-            fs::remove_file(self.path.join(LOCK))
-                .and_then(|()| fs::remove_dir(&self.path))
-                .ctx(Kind::Unlink, || format!("{} cannot be removed", self.path.display()))
+            store::unlink(&self.inside.entry(LOCK))
+                .and_then(|()| store::remove_dir(&self.place))
+                .ctx(Kind::Unlink, || format!("{} cannot be removed", self.place.display()))
         });
         if let Err(e) = cleared {
             report::warn(format_args!("{e}; the next creation here will replace it"));
@@ -145,26 +150,28 @@ impl Drop for Scratch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn leftovers_are_replaced_and_strangers_are_not() {
         let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(dir.path().canonicalize().unwrap()).unwrap();
         let path = dir.path().join(NAME);
         fs::create_dir(&path).unwrap();
         fs::write(path.join(IMAGE), "half").unwrap();
-        let scratch = Scratch::take(dir.path()).unwrap();
+        let scratch = Scratch::take(&folder).unwrap();
         scratch.clear().unwrap();
-        assert!(!scratch.image().exists());
-        assert_eq!(Scratch::take(dir.path()).err().map(|e| e.kind()), Some(Kind::Lock));
+        assert!(scratch.image().id().unwrap().is_none());
+        assert_eq!(Scratch::take(&folder).err().map(|e| e.kind()), Some(Kind::Lock));
         fs::write(path.join("mine"), "x").unwrap();
         assert_eq!(scratch.clear().unwrap_err().kind(), Kind::Param);
         drop(scratch);
         assert!(path.join("mine").exists());
         fs::remove_dir_all(&path).unwrap();
-        drop(Scratch::take(dir.path()).unwrap());
+        drop(Scratch::take(&folder).unwrap());
         assert!(!path.exists());
         fs::write(&path, "a file").unwrap();
-        assert_eq!(Scratch::take(dir.path()).err().map(|e| e.kind()), Some(Kind::Param));
+        assert_eq!(Scratch::take(&folder).err().map(|e| e.kind()), Some(Kind::Param));
         assert_eq!(fs::read(&path).unwrap(), b"a file");
     }
 }

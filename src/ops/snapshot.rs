@@ -16,6 +16,7 @@ use crate::format::guid::{self, Guid};
 use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
+use crate::sys::folder::Place;
 
 /// A snapshot to be taken.
 #[derive(Clone, Debug)]
@@ -60,22 +61,22 @@ pub fn create(descriptor: &Path, component: &str, params: &SnapshotParams) -> Re
 fn create_locked(disk: &mut LockedDescriptor, component: &str, params: &SnapshotParams) -> Result<()> {
     recovery::before_change(disk)?;
     // Everything that can be refused is, before anything changes.
-    disk.descriptor.clone().add_snapshot(image_set::new_name(disk, None)?, params.guid, params.temporary)?;
+    disk.descriptor.clone().add_snapshot(image_set::new_name(disk, None)?.path(), params.guid, params.temporary)?;
     recovery::check_files(disk, &guid::TOP)?;
     image_set::running(disk, component)?;
     merge_temporary::merge_unused(disk)?;
     // Its chain may be shorter by now.
     let device = image_set::running(disk, component)?;
-    let path = image_set::new_name(disk, params.snap_dir.as_deref())?;
+    let place = image_set::new_name(disk, params.snap_dir.as_deref())?;
     match device {
-        Some(device) => running(disk, &device, params, path)?,
-        None => offline(disk, params, path)?,
+        Some(device) => running(disk, &device, params, place)?,
+        None => offline(disk, params, place)?,
     }
     report::say(0, format_args!("snapshot {} is created", params.guid));
     Ok(())
 }
 
-fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) -> Result<()> {
+fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, place: Place) -> Result<()> {
     let Some(top) = disk.image(&guid::TOP).cloned() else {
         bail!(DiskDescr, "descriptor: the top has no image");
     };
@@ -86,23 +87,25 @@ fn offline(disk: &mut LockedDescriptor, params: &SnapshotParams, path: PathBuf) 
     }
     let shape = image_set::Shape::above(disk, &top)?;
     let mut next = disk.descriptor.clone();
-    next.add_snapshot(path.clone(), params.guid, params.temporary)?;
-    next.size_sectors = shape.make(&path)?;
-    disk.commit_as(next).inspect_err(|_| image_set::undo_new(disk, &path))?;
+    next.add_snapshot(place.path(), params.guid, params.temporary)?;
+    let made = shape.make(&place)?;
+    next.size_sectors = made.sectors;
+    disk.commit_as(next).inspect_err(|_| image_set::undo_new(disk, &place, made.id))?;
     drop(held);
     Ok(())
 }
 
-fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams, path: PathBuf) -> Result<()> {
+fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams, place: Place) -> Result<()> {
     let Some(top) = disk.image(&guid::TOP).cloned() else {
         bail!(DiskDescr, "descriptor: the top has no image");
     };
     online::check_chain(disk, device)?;
     let shape = image_set::Shape::above(disk, &top)?;
     let mut next = disk.descriptor.clone();
-    next.add_snapshot(path.clone(), params.guid, params.temporary)?;
-    next.size_sectors = shape.make(&path)?;
-    online::snapshot(disk, device, next, &path)
+    next.add_snapshot(place.path(), params.guid, params.temporary)?;
+    let made = shape.make(&place)?;
+    next.size_sectors = made.sectors;
+    online::snapshot(disk, device, next, &place, made.id)
 }
 
 /// Deletes a snapshot. No delta stands on it: its file is removed. One does: that delta is merged into it and keeps its

@@ -15,6 +15,8 @@ pub struct Row {
     pub parent: Guid,
     /// What the disk stands on now: the top or, when snapshots alone are asked for, its parent.
     pub current: bool,
+    /// An interrupted merge has changed its content.
+    pub half_merged: bool,
     /// Absolute.
     pub file: PathBuf,
 }
@@ -37,6 +39,9 @@ pub fn snapshots(descriptor: &Path, params: &ListParams) -> Result<Vec<Row>> {
         // The user who repairs a descriptor by hand needs to see what is in it.
         report::warn(e.context(descriptor.display()));
     }
+    for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
+        report::warn(why);
+    }
     let images: Vec<&Image> = match &params.guid {
         Some(guid) => disk.chain(guid).map_err(|e| e.context(descriptor.display()))?.into_iter().rev().collect(),
         None => disk.images.iter().collect(),
@@ -47,6 +52,7 @@ pub fn snapshots(descriptor: &Path, params: &ListParams) -> Result<Vec<Row>> {
         guid: image.guid,
         parent: parent(&image.guid),
         current: image.guid == current,
+        half_merged: disk.snapshot(&image.guid).is_some_and(|s| s.spoiled),
         file: image.file.clone(),
     });
     Ok(rows.collect())

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{image_set, mount, recovery};
+use super::image_set::{self, Unneeded};
+use super::{mount, recovery};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::error::{Kind, Result};
@@ -10,6 +11,7 @@ use crate::format::guid::{self, Guid};
 use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::report;
+use crate::sys::folder::Place;
 
 /// What to switch to, and what becomes of the old top.
 #[derive(Clone, Debug)]
@@ -36,12 +38,12 @@ pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Resu
     }
     recovery::before_change(&mut disk)?;
     let keep = params.keep_top.then(|| params.guid_old.unwrap_or_else(Guid::generate));
-    let path = match params.no_new_top {
+    let place = match params.no_new_top {
         true => None,
         false => Some(image_set::new_name(&disk, None)?),
     };
     let mut next = disk.descriptor.clone();
-    let gone = next.switch(&params.guid, path.clone(), keep)?;
+    let gone = next.switch(&params.guid, place.as_ref().map(Place::path), keep)?;
     recovery::check_files(&disk, &params.guid)?;
 
     // The old top: no process may write to it; if it is removed, no process may read it.
@@ -60,18 +62,23 @@ pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Resu
         image_set::repair_in_place(&disk, &old.file)?;
     }
     let shape = image_set::Shape::above(&disk, &to)?;
-    next.size_sectors = match &path {
-        Some(path) => shape.make(path)?,
-        None => shape.sectors,
+    let made = match &place {
+        Some(place) => Some((place, shape.make(place)?)),
+        None => None,
+    };
+    next.size_sectors = made.as_ref().map_or(shape.sectors, |(_, built)| built.sectors);
+    let unneeded = match (gone, &held) {
+        (Some(path), Some(held)) => Some(Unneeded { path, file: held.id()? }),
+        _ => None,
     };
     disk.commit_as(next).inspect_err(|_| {
-        if let Some(path) = &path {
-            image_set::undo_new(&disk, path);
+        if let Some((place, built)) = &made {
+            image_set::undo_new(&disk, place, built.id);
         }
     })?;
     drop(held);
     mount::drop_cache(&disk);
-    image_set::remove(gone.as_slice());
+    image_set::remove(&disk, unneeded.as_slice());
     report::say(0, format_args!("the disk is on snapshot {} now", params.guid));
     if let Some(keep) = keep {
         report::say(0, format_args!("the old top is kept as snapshot {keep}"));

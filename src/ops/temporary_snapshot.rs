@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::unistd::geteuid;
 
-use super::{image_set, umount};
-use crate::descriptor::Descriptor;
+use super::{find, image_set, umount};
+use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::Result;
 use crate::format::guid::Guid;
@@ -18,10 +18,12 @@ pub const UNTIL_UMOUNT: char = '~';
 
 /// Ends the devices that show this temporary snapshot if no process uses them. False: one does. As a lower delta of other
 /// devices it can be merged.
-pub fn end_idle(disk: &Descriptor, guid: &Guid) -> Result<bool> {
+pub fn end_idle(disk: &LockedDescriptor, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let Ok(id) = FileId::at(&image.file) else { return Ok(false) };
-    for device in image_set::users(&image.file)?.iter().filter(|d| d.top_id() == Some(id)) {
+    // Another disk may show the same file.
+    let shows = |d: &&Device| d.top_id() == Some(id) && find::is_of(disk, d);
+    for device in image_set::users(&image.file)?.iter().filter(shows) {
         let node = device.node().display();
         if !idle(device) {
             return Ok(false);

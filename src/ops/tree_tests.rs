@@ -5,16 +5,20 @@ use std::path::{Path, PathBuf};
 
 use super::check::check_disk;
 use super::merge::{MergeParams, merge_files, merge_snapshot};
+use super::mount::{self, MountParams};
+use super::replace::{Which, replace};
 use super::snapshot::{self, SnapshotParams};
+use super::snapshot_list::{self, ListParams};
 use super::switch::{SwitchParams, switch};
 use super::testkit::{self, content, files, g, make_disk, map, put, sizes, small};
-use crate::descriptor::{Descriptor, ImageMode};
+use crate::descriptor::{Descriptor, ImageMode, LockedDescriptor};
 use crate::error::Kind;
 use crate::format::guid::{self, Guid};
 use crate::format::header::{self, Version};
 use crate::image::grow::grow;
 use crate::image::merge::{Merge, MergeLevel, MergeOptions};
 use crate::image::target::Target;
+use crate::sys::store::record;
 
 const KINDS: [(Version, ImageMode); 4] = [
     (Version::V1, ImageMode::Expanded),
@@ -321,6 +325,80 @@ fn a_cancelled_merge_is_finished_by_the_next_one() {
             check_disk(&dd, None).unwrap();
         }
     }
+}
+
+#[test]
+fn a_half_merged_snapshot_is_shown_and_refused_until_the_merge_is_finished() {
+    let mut seen = 0;
+    // Each step of the merge fails once.
+    for step in 0..100 {
+        let (dir, dd) = disk(KINDS[1]);
+        for (n, fill) in [(1, 1), (2, 2)] {
+            for c in 0..8 {
+                put(&dd, &guid::TOP, c + n, fill);
+            }
+            snap(&dd, n);
+        }
+        let want = content(&dd, &guid::TOP);
+        let recorder = record::start(dir.path(), Some((step, libc::EIO)));
+        let merged = merge(&dd, Some(g(2)), None);
+        let all_done = recorder.0.begun() <= step;
+        drop(recorder);
+        let rows = snapshot_list::snapshots(&dd, &ListParams::default()).unwrap();
+        let marked: Vec<Guid> = rows.iter().filter(|r| r.half_merged).map(|r| r.guid).collect();
+        assert_eq!(content(&dd, &guid::TOP), want);
+        if all_done {
+            assert!(merged.is_ok() && seen > 2 && marked.is_empty(), "{seen} steps, {marked:?}");
+            return;
+        }
+        // Nothing was changed yet, or another way was found.
+        if marked.is_empty() {
+            continue;
+        }
+        assert!(merged.is_err());
+        seen += 1;
+        assert_eq!(marked, [g(1)]);
+        let way_out = format!("snapshot-merge -u {} -U {} {}", g(2), g(1), dd.display());
+        let refused = |e: crate::error::Error| {
+            assert!(e.kind() == Kind::Param && e.to_string().contains(&way_out), "{e}");
+        };
+        let look = MountParams { read_only: true, guid: Some(g(1).to_string()), ..Default::default() };
+        refused(mount::mount_locked(&LockedDescriptor::open(&dd).unwrap(), "", &look).unwrap_err());
+        refused(switch(&dd, "", &to(1)).unwrap_err());
+        let copy = dir.path().join("copy");
+        std::fs::copy(dd.with_file_name("root.hdd"), &copy).unwrap();
+        refused(replace(&dd, "", &Which::Guid(g(1)), &copy, false).unwrap_err());
+        std::fs::remove_file(copy).unwrap();
+        merge(&dd, Some(g(2)), Some(g(1))).unwrap();
+        assert_eq!(content(&dd, &guid::TOP), want);
+        assert!(snapshot_list::snapshots(&dd, &ListParams::default()).unwrap().iter().all(|r| !r.half_merged));
+    }
+    panic!("no merge came to its end");
+}
+
+#[test]
+fn files_are_not_merged_into_one_on_which_another_delta_stands() {
+    let (_dir, dd) = disk(KINDS[1]);
+    snap(&dd, 1);
+    snap(&dd, 2);
+    switch(&dd, "", &SwitchParams { keep_top: true, guid_old: Some(g(3)), ..to(1) }).unwrap();
+    let d = Descriptor::read(&dd).unwrap();
+    let file = |guid: &Guid| d.image(guid).unwrap().file.clone();
+    let e = merge_files(&[file(&g(2)), file(&g(1))], false, None).unwrap_err();
+    assert!(e.kind() == Kind::Param && e.to_string().contains(&file(&guid::TOP).display().to_string()), "{e}");
+    merge_files(&[file(&g(3)), file(&g(2))], false, None).unwrap();
+}
+
+#[test]
+fn nothing_is_merged_into_a_file_of_several_names() {
+    let (dir, dd) = disk(KINDS[1]);
+    snap(&dd, 1);
+    std::fs::hard_link(dd.with_file_name("root.hdd"), dir.path().join("clone")).unwrap();
+    assert_eq!(merge(&dd, None, None), Err(Kind::Busy));
+    assert!(!Descriptor::read(&dd).unwrap().snapshots.iter().any(|s| s.temporary));
+    let params = MergeParams { new_delta: Some(dir.path().join("new")), ..Default::default() };
+    merge_snapshot(&dd, "", &params).unwrap();
+    assert_eq!(files(&dd), ["clone", "new"]);
 }
 
 #[test]

@@ -1,9 +1,8 @@
 //! Unmounting: every mount of the device in the caller's mount namespace, then the device itself, its image closed
 //! cleanly.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::find;
 use crate::bail;
@@ -12,7 +11,10 @@ use crate::device::{self, Device, State};
 use crate::error::{Error, Kind, Result};
 use crate::fs::mount;
 use crate::fs::stat::FsInfo;
+use crate::image::open;
 use crate::report;
+use crate::sys::folder::Place;
+use crate::sys::store;
 
 /// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
 pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
@@ -23,8 +25,7 @@ pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
 
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    let base = &disk.first_image()?.file;
-    match find::of_base(base, component)? {
+    match find::of_disk(disk, component)? {
         Some(device) => umount(&device, Some(disk)),
         None => {
             let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
@@ -108,33 +109,30 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;
-    if let Some(disk) = disk {
-        remove_mount_point(&temporary_mount_point(disk)?);
+    if let Some(Ok(place)) = disk.map(temporary_mount_point) {
+        remove_mount_point(&place);
     }
     report::say(0, format_args!("{} is detached", device.node().display()));
     Ok(())
 }
 
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {
-    let image = &disk.first_image()?.file;
-    let folder = image.parent().unwrap_or(Path::new("/"));
-    FsInfo::of(mount_point)?.store(folder).map_err(|e| {
+    let folder = open::place_beside(&disk.first_image()?.file, &disk.dir)?.folder;
+    FsInfo::of(mount_point)?.store(&folder).map_err(|e| {
         Error::with(Kind::Write, format!("cannot write {}", folder.join(crate::fs::stat::FILE).display()), e)
     })
 }
 
 /// Where operations that need the file system for a moment mount it.
-pub fn temporary_mount_point(disk: &Descriptor) -> Result<PathBuf> {
-    let mut path = disk.first_image()?.file.clone().into_os_string();
-    path.push(".mnt");
-    Ok(path.into())
+pub fn temporary_mount_point(disk: &Descriptor) -> Result<Place> {
+    Ok(open::place_beside(&disk.first_image()?.file, &disk.dir)?.suffixed(".mnt"))
 }
 
 /// Removes that folder if it is there and empty.
-fn remove_mount_point(path: &Path) {
-    match fs::remove_dir(path) {
+pub(super) fn remove_mount_point(place: &Place) {
+    match store::remove_dir(place) {
         Err(e) if e.kind() != io::ErrorKind::NotFound && e.kind() != io::ErrorKind::NotADirectory => {
-            report::say(1, format_args!("{} stays: {e}", path.display()));
+            report::say(1, format_args!("{} stays: {e}", place.display()));
         }
         _ => {}
     }

@@ -9,6 +9,7 @@ pub mod console;
 pub mod fiemap;
 pub mod file_id;
 pub mod file_lock;
+pub mod folder;
 pub mod freeze;
 pub mod host;
 pub mod inode_flags;

@@ -1,17 +1,26 @@
 //! The steps by which files change, in one place: each takes effect whole or not, and tests can record every one of
 //! them, let one fail, and make up what a crash leaves.
 
-use std::fs::{File, OpenOptions};
+use std::borrow::Cow;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, renameat, renameat2};
+use nix::fcntl::{AtFlags, FallocateFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+
+use super::file_id::FileId;
+use super::folder::{Folder, Place};
 
 #[cfg(test)]
 pub mod record;
+mod remove;
+
+pub use remove::PRIVATE;
 
 /// A step, for the watcher.
 #[cfg_attr(not(test), allow(dead_code))]
@@ -27,6 +36,7 @@ enum Step<'a> {
     Extend(&'a File, u64),
     Sync(&'a File),
     Rename(&'a Path, &'a Path),
+    Link(&'a Path),
     Unlink(&'a Path),
     SyncDir(&'a Path),
 }
@@ -43,6 +53,7 @@ impl Step<'_> {
             Step::Extend(..) => "extend a file",
             Step::Sync(_) => "sync a file",
             Step::Rename(..) => "rename a file",
+            Step::Link(_) => "link a file",
             Step::Unlink(_) => "unlink a file",
             Step::SyncDir(_) => "sync a folder",
         }
@@ -62,10 +73,10 @@ fn step<T>(_: Step<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 }
 
 /// Makes a file exclusively, open for reading and writing; no link is followed.
-pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true).mode(mode).custom_flags(libc::O_NOFOLLOW);
-    step(Step::Create(path), || options.open(path))
+pub fn create_new(place: &Place, mode: u32) -> io::Result<File> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mode = Mode::from_bits_truncate(mode);
+    step(Step::Create(&shown(place)), || Ok(openat(place.folder.fd()?, place.name.as_os_str(), flags, mode)?.into()))
 }
 
 /// Writes all.
@@ -134,8 +145,10 @@ pub fn cannot_clone(e: &io::Error) -> bool {
     e.raw_os_error().is_some_and(|n| NOT_HERE.contains(&n))
 }
 
-pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    step(Step::Rename(from, to), || std::fs::rename(from, to))
+pub fn rename(from: &Place, to: &Place) -> io::Result<()> {
+    step(Step::Rename(&shown(from), &shown(to)), || {
+        Ok(renameat(from.folder.fd()?, from.name.as_os_str(), to.folder.fd()?, to.name.as_os_str())?)
+    })
 }
 
 /// Renames a file of a folder within it.
@@ -151,19 +164,79 @@ pub fn rename_in(folder: &OwnedFd, from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Renames without replacing: a target that exists is `AlreadyExists`.
-pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    step(Step::Rename(from, to), || match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
-        // File systems without the flag: a link never replaces either.
-        Err(Errno::EINVAL | Errno::ENOSYS) => std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from)),
-        other => other.map_err(io::Error::from),
+pub fn rename_new(from: &Place, to: &Place) -> io::Result<()> {
+    step(Step::Rename(&shown(from), &shown(to)), || {
+        let (old, new) = (from.folder.fd()?, to.folder.fd()?);
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        match renameat2(old, from.name.as_os_str(), new, to.name.as_os_str(), flags) {
+            // File systems without the flag: a link never replaces either.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                link_at(from, to)?;
+                Ok(unlinkat(old, from.name.as_os_str(), UnlinkatFlags::NoRemoveDir)?)
+            }
+            other => other.map_err(io::Error::from),
+        }
     })
 }
 
-pub fn unlink(path: &Path) -> io::Result<()> {
-    step(Step::Unlink(path), || std::fs::remove_file(path))
+/// Gives a file a second name; a name that is taken is `AlreadyExists`.
+pub fn link(from: &Place, to: &Place) -> io::Result<()> {
+    step(Step::Link(&shown(from)), || link_at(from, to))
+}
+
+fn link_at(from: &Place, to: &Place) -> io::Result<()> {
+    let (old, new) = (from.folder.fd()?, to.folder.fd()?);
+    Ok(linkat(old, from.name.as_os_str(), new, to.name.as_os_str(), AtFlags::empty())?)
+}
+
+/// Removes what has a name that only this program's operations use.
+pub fn unlink(place: &Place) -> io::Result<()> {
+    step(Step::Unlink(&shown(place)), || {
+        Ok(unlinkat(place.folder.fd()?, place.name.as_os_str(), UnlinkatFlags::NoRemoveDir)?)
+    })
+}
+
+/// Removes this very file: if another one has got the name, that one stays and the result is an error.
+pub fn unlink_file(place: &Place, file: FileId) -> io::Result<()> {
+    step(Step::Unlink(&shown(place)), || remove::file(place, file))
+}
+
+/// Makes a folder.
+pub fn make_dir(place: &Place, mode: u32) -> io::Result<()> {
+    Ok(mkdirat(place.folder.fd()?, place.name.as_os_str(), Mode::from_bits_truncate(mode))?)
+}
+
+/// Removes an empty folder.
+pub fn remove_dir(place: &Place) -> io::Result<()> {
+    Ok(unlinkat(place.folder.fd()?, place.name.as_os_str(), UnlinkatFlags::RemoveDir)?)
 }
 
 /// Makes what was made, renamed and removed in a folder durable.
-pub fn sync_dir(dir: &Path) -> io::Result<()> {
-    step(Step::SyncDir(dir), || File::open(dir)?.sync_all())
+pub fn sync_dir(folder: &Folder) -> io::Result<()> {
+    sync_open_dir(folder.fd()?)
+}
+
+/// As [`sync_dir`], for an open folder; it may be O_PATH, which cannot be synced itself.
+pub fn sync_open_dir(folder: impl AsFd) -> io::Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let sync = || File::from(openat(&folder, ".", flags, Mode::empty())?).sync_all();
+    #[cfg(test)]
+    {
+        let dir = record::path_of(&folder.as_fd());
+        step(Step::SyncDir(&dir), sync)
+    }
+    #[cfg(not(test))]
+    sync()
+}
+
+/// The path of a place, which tests record.
+#[cfg(test)]
+fn shown(place: &Place) -> Cow<'_, Path> {
+    Cow::Owned(place.folder.fd().map(|fd| record::path_of(&fd).join(&place.name)).unwrap_or_default())
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+fn shown(place: &Place) -> Cow<'_, Path> {
+    Cow::Borrowed(Path::new(&place.name))
 }

@@ -69,3 +69,57 @@ fn an_image_in_use_is_not_mounted_again() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+#[test]
+fn disks_that_share_a_base_file_are_two() {
+    if !crate::common::skip::devices() {
+        return;
+    }
+    let folder = scratch();
+    let dir = folder.path().canonicalize().expect("folder");
+    let (a, b) = (dir.join("a"), dir.join("b"));
+    for sub in [&a, &b] {
+        fs::create_dir(sub).expect("folder");
+    }
+    disk(&a, &[base("f")]);
+    let said = |command: &[&str]| {
+        let out = ploop(&args(&dir, command));
+        (out.status.code().unwrap_or(-1), text(&out))
+    };
+    let (code, words) = said(&["snapshot", "{}/a/DiskDescriptor.xml"]);
+    assert_eq!(code, 0, "{words}");
+    // A clone: the base by a second name, the top and the descriptor by copy.
+    for entry in fs::read_dir(&a).expect("list").flatten() {
+        let to = b.join(entry.file_name());
+        match entry.file_name() == "f" {
+            true => fs::hard_link(entry.path(), to).expect("link"),
+            false => drop(fs::copy(entry.path(), to).expect("copy")),
+        }
+    }
+    let (code, words) = said(&["mount", "{}/a/DiskDescriptor.xml"]);
+    assert_eq!(code, 0, "{words}");
+    let _a = Mounted(args(&dir, &["umount", "{}/a/DiskDescriptor.xml"]));
+    let info = |of: &str| said(&["info", "-d", of]).1;
+    let running = info("{}/a/DiskDescriptor.xml");
+    assert!(running.contains("/dev/"), "{running}");
+    assert!(!info("{}/b/DiskDescriptor.xml").contains("/dev/"));
+    for (command, code, names) in [
+        (&["umount", "{}/b/DiskDescriptor.xml"][..], 40, "is not mounted"),
+        (&["mount", "{}/b/f"], 38, "delta(s) stand on it"),
+        (&["snapshot-merge", "{}/b/DiskDescriptor.xml"], 17, "hard links"),
+        (&["check", "{}/b/DiskDescriptor.xml"], 0, ""),
+        (&["snapshot", "{}/b/DiskDescriptor.xml"], 0, ""),
+        (&["mount", "{}/b/DiskDescriptor.xml"], 0, "Adding delta"),
+    ] {
+        let (got, words) = said(command);
+        assert!(got == code && words.contains(names), "{command:?}: {got}, {words}");
+    }
+    let other = info("{}/b/DiskDescriptor.xml");
+    assert!(other.contains("/dev/") && other != running, "{other} {running}");
+    // Each ends alone.
+    let (code, words) = said(&["umount", "{}/b/DiskDescriptor.xml"]);
+    assert_eq!(code, 0, "{words}");
+    assert_eq!(info("{}/a/DiskDescriptor.xml"), running);
+    assert_eq!(said(&["umount", "{}/b/f"]).0, 38);
+    assert_eq!(info("{}/a/DiskDescriptor.xml"), running);
+}

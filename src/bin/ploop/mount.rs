@@ -32,6 +32,7 @@ Makes a block device of a disk, or of image files, base first, and mounts its fi
   -f FORMAT     raw: the base is a raw image
   -b CLUSTER    its cluster size in sectors
   --force       with -r and image files: look at an image that is in use elsewhere
+                without -r: write to an image on which deltas stand, which changes what they show
   --trace       log every request of the device
 ",
     run,

@@ -23,7 +23,8 @@ pub const COMMAND: Command = Command {
     usage: "\
 Usage: ploop snapshot-list [-H] [-o FIELD[,FIELD...]] [-s] [-u UUID] DiskDescriptor.xml
 
-One line for each snapshot and for the top, in the descriptor's order; * marks the one that is written to.
+One line for each snapshot and for the top, in the descriptor's order; * marks the one that is written to,
+! one that an interrupted merge has left half merged.
 
   -H, --no-header      without the headings
   -o, --output FIELDS  of parent_uuid, current, uuid, fname (these are shown without -o)
@@ -83,7 +84,9 @@ impl Field {
             Field::Uuid => row.guid.as_str().as_bytes(),
             Field::Parent => row.parent.as_str().as_bytes(),
             Field::Current => {
-                if row.current {
+                if row.half_merged {
+                    b"!"
+                } else if row.current {
                     b"*"
                 } else {
                     b""

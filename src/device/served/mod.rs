@@ -27,6 +27,8 @@ use crate::server::{partitions, runtime, spawn};
 pub use attach::slots_wanted;
 #[cfg(test)]
 pub(super) use model::device_of;
+#[cfg(test)]
+pub use model::made_up;
 pub use model::record;
 
 pub(super) const CAPABILITIES: Capabilities = Capabilities {

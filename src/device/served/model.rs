@@ -30,6 +30,16 @@ pub(in crate::device) fn device_of(record: DeviceRecord, state: State) -> Device
     }
 }
 
+/// A device that shows these files, base first, for tests of what is decided by its record.
+#[cfg(test)]
+pub fn made_up(descriptor: Option<&std::path::Path>, files: &[&std::path::Path]) -> Device {
+    use crate::server::proto::LevelName;
+    let levels = files.iter().map(|f| LevelName { path: f.to_path_buf(), raw: false }).collect();
+    let ids = files.iter().map(|f| crate::sys::file_id::FileId::at(f).unwrap()).collect();
+    let descriptor = descriptor.map(std::path::Path::to_owned);
+    device_of(DeviceRecord { levels, ids, descriptor, ..Default::default() }, State::Running)
+}
+
 /// The server's record of a device, as it was when the device was looked up. For tests of the server.
 pub fn record(device: &Device) -> &DeviceRecord {
     match &device.detail {

@@ -1,6 +1,8 @@
 //! Merging snapshots of a running disk. The worker copies, so that the merge goes on if the caller is killed; the
 //! caller prepares the descriptor.
 
+use std::path::PathBuf;
+
 use super::{Ended, check_chain, check_state, outcome, prepare};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -8,13 +10,13 @@ use crate::device::merge::{Unmerged, Watch, merge_levels as merge_levels_of, mer
 use crate::device::{self, Device, NewLevel, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
-use crate::ops::image_set;
+use crate::ops::image_set::{self, Unneeded};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
 
 /// Merges `descendant` and all between into `ancestor`; the device runs all of them. I/O goes on. An interrupted merge
-/// is finished by running it again: the snapshots that disappear are marked temporary before anything is written.
+/// is finished by running it again: the snapshots that disappear are marked as half merged before anything is written.
 pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
     let gone = disk.removed_by_merge(descendant, ancestor)?;
     check_chain(disk, device)?;
@@ -48,10 +50,20 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     let (low, high) = (level(disk, ancestor)?, level(disk, descendant)?);
     let mut next = disk.descriptor.clone();
     let files = next.collapse(descendant, ancestor, None)?;
+    // The files that the device runs.
+    let unneeded = |path: PathBuf| {
+        let running = disk.images.iter().find(|i| i.file == path).and_then(|i| level(disk, &i.guid).ok());
+        let file = running.and_then(|at| device.images.get(at))?.id;
+        Some(Unneeded { path, file })
+    };
+    let files: Vec<Unneeded> = files.into_iter().filter_map(unneeded).collect();
 
-    let unmarked: Vec<Guid> = gone.iter().copied().filter(|g| disk.snapshot(g).is_some_and(|s| !s.temporary)).collect();
-    mark(disk, &unmarked, true)?;
-    let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &unmarked))?;
+    if let Some(target) = disk.image(ancestor) {
+        image_set::refuse_shared(disk, target)?;
+    }
+    let before = disk.descriptor.clone();
+    mark(disk, gone)?;
+    let (spec, tmp) = prepare(disk, device, &mut next).inspect_err(|_| unmark(disk, &before))?;
     let is_top = *descendant == disk.top;
     let merged = run(device, (low, high), is_top, &spec);
     let (result, untouched) = match merged {
@@ -60,15 +72,15 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
     };
     match outcome(disk, spec, &tmp, next, result) {
         Ended::Changed(result) => {
-            image_set::remove(&files);
+            image_set::remove(disk, &files);
             result
         }
         Ended::Not(e) => {
             match untouched {
-                true => unmark(disk, &unmarked),
+                true => unmark(disk, &before),
                 false => report::warn(
                     "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
-                     temporary; the next merge or snapshot finishes it",
+                     as half merged; the next merge or snapshot finishes it",
                 ),
             }
             Err(e)
@@ -105,18 +117,17 @@ impl Watch for Patience {
     }
 }
 
-fn mark(disk: &mut LockedDescriptor, guids: &[Guid], temporary: bool) -> Result<()> {
-    if guids.is_empty() {
-        return Ok(());
-    }
+fn mark(disk: &mut LockedDescriptor, gone: &[Guid]) -> Result<()> {
     let mut next = disk.descriptor.clone();
-    next.mark_temporary(guids, temporary);
-    disk.commit_as(next)
+    next.mark_spoiled(gone);
+    if next == disk.descriptor { Ok(()) } else { disk.commit_as(next) }
 }
 
-fn unmark(disk: &mut LockedDescriptor, guids: &[Guid]) {
-    if let Err(e) = mark(disk, guids, false) {
-        report::warn(format_args!("the snapshots stay marked temporary: {e}"));
+fn unmark(disk: &mut LockedDescriptor, before: &Descriptor) {
+    if disk.descriptor != *before
+        && let Err(e) = disk.commit_as(before.clone())
+    {
+        report::warn(format_args!("the snapshots stay marked as half merged: {e}"));
     }
 }
 

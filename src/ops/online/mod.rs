@@ -6,8 +6,6 @@ mod merge;
 mod replace;
 mod snapshot;
 
-use std::path::{Path, PathBuf};
-
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, CommitFile, Device, NewLevel, State, SwitchSpec};
@@ -15,6 +13,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 use crate::sys::store;
 
 pub use merge::{merge, merge_levels};
@@ -81,17 +80,26 @@ enum Ended {
     Unknown(Error),
 }
 
+/// A stored descriptor that has its name only when the change is made.
+type Prepared = (Place, FileId);
+
 /// The chain of `next` for the server, and the temporary name under which `next` is stored.
-fn prepare(disk: &LockedDescriptor, device: &Device, next: &mut Descriptor) -> Result<(SwitchSpec, PathBuf)> {
+fn prepare(disk: &LockedDescriptor, device: &Device, next: &mut Descriptor) -> Result<(SwitchSpec, Prepared)> {
     next.normalise_top()?;
     let levels = levels_of(next, device)?;
-    let tmp = next.prepare(&disk.path)?;
-    let commit = CommitFile::open(&tmp, &disk.path)?.under(disk.share_lock()?);
-    Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, tmp))
+    let (tmp, file) = next.prepare(&disk.place)?;
+    let commit = CommitFile::open(&tmp, &disk.place)?.of(file)?.under(disk.share_lock()?);
+    Ok((SwitchSpec { levels, commit: Some(commit), linger: 0 }, (tmp, file)))
 }
 
 /// The result of a change that the server was asked for. The descriptor on disk decides whether it was made.
-fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Descriptor, result: Result<()>) -> Ended {
+fn outcome(
+    disk: &mut LockedDescriptor,
+    spec: SwitchSpec,
+    (tmp, file): &Prepared,
+    next: Descriptor,
+    result: Result<()>,
+) -> Ended {
     let committed = spec.commit.as_ref().map_or(Ok(false), CommitFile::is_committed);
     match (committed, result) {
         (Ok(true), result) => {
@@ -99,7 +107,7 @@ fn outcome(disk: &mut LockedDescriptor, spec: SwitchSpec, tmp: &Path, next: Desc
             Ended::Changed(result)
         }
         (Ok(false), Err(e)) => {
-            let _ = store::unlink(tmp);
+            let _ = store::unlink_file(tmp, *file);
             Ended::Not(e)
         }
         (Ok(false), Ok(())) => Ended::Unknown(Error::new(

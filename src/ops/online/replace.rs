@@ -1,10 +1,13 @@
 //! Replacing an image of a running device by a copy of it.
 
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::fcntl::OFlag;
 
 use super::{Ended, change, check_chain, check_state};
 use crate::bail;
-use crate::descriptor::{Image, LockedDescriptor};
+use crate::descriptor::{self, Image, LockedDescriptor};
 use crate::device::{self, CommitFile, Device, NewLevel, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
 use crate::image::lock::{Sharing, lock_image};
@@ -13,6 +16,7 @@ use crate::ops::image_copy::copy_of;
 use crate::ops::image_set;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 use crate::sys::store;
 
 const READ: Access = Access { write: false, direct: false };
@@ -37,9 +41,16 @@ pub fn replace(disk: &mut LockedDescriptor, device: &Device, image: &Image, new:
             Ended::Not(e) | Ended::Unknown(e) => Err(e),
         };
     }
-    let beside = Beside::bring(new, &image.file)?;
-    let levels = levels_with(device, level, &image.file, &beside.path)?;
-    let commit = CommitFile::open(&beside.path, &image.file)?.under(disk.share_lock()?);
+    let place = |path: &Path| {
+        disk.dir.place(path).ctx(Kind::Rename, || format!("cannot open the folder of {}", path.display()))
+    };
+    let (old_place, file) = (place(&image.file)?, new_held.id()?);
+    let beside = Beside::bring(place(new)?, &old_place)?;
+    let opened =
+        beside.place.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {}", beside.place.display()))?;
+    let levels = levels_with(device, level, &image.file, opened);
+    let commit = CommitFile::open(&beside.place, &old_place)?.of(file).inspect_err(|_| beside.back())?;
+    let commit = commit.under(disk.share_lock()?);
     let spec = SwitchSpec { levels, commit: Some(commit), linger: 0 };
     let switched = device::switch(device, &spec, &mut warn);
     let committed = spec.commit.as_ref().is_none_or(|c| c.is_committed().unwrap_or(true));
@@ -72,7 +83,7 @@ pub fn replace_level(device: &Device, level: usize, new: &Path) -> Result<()> {
         bail!(Param, "{} is not the image that {} runs any more", name.path.display(), device.node().display());
     }
     let held = copy_of(None, &name.path, &old, &new, Sharing::Readers)?;
-    let levels = levels_with(device, level, &new, &new)?;
+    let levels = levels_with(device, level, &new, open_level(&new, None)?);
     let switched = device::switch(device, &SwitchSpec { levels, commit: None, linger: 0 }, &mut warn);
     drop((old, held));
     switched
@@ -95,42 +106,44 @@ fn check_level(device: &Device, level: usize) -> Result<()> {
     Ok(())
 }
 
-/// The running chain with the file at `new` in the place of a level, called `name`.
-fn levels_with(device: &Device, level: usize, name: &Path, new: &Path) -> Result<Vec<NewLevel>> {
+/// The running chain with the file `fd` in the place of a level, called `name`.
+fn levels_with(device: &Device, level: usize, name: &Path, fd: OwnedFd) -> Vec<NewLevel> {
     let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
     if let Some(place) = levels.get_mut(level) {
-        *place = NewLevel::File { path: name.to_owned(), raw: false, fd: open_level(new, None)? };
+        *place = NewLevel::File { path: name.to_owned(), raw: false, fd };
     }
-    Ok(levels)
+    levels
 }
 
 /// The new file in the folder of the old one, from where it can be renamed over it.
 struct Beside {
-    path: PathBuf,
+    place: Place,
     /// Where it came from.
-    from: Option<PathBuf>,
+    from: Option<Place>,
 }
 
 impl Beside {
-    fn bring(new: &Path, old: &Path) -> Result<Beside> {
-        if new.parent() == old.parent() {
-            return Ok(Beside { path: new.to_owned(), from: None });
+    fn bring(new: Place, old: &Place) -> Result<Beside> {
+        let folder = |place: &Place| {
+            let id = place.folder.fd().and_then(FileId::of);
+            id.ctx(Kind::Rename, || format!("cannot look at the folder of {}", place.display()))
+        };
+        if folder(&new)? == folder(old)? {
+            return Ok(Beside { place: new, from: None });
         }
-        let mut name = old.as_os_str().to_owned();
-        name.push(".ploop-replace");
-        let path = PathBuf::from(name);
-        store::rename_new(new, &path).ctx(Kind::Rename, || {
+        let place = old.suffixed(".ploop-replace");
+        store::rename_new(&new, &place).ctx(Kind::Rename, || {
             format!("cannot bring {} into the folder of {}, on the same file system", new.display(), old.display())
         })?;
-        crate::descriptor::sync_parent(&path)?;
-        Ok(Beside { path, from: Some(new.to_owned()) })
+        descriptor::sync_folder(&place.folder)?;
+        Ok(Beside { place, from: Some(new) })
     }
 
     fn back(&self) {
         if let Some(from) = &self.from
-            && let Err(e) = store::rename_new(&self.path, from)
+            && let Err(e) = store::rename_new(&self.place, from)
         {
-            report::warn(format_args!("{} is called {} now: {e}", from.display(), self.path.display()));
+            report::warn(format_args!("{} is called {} now: {e}", from.display(), self.place.display()));
         }
     }
 }

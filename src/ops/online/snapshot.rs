@@ -3,26 +3,34 @@
 use std::cell::RefCell;
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+
 use super::{Ended, change, check_chain, check_state, freeze};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, Freeze, NewLevel, SwitchSpec};
-use crate::error::{Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::format::header::Version;
 use crate::image::create::create_delta;
-use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 use crate::sys::store;
 
-/// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta `path`, complete,
+/// Takes a snapshot of a running disk: `next` is its descriptor afterwards, whose top is the new delta at `place`, complete,
 /// empty and durable. The file systems mounted from the device are frozen meanwhile. When this returns, the former top is
 /// closed and does not change any more.
 ///
 /// After an error nothing is changed and the new delta is removed, unless the error says that the delta may be part of
 /// the disk.
-pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, path: &Path) -> Result<()> {
-    check_chain(disk, device).inspect_err(|_| undo(path))?;
+pub fn snapshot(
+    disk: &mut LockedDescriptor,
+    device: &Device,
+    next: Descriptor,
+    place: &Place,
+    file: FileId,
+) -> Result<()> {
+    check_chain(disk, device).inspect_err(|_| undo(place, file))?;
     let rest = Rest::default();
     let mut thawed = Ok(());
     let ended = change(disk, device, next, &mut || rest.freeze(device), &mut || thawed = rest.thaw());
@@ -36,10 +44,10 @@ pub fn snapshot(disk: &mut LockedDescriptor, device: &Device, next: Descriptor, 
         }
         Ended::Changed(Err(e)) => Err(e.context("the snapshot is taken, but its image could not be closed")),
         Ended::Not(e) => {
-            undo(path);
+            undo(place, file);
             Err(e)
         }
-        Ended::Unknown(e) => Err(e.context(format_args!("{} may be part of the disk or not", path.display()))),
+        Ended::Unknown(e) => Err(e.context(format_args!("{} may be part of the disk or not", place.display()))),
     }
 }
 
@@ -51,22 +59,27 @@ pub fn on_device(device: &Device, file: &Path, sync: bool) -> Result<()> {
         bail!(Param, "{} is read-only: it gets no new top", device.node().display());
     }
     let version = device.version.unwrap_or(Version::V2);
-    create_delta(file, version, device.cluster()?, device.sectors)?;
-    put_on(device, file, sync).inspect_err(|e| {
+    let place = Place::named(file).ctx(Kind::Creat, || format!("cannot open the folder of {}", file.display()))?;
+    let made = create_delta(&place, version, device.cluster()?, device.sectors)?;
+    put_on(device, &place, made.id, sync).inspect_err(|e| {
         // The server may have made the change although the connection to it was lost.
-        let id = FileId::at(file).ok();
-        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == id);
+        let runs = device::by_node(device.name()).ok().flatten().is_some_and(|d| d.top_id() == Some(made.id));
         match runs || e.kind() == Kind::Protocol {
             true => report::warn(format_args!("{} stays: it may be in use", file.display())),
-            false => undo(file),
+            false => undo(&place, made.id),
         }
     })
 }
 
-fn put_on(device: &Device, file: &Path, sync: bool) -> Result<()> {
+fn put_on(device: &Device, place: &Place, file: FileId, sync: bool) -> Result<()> {
     let mut levels: Vec<NewLevel> = (0..device.images.len()).map(NewLevel::Kept).collect();
-    let path = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    levels.push(NewLevel::File { path, raw: false, fd: open_level(file, None)? });
+    let shown = place.display();
+    let fd = place.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+    if FileId::of(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))? != file {
+        bail!(Open, "{shown} is not the image that was made; has another process replaced it?");
+    }
+    let path = std::path::absolute(place.path()).unwrap_or_else(|_| place.path());
+    levels.push(NewLevel::File { path, raw: false, fd });
     let rest = Rest::default();
     let mut thawed = Ok(());
     let mut freeze = || if sync { rest.freeze(device) } else { Ok(()) };
@@ -95,8 +108,8 @@ impl Rest {
 }
 
 /// Removes the new delta, which was never part of the disk.
-fn undo(path: &Path) {
-    if let Err(e) = store::unlink(path) {
-        report::warn(format_args!("{} is not needed, but cannot be removed: {e}", path.display()));
+fn undo(place: &Place, file: FileId) {
+    if let Err(e) = store::unlink_file(place, file) {
+        report::warn(format_args!("{} is not needed, but cannot be removed: {e}", place.display()));
     }
 }
