@@ -408,12 +408,16 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
         bail!(Param, "a merge needs at least two images, the topmost first");
     };
     let mut ids = Vec::new();
-    for image in images {
+    for (i, image) in images.iter().enumerate() {
         let id = FileId::at(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
         if ids.contains(&id) {
             bail!(Param, "image {} is named twice", image.display());
         }
         ids.push(id);
+        if !raw || i + 1 < images.len() {
+            // As in the classic, a file that is no image cannot be opened as one.
+            read_header(image, None).map_err(|e| if e.kind() == Kind::Format { e.as_kind(Kind::Open) } else { e })?;
+        }
     }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;

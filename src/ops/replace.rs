@@ -99,7 +99,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
 
     use super::*;
     use crate::descriptor::ImageMode;
@@ -124,6 +124,14 @@ mod tests {
         assert_eq!(kind(Which::Level(0)), Err(Kind::Param));
         assert_eq!(kind(Which::Guid(guid::TOP)), Err(Kind::Format), "another image");
         assert_eq!(replace(&dd, "", &Which::Guid(g(1)), &old, false).unwrap_err().kind(), Kind::Param);
+        // An empty image with clusters that nothing uses.
+        let base = dd.with_file_name("root.hdd");
+        let empty = dd.with_file_name("empty");
+        crate::image::create::create_delta(&empty, Version::V2, small(), 20 * 64).unwrap();
+        File::options().write(true).open(&empty).and_then(|f| f.set_len(1 << 20)).unwrap();
+        let error = replace(&dd, "", &Which::File(base), &empty, false).unwrap_err().to_string();
+        assert!(error.contains("bytes at the end") && error.contains("check -f"), "{error}");
+        fs::remove_file(&empty).unwrap();
         // One bit differs.
         let bytes = fs::read(&new).unwrap();
         let mut other = bytes.clone();

@@ -277,6 +277,8 @@ fn files_are_merged_by_name() {
             assert_eq!(merge_files(&images, true, None).unwrap_err().kind(), Kind::Param);
         }
         let twice = [images[0].clone(), images[0].clone()];
+        let xml = [images[0].clone(), dd.clone()];
+        assert_eq!(merge_files(&xml, false, None).unwrap_err().kind(), Kind::Open, "a descriptor is no image");
         assert_eq!(merge_files(&twice, false, None).unwrap_err().kind(), Kind::Param);
     }
 }
