@@ -568,13 +568,14 @@ int ploop_delete_top_delta(struct ploop_disk_images_data *di);
  * Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
  * param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
  * file param->new_delta. The disk may run. A merge that has begun is not undone: the same call finishes it.
+ * Unknown snapshot: SYSEXIT_NOSNAP.
  */
 int ploop_merge_snapshot(struct ploop_disk_images_data *di, struct ploop_merge_param *param);
 
 /*
  * Makes snapshot param->guid the parent of a new, empty top; the old top is removed. The disk must not run.
  * PLOOP_SNAP_SKIP_TOPDELTA_DESTROY: the old top is kept as snapshot param->guid_old (NULL: a random GUID).
- * PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top.
+ * PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top. Unknown snapshot: SYSEXIT_NOSNAP.
  */
 int ploop_switch_snapshot_ex(struct ploop_disk_images_data *di, struct ploop_snapshot_switch_param *param);
 

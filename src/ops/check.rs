@@ -59,10 +59,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
     }
     find::refuse_replaced(&disk)?;
     disk.check_tree()?;
-    let chain = match disk.chain(guid.unwrap_or(&disk.top)) {
-        Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),
-        other => other?,
-    };
+    let chain = disk.chain(guid.unwrap_or(&disk.top))?;
     let mut below: Option<(PathBuf, CheckReport)> = None;
     for image in chain {
         // Nothing runs on the disk, so a mark anywhere is a crash's.

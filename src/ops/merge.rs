@@ -54,7 +54,7 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         (None, Some(_), _) => bail!(Param, "a merge down to a snapshot needs the snapshot where it starts, too"),
         (Some(guid), Some(guid2), _) => {
             for guid in [&guid, &guid2] {
-                known(&disk, guid)?;
+                disk.known(guid)?;
             }
             (guid, guid2)
         }
@@ -68,13 +68,8 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
     range(&mut disk, &descendant, &ancestor, params.new_delta.as_deref())
 }
 
-/// To merge an unknown snapshot is `Param` in the classic, to mount or delete one is not.
-fn known(disk: &LockedDescriptor, guid: &Guid) -> Result<()> {
-    disk.known(guid).map(|_| ()).map_err(|e| e.as_kind(Kind::Param))
-}
-
 fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
-    known(disk, guid)?;
+    disk.known(guid)?;
     match disk.parent(guid)? {
         Some(parent) => Ok(parent),
         None => bail!(Param, "snapshot {guid} is the base: there is nothing below to merge it into"),

@@ -337,7 +337,7 @@ fn finish(device: Device, params: &MountParams) -> Result<Mounted> {
 
 fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     if report::cancel::requested() {
-        bail!(Mount, "mount of {} cancelled", device.base().display());
+        bail!(Sys, "the mount of {} was cancelled", device.base().display());
     }
     if params.target.is_none() && !params.fsck {
         return Ok(None);

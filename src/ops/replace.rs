@@ -73,7 +73,7 @@ fn id_of(path: &Path) -> Result<FileId> {
     FileId::at(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))
 }
 
-/// The image that is meant. `Param`: there is none such.
+/// The image that is meant. `NoSnap`: no such snapshot; `Param`: no such file or level.
 fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Image> {
     let of_id = |id: FileId| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
     let found = match which {
@@ -91,7 +91,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
     };
     match (found, which) {
         (Some(image), _) => Ok(image.clone()),
-        (None, Which::Guid(guid)) => bail!(Param, "no snapshot {guid} in this disk"),
+        (None, Which::Guid(guid)) => bail!(NoSnap, "no snapshot {guid} in this disk; ploop snapshot-list shows them"),
         (None, Which::File(file)) => bail!(Param, "{} is no image of this disk", file.display()),
         (None, Which::Level(level)) => bail!(Param, "the running device has no level {level}"),
     }
@@ -119,7 +119,7 @@ mod tests {
         let new = dd.with_file_name("copy");
         fs::copy(&old, &new).unwrap();
         let kind = |which: Which| replace(&dd, "", &which, &new, false).map_err(|e| e.kind());
-        assert_eq!(kind(Which::Guid(g(9))), Err(Kind::Param));
+        assert_eq!(kind(Which::Guid(g(9))), Err(Kind::NoSnap));
         assert_eq!(kind(Which::File("/nowhere".into())), Err(Kind::Param));
         assert_eq!(kind(Which::Level(0)), Err(Kind::Param));
         assert_eq!(kind(Which::Guid(guid::TOP)), Err(Kind::Format), "another image");

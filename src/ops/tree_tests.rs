@@ -174,7 +174,7 @@ fn switching_and_deleting() {
         for (guid, kind) in [(g(9), Kind::NoSnap), (guid::TOP, Kind::Param)] {
             assert_eq!(snapshot::delete(&dd, &guid).unwrap_err().kind(), kind);
         }
-        assert_eq!(switch(&dd, "", &to(9)).unwrap_err().kind(), Kind::Param);
+        assert_eq!(switch(&dd, "", &to(9)).unwrap_err().kind(), Kind::NoSnap);
     }
 }
 
@@ -248,7 +248,7 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     switch(&dd, "", &SwitchParams { keep_top: true, ..to(1) }).unwrap();
     assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Param));
     assert_eq!(merge(&dd, None, Some(g(1))), Err(Kind::Param));
-    assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::Param));
+    assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::NoSnap));
     // Another process writes to it.
     let file = std::fs::File::open(&d.images[1].file).unwrap();
     let _lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap();

@@ -76,7 +76,7 @@ pub fn abort(name: &str) -> Result<()> {
         mount::umount_lazily(&mount.target)?;
     }
     match device::by_node(name)? {
-        Some(found) => device::detach(found.name()).map_err(|e| {
+        Some(found) => detach(&found).map_err(|e| {
             e.context(format!(
                 "{} is given up, but not gone yet; end what uses it, then ploop umount -d {0}",
                 found.node().display()
@@ -101,7 +101,7 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         ));
         device::hold_for_space(device.name(), false)?;
     }
-    let ended = mount::umount_all(&find::names(device)).and_then(|()| device::detach(device.name()));
+    let ended = mount::umount_all(&find::names(device)).and_then(|()| detach(device));
     if ended.is_err() && full {
         // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
         // dead.
@@ -113,6 +113,11 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     }
     report::say(0, format_args!("{} is detached", device.node().display()));
     Ok(())
+}
+
+/// What is in use is reported by one code, whether processes use the file system or the device.
+fn detach(device: &Device) -> Result<()> {
+    device::detach(device.name()).map_err(|e| if e.kind() == Kind::DevIoc { e.as_kind(Kind::Umount) } else { e })
 }
 
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {

@@ -144,12 +144,19 @@ fn main() -> ExitCode {
     signals::cancel_on_termination();
     report::set_verbose_level(CONSOLE);
     let status = match Path::new(&program).file_name().and_then(OsStr::to_str) {
-        Some("mount.ploop") => helpers::mount(&args),
-        Some("umount.ploop") => helpers::umount(&args),
+        // mount(8) and umount(8) know a helper's status 32 alone.
+        Some("mount.ploop") => return ExitCode::from(helpers::mount(&args)),
+        Some("umount.ploop") => return ExitCode::from(helpers::umount(&args)),
         Some("ploop-balloon") => later::balloon(),
         _ => ploop_command(&args),
     };
-    ExitCode::from(status)
+    ExitCode::from(stopped().unwrap_or(status))
+}
+
+/// The status of a command that SIGINT, SIGTERM or SIGHUP asked to stop, whatever it had done until then: 128 and the
+/// signal's number, as in a shell. Its messages say what was done.
+fn stopped() -> Option<u8> {
+    signals::received().and_then(|s| u8::try_from(128 + s).ok())
 }
 
 fn ploop_command(args: &[OsString]) -> u8 {
@@ -179,7 +186,7 @@ fn ploop_command(args: &[OsString]) -> u8 {
 
 /// Runs one command with its arguments.
 pub fn run(command: &Command, args: &[OsString]) -> u8 {
-    let _operation = report::cancel::begin();
+    let operation = report::cancel::begin();
     let parsed = match getopt::parse(args, command.short, command.long) {
         Ok(parsed) => parsed,
         Err(message) => {
@@ -193,7 +200,10 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
         Some(_) => version(),
         None => (command.run)(parsed),
     };
-    ended(command.usage, end)
+    let done = end.is_ok();
+    let status = ended(command.usage, end);
+    operation.end(done);
+    status
 }
 
 fn version() -> Result<(), Fail> {
