@@ -238,7 +238,7 @@ struct ploop_create_param {
 
 /* How to mount an image. */
 struct ploop_mount_param {
-    /* Device to use; empty: one is chosen and its path stored here. */
+    /* Device to use, /dev/ploopN; empty: one is chosen and its path stored here. */
     char device[64];
     /* Non-zero: attach and mount read-only. */
     int ro;

@@ -50,6 +50,10 @@ impl LockedDescriptor {
         if path.metadata().is_ok_and(|m| !m.is_file()) {
             bail!(Lock, "descriptor {} is not a regular file", path.display());
         }
+        // No lock file is made beside what is no descriptor. A descriptor is replaced by a rename, so it can be read unlocked.
+        if !lock_path(&path).exists() {
+            Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
+        }
         let until = host::now() + patience;
         let lock = lock_file(&path, until)?;
         let descriptor = Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;

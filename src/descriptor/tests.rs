@@ -169,6 +169,17 @@ fn an_encryption_element_without_engine_and_data_means_none() {
 }
 
 #[test]
+fn no_lock_file_is_made_beside_what_is_no_descriptor() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, content) in [("root.hds", "WithoutFreeSpace"), ("notes.txt", "hello"), ("other.xml", "<a/>")] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        assert_eq!(LockedDescriptor::open(&path).unwrap_err().kind(), Kind::Lock);
+        assert!(!lock_path(&path).exists(), "{name}");
+    }
+}
+
+#[test]
 fn refused_variants() {
     refused("<Blocksize>2048</Blocksize>", "");
     refused("<Blocksize>2048<", "<Blocksize>2047<");
