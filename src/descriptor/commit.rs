@@ -66,7 +66,7 @@ fn make(tmp: &Path) -> Result<File> {
         }
         _ => {}
     }
-    store::create_new(tmp, 0o666).ctx(Kind::Creat, fail)
+    store::create_new(tmp, 0o644).ctx(Kind::Creat, fail)
 }
 
 fn fill(file: File, bytes: &[u8], like: Option<&std::fs::Metadata>) -> std::io::Result<()> {

@@ -118,10 +118,9 @@ pub trait Driver: Sync {
         true
     }
 
-    /// The file that the device serves as base still has a name, though perhaps not the one under which it was
-    /// attached.
-    fn base_has_name(&self, _device: &Device) -> bool {
-        false
+    /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached.
+    fn base_name(&self, _device: &Device) -> Option<PathBuf> {
+        None
     }
 
     /// Gives up a device that no worker can serve any more: its I/O fails from now on.

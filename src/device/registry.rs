@@ -144,9 +144,10 @@ pub fn is_supervised(device: &Device) -> bool {
     of(device).is_supervised(device)
 }
 
-/// The file that the device serves as base still has a name, though perhaps not the one under which it was attached.
-pub fn base_has_name(device: &Device) -> bool {
-    of(device).base_has_name(device)
+/// The name that the file which the device serves as base has now, perhaps not the one under which it was attached. None
+/// if it has none, or if that cannot be found out.
+pub fn base_name(device: &Device) -> Option<PathBuf> {
+    of(device).base_name(device)
 }
 
 /// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all writes that

@@ -13,6 +13,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 
 pub use crate::sys::reopen::{Access, reopen};
 
+/// A file of the same name in the descriptor's folder, where the image was looked for elsewhere.
+fn beside(path: &Path, dir: &Path) -> Option<PathBuf> {
+    let other = dir.join(path.file_name()?);
+    (other != path && other.is_file()).then_some(other)
+}
+
 /// An O_PATH descriptor of an image: a regular file.
 ///
 /// `dir` is the folder of the descriptor that names it. Below that folder no link is followed. A file elsewhere must
@@ -20,9 +26,13 @@ pub use crate::sys::reopen::{Access, reopen};
 /// writing a descriptor. Without `dir` the user named the file, and links are followed.
 pub fn open_level(path: &Path, dir: Option<&Path>) -> Result<OwnedFd> {
     let fail = |e: Errno| {
-        let why = match e {
-            Errno::ELOOP => " (links are not followed for images that a descriptor names)",
-            _ => "",
+        let why: String = match (e, dir.and_then(|dir| beside(path, dir))) {
+            (Errno::ELOOP, _) => " (links are not followed for images that a descriptor names)".into(),
+            (Errno::ENOENT, Some(other)) => format!(
+                " ({} lies beside the descriptor: if that is the image, correct the element File in the descriptor)",
+                other.display()
+            ),
+            _ => String::new(),
         };
         Error::with(
             Kind::Open,

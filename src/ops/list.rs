@@ -29,7 +29,7 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
             };
             Ok(Line {
                 name: d.name().to_owned(),
-                base: d.base().to_owned(),
+                base: find::base_of(&d),
                 mount_point,
                 component: d.component().to_owned(),
                 trouble: (d.state != State::Running).then(|| d.state.as_str().to_owned()),

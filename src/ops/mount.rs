@@ -195,7 +195,17 @@ fn trace(params: &MountParams) -> bool {
 fn check_target(target: Option<&Path>) -> Result<()> {
     match target {
         Some(t) if !t.is_dir() => bail!(Param, "mount point {} is not an existing folder; make it first", t.display()),
-        _ => Ok(()),
+        Some(t) => {
+            if let Some((device, mount)) = find::by_mount_point(t)? {
+                report::warn(format_args!(
+                    "{} is the mount point of {} already, whose files cannot be seen there now",
+                    mount.target.display(),
+                    device.node().display()
+                ));
+            }
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 
@@ -250,10 +260,11 @@ fn refuse_running(base: &Path, component: &str) -> Result<()> {
         }
         State::Stopped => bail!(Sys, "{shown} is stopped; detach it first: ploop umount -d {}", found.node().display()),
         _ => {
+            let how = if find::mounts_of(&found)?.is_empty() { "attached" } else { "mounted" };
             let of = if component.is_empty() { String::new() } else { format!(" of component {component}") };
             bail!(
                 Mount,
-                "{shown} is mounted already{of}; ploop umount it, or mount a snapshot of it under another component (-c)"
+                "{shown} is {how} already{of}; ploop umount it, or mount a snapshot of it under another component (-c)"
             )
         }
     }

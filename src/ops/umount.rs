@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::find;
+use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, State};
@@ -24,12 +24,21 @@ pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
     let base = &disk.first_image()?.file;
-    match find::of_base(base, component)? {
+    match of_component(base, component)? {
         Some(device) => umount(&device, Some(disk)),
         None => {
             let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
             bail!(DevNotMounted, "{} is not mounted{of}", disk.path.display())
         }
+    }
+}
+
+/// The device of this component; a temporary snapshot that stays until it is unmounted is found by the name that it was
+/// given, too.
+fn of_component(base: &Path, component: &str) -> Result<Option<Device>> {
+    match find::of_base(base, component)? {
+        None if !component.is_empty() => find::of_base(base, &format!("{UNTIL_UMOUNT}{component}")),
+        found => Ok(found),
     }
 }
 
@@ -58,7 +67,7 @@ pub fn umount_mountpoint(folder: &Path) -> Result<()> {
 /// Unmounts the device over a base image. `Param` if there is none.
 pub fn umount_base(base: &Path, component: &str) -> Result<()> {
     let _operation = report::cancel::begin();
-    match find::of_base(base, component)? {
+    match of_component(base, component)? {
         Some(device) => umount(&device, None),
         None => bail!(Param, "{} is not the base image of a device that this machine runs", base.display()),
     }

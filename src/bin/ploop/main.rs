@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod disk;
 mod doctor;
 mod getopt;
 mod helpers;
@@ -108,6 +109,21 @@ const COMMANDS: [&Command; 18] = [
     &reload::COMMAND,
 ];
 
+/// Commands whose single operand is a disk.
+const ON_A_DISK: [&str; 11] = [
+    mount::COMMAND.name,
+    info::COMMAND.name,
+    check::COMMAND.name,
+    check::FSCK.name,
+    snapshot::SNAPSHOT.name,
+    snapshot::TSNAPSHOT.name,
+    snapshot::SWITCH.name,
+    snapshot::DELETE.name,
+    snapshot_list::COMMAND.name,
+    merge::SNAPSHOTS.name,
+    replace::COMMAND.name,
+];
+
 /// The console level until `-v` says otherwise.
 const CONSOLE: i32 = 3;
 
@@ -133,7 +149,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop doctor                       what this machine offers, and what is wrong with devices
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
 
-DISK is a DiskDescriptor.xml; mount also takes a bare image FILE.
+DISK is a DiskDescriptor.xml, the folder in which it lies, or the id of a container; mount also takes a bare image FILE.
 ploop COMMAND --help tells more; so does the manual page ploop(8).
 ";
 
@@ -198,12 +214,26 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
     let end = match asked {
         Some((HELP, _)) => write_out(command.usage.as_bytes()),
         Some(_) => version(),
-        None => (command.run)(parsed),
+        None => taken(command, parsed).and_then(command.run),
     };
     let done = end.is_ok();
     let status = ended(command.usage, end);
     operation.end(done);
     status
+}
+
+/// What the operands of a command on one disk mean.
+fn taken(command: &Command, mut parsed: Parsed) -> Result<Parsed, Fail> {
+    if ON_A_DISK.contains(&command.name)
+        && let [operand] = &mut parsed.operands[..]
+    {
+        *operand = disk::meant(operand).map_err(|e| match e {
+            // As for an image that is missing.
+            Fail::Mistake(text) if command.name == mount::COMMAND.name => Error::new(Kind::Mount, text).into(),
+            other => other,
+        })?;
+    }
+    Ok(parsed)
 }
 
 fn version() -> Result<(), Fail> {

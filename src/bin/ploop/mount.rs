@@ -1,10 +1,8 @@
 //! `ploop mount`: a disk or image files become a device, and a mounted file system.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use ploop::descriptor::{self, ImageMode};
-use ploop::error::{Error, Kind};
+use ploop::descriptor::ImageMode;
 use ploop::ops::mount::{self, MountParams, Mounted};
 
 use crate::getopt::Parsed;
@@ -62,10 +60,9 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             _ => return misuse(),
         }
     }
-    let Some(first) = parsed.operands.first() else { return misuse() };
-    let mut files: Vec<PathBuf> = parsed.operands.iter().map(PathBuf::from).collect();
-    if files.len() == 1 && values::is_container_id(first) && !Path::new(first).is_file() {
-        files = vec![container(first)?];
+    let files: Vec<PathBuf> = parsed.operands.iter().map(PathBuf::from).collect();
+    if files.is_empty() {
+        return misuse();
     }
     let mounted = match &files[..] {
         [one] if values::is_descriptor(one.as_os_str()) => mount::mount_descriptor(one, &component, &params)?,
@@ -89,26 +86,4 @@ fn show_command(mounted: &Mounted) -> Result<(), Fail> {
     let (source, option) = mount::source_and_option(&mounted.device)?;
     let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();
     result(format_args!("mount -r {option}{} /mnt", source.display()))
-}
-
-/// The disk of a container: where OpenVZ keeps it, the descriptor if there is one.
-fn container(id: &OsStr) -> Result<PathBuf, Fail> {
-    let id = id.to_string_lossy();
-    let places = [
-        "/vz/private/{}/root.hdd/root.hdd",
-        "/vz/private/{}/root.hdd/root.hds",
-        "/var/lib/vz/private/{}/root.hdd/root.hdd",
-    ]
-    .map(|p| PathBuf::from(p.replace("{}", &id)));
-    match places.iter().find(|p| p.exists()) {
-        Some(image) => {
-            let beside = image.with_file_name(descriptor::FILE_NAME);
-            Ok(if beside.exists() { beside } else { image.clone() })
-        }
-        None => {
-            let tried: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
-            let text = format!("no disk of container {id}: none of {} is there", tried.join(", "));
-            Err(Fail::Library(Error::new(Kind::Mount, text)))
-        }
-    }
 }

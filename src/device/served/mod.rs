@@ -103,8 +103,8 @@ impl Driver for Served {
         runtime::alive(record(device).supervisor)
     }
 
-    fn base_has_name(&self, device: &Device) -> bool {
-        find::base_has_name(device)
+    fn base_name(&self, device: &Device) -> Option<PathBuf> {
+        find::base_name(device)
     }
 
     fn abort(&self, name: &str) -> Result<()> {
