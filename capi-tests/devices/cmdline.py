@@ -412,6 +412,46 @@ def case_disk_named(t):
     check(img in r.err and "lies beside the descriptor" in r.err, r.err)
 
 
+def case_partitions(t):
+    """Which partition is mounted: of a GPT and of an MBR, the first one without a file system, one by number; a disk that was cut."""
+    folder, point = t.mkdir("img"), t.mkdir("mnt")
+    img, dd = os.path.join(folder, "root.hds"), os.path.join(folder, "DiskDescriptor.xml")
+    ploop("init", "-s", "300m", "-t", "none", img)
+    sizes = (("1MiB", "17MiB"), ("17MiB", "81MiB"), ("81MiB", "281MiB"))
+    for label in ("gpt", "msdos"):
+        dev = t.mount(dd)
+        parts = [word for i, ends in enumerate(sizes) for word in ("mkpart", "primary" if label == "msdos" else f"p{i}", *ends)]
+        run("parted", "-s", dev, "mklabel", label, *parts)
+        t.umount(dd)
+        # The server gives the kernel the partitions that it has no parser for.
+        dev = t.mount(dd)
+        for n in (1, 2, 3):
+            devlib.wait_for(f"partition {n}", lambda n=n: os.path.exists(f"{dev}p{n}"), 5)
+            run("wipefs", "-aq", f"{dev}p{n}")
+        for n in (2, 3):
+            run("mkfs.ext4", "-q", "-F", f"{dev}p{n}")
+        t.umount(dd)
+        for options, want in (((), 3), (("-p", "2"), 2)) if label == "gpt" else ((("--partition", "2"), 2),):
+            dev = t.mount("-m", point, *options, dd)
+            with open("/proc/mounts") as f:
+                seen = [line.split()[0] for line in f if line.split()[1] == point]
+            check(seen == [f"{dev}p{want}"], f"{label}, {options}: {seen} is mounted")
+            t.umount(dd)
+        r = ploop("mount", "-m", point, "-p", "4", dd, rc=devlib.PARAM)
+        check("no partition 4" in r.err and "2 (64 MiB, ext4)" in r.err and "1 (16 MiB, no file system" in r.err, r.err)
+        check(t.device_of(dd) is None, "a refused mount left its device")
+    # Cut: the table at the front names what is not there any more.
+    raw = t.path("disk.raw")
+    with open(raw, "wb") as f:
+        f.truncate(64 * MIB)
+    run("parted", "-s", raw, "mklabel", "gpt", "mkpart", "a", "40MiB", "60MiB")
+    os.truncate(raw, 32 * MIB)
+    begin = time.monotonic()
+    r = ploop("mount", "-f", "raw", "-b", 2048, "-m", point, raw, rc=devlib.DEVICE)
+    check("cut off" in r.err, r.err)
+    check(time.monotonic() - begin < 2.5, f"a cut disk was refused after {time.monotonic() - begin:.1f} s")
+
+
 def case_not_supported(t):
     """Encryption, volumes and stages of a reverse merge are refused by name, not ignored."""
     folder = t.mkdir("img")

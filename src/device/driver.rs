@@ -196,6 +196,11 @@ pub trait Driver: Sync {
         Err(self.unsupported("freezing the file systems of a device"))
     }
 
+    /// The node of the partition of that number, made if this process's /dev lacks it; none: no such partition.
+    fn partition_node(&self, _device: &Device, _number: u32) -> Result<Option<PathBuf>> {
+        Err(self.unsupported("mounting a partition of choice"))
+    }
+
     /// Partitions of the disk as the kernel has them now, by number.
     fn partitions(&self, _device: &Device) -> Result<Vec<Partition>> {
         Err(self.unsupported("listing the partitions of a device"))

@@ -129,9 +129,14 @@ pub fn aliases(device: &Device) -> Aliases {
     of(device).aliases(device)
 }
 
-/// What to mount: `/dev/NAMEp1` if the disk has a GPT, else `/dev/NAME`. The node is made if this process's /dev lacks it.
+/// What to mount: the first partition if the disk has any, else `/dev/NAME`. The node is made if this process's /dev lacks it.
 pub fn mount_source(device: &Device) -> Result<PathBuf> {
     of(device).mount_source(device)
+}
+
+/// The node of the partition of that number, made if this process's /dev lacks it; none: no such partition.
+pub fn partition_node(device: &Device, number: u32) -> Result<Option<PathBuf>> {
+    of(device).partition_node(device, number)
 }
 
 /// Partitions of the disk as the kernel has them now, by number.
@@ -294,6 +299,7 @@ mod tests {
             d.track(&device).map(drop),
             d.freeze(&device, Vec::new()).map(drop),
             d.partitions(&device).map(drop),
+            d.partition_node(&device, 1).map(drop),
             d.reload("x"),
             d.abort("x"),
             d.clean("x"),

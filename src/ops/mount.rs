@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mount_images::{host_checks, raw_cluster};
-use super::{find, merge_temporary, recovery};
+use super::{find, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -38,6 +38,8 @@ pub struct MountParams {
     pub noatime: bool,
     /// Name of the device wanted, `/dev/NAME`.
     pub device: Option<String>,
+    /// Number of the partition to mount; none: it is chosen.
+    pub partition: Option<u32>,
     /// Where to mount the file system; none: only the device is made.
     pub target: Option<PathBuf>,
     pub fstype: Option<String>,
@@ -353,7 +355,7 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     if params.target.is_none() && !params.fsck {
         return Ok(None);
     }
-    let source = device::mount_source(device)?;
+    let source = partition::source(device, params.partition)?;
     let ext = params.fstype.as_deref().is_none_or(|t| t.starts_with("ext"));
     let fsck_rc = match params.fsck && ext {
         true => Some(mount::fsck(&source, params.read_only)?),
@@ -373,8 +375,8 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
 }
 
 /// What to mount of a read-only device by hand, and the option that it may need.
-pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static str>)> {
-    let source = device::mount_source(device)?;
+pub fn source_and_option(device: &Device, number: Option<u32>) -> Result<(PathBuf, Option<&'static str>)> {
+    let source = partition::source(device, number)?;
     let found = probe::device(&source).ctx(Kind::Read, || format!("{} cannot be read", source.display()))?;
     let option = match found {
         // Never wrong on a device that cannot be written.

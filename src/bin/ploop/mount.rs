@@ -1,5 +1,6 @@
 //! `ploop mount`: a disk or image files become a device, and a mounted file system.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use ploop::descriptor::ImageMode;
@@ -10,17 +11,19 @@ use crate::{Command, Fail, mistake, misuse, result, values};
 
 pub const COMMAND: Command = Command {
     name: "mount",
-    short: "rFf:b:d:m:t:o:u:c:",
-    long: &[("force", false, FORCE), ("trace", false, TRACE)],
+    short: "rFf:b:d:m:p:t:o:u:c:",
+    long: &[("force", false, FORCE), ("trace", false, TRACE), ("partition", true, 'p')],
     usage: "\
-Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
-       ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
+Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
+       ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
        ploop mount [-r] [...] CONTAINER_ID
 
 Makes a block device of a disk, or of image files, base first, and mounts its file system.
 
   -r            read-only; nothing is written, also not to the images
   -m DIR        mount the file system here; without it only the device is made
+  -p, --partition NUMBER
+                with -m: this partition; else the first one, or, if that has no file system of Linux, the largest that has
   -d DEVICE     name of the device, like /dev/ploop5; else the first free one
   -t FSTYPE     type of the file system; else it is found out
   -o OPTIONS    mount options
@@ -50,6 +53,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             'b' => params.cluster = Some(values::cluster(&value)?),
             'd' => params.device = Some(values::text(&value, "device name")?),
             'm' => params.target = Some(PathBuf::from(value)),
+            'p' => params.partition = Some(partition(&value)?),
             't' => params.fstype = Some(values::text(&value, "file system type")?),
             'o' => params.options = Some(values::text(&value, "mount options")?),
             'u' if value == "base" => params.guid = Some("base".into()),
@@ -76,14 +80,22 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         }
     };
     if params.read_only && params.target.is_none() {
-        show_command(&mounted)?;
+        show_command(&mounted, params.partition)?;
     }
     Ok(())
 }
 
 /// Prints the command that mounts the device.
-fn show_command(mounted: &Mounted) -> Result<(), Fail> {
-    let (source, option) = mount::source_and_option(&mounted.device)?;
+fn show_command(mounted: &Mounted, partition: Option<u32>) -> Result<(), Fail> {
+    let (source, option) = mount::source_and_option(&mounted.device, partition)?;
     let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();
     result(format_args!("mount -r {option}{} /mnt", source.display()))
+}
+
+fn partition(value: &OsStr) -> Result<u32, Fail> {
+    let number = values::number(value, "partition")?;
+    u32::try_from(number)
+        .ok()
+        .filter(|n| *n > 0)
+        .ok_or_else(|| mistake(format!("partition {number}: must be 1 or more")))
 }

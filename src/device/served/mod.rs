@@ -99,6 +99,10 @@ impl Driver for Served {
         mount_source::mount_source(record(device))
     }
 
+    fn partition_node(&self, device: &Device, number: u32) -> Result<Option<PathBuf>> {
+        mount_source::partition_node(record(device), number)
+    }
+
     fn is_supervised(&self, device: &Device) -> bool {
         runtime::alive(record(device).supervisor)
     }
