@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The command as scripts know it: exit codes, outputs, what a failed command leaves alone, init's results byte by byte."""
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -410,6 +411,31 @@ def case_disk_named(t):
         f.write(text.replace("<File>root.hds<", f"<File>{img}<"))
     r = ploop("mount", moved, rc=devlib.MOUNT)
     check(img in r.err and "lies beside the descriptor" in r.err, r.err)
+
+
+def case_json(t):
+    """--json of list, info -d and doctor says what their text says."""
+    folder, point = t.mkdir("img"), t.mkdir("mnt")
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    ploop("init", "-s", "64m", os.path.join(folder, "root.hds"))
+    dev = t.mount("-m", point, dd)
+
+    def object_of(schema, *args, rc=0):
+        found = json.loads(run(devlib.PLOOP, *args, "--json", rc=rc).out)
+        check(found["schema"] == schema, f"{args}: schema {found['schema']}")
+        return found
+
+    line = [d for d in object_of("ploop-list-1", "list")["devices"] if d["node"] == dev]
+    check(line == [{"name": dev[5:], "node": dev, "base": os.path.join(folder, "root.hds"), "mount_points": [point], "component": "",
+                    "state": "running"}], f"list: {line}")
+    check(object_of("ploop-info-1", "info", "-d", dd)["device"] == dev, "info -d")
+    fs = object_of("ploop-info-1", "info", dd)
+    check(fs["blocks"] * fs["block_size"] < 64 * MIB and 0 < fs["free_inodes"] < fs["inodes"], f"info: {fs}")
+    check(object_of("ploop-check-1", "check", dd, rc=devlib.IN_USE)["status"] == devlib.IN_USE, "check of a running disk")
+    doctor = object_of("ploop-doctor-1", "doctor", rc=(0, 1))
+    check(any(dev[5:] in f["subject"] + f["text"] and f["grade"] == "good" for f in doctor["devices"]), f"doctor: {doctor['devices']}")
+    t.umount(dd)
+    check(object_of("ploop-info-1", "info", "-d", dd)["device"] is None, "info -d of an unmounted disk")
 
 
 def case_partitions(t):

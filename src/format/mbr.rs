@@ -80,8 +80,11 @@ fn table(
 mod tests {
     use super::*;
 
-    /// A disk of 1000 sectors with tables in some of them: entries of flag, type, start, count.
-    fn parsed(tables: &[(u64, &[(u8, u8, u32, u32)])]) -> Vec<(u32, u64, u64)> {
+    /// The sector of a table, and its entries: flag, type, start, count.
+    type Table<'a> = (u64, &'a [(u8, u8, u32, u32)]);
+
+    /// What is found on a disk of 1000 sectors with these tables.
+    fn parsed(tables: &[Table<'_>]) -> Vec<(u32, u64, u64)> {
         let mut disk = vec![0; 1000 * SECTOR_BYTES];
         for (sector, entries) in tables {
             let sector = &mut disk[*sector as usize * SECTOR_BYTES..][..SECTOR_BYTES];
@@ -107,7 +110,7 @@ mod tests {
         assert_eq!(parsed(&[(0, &[(0x80, 0x83, 10, 90), (0, 0x82, 100, 50)])]), [(1, 10, 90), (2, 100, 50)]);
         // Beyond the end of the disk, and without length.
         assert_eq!(parsed(&[(0, &[(0, 0x83, 950, 51), (0, 0x83, 950, 50), (0, 0x83, 5, 0)])]), [(2, 950, 50)]);
-        let logical: &[(u64, &[_])] = &[
+        let logical: &[Table<'_>] = &[
             (0, &[(0, 0x83, 10, 90), (0, 0x0f, 200, 800)]),
             (200, &[(0, 0x83, 8, 92), (0, 0x05, 100, 100)]),
             (300, &[(0, 0x83, 4, 20), (0, 0x00, 0, 0)]),
@@ -119,13 +122,13 @@ mod tests {
     fn what_is_no_table_and_what_runs_in_a_circle() {
         assert_eq!(parsed(&[(0, &[(0, 0xee, 1, 999)])]), [], "a GPT follows");
         assert_eq!(parsed(&[(0, &[(0x33, 0x83, 10, 90)])]), [], "a boot sector");
-        let circle: &[(u64, &[_])] = &[
+        let circle: &[Table<'_>] = &[
             (0, &[(0, 0x05, 200, 800)]),
             (200, &[(0, 0x83, 8, 92), (0, 0x05, 100, 100)]),
             (300, &[(0, 0x83, 4, 20), (0, 0x05, 0, 100)]),
         ];
         assert_eq!(parsed(circle), [(5, 208, 92), (6, 304, 20)]);
-        let long: &[(u64, &[_])] = &[
+        let long: &[Table<'_>] = &[
             (0, &[(0, 0x05, 200, 800)]),
             (200, &[(0, 0x83, 8, 92), (0, 0x05, 100, 100)]),
             (300, &[(0, 0x83, 4, 20), (0, 0x05, 200, 100)]),

@@ -10,6 +10,7 @@ mod getopt;
 mod helpers;
 mod info;
 mod init;
+mod json;
 mod later;
 mod list;
 mod merge;
