@@ -60,6 +60,9 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         }
         (Some(guid), None, _) => (guid, parent(&disk, &guid)?),
         (None, None, true) => match disk.chain(&top)?.first() {
+            Some(base) if base.guid == top => {
+                bail!(Param, "{} has a single image: there is nothing to merge", disk.path.display())
+            }
             Some(base) => (top, base.guid),
             None => bail!(DiskDescr, "{}: the top has no chain", disk.path.display()),
         },

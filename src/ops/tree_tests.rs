@@ -256,6 +256,13 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
 }
 
 #[test]
+fn a_single_image_has_nothing_to_merge() {
+    let (_dir, dd) = disk(KINDS[0]);
+    let error = merge_snapshot(&dd, "", &MergeParams { all: true, ..MergeParams::default() }).unwrap_err();
+    assert!(error.kind() == Kind::Param && error.to_string().contains("single image"), "{error}");
+}
+
+#[test]
 fn files_are_merged_by_name() {
     for kind in KINDS {
         let (_dir, dd) = disk(kind);
