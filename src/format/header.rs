@@ -89,7 +89,8 @@ fn foreign(b: &[u8; SIZE]) -> Error {
             )
         } else {
             format!(
-                "signature '{shown}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'"
+                "signature '{shown}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'; \
+                 a raw image has Type Plain in its descriptor, and without one needs -f raw"
             )
         },
     )

@@ -33,6 +33,7 @@ fn a_file_of_another_format_is_named_in_readable_text() {
     assert!(xml.contains("'<?xml version=\"1'") && xml.contains("an XML file"), "{xml}");
     assert!(error(b"\xef\xbb\xbf<?xml?>").contains("an XML file"));
     let text = error(b"it's \\ \t\xff\0");
+    assert!(text.contains("Type Plain"), "{text}");
     assert!(text.contains(r"'it's \ \x09\xff\x00"), "{text}");
 }
 
