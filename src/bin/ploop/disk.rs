@@ -25,9 +25,6 @@ fn meant_in(operand: &OsStr, containers: &[&str]) -> Result<OsString, Fail> {
     let beside = path.with_file_name(descriptor::FILE_NAME);
     match path.metadata() {
         Ok(m) if m.is_dir() && inside.is_file() => Ok(inside.into()),
-        Ok(m) if m.is_dir() => {
-            Err(mistake(format!("folder {} has no {} in it: no disk", path.display(), descriptor::FILE_NAME)))
-        }
         Ok(m) if m.is_file() && m.len() == 0 && beside.is_file() => Ok(beside.into()),
         Err(_) if values::is_container_id(operand) => container(operand, containers).map(PathBuf::into_os_string),
         _ => Ok(operand.to_owned()),
@@ -85,7 +82,7 @@ mod tests {
         assert_eq!(at("disk.hdd/disk.hdd").unwrap(), "disk.hdd/DiskDescriptor.xml");
         assert_eq!(at("disk.hdd/disk.hdd.0.hds").unwrap(), "disk.hdd/disk.hdd.0.hds");
         assert_eq!(at("missing.xml").unwrap(), "missing.xml");
-        assert!(at("empty").unwrap_err().contains("no DiskDescriptor.xml"));
+        assert_eq!(at("empty").unwrap(), "empty");
         assert_eq!(meant("101").unwrap(), "vz/101/root.hdd/root.hds");
         assert_eq!(meant("102").unwrap(), "vz/102/root.hdd/DiskDescriptor.xml");
         assert_eq!(meant("103").unwrap(), "lib/103/root.hdd/root.hds");

@@ -10,7 +10,7 @@ use ploop::ops::{find, umount};
 use ploop::report;
 
 use crate::getopt::Parsed;
-use crate::{Command, Fail, disk, misuse, values};
+use crate::{Command, Fail, disk, mistake, misuse, values};
 
 pub const COMMAND: Command = Command {
     name: "umount",
@@ -94,6 +94,12 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         }
     }
     let disk = disk::meant(given)?;
+    if Path::new(&disk).is_dir() {
+        return Err(mistake(format!(
+            "folder {} has no DiskDescriptor.xml in it, and no ploop device is mounted on it",
+            Path::new(&disk).display()
+        )));
+    }
     match values::is_descriptor(&disk) {
         true => umount::umount_descriptor(Path::new(&disk), &component)?,
         false => umount::umount_base(Path::new(&disk), &component)?,
