@@ -3,10 +3,13 @@
 
 use std::env;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Files with public items of the C header, in the header's order.
-const SOURCES: [&str; 7] = ["consts", "types", "descriptor", "devices", "mount", "snapshots", "log"];
+const SOURCES: [&str; 8] = ["consts", "types", "descriptor", "devices", "mount", "snapshots", "log", "unavailable"];
+
+/// File with the table of dynload.h.
+const TABLE: &str = "dynload";
 
 fn main() {
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libploop.so.1");
@@ -16,16 +19,38 @@ fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is readable");
+    for name in SOURCES.iter().chain(&[TABLE]) {
+        println!("cargo::rerun-if-changed=src/capi/{name}.rs");
+    }
+    fs::write(out.join("libploop.h"), header(&root, config.clone(), &SOURCES)).expect("OUT_DIR is writable");
+    fs::write(out.join("dynload.h"), dynload(&header(&root, config, &["types", TABLE]))).expect("OUT_DIR is writable");
+}
+
+/// The header of these files of `src/capi`.
+fn header(root: &Path, config: cbindgen::Config, sources: &[&str]) -> String {
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for name in SOURCES {
-        let file = format!("src/capi/{name}.rs");
-        println!("cargo::rerun-if-changed={file}");
-        builder = builder.with_src(root.join(file));
+    for name in sources {
+        builder = builder.with_src(root.join(format!("src/capi/{name}.rs")));
     }
     let mut header = Vec::new();
     builder.generate().expect("src/capi can be described in C").write(&mut header);
-    let header = String::from_utf8(header).expect("the sources are UTF-8");
-    fs::write(out.join("libploop.h"), tidy(&header)).expect("OUT_DIR is writable");
+    tidy(&String::from_utf8(header).expect("the sources are UTF-8"))
+}
+
+/// dynload.h, which follows libploop.h: of a header with the types of both, the table and its function.
+fn dynload(header: &str) -> String {
+    let from = |title: &str, end: &str| {
+        let at = header.find(title).expect("the table has a comment");
+        let length = header[at..].find(end).expect("the item ends") + end.len();
+        &header[at..at + length]
+    };
+    let table = from("/*\n * The functions of libploop.h", "\n};\n");
+    let function = from("/* Stores the address", ");\n");
+    format!(
+        "/* For programs that load libploop.so.1 by dlopen(); include it after libploop.h. Generated from src/capi. */\n\n\
+         #ifndef _PLOOP_DYNLOAD_H_\n#define _PLOOP_DYNLOAD_H_\n\n{table}\n#ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n\
+         {function}\n#ifdef __cplusplus\n}}\n#endif\n\n#endif /* _PLOOP_DYNLOAD_H_ */\n"
+    )
 }
 
 /// What cbindgen cannot be told: short comments on one line, no `//` comments and no comma after the last enumerator

@@ -1,11 +1,13 @@
-/* The header, twice; and its macros and names used as a caller does. */
+/* The headers, twice; and their macros and names used as a caller does. */
 #include <ploop/libploop.h>
+#include <ploop/dynload.h>
 #include <ploop/libploop.h>
+#include <ploop/dynload.h>
 
 #include <string.h>
 
-#ifndef _LIBPLOOP_H_
-#error "the guard's name is what old code tests for"
+#if !defined(_LIBPLOOP_H_) || !defined(_PLOOP_DYNLOAD_H_)
+#error "the guards' names are what old code tests for"
 #endif
 
 int main(void)
@@ -15,13 +17,15 @@ int main(void)
     struct ploop_disk_images_data *di = 0;
     enum ploop_image_mode mode = PLOOP_EXPANDED_PREALLOCATED_MODE;
     const char *name = DISKDESCRIPTOR_XML;
+    struct ploop_functions table;
 
     memset(&create, 0, sizeof(create));
     memset(&mount, 0, sizeof(mount));
     create.mode = mode;
     create.flags = PLOOP_CREATE_NOLAZY;
     ploop_set_verbose_level(PLOOP_LOG_NOCONSOLE);
-    ploop_close_dd(di);
+    ploop_resolve_functions(&table);
+    table.close_dd(di);
     if (name[0] != 'D' || ploop_mount_image(di, &mount) != SYSEXIT_LOCK)
         return 2;
     return ploop_create_image(&create) == SYSEXIT_PARAM ? 0 : 1;

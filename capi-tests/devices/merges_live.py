@@ -319,13 +319,13 @@ def cancelled(t, name, init, bs, size, stride):
         load.end()
         disk.healthy()
         disk.judge()
-        if r.rc == 0:
-            # Done before the signal arrived: the next one needs a level to merge.
-            check(disk.levels() == 2, f"snapshot-merge returned 0, but there are {disk.levels()} levels")
+        if r.rc == 0 or "too late" in r.text:
+            # Done before the signal arrived, or before it could stop the merge: the next one needs a level to merge.
+            check(disk.levels() == 2, f"snapshot-merge was done, but there are {disk.levels()} levels")
             disk.fill(0, stride, size // stride)
             disk.put()
         else:
-            check(r.text.strip(), f"exit {r.rc} without a message")
+            check(r.rc == 130 and r.text.strip(), f"exit {r.rc} instead of 130, or without a message: {r.text[-500:]}")
     log(f"{name}: {early} signals arrived in time")
     load = Churn(t, disk)
     r = Call(t, *disk.merge("frozen")).end()

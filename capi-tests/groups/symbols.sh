@@ -5,14 +5,12 @@
 for tool in nm readelf; do
     command -v $tool >/dev/null || skip "no $tool; apt-get install binutils"
 done
-wanted=$ROOT/capi-tests/symbols/exported
+wanted=$ROOT/tests/abi/libploop.so.1.symbols
 
 nm -D --defined-only "$LIB" | awk '{ print $3 }' | LC_ALL=C sort >"$SCRATCH/exported"
 diff -u "$wanted" "$SCRATCH/exported" || fail "exported symbols differ from $wanted"
 strange=$(nm -D --defined-only "$LIB" | awk '$2 != "T" { print $3 " (" $2 ")" }')
 [ -z "$strange" ] || fail "not plain functions: $strange"
-extra=$(comm -13 "$ROOT/tests/abi/libploop.so.1.symbols" "$wanted")
-[ -z "$extra" ] || fail "not symbols of the classic: $extra"
 
 soname=$(readelf -dW "$LIB" | sed -n 's/.*Library soname: \[\(.*\)\]/\1/p')
 [ "$soname" = libploop.so.1 ] || fail "soname is '$soname', want libploop.so.1"
@@ -25,11 +23,21 @@ for needed in $(readelf -dW "$LIB" | sed -n 's/.*Shared library: \[\(.*\)\]/\1/p
     esac
 done
 
-# Every function that the header declares, and no other, but for those that the classic exports without declaring them.
-sed -n 's/^[a-z].*[ *]\(ploop_[a-z_]*\)(.*);$/\1/p' "$ROOT/include/ploop/libploop.h" | LC_ALL=C sort >"$SCRATCH/declared"
+# Every function that the headers declare, and no other, but for those that the classic exports without declaring them.
+cat "$ROOT/include/ploop/libploop.h" "$ROOT/include/ploop/dynload.h" | sed -n 's/^[A-Za-z].*[ *]\(ploop_[a-z_]*\)(.*);$/\1/p' | LC_ALL=C sort >"$SCRATCH/declared"
 LC_ALL=C comm -23 "$wanted" "$ROOT/capi-tests/symbols/undeclared" | diff -u - "$SCRATCH/declared" || fail "declared and exported functions differ"
 
 gcc -std=gnu99 -Wall -Werror -o "$SCRATCH/dlopen" "$ROOT/capi-tests/symbols/dlopen.c" -lpthread -ldl || exit 1
 # shellcheck disable=SC2046 # one word a symbol
 "$SCRATCH/dlopen" "$SCRATCH/lib/libploop.so.1" $(cat "$wanted") || fail "dlopen.c"
+
+gcc -std=gnu99 -Wall -Werror -DPLOOP_DEPRECATED= -I"$ROOT/include" -o "$SCRATCH/resolve" "$ROOT/capi-tests/symbols/resolve.c" -ldl || exit 1
+slots=$(awk -F'\t' '$1 == "ploop_functions" && $2 !~ /^(padding|__.*)$/ { print $2 }' "$ROOT/tests/abi/libploop.so.1.layout.tsv")
+# shellcheck disable=SC2086 # one word a slot
+"$SCRATCH/resolve" "$LIB" $slots || fail "resolve.c: the table of ploop_resolve_functions() is wrong"
+
+gcc -std=gnu99 -Wall -Werror -I"$ROOT/include" -o "$SCRATCH/unavailable" "$ROOT/capi-tests/symbols/unavailable.c" -ldl || exit 1
+unavailable=$(cat "$ROOT"/src/capi/unavailable*.rs | sed -n 's/^pub extern "C" fn \([a-z_]*\)(.*/\1/p')
+# shellcheck disable=SC2086 # one word a function
+"$SCRATCH/unavailable" "$LIB" $unavailable || fail "unavailable.c: a function that is missing does not say so"
 echo "$(wc -l <"$wanted") symbols, soname $soname"

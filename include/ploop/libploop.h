@@ -238,7 +238,7 @@ struct ploop_create_param {
 
 /* How to mount an image. */
 struct ploop_mount_param {
-    /* Device to use; empty: one is chosen and its path stored here. */
+    /* Device to use, /dev/ploopN; empty: one is chosen and its path stored here. */
     char device[64];
     /* Non-zero: attach and mount read-only. */
     int ro;
@@ -439,7 +439,7 @@ int ploop_read_disk_descr(struct ploop_disk_images_data **di, const char *file);
 char *ploop_find_parent_by_guid(struct ploop_disk_images_data *di, const char *guid);
 
 /* Not supported: logs an error, returns NULL. */
-char *ploop_get_base_delta_uuid(struct ploop_disk_images_data *di);
+PLOOP_DEPRECATED char *ploop_get_base_delta_uuid(struct ploop_disk_images_data *di);
 
 /*
  * Sets the component (at most 63 bytes) by which devices of this object are made and looked for: one image can be attached
@@ -505,7 +505,7 @@ int ploop_find_top_delta_name_and_format(const char *device, char *image, size_t
 int ploop_is_large_disk_supported(void);
 
 /* Nothing to do any more; 0. */
-int ploop_complete_running_operation(const char *device);
+PLOOP_DEPRECATED int ploop_complete_running_operation(const char *device);
 
 /*
  * Stores size and use of the file system of the disk with descriptor descr in *info: as stored at the last unmount,
@@ -568,13 +568,14 @@ int ploop_delete_top_delta(struct ploop_disk_images_data *di);
  * Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
  * param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
  * file param->new_delta. The disk may run. A merge that has begun is not undone: the same call finishes it.
+ * Unknown snapshot: SYSEXIT_NOSNAP.
  */
 int ploop_merge_snapshot(struct ploop_disk_images_data *di, struct ploop_merge_param *param);
 
 /*
  * Makes snapshot param->guid the parent of a new, empty top; the old top is removed. The disk must not run.
  * PLOOP_SNAP_SKIP_TOPDELTA_DESTROY: the old top is kept as snapshot param->guid_old (NULL: a random GUID).
- * PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top.
+ * PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top. Unknown snapshot: SYSEXIT_NOSNAP.
  */
 int ploop_switch_snapshot_ex(struct ploop_disk_images_data *di, struct ploop_snapshot_switch_param *param);
 
@@ -610,6 +611,39 @@ void ploop_set_verbose_level(int level);
 
 /* Asks the operation that runs in the calling thread to stop. For signal handlers, which run in that thread. */
 void ploop_cancel_operation(void);
+
+/* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
+int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
+
+/* Writes a descriptor for the image param->image, which need not exist. Not available: SYSEXIT_PARAM. */
+int ploop_create_dd(const char *ddxml, struct ploop_create_param *param);
+
+/* Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM. */
+int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long long size);
+
+/* Changes the size of a disk and of the file system inside. Not available: SYSEXIT_PARAM. */
+int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
+
+/* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
+int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
+
+/* Gives space that the file system inside does not use back to the host. Not available: SYSEXIT_PARAM. */
+int ploop_discard(struct ploop_disk_images_data *di, struct ploop_discard_param *param);
+
+/* Stores what ploop_discard() could free in *pd_stat. Not available: SYSEXIT_PARAM. */
+int ploop_discard_get_stat(struct ploop_disk_images_data *di, struct ploop_discard_stat *pd_stat);
+
+/* Sends the top delta of a running device. Not available: SYSEXIT_PARAM. */
+int ploop_copy_send(struct ploop_copy_send_param *arg);
+
+/* Receives what ploop_copy_send() sends. Not available: SYSEXIT_PARAM. */
+int ploop_copy_receive(struct ploop_copy_receive_param *arg);
+
+/* Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM. */
+PLOOP_DEPRECATED int ploop_send(const char *device, int ofd, const char *flush_cmd, int is_pipe);
+
+/* Old form of ploop_copy_receive(), from standard input. Not available: SYSEXIT_PARAM. */
+PLOOP_DEPRECATED int ploop_receive(const char *dst);
 
 #ifdef __cplusplus
 } /* extern "C" */

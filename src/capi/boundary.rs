@@ -9,10 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Runs `body` as an operation of this thread; an error has been reported already and is returned as its code.
 fn run<R>(name: &str, body: impl FnOnce() -> Result<R>) -> Result<R, Kind> {
-    let _operation = report::cancel::begin();
+    let operation = report::cancel::begin();
     // A panic may leave a disk object half changed. The object is then marked unusable (`handle::Disk`).
     let error = match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(value)) => return Ok(value),
+        Ok(Ok(value)) => {
+            operation.end(true);
+            return Ok(value);
+        }
         Ok(Err(error)) => error,
         Err(panic) => Error::new(
             Kind::Abort,

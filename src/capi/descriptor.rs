@@ -86,6 +86,7 @@ pub unsafe extern "C" fn ploop_find_parent_by_guid(
 }
 
 /// Not supported: logs an error, returns NULL.
+#[deprecated]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_get_base_delta_uuid(di: *mut ploop_disk_images_data) -> *mut c_char {
     let _ = di;

@@ -176,6 +176,7 @@ pub extern "C" fn ploop_is_large_disk_supported() -> c_int {
 }
 
 /// Nothing to do any more; 0.
+#[deprecated]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_complete_running_operation(device: *const c_char) -> c_int {
     let _ = device;

@@ -18,6 +18,8 @@
 //!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
+//! - [`dynload`]: ploop_resolve_functions, and the table that it fills
+//! - [`unavailable`], [`unavailable_tools`]: functions of the classic that this release does not have; they fail and say so
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
@@ -29,6 +31,7 @@ pub mod consts;
 mod convert;
 pub mod descriptor;
 pub mod devices;
+pub mod dynload;
 mod handle;
 pub mod kernel_consts;
 pub mod log;
@@ -37,3 +40,5 @@ pub mod snapshots;
 mod state;
 pub mod tools;
 pub mod types;
+pub mod unavailable;
+pub mod unavailable_tools;

@@ -116,6 +116,7 @@ pub unsafe extern "C" fn ploop_delete_top_delta(di: *mut ploop_disk_images_data)
 /// Merges snapshot param->guid (NULL: the top) into its parent, or with all that it stands on down to param->guid2, or with
 /// param->merge_all the top down to the base. The result keeps the upper one's GUID in the lower one's file, or in the new
 /// file param->new_delta. The disk may run. A merge that has begun is not undone: the same call finishes it.
+/// Unknown snapshot: SYSEXIT_NOSNAP.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_merge_snapshot(di: *mut ploop_disk_images_data, param: *mut ploop_merge_param) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.
@@ -136,7 +137,7 @@ pub unsafe extern "C" fn ploop_merge_snapshot(di: *mut ploop_disk_images_data, p
 
 /// Makes snapshot param->guid the parent of a new, empty top; the old top is removed. The disk must not run.
 /// PLOOP_SNAP_SKIP_TOPDELTA_DESTROY: the old top is kept as snapshot param->guid_old (NULL: a random GUID).
-/// PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top.
+/// PLOOP_SNAP_SKIP_TOPDELTA_CREATE: the snapshot itself becomes the top. Unknown snapshot: SYSEXIT_NOSNAP.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_switch_snapshot_ex(
     di: *mut ploop_disk_images_data,

@@ -44,7 +44,7 @@ pub enum ploop_replace_flags {
 /// How to mount an image.
 #[repr(C)]
 pub struct ploop_mount_param {
-    /// Device to use; empty: one is chosen and its path stored here.
+    /// Device to use, /dev/ploopN; empty: one is chosen and its path stored here.
     pub device: [c_char; 64],
     /// Non-zero: attach and mount read-only.
     pub ro: c_int,

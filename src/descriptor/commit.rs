@@ -74,7 +74,7 @@ fn make(tmp: &Place) -> Result<File> {
         }
         _ => {}
     }
-    store::create_new(tmp, 0o666).ctx(Kind::Creat, fail)
+    store::create_new(tmp, 0o644).ctx(Kind::Creat, fail)
 }
 
 fn fill(file: File, bytes: &[u8], like: Option<&FileStat>) -> std::io::Result<()> {

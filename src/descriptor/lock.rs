@@ -53,6 +53,10 @@ impl LockedDescriptor {
         if place.regular().is_ok_and(|found| found.is_none()) {
             bail!(Lock, "descriptor {} is not a regular file", path.display());
         }
+        // No lock file is made beside what is no descriptor. A descriptor is replaced by a rename, so it can be read unlocked.
+        if !lock_path(&path).exists() {
+            Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
+        }
         let until = host::now() + patience;
         let lock = lock_file(&place, until)?;
         let descriptor = Descriptor::read_at(&place).map_err(|e| e.as_kind(Kind::Lock))?;

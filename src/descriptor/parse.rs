@@ -58,7 +58,7 @@ impl Descriptor {
             _ => Layout::Parallels,
         };
         let parameters = required(&root, "Disk_Parameters", "the root element")?;
-        if parameters.child("Encryption").is_some() {
+        if parameters.child("Encryption").is_some_and(is_encrypted) {
             bail!(DiskDescr, "element Encryption: encrypted disks are not supported");
         }
         let number = |name| parameters.child(name).and_then(|e| parse_number(&e.text)).unwrap_or(0);
@@ -131,6 +131,16 @@ fn read_limited(file: File, path: &Path, bytes: &mut Vec<u8>) -> Result<u32> {
 
 fn required<'a>(parent: &'a Element, name: &str, place: &str) -> Result<&'a Element> {
     parent.child(name).ok_or_else(|| Error::new(Kind::DiskDescr, format!("element {name} is missing in {place}")))
+}
+
+/// Bundles of Parallels Desktop have the element in each descriptor: a null Engine and no Data mean no encryption.
+fn is_encrypted(encryption: &Element) -> bool {
+    let null = |e: &Element| {
+        let text = e.text.trim();
+        let nothing = text.is_empty() || e.name == "Engine" && Guid::parse(text).is_ok_and(|g| g == guid::NONE);
+        nothing && e.children.is_empty()
+    };
+    !encryption.text.trim().is_empty() || !encryption.children.iter().all(null)
 }
 
 fn storage(root: &Element) -> Result<&Element> {

@@ -152,6 +152,33 @@ fn modes() {
     assert_eq!(d.to_xml().unwrap().matches("<Type>Plain</Type>").count(), 4);
 }
 
+/// As Parallels Desktop writes it into each bundle.
+#[test]
+fn an_encryption_element_without_engine_and_data_means_none() {
+    let with = |element: &str| parse(&BASE_ONLY.replace("<Padding>0</Padding>", element));
+    let null = "<Engine>{00000000-0000-0000-0000-000000000000}</Engine>";
+    for inside in ["", null, "<Data/>", &format!("\n{null}\n<Data>\n</Data>\n"), "<KeyId></KeyId>", "<Engine/>"] {
+        let disk = with(&format!("<Encryption>{inside}</Encryption>")).unwrap_or_else(|e| panic!("{inside}: {e}"));
+        assert!(!disk.to_xml().unwrap().contains("Encryption"));
+    }
+    let engine = "<Engine>{00000000-0000-0000-0000-000000000001}</Engine>";
+    for inside in [engine, &format!("{null}<Data>AAAA</Data>"), "<Engine>AES</Engine>", "<Data><K/></Data>", "k"] {
+        let error = with(&format!("<Encryption>{inside}</Encryption>")).unwrap_err().to_string();
+        assert!(error.contains("element Encryption"), "{inside}: {error}");
+    }
+}
+
+#[test]
+fn no_lock_file_is_made_beside_what_is_no_descriptor() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, content) in [("root.hds", "WithoutFreeSpace"), ("notes.txt", "hello"), ("other.xml", "<a/>")] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        assert_eq!(LockedDescriptor::open(&path).unwrap_err().kind(), Kind::Lock);
+        assert!(!lock_path(&path).exists(), "{name}");
+    }
+}
+
 #[test]
 fn refused_variants() {
     refused("<Blocksize>2048</Blocksize>", "");

@@ -116,7 +116,7 @@ impl Descriptor {
         self.check_form()?;
         let Some(snapshot) = self.snapshot(to) else {
             bail!(
-                Param,
+                NoSnap,
                 "no snapshot {to} to switch to in the disk in {}; ploop snapshot-list shows them",
                 self.dir.display()
             );
@@ -428,7 +428,8 @@ mod tests {
         assert_eq!(d.switch(&g(2), None, None).unwrap(), Some(file("w")));
         assert_eq!(chain(&d, &guid::TOP), [(g(1), file("b")), (guid::TOP, file("x"))]);
         for bad in [guid::TOP, g(77), guid::NONE] {
-            assert_eq!(d.switch(&bad, Some(file("q")), None).unwrap_err().kind(), Kind::Param);
+            let kind = if bad == guid::TOP { Kind::Param } else { Kind::NoSnap };
+            assert_eq!(d.switch(&bad, Some(file("q")), None).unwrap_err().kind(), kind);
         }
         d.mark_temporary(&[g(3)], true);
         assert_eq!(d.switch(&g(3), Some(file("q")), None).unwrap_err().kind(), Kind::Param);

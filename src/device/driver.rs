@@ -118,10 +118,9 @@ pub trait Driver: Sync {
         true
     }
 
-    /// The file that the device serves as base still has a name, though perhaps not the one under which it was
-    /// attached.
-    fn base_has_name(&self, _device: &Device) -> bool {
-        false
+    /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached.
+    fn base_name(&self, _device: &Device) -> Option<PathBuf> {
+        None
     }
 
     /// Gives up a device that no worker can serve any more: its I/O fails from now on.
@@ -196,6 +195,11 @@ pub trait Driver: Sync {
     /// Freezes file systems of a device. `files`: one open file of each. They are thawed when this process exits.
     fn freeze(&self, _device: &Device, _files: Vec<File>) -> Result<Box<dyn Freeze>> {
         Err(self.unsupported("freezing the file systems of a device"))
+    }
+
+    /// The node of the partition of that number, made if this process's /dev lacks it; none: no such partition.
+    fn partition_node(&self, _device: &Device, _number: u32) -> Result<Option<PathBuf>> {
+        Err(self.unsupported("mounting a partition of choice"))
     }
 
     /// Partitions of the disk as the kernel has them now, by number.

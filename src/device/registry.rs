@@ -129,9 +129,14 @@ pub fn aliases(device: &Device) -> Aliases {
     of(device).aliases(device)
 }
 
-/// What to mount: `/dev/NAMEp1` if the disk has a GPT, else `/dev/NAME`. The node is made if this process's /dev lacks it.
+/// What to mount: the first partition if the disk has any, else `/dev/NAME`. The node is made if this process's /dev lacks it.
 pub fn mount_source(device: &Device) -> Result<PathBuf> {
     of(device).mount_source(device)
+}
+
+/// The node of the partition of that number, made if this process's /dev lacks it; none: no such partition.
+pub fn partition_node(device: &Device, number: u32) -> Result<Option<PathBuf>> {
+    of(device).partition_node(device, number)
 }
 
 /// Partitions of the disk as the kernel has them now, by number.
@@ -144,9 +149,10 @@ pub fn is_supervised(device: &Device) -> bool {
     of(device).is_supervised(device)
 }
 
-/// The file that the device serves as base still has a name, though perhaps not the one under which it was attached.
-pub fn base_has_name(device: &Device) -> bool {
-    of(device).base_has_name(device)
+/// The name that the file which the device serves as base has now, perhaps not the one under which it was attached. None
+/// if it has none, or if that cannot be found out.
+pub fn base_name(device: &Device) -> Option<PathBuf> {
+    of(device).base_name(device)
 }
 
 /// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all writes that
@@ -293,6 +299,7 @@ mod tests {
             d.track(&device).map(drop),
             d.freeze(&device, Vec::new()).map(drop),
             d.partitions(&device).map(drop),
+            d.partition_node(&device, 1).map(drop),
             d.reload("x"),
             d.abort("x"),
             d.clean("x"),

@@ -61,9 +61,18 @@ fn u64_at(bytes: &[u8; SIZE], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
+/// Bytes for a message: printable characters as they are, all others by number.
+fn shown(bytes: &[u8]) -> String {
+    let one = |b: &u8| match b {
+        b' '..=b'~' => char::from(*b).to_string(),
+        _ => format!("\\x{b:02x}"),
+    };
+    bytes.iter().map(one).collect()
+}
+
 /// The error for a file that is no ploop1 image; it names the format if that is known.
 fn foreign(b: &[u8; SIZE]) -> Error {
-    let shown = b[..16].escape_ascii();
+    let shown = shown(&b[..16]);
     Error::new(
         Kind::Format,
         if b.starts_with(b"QFI\xfb") {
@@ -73,9 +82,15 @@ fn foreign(b: &[u8; SIZE]) -> Error {
             )
         } else if b.starts_with(b"LUKS") {
             format!("signature '{shown}' at offset 0 is that of a LUKS container: encrypted disks are not supported")
+        } else if b.trim_ascii_start().starts_with(b"<?xml") || b.starts_with(b"\xef\xbb\xbf<?xml") {
+            format!(
+                "signature '{shown}' at offset 0 is that of an XML file: must be a ploop1 image; if it is a descriptor, \
+                 its elements File name the images"
+            )
         } else {
             format!(
-                "signature '{shown}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'"
+                "signature '{shown}' at offset 0: a ploop1 image begins with 'WithoutFreeSpace' or 'WithouFreSpacExt'; \
+                 a raw image has Type Plain in its descriptor, and without one needs -f raw"
             )
         },
     )

@@ -8,6 +8,7 @@ pub mod gpt;
 pub mod guid;
 pub mod header;
 pub mod limits;
+pub mod mbr;
 pub mod version;
 
 #[cfg(test)]

@@ -23,6 +23,21 @@ const GOLDEN_V1: &str = "57697468 6f757446 72656553 70616365 02000000 10000000 8
     00000100 00008000 00000000 00000000 80020000 01000000 00000000 00000000";
 
 #[test]
+fn a_file_of_another_format_is_named_in_readable_text() {
+    let error = |begin: &[u8]| {
+        let mut b = begin.to_vec();
+        b.resize(header::SIZE, 0);
+        Header::parse(&b).unwrap_err().to_string()
+    };
+    let xml = error(b"<?xml version=\"1.0\"?>");
+    assert!(xml.contains("'<?xml version=\"1'") && xml.contains("an XML file"), "{xml}");
+    assert!(error(b"\xef\xbb\xbf<?xml?>").contains("an XML file"));
+    let text = error(b"it's \\ \t\xff\0");
+    assert!(text.contains("Type Plain"), "{text}");
+    assert!(text.contains(r"'it's \ \x09\xff\x00"), "{text}");
+}
+
+#[test]
 fn headers_of_the_classic() {
     let v2 = Header::new(Version::V2, cluster(2048), 20_971_520).unwrap();
     assert_eq!(v2.encode().to_vec(), bytes(GOLDEN_V2));

@@ -58,6 +58,27 @@ fn for_fstab_only(word: &str) -> bool {
         || word.starts_with("X-")
 }
 
+/// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone.
+fn for_openvz_only(word: &str, fstype: &str) -> bool {
+    let name = word.split('=').next().unwrap_or_default();
+    match name {
+        "balloon_ino" | "pfcache" | "pfcache_csum" | "nopfcache_csum" => true,
+        "usrjquota" | "grpjquota" | "jqfmt" => !fstype.starts_with("ext"),
+        _ => false,
+    }
+}
+
+/// Leaves those out, with a warning.
+fn drop_foreign(data: &mut Vec<&str>, fstype: &str) {
+    data.retain(|word| {
+        let foreign = for_openvz_only(word, fstype);
+        if foreign {
+            report::warn(format_args!("mount option {word} is of OpenVZ's kernel, not of {fstype} here: left out"));
+        }
+        !foreign
+    });
+}
+
 /// Kernel flags and the text left for the file system.
 fn split(options: &str) -> (MsFlags, Vec<&str>) {
     let mut flags = MsFlags::empty();
@@ -76,6 +97,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
     let found = probe::device(device).ctx(Kind::Mount, || format!("{} cannot be read", device.display()))?;
     let fstype = spec.fstype.as_deref().or(found.map(Found::name)).unwrap_or("ext4");
     let (mut flags, mut data) = split(spec.options.as_deref().unwrap_or_default());
+    drop_foreign(&mut data, fstype);
     flags.set(MsFlags::MS_RDONLY, spec.read_only || flags.contains(MsFlags::MS_RDONLY));
     flags.set(MsFlags::MS_NOATIME, spec.noatime || flags.contains(MsFlags::MS_NOATIME));
 
@@ -144,7 +166,8 @@ pub fn fsck(device: &Path, read_only: bool) -> Result<i32> {
         _ => Err(Error::new(
             Kind::Fsck,
             format!(
-                "fsck.ext4 {how} on {} ended with {}; run e2fsck by hand to see and repair the damage",
+                "fsck.ext4 {how} on {} ended with {}; the disk is detached again: attach it without mounting (ploop mount without -m and \
+                 -F) and run e2fsck on its device to see and repair the damage",
                 device.display(),
                 outcome.complaint()
             ),
@@ -247,6 +270,18 @@ pub fn umount_all(names: &Names) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_of_openvz_are_left_out_where_they_cannot_matter() {
+        let all = ["balloon_ino=12", "data=ordered", "pfcache_csum", "usrjquota=aquota.user", "usrquota"];
+        let left = |fstype| {
+            let mut data = all.to_vec();
+            drop_foreign(&mut data, fstype);
+            data
+        };
+        assert_eq!(left("ext4"), ["data=ordered", "usrjquota=aquota.user", "usrquota"]);
+        assert_eq!(left("xfs"), ["data=ordered", "usrquota"]);
+    }
 
     #[test]
     fn words_become_flags_and_the_rest_stays() {

@@ -217,6 +217,14 @@ impl Check<'_> {
         let last = if o.read_only { len.div_ceil(size) } else { u64::from(found.end) };
         let wanted = wanted_header(header, last == u64::from(header.first_data()));
         if o.read_only {
+            // An empty image with a tail: the flag is right, the tail is what is wrong.
+            if tail != 0 && wanted_header(header, found.end == header.first_data()) == *header && wanted != *header {
+                bail!(
+                    Write,
+                    "{tail} bytes at the end, from offset {end} on, are used by nothing, and nothing may be written; \
+                     `ploop check -f` cuts them off"
+                );
+            }
             if wanted != *header {
                 bail!(
                     Write,

@@ -1,7 +1,7 @@
 //! Opening image files that untrusted users may have made or named.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -14,6 +14,12 @@ use crate::sys::folder::{Folder, Place, look_up};
 pub use crate::sys::folder::lexical;
 pub use crate::sys::reopen::{Access, reopen};
 
+/// A file of the same name in the descriptor's folder, where the image was looked for elsewhere.
+fn beside(path: &Path, dir: &Path) -> Option<PathBuf> {
+    let other = dir.join(path.file_name()?);
+    (other != path && other.is_file()).then_some(other)
+}
+
 /// An O_PATH descriptor of an image: a regular file.
 ///
 /// `dir` is the folder of the descriptor that names it. Below that folder no link is followed. A file elsewhere must
@@ -21,9 +27,13 @@ pub use crate::sys::reopen::{Access, reopen};
 /// writing a descriptor. Without `dir` the user named the file, and links are followed.
 pub fn open_level(path: &Path, dir: Option<&Folder>) -> Result<OwnedFd> {
     let fail = |e: std::io::Error| {
-        let why = match e.raw_os_error() {
-            Some(libc::ELOOP) => " (links are not followed for images that a descriptor names)",
-            _ => "",
+        let why: String = match (e.raw_os_error(), dir.and_then(|dir| beside(path, dir))) {
+            (Some(libc::ELOOP), _) => " (links are not followed for images that a descriptor names)".into(),
+            (Some(libc::ENOENT), Some(other)) => format!(
+                " ({} lies beside the descriptor: if that is the image, correct the element File in the descriptor)",
+                other.display()
+            ),
+            _ => String::new(),
         };
         Error::with(Kind::Open, format!("cannot open image {}{why}", path.display()), e)
     };

@@ -59,10 +59,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
     }
     find::refuse_replaced(&disk)?;
     disk.check_tree()?;
-    let chain = match disk.chain(guid.unwrap_or(&disk.top)) {
-        Err(e) if e.kind() == Kind::NoSnap => return Err(e.as_kind(Kind::DiskDescr)),
-        other => other?,
-    };
+    let chain = disk.chain(guid.unwrap_or(&disk.top))?;
     for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
         report::warn(why);
     }

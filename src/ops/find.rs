@@ -17,6 +17,9 @@ use crate::sys::folder::Place;
 /// Longest component name in bytes; no program could find a device by a longer one.
 pub const COMPONENT_MAX: usize = 63;
 
+/// Prefix of the components of temporary snapshots that stay until they are unmounted.
+pub const UNTIL_UMOUNT: char = '~';
+
 /// Refuses component names that cannot be stored. `Param`.
 pub fn check_component(component: &str) -> Result<()> {
     if component.len() > COMPONENT_MAX || component.contains(['\0', '\n']) {
@@ -100,6 +103,15 @@ fn id(path: &Path) -> Option<FileId> {
     FileId::at(path).ok()
 }
 
+/// Where the base of a device is now: it may have been moved, perhaps with its folder, while the device runs.
+pub fn base_of(device: &Device) -> PathBuf {
+    let known = device.base();
+    if device.base_id().is_none() || device.base_id() == id(known) {
+        return known.to_owned();
+    }
+    device::base_name(device).unwrap_or_else(|| known.to_owned())
+}
+
 /// Refuses a disk whose base has the name, but not the identity, of a file that a device runs from: what took the place of
 /// the image while the disk ran is not what its users write to. `InUse`.
 pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
@@ -115,7 +127,7 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
         let same_name = named.file_name() == base.file_name() && folder(named) == here;
         same_name && !d.read_only && d.base_id() != Some(now)
     })?;
-    let found = replaced.into_iter().find(|d| d.state != State::Dead && !device::base_has_name(d));
+    let found = replaced.into_iter().find(|d| d.state != State::Dead && device::base_name(d).is_none());
     let Some(device) = found else { return Ok(()) };
     bail!(
         InUse,

@@ -12,25 +12,29 @@ pub struct Line {
     /// Without `/dev/`.
     pub name: String,
     pub base: PathBuf,
-    pub mount_point: Option<PathBuf>,
+    /// The first one first.
+    pub mount_points: Vec<PathBuf>,
     pub component: String,
-    /// Its state, if it is not in order.
+    /// As `running`.
+    pub state: String,
+    /// The state, if it is not in order.
     pub trouble: Option<String>,
 }
 
-/// Devices by number; their first mount points if asked for.
+/// Devices by number; their mount points if asked for.
 pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
     device::list()?
         .into_iter()
         .map(|d| {
-            let mount_point = match with_mounts {
-                true => find::mounts_of(&d)?.into_iter().next().map(|m| m.target),
-                false => None,
+            let mount_points = match with_mounts {
+                true => find::mounts_of(&d)?.into_iter().map(|m| m.target).collect(),
+                false => Vec::new(),
             };
             Ok(Line {
                 name: d.name().to_owned(),
-                base: d.base().to_owned(),
-                mount_point,
+                base: find::base_of(&d),
+                mount_points,
+                state: d.state.as_str().to_owned(),
                 component: d.component().to_owned(),
                 trouble: (d.state != State::Running).then(|| d.state.as_str().to_owned()),
             })

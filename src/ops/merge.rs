@@ -59,12 +59,15 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
         (None, Some(_), _) => bail!(Param, "a merge down to a snapshot needs the snapshot where it starts, too"),
         (Some(guid), Some(guid2), _) => {
             for guid in [&guid, &guid2] {
-                known(&disk, guid)?;
+                disk.known(guid)?;
             }
             (guid, guid2)
         }
         (Some(guid), None, _) => (guid, parent(&disk, &guid)?),
         (None, None, true) => match disk.chain(&top)?.first() {
+            Some(base) if base.guid == top => {
+                bail!(Param, "{} has a single image: there is nothing to merge", disk.path.display())
+            }
             Some(base) => (top, base.guid),
             None => bail!(DiskDescr, "{}: the top has no chain", disk.path.display()),
         },
@@ -73,13 +76,8 @@ pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) 
     range(&mut disk, &descendant, &ancestor, params.new_delta.as_deref())
 }
 
-/// To merge an unknown snapshot is `Param` in the classic, to mount or delete one is not.
-fn known(disk: &LockedDescriptor, guid: &Guid) -> Result<()> {
-    disk.known(guid).map(|_| ()).map_err(|e| e.as_kind(Kind::Param))
-}
-
 fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
-    known(disk, guid)?;
+    disk.known(guid)?;
     match disk.parent(guid)? {
         Some(parent) => Ok(parent),
         None => bail!(Param, "snapshot {guid} is the base: there is nothing below to merge it into"),
@@ -438,12 +436,16 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
         bail!(Param, "a merge needs at least two images, the topmost first");
     };
     let mut ids = Vec::new();
-    for image in images {
+    for (i, image) in images.iter().enumerate() {
         let id = FileId::at(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
         if ids.contains(&id) {
             bail!(Param, "image {} is named twice", image.display());
         }
         ids.push(id);
+        if !raw || i + 1 < images.len() {
+            // As in the classic, a file that is no image cannot be opened as one.
+            read_header(image, None).map_err(|e| if e.kind() == Kind::Format { e.as_kind(Kind::Open) } else { e })?;
+        }
     }
     if let (None, Some(file)) = (new_delta, ids.last()) {
         image_set::refuse_other_deltas(target, *file, &ids)?;

@@ -18,6 +18,7 @@ pub mod mount;
 mod mount_images;
 pub mod online;
 mod orphans;
+mod partition;
 mod recovery;
 pub mod reload;
 pub mod replace;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
-use super::{find, merge_temporary, recovery};
+use super::{find, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -39,6 +39,8 @@ pub struct MountParams {
     pub noatime: bool,
     /// Name of the device wanted, `/dev/NAME`.
     pub device: Option<String>,
+    /// Number of the partition to mount; none: it is chosen.
+    pub partition: Option<u32>,
     /// Where to mount the file system; none: only the device is made.
     pub target: Option<PathBuf>,
     pub fstype: Option<String>,
@@ -197,7 +199,17 @@ fn trace(params: &MountParams) -> bool {
 fn check_target(target: Option<&Path>) -> Result<()> {
     match target {
         Some(t) if !t.is_dir() => bail!(Param, "mount point {} is not an existing folder; make it first", t.display()),
-        _ => Ok(()),
+        Some(t) => {
+            if let Some((device, mount)) = find::by_mount_point(t)? {
+                report::warn(format_args!(
+                    "{} is the mount point of {} already, whose files cannot be seen there now",
+                    mount.target.display(),
+                    device.node().display()
+                ));
+            }
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 
@@ -252,10 +264,11 @@ fn refuse_running(disk: &LockedDescriptor, component: &str) -> Result<()> {
         }
         State::Stopped => bail!(Sys, "{shown} is stopped; detach it first: ploop umount -d {}", found.node().display()),
         _ => {
+            let how = if find::mounts_of(&found)?.is_empty() { "attached" } else { "mounted" };
             let of = if component.is_empty() { String::new() } else { format!(" of component {component}") };
             bail!(
                 Mount,
-                "{shown} is mounted already{of}; ploop umount it, or mount a snapshot of it under another component (-c)"
+                "{shown} is {how} already{of}; ploop umount it, or mount a snapshot of it under another component (-c)"
             )
         }
     }
@@ -339,12 +352,12 @@ fn finish(device: Device, params: &MountParams) -> Result<Mounted> {
 
 fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     if report::cancel::requested() {
-        bail!(Mount, "mount of {} cancelled", device.base().display());
+        bail!(Sys, "the mount of {} was cancelled", device.base().display());
     }
     if params.target.is_none() && !params.fsck {
         return Ok(None);
     }
-    let source = device::mount_source(device)?;
+    let source = partition::source(device, params.partition)?;
     let ext = params.fstype.as_deref().is_none_or(|t| t.starts_with("ext"));
     let fsck_rc = match params.fsck && ext {
         true => Some(mount::fsck(&source, params.read_only)?),
@@ -364,8 +377,8 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
 }
 
 /// What to mount of a read-only device by hand, and the option that it may need.
-pub fn source_and_option(device: &Device) -> Result<(PathBuf, Option<&'static str>)> {
-    let source = device::mount_source(device)?;
+pub fn source_and_option(device: &Device, number: Option<u32>) -> Result<(PathBuf, Option<&'static str>)> {
+    let source = partition::source(device, number)?;
     let found = probe::device(&source).ctx(Kind::Read, || format!("{} cannot be read", source.display()))?;
     let option = match found {
         // Never wrong on a device that cannot be written.

@@ -94,7 +94,7 @@ fn id_of(path: &Path) -> Result<FileId> {
     FileId::at(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))
 }
 
-/// The image that is meant. `Param`: there is none such.
+/// The image that is meant. `NoSnap`: no such snapshot; `Param`: no such file or level.
 fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Image> {
     let of_id = |id: FileId| disk.images.iter().find(|i| id_of(&i.file).is_ok_and(|other| other == id));
     let found = match which {
@@ -112,7 +112,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
     };
     match (found, which) {
         (Some(image), _) => Ok(image.clone()),
-        (None, Which::Guid(guid)) => bail!(Param, "no snapshot {guid} in this disk"),
+        (None, Which::Guid(guid)) => bail!(NoSnap, "no snapshot {guid} in this disk; ploop snapshot-list shows them"),
         (None, Which::File(file)) => bail!(Param, "{} is no image of this disk", file.display()),
         (None, Which::Level(level)) => bail!(Param, "the running device has no level {level}"),
     }
@@ -120,7 +120,7 @@ fn find(disk: &Descriptor, device: Option<&Device>, which: &Which) -> Result<Ima
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
 
     use super::*;
     use crate::descriptor::ImageMode;
@@ -140,11 +140,19 @@ mod tests {
         let new = dd.with_file_name("copy");
         fs::copy(&old, &new).unwrap();
         let kind = |which: Which| replace(&dd, "", &which, &new, false).map_err(|e| e.kind());
-        assert_eq!(kind(Which::Guid(g(9))), Err(Kind::Param));
+        assert_eq!(kind(Which::Guid(g(9))), Err(Kind::NoSnap));
         assert_eq!(kind(Which::File("/nowhere".into())), Err(Kind::Param));
         assert_eq!(kind(Which::Level(0)), Err(Kind::Param));
         assert_eq!(kind(Which::Guid(guid::TOP)), Err(Kind::Format), "another image");
         assert_eq!(replace(&dd, "", &Which::Guid(g(1)), &old, false).unwrap_err().kind(), Kind::Param);
+        // An empty image with clusters that nothing uses.
+        let base = dd.with_file_name("root.hdd");
+        let empty = dd.with_file_name("empty");
+        crate::image::create::create_delta(&empty, Version::V2, small(), 20 * 64).unwrap();
+        File::options().write(true).open(&empty).and_then(|f| f.set_len(1 << 20)).unwrap();
+        let error = replace(&dd, "", &Which::File(base), &empty, false).unwrap_err().to_string();
+        assert!(error.contains("bytes at the end") && error.contains("check -f"), "{error}");
+        fs::remove_file(&empty).unwrap();
         // One bit differs.
         let bytes = fs::read(&new).unwrap();
         let mut other = bytes.clone();

@@ -5,8 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use super::delete_leaf::delete_leaf;
+use super::find::UNTIL_UMOUNT;
 use super::mount::{self, MountParams};
-use super::temporary_snapshot::UNTIL_UMOUNT;
 use super::{image_set, merge, merge_temporary, online, recovery, umount};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;

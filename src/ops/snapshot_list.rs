@@ -1,5 +1,6 @@
 //! The snapshots of a disk, for users and scripts.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::descriptor::{Descriptor, Image};
@@ -19,6 +20,25 @@ pub struct Row {
     pub half_merged: bool,
     /// Absolute.
     pub file: PathBuf,
+    pub temporary: bool,
+    /// Of the image file; none if it cannot be looked at.
+    pub space: Option<Space>,
+}
+
+/// What the file of a snapshot takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Length in bytes.
+    pub size: u64,
+    /// Bytes that the host's file system has allocated.
+    pub used: u64,
+    /// Last change, in seconds since 1970: of a snapshot, when the next one was taken on it.
+    pub date: i64,
+}
+
+fn space(image: &Image) -> Option<Space> {
+    let m = std::fs::symlink_metadata(&image.file).ok().filter(|m| m.is_file())?;
+    Some(Space { size: m.len(), used: m.blocks() * 512, date: m.mtime() })
 }
 
 /// Which snapshots are wanted.
@@ -54,6 +74,8 @@ pub fn snapshots(descriptor: &Path, params: &ListParams) -> Result<Vec<Row>> {
         current: image.guid == current,
         half_merged: disk.snapshot(&image.guid).is_some_and(|s| s.spoiled),
         file: image.file.clone(),
+        temporary: disk.snapshot(&image.guid).is_some_and(|s| s.temporary),
+        space: space(image),
     });
     Ok(rows.collect())
 }

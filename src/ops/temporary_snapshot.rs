@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::unistd::geteuid;
 
+use super::find::UNTIL_UMOUNT;
 use super::{find, image_set, umount};
 use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
@@ -12,9 +13,6 @@ use crate::error::Result;
 use crate::format::guid::Guid;
 use crate::report;
 use crate::sys::file_id::FileId;
-
-/// Prefix of the components of temporary snapshots that stay until they are unmounted.
-pub const UNTIL_UMOUNT: char = '~';
 
 /// Ends the devices that show this temporary snapshot if no process uses them. False: one does. As a lower delta of other
 /// devices it can be merged.

@@ -178,7 +178,7 @@ fn switching_and_deleting() {
         for (guid, kind) in [(g(9), Kind::NoSnap), (guid::TOP, Kind::Param)] {
             assert_eq!(snapshot::delete(&dd, &guid).unwrap_err().kind(), kind);
         }
-        assert_eq!(switch(&dd, "", &to(9)).unwrap_err().kind(), Kind::Param);
+        assert_eq!(switch(&dd, "", &to(9)).unwrap_err().kind(), Kind::NoSnap);
     }
 }
 
@@ -252,11 +252,18 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     switch(&dd, "", &SwitchParams { keep_top: true, ..to(1) }).unwrap();
     assert_eq!(merge(&dd, Some(g(2)), None), Err(Kind::Param));
     assert_eq!(merge(&dd, None, Some(g(1))), Err(Kind::Param));
-    assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::Param));
+    assert_eq!(merge(&dd, Some(g(9)), None), Err(Kind::NoSnap));
     // Another process writes to it.
     let file = std::fs::File::open(&d.images[1].file).unwrap();
     let _lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap();
     assert_eq!(snapshot::delete(&dd, &g(2)).map_err(|e| e.kind()), Err(Kind::Busy));
+}
+
+#[test]
+fn a_single_image_has_nothing_to_merge() {
+    let (_dir, dd) = disk(KINDS[0]);
+    let error = merge_snapshot(&dd, "", &MergeParams { all: true, ..MergeParams::default() }).unwrap_err();
+    assert!(error.kind() == Kind::Param && error.to_string().contains("single image"), "{error}");
 }
 
 #[test]
@@ -281,6 +288,8 @@ fn files_are_merged_by_name() {
             assert_eq!(merge_files(&images, true, None).unwrap_err().kind(), Kind::Param);
         }
         let twice = [images[0].clone(), images[0].clone()];
+        let xml = [images[0].clone(), dd.clone()];
+        assert_eq!(merge_files(&xml, false, None).unwrap_err().kind(), Kind::Open, "a descriptor is no image");
         assert_eq!(merge_files(&twice, false, None).unwrap_err().kind(), Kind::Param);
     }
 }

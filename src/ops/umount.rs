@@ -4,7 +4,7 @@
 use std::io;
 use std::path::Path;
 
-use super::find;
+use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, State};
@@ -25,12 +25,21 @@ pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
 
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    match find::of_disk(disk, component)? {
+    match of_component(|name| find::of_disk(disk, name), component)? {
         Some(device) => umount(&device, Some(disk)),
         None => {
             let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
             bail!(DevNotMounted, "{} is not mounted{of}", disk.path.display())
         }
+    }
+}
+
+/// The device of this component; a temporary snapshot that stays until it is unmounted is found by the name that it was
+/// given, too.
+fn of_component(find: impl Fn(&str) -> Result<Option<Device>>, component: &str) -> Result<Option<Device>> {
+    match find(component)? {
+        None if !component.is_empty() => find(&format!("{UNTIL_UMOUNT}{component}")),
+        found => Ok(found),
     }
 }
 
@@ -59,7 +68,7 @@ pub fn umount_mountpoint(folder: &Path) -> Result<()> {
 /// Unmounts the device over a base image. `Param` if there is none.
 pub fn umount_base(base: &Path, component: &str) -> Result<()> {
     let _operation = report::cancel::begin();
-    match find::of_base(base, component)? {
+    match of_component(|name| find::of_base(base, name), component)? {
         Some(device) => umount(&device, None),
         None => bail!(Param, "{} is not the base image of a device that this machine runs", base.display()),
     }
@@ -77,7 +86,7 @@ pub fn abort(name: &str) -> Result<()> {
         mount::umount_lazily(&mount.target)?;
     }
     match device::by_node(name)? {
-        Some(found) => device::detach(found.name()).map_err(|e| {
+        Some(found) => detach(&found).map_err(|e| {
             e.context(format!(
                 "{} is given up, but not gone yet; end what uses it, then ploop umount -d {0}",
                 found.node().display()
@@ -102,7 +111,7 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         ));
         device::hold_for_space(device.name(), false)?;
     }
-    let ended = mount::umount_all(&find::names(device)).and_then(|()| device::detach(device.name()));
+    let ended = mount::umount_all(&find::names(device)).and_then(|()| detach(device));
     if ended.is_err() && full {
         // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
         // dead.
@@ -114,6 +123,11 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     }
     report::say(0, format_args!("{} is detached", device.node().display()));
     Ok(())
+}
+
+/// What is in use is reported by one code, whether processes use the file system or the device.
+fn detach(device: &Device) -> Result<()> {
+    device::detach(device.name()).map_err(|e| if e.kind() == Kind::DevIoc { e.as_kind(Kind::Umount) } else { e })
 }
 
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {

@@ -13,10 +13,19 @@ pub fn begin() -> Operation {
     Operation(Some(cancel::begin()))
 }
 
+impl Operation {
+    /// Ends the operation. `done`: it did what it was asked for, so a request to stop, if there was one, came too late.
+    pub fn end(mut self, done: bool) {
+        if self.0.take().is_some_and(cancel::Operation::end) {
+            super::log_cancel(done);
+        }
+    }
+}
+
 impl Drop for Operation {
     fn drop(&mut self) {
         if self.0.take().is_some_and(cancel::Operation::end) {
-            super::log_cancel();
+            super::log_cancel(false);
         }
     }
 }

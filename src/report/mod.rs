@@ -145,9 +145,13 @@ fn log(level: i32, text: &str) {
     }
 }
 
-/// Logs the cancellation when the operation ends: the signal handler must not take the lock of the log file.
-fn log_cancel() {
-    log(0, "Cancelled");
+/// Logs the cancellation when the operation ends: the signal handler must not take the lock of the log file. `done`: the
+/// operation was complete before it could stop, which users must be told.
+fn log_cancel(done: bool) {
+    match done {
+        true => warn("The request to stop came too late: what was asked for is done"),
+        false => log(0, "Cancelled"),
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use nix::sys::stat::makedev;
 
-use crate::format::gpt::Gpt;
+use crate::format::gpt::{Gpt, Partition};
+use crate::format::mbr;
 use crate::server::sysfs::parse_dev;
 use crate::sys::partition;
 use crate::units::SECTOR;
@@ -49,15 +50,23 @@ fn known_in(disk: &Path) -> Vec<Known> {
     all
 }
 
-/// Gives the kernel the partitions of the disk's GPT if it shows none: then it has no parser for it. Else the program that
+/// Partitions of the disk's GPT, else of its MBR, by number.
+pub fn in_table(disk: &File) -> io::Result<Vec<Partition>> {
+    let size = partition::size(disk.as_fd())?;
+    let mut read = |buf: &mut [u8], at: u64| disk.read_exact_at(buf, at);
+    match Gpt::parse(size, &mut read)? {
+        Some(table) => Ok(table.partitions().collect()),
+        None => mbr::parse(size, &mut read),
+    }
+}
+
+/// Gives the kernel the partitions of the disk's table if it shows none: then it has no parser for it. Else the program that
 /// changes the table keeps the kernel informed, and we must not interfere.
 pub fn scan(backing: &str, disk: &File) -> io::Result<()> {
     if !known(backing).is_empty() {
         return Ok(());
     }
-    let size = partition::size(disk.as_fd())?;
-    let table = Gpt::parse(size, |buf, at| disk.read_exact_at(buf, at))?;
-    for p in table.iter().flat_map(Gpt::partitions) {
+    for p in in_table(disk)? {
         match partition::add(disk.as_fd(), p.number as i32, p.start, p.length) {
             // Overlaps another entry, or another process was faster.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}

@@ -126,6 +126,20 @@ pub fn name_of(device: &str) -> Result<String> {
     Ok(name.to_string())
 }
 
+/// The name of a device that the user chose: one that begins with `ploop`, so that it cannot be that of another driver's
+/// device, and is not that of a partition.
+pub fn chosen_name(device: &str) -> Result<String> {
+    let name = name_of(device)?;
+    let digits = |n: &str| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit());
+    if !name.starts_with("ploop") {
+        bail!(Param, "device {device}: a disk can only be given a name that begins with ploop, as /dev/ploop5");
+    }
+    if name.rsplit_once('p').is_some_and(|(disk, number)| disk.starts_with("ploop") && digits(number)) {
+        bail!(Param, "device {device}: this is the name of a partition; give that of a whole disk, as /dev/ploop5");
+    }
+    Ok(name)
+}
+
 /// Identifies this boot of the host.
 pub fn boot_id() -> String {
     #[cfg(test)]
@@ -274,6 +288,21 @@ mod tests {
             assert_eq!(number(bad), None, "{bad}");
         }
         assert_eq!(name_of("/dev/ploop3").unwrap(), "ploop3");
+        for good in ["/dev/ploop3", "ploop77", "/dev/ploop-test-1-2", "ploop_up", "ploop"] {
+            assert_eq!(chosen_name(good).unwrap(), good.trim_start_matches("/dev/"));
+        }
+        for bad in [
+            "/dev/ploop0p1",
+            "ploop-xp12",
+            "/dev/loop10000",
+            "/dev/sda",
+            "sdb1",
+            "/dev/nbd0",
+            "/dev/null",
+            "/tmp/ploop1",
+        ] {
+            assert_eq!(chosen_name(bad).unwrap_err().kind(), Kind::Param, "{bad}");
+        }
         for bad in ["", "/dev/", "/dev/../x", "a/b", ".x", "a b", "/dev/disk/by-id"] {
             assert_eq!(name_of(bad).unwrap_err().kind(), Kind::Param, "{bad}");
         }

@@ -41,19 +41,7 @@ pub fn find_server() -> Result<PathBuf> {
         }
         return Ok(path);
     }
-    let mut folders = Vec::new();
-    for object in [process::own_object(), std::env::current_exe().ok()].into_iter().flatten() {
-        let object = object.canonicalize().unwrap_or(object);
-        let Some(folder) = object.parent() else { continue };
-        folders.push(folder.to_path_buf());
-        // Where cargo puts test programs and libraries.
-        if let (Some("deps" | "examples"), Some(parent)) =
-            (folder.file_name().and_then(|n| n.to_str()), folder.parent())
-        {
-            folders.push(parent.to_path_buf());
-        }
-    }
-    folders.extend(FOLDERS.map(PathBuf::from));
+    let folders = folders();
     for folder in &folders {
         let path = folder.join(PROGRAM);
         if path.is_absolute() && is_program(&path) {
@@ -62,6 +50,29 @@ pub fn find_server() -> Result<PathBuf> {
     }
     let looked: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
     bail!(Sys, "{PROGRAM} was not found in {}; install it or set $PLOOP_SERVER", looked.join(", "))
+}
+
+/// Where the program is looked for: beside this program or library, then where it is installed. Each folder once.
+fn folders() -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = Vec::new();
+    let mut add = |folder: PathBuf| {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    };
+    for object in [process::own_object(), std::env::current_exe().ok()].into_iter().flatten() {
+        let object = object.canonicalize().unwrap_or(object);
+        let Some(folder) = object.parent() else { continue };
+        add(folder.to_path_buf());
+        // Where cargo puts test programs and libraries.
+        if let (Some("deps" | "examples"), Some(parent)) =
+            (folder.file_name().and_then(|n| n.to_str()), folder.parent())
+        {
+            add(parent.to_path_buf());
+        }
+    }
+    FOLDERS.map(PathBuf::from).into_iter().for_each(add);
+    folders
 }
 
 fn is_program(path: &Path) -> bool {
@@ -110,4 +121,18 @@ fn orphan(token: &str) -> Option<DeviceRecord> {
     }
     // It serves, with or without a supervisor.
     last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_folder_is_looked_into_once() {
+        let mut folders = folders();
+        let count = folders.len();
+        folders.sort();
+        folders.dedup();
+        assert_eq!(folders.len(), count, "{folders:?}");
+    }
 }

@@ -9,7 +9,8 @@ pub fn local_timestamp() -> String {
     format_local(now)
 }
 
-fn format_local(seconds: libc::time_t) -> String {
+/// Seconds since 1970 in the same form.
+pub fn format_local(seconds: libc::time_t) -> String {
     let mut tm = MaybeUninit::<libc::tm>::uninit();
     // SAFETY: both pointers are to live locals of the right type; localtime_r() fills `tm` whenever it returns
     // non-null, and `tm` is read only then.

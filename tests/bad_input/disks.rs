@@ -480,7 +480,7 @@ pub const ROWS: &[Row] = &[
     ),
     row("a snapshot of nobody", usual, &["mount", "-r", "-u", B, "{}/DiskDescriptor.xml"], 43, &["{}", B, TOP]),
     row("a snapshot of nobody, delete", usual, &["snapshot-delete", "-u", B, "{}/DiskDescriptor.xml"], 43, &["{}", B]),
-    row("a snapshot of nobody, switch", usual, &["snapshot-switch", "-u", B, "{}/DiskDescriptor.xml"], 38, &["{}", B]),
+    row("a snapshot of nobody, switch", usual, &["snapshot-switch", "-u", B, "{}/DiskDescriptor.xml"], 43, &["{}", B]),
     row("a GUID that is none, snapshot", usual, &["snapshot", "-u", "{x}", "{}/DiskDescriptor.xml"], 38, &["{x}"]),
     row("the GUID of nothing, snapshot", usual, &["snapshot", "-u", NONE, "{}/DiskDescriptor.xml"], 38, &[NONE]),
 ];

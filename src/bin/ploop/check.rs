@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use ploop::ops::check::{self, CheckOptions};
+use ploop::ops::check::{self, CheckOptions, CheckReport};
+use ploop::report;
+use serde_json::json;
 
 use crate::getopt::{Long, Parsed};
-use crate::{Command, Fail, misuse, result, values};
+use crate::{Command, Fail, json, misuse, result, values};
 
 const SHORT: &str = "fFcrsdSRb:u:";
 const LONG: &[Long] = &[
@@ -20,11 +22,12 @@ const LONG: &[Long] = &[
     ("blocksize", true, 'b'),
     ("uuid", true, 'u'),
     ("remove-orphans", false, ORPHANS),
+    json::OPTION,
 ];
 const ORPHANS: char = '\u{11}';
 const USAGE: &str = "\
-Usage: ploop check [-u UUID] [--remove-orphans] DiskDescriptor.xml
-       ploop check [-fFcrsdS] [-R -b CLUSTER] FILE
+Usage: ploop check [-u UUID] [--remove-orphans] [--json] DiskDescriptor.xml
+       ploop check [-fFcrsdS] [-R -b CLUSTER] [--json] FILE
 
 The first form checks all images of a disk that is not mounted, up to snapshot UUID, clears the mark that a crash
 left and fills holes. It reports deltas beside the disk that the descriptor does not name; an interrupted operation
@@ -41,6 +44,8 @@ The second form checks a single image file:
   -S, --repair-sparse  fill holes
   -R, --raw            the image is raw, its cluster size (sectors) is given by
   -b, --blocksize CLUSTER
+
+  --json               the result for programs
 ";
 
 pub const COMMAND: Command = Command { name: "check", short: SHORT, long: LONG, usage: USAGE, run };
@@ -55,9 +60,45 @@ fn run_fsck(parsed: Parsed) -> Result<(), Fail> {
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
     let [file] = &parsed.operands[..] else { return misuse() };
-    match values::is_descriptor(file) {
-        true => run_disk(Path::new(file), &parsed),
-        false => run_file(Path::new(file), &parsed),
+    let file = Path::new(file);
+    let for_programs = json::wanted(&parsed);
+    if for_programs {
+        report::set_verbose_level(report::NO_STDOUT);
+    }
+    let found = match values::is_descriptor(file.as_os_str()) {
+        true => run_disk(file, &parsed).map(|()| None),
+        false => run_file(file, &parsed).map(Some),
+    };
+    if for_programs {
+        return show(file, found);
+    }
+    if let Some(found) = found?
+        && found.skipped
+        && !parsed.options.iter().any(|(o, _)| *o == 's')
+    {
+        result(format_args!("Image {} is clean, check skipped; -f checks it all the same", file.display()))?;
+    }
+    Ok(())
+}
+
+/// What a check ended with; its error is part of the output, and its status that of the command.
+fn show(file: &Path, found: Result<Option<CheckReport>, Fail>) -> Result<(), Fail> {
+    let (found, error) = match found {
+        Ok(found) => (found, None),
+        Err(Fail::Library(e)) => (None, Some(e)),
+        Err(other) => return Err(other),
+    };
+    let content = json!({
+        "file": json::path(file),
+        "status": error.as_ref().map_or(0, |e| e.code()),
+        "error": error.as_ref().map(ToString::to_string),
+        "skipped": found.as_ref().is_some_and(|f| f.skipped),
+        "notes": found.map(|f| f.notes).unwrap_or_default(),
+    });
+    json::show("check", content)?;
+    match error {
+        Some(e) => Err(Fail::Library(e)),
+        None => Ok(()),
     }
 }
 
@@ -68,6 +109,7 @@ fn run_disk(descriptor: &Path, parsed: &Parsed) -> Result<(), Fail> {
         match *option {
             ORPHANS => remove_orphans = true,
             'u' => guid = Some(values::guid(value)?),
+            json::LETTER => {}
             other => eprintln!("Warning: option -{other} has no meaning for a descriptor, ignored"),
         }
     }
@@ -78,16 +120,16 @@ fn run_disk(descriptor: &Path, parsed: &Parsed) -> Result<(), Fail> {
     Ok(())
 }
 
-fn run_file(file: &Path, parsed: &Parsed) -> Result<(), Fail> {
+fn run_file(file: &Path, parsed: &Parsed) -> Result<CheckReport, Fail> {
     let mut options = CheckOptions::default();
-    let mut silent = false;
     for (option, value) in &parsed.options {
         match *option {
             'f' => options.force = true,
             'F' => options.hard_force = true,
             'c' => options.check = true,
             'r' => options.read_only = true,
-            's' => silent = true,
+            // For the line that says so.
+            's' | json::LETTER => {}
             'd' => options.drop_inuse = true,
             'S' => options.repair_sparse = true,
             'R' => options.raw = true,
@@ -97,9 +139,5 @@ fn run_file(file: &Path, parsed: &Parsed) -> Result<(), Fail> {
             _ => return misuse(),
         }
     }
-    let found = check::check_image(file, &options)?;
-    if found.skipped && !silent {
-        result(format_args!("Image {} is clean, check skipped; -f checks it all the same", file.display()))?;
-    }
-    Ok(())
+    Ok(check::check_image(file, &options)?)
 }

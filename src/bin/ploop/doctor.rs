@@ -1,19 +1,22 @@
 //! `ploop doctor`: what this machine offers, and what is wrong with devices.
 
 use ploop::ops::doctor::{self, Finding, Grade};
+use serde_json::{Value, json};
 
 use crate::getopt::Parsed;
-use crate::{Command, Fail, misuse, result};
+use crate::{Command, Fail, json, misuse, result};
 
 pub const COMMAND: Command = Command {
     name: "doctor",
     short: "",
-    long: &[],
+    long: &[json::OPTION],
     usage: "\
-Usage: ploop doctor
+Usage: ploop doctor [--json]
 
 Shows what this machine has of what disks need, what is missing and how to get it, and the state of every device.
 Exit status 0: all is well; 1: something is missing, or a device needs a look.
+
+  --json  the same for programs
 ",
     run,
 };
@@ -23,8 +26,16 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         return misuse();
     }
     let machine = doctor::machine();
-    show(&machine)?;
     let devices = doctor::devices();
+    let end = match machine.iter().chain(&devices).all(|f| f.grade == Grade::Good) {
+        true => Ok(()),
+        false => Err(Fail::Status(1)),
+    };
+    if json::wanted(&parsed) {
+        json::show("doctor", json!({ "machine": for_programs(&machine), "devices": for_programs(&devices) }))?;
+        return end;
+    }
+    show(&machine)?;
     match devices.is_empty() {
         true => result("\nno devices")?,
         false => {
@@ -32,10 +43,18 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             show(&devices)?;
         }
     }
-    match machine.iter().chain(&devices).all(|f| f.grade == Grade::Good) {
-        true => Ok(()),
-        false => Err(Fail::Status(1)),
-    }
+    end
+}
+
+fn for_programs(findings: &[Finding]) -> Vec<Value> {
+    let grade = |g| match g {
+        Grade::Good => "good",
+        Grade::Warning => "warning",
+        Grade::Missing => "missing",
+    };
+    let one =
+        |f: &Finding| json!({ "subject": f.subject, "grade": grade(f.grade), "text": f.text, "remedy": f.remedy });
+    findings.iter().map(one).collect()
 }
 
 /// One line each, and one more with what to do.

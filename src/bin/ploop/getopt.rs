@@ -10,6 +10,9 @@ pub const VERSION: char = '\u{2}';
 /// A long option: its name, whether an argument is required, and the letter it stands for.
 pub type Long = (&'static str, bool, char);
 
+/// Options that act on all disks of the machine: a slip of the hand must not become one of them.
+const NEVER_SHORTENED: [&str; 1] = ["all"];
+
 /// What was found on a command line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Parsed {
@@ -88,6 +91,11 @@ fn long_option<'a>(
             return Err(format!("option '--{shown}' is ambiguous; possibilities: {}", names.join(" ")));
         }
     };
+    if name != full.as_bytes() && NEVER_SHORTENED.contains(&full) {
+        return Err(format!(
+            "option '--{shown}' is not taken for '--{full}', which acts on all disks: write it in full"
+        ));
+    }
     match (wants, value) {
         (false, Some(_)) => Err(format!("option '--{full}' doesn't allow an argument")),
         (false, None) => Ok((letter, OsString::new())),
@@ -107,7 +115,13 @@ mod tests {
 
     fn run(args: &[&str]) -> Result<Parsed, String> {
         let args: Vec<OsString> = args.iter().map(OsString::from).collect();
-        let long = [("force", false, 'f'), ("hard-force", false, 'F'), ("blocksize", true, 'b')];
+        let long = [
+            ("force", false, 'f'),
+            ("hard-force", false, 'F'),
+            ("blocksize", true, 'b'),
+            ("abort", true, 'x'),
+            ("all", false, 'a'),
+        ];
         let text = |s: OsString| s.into_string().unwrap();
         let p = parse(&args, "fFb:r", &long)?;
         Ok((p.options.into_iter().map(|(c, v)| (c, text(v))).collect(), p.operands.into_iter().map(text).collect()))
@@ -126,6 +140,15 @@ mod tests {
         let (o, _) = run(&["--fo", "--blocksize=9", "--b", "10", "--hel"]).unwrap();
         let want = [('f', ""), ('b', "9"), ('b', "10"), (HELP, "")].map(|(c, v)| (c, v.to_string()));
         assert_eq!(o, want);
+    }
+
+    #[test]
+    fn an_option_that_acts_on_all_disks_is_written_in_full() {
+        assert_eq!(run(&["--all"]).unwrap().0, [('a', String::new())]);
+        for (short, text) in [("--al", "write it in full"), ("--a", "is ambiguous"), ("--al=1", "write it in full")] {
+            let error = run(&[short]).unwrap_err();
+            assert!(error.contains(text), "{error}");
+        }
     }
 
     #[test]

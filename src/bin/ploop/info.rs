@@ -7,14 +7,14 @@ use ploop::ops::info::{self, ImageInfo};
 use ploop::report;
 
 use crate::getopt::Parsed;
-use crate::{Command, Fail, misuse, result, write_out};
+use crate::{Command, Fail, json, misuse, result, write_out};
 
 pub const COMMAND: Command = Command {
     name: "info",
     short: "sd",
-    long: &[("image", true, IMAGE), ("json", false, JSON)],
+    long: &[("image", true, IMAGE), json::OPTION],
     usage: "\
-Usage: ploop info [-s] [-d] DiskDescriptor.xml
+Usage: ploop info [-s] [-d] [--json] DiskDescriptor.xml
        ploop info --image FILE [--json]
 
 Without options: size and use of the file system. It is mounted for a moment if that is not known.
@@ -28,7 +28,6 @@ Without options: size and use of the file system. It is mounted for a moment if 
 };
 
 const IMAGE: char = '\u{11}';
-const JSON: char = '\u{12}';
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
     // Only results are printed unless -v asks for more.
@@ -42,15 +41,15 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             return misuse();
         }
         let found = info::image_info(Path::new(file))?;
-        return match has(JSON) {
-            true => json(&found),
+        return match json::wanted(&parsed) {
+            true => json::show("image", &found),
             false => text(&found),
         };
     }
     let [descriptor] = &parsed.operands[..] else { return misuse() };
     let descriptor = Path::new(descriptor);
-    if has(JSON) {
-        return misuse();
+    if json::wanted(&parsed) {
+        return for_programs(descriptor, has('s'), has('d'));
     }
     if !has('s') && !has('d') {
         return usage_of(descriptor);
@@ -80,11 +79,28 @@ fn usage_of(descriptor: &Path) -> Result<(), Fail> {
     result(format_args!("{:>11} {:>14} {:>14}", "inodes", fs.inodes, fs.inodes.saturating_sub(fs.free_inodes)))
 }
 
-fn json(found: &ImageInfo) -> Result<(), Fail> {
-    match serde_json::to_string_pretty(found) {
-        Ok(text) => result(text),
-        Err(e) => Err(crate::mistake(format!("{} cannot be shown as JSON: {e}", found.path.display()))),
+/// Without `-s` and `-d` the file system; what they ask for, else.
+fn for_programs(descriptor: &Path, spec: bool, device: bool) -> Result<(), Fail> {
+    let mut found = serde_json::Map::new();
+    found.insert("descriptor".into(), json::path(descriptor).into());
+    if !spec && !device {
+        let fs = info::fs_info(descriptor)?;
+        found.insert("block_size".into(), fs.block_size.into());
+        found.insert("blocks".into(), fs.blocks.into());
+        found.insert("free_blocks".into(), fs.free_blocks.into());
+        found.insert("inodes".into(), fs.inodes.into());
+        found.insert("free_inodes".into(), fs.free_inodes.into());
     }
+    if spec {
+        let spec = info::spec(descriptor)?;
+        found.insert("size_sectors".into(), spec.sectors.into());
+        found.insert("cluster_sectors".into(), spec.cluster.into());
+        found.insert("format_version".into(), spec.version.into());
+    }
+    if device {
+        found.insert("device".into(), info::device(descriptor)?.map(|d| json::path(&d)).into());
+    }
+    json::show("info", found)
 }
 
 fn text(i: &ImageInfo) -> Result<(), Fail> {

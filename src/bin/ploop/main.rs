@@ -4,11 +4,13 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod disk;
 mod doctor;
 mod getopt;
 mod helpers;
 mod info;
 mod init;
+mod json;
 mod later;
 mod list;
 mod merge;
@@ -108,6 +110,21 @@ const COMMANDS: [&Command; 18] = [
     &reload::COMMAND,
 ];
 
+/// Commands whose single operand is a disk.
+const ON_A_DISK: [&str; 11] = [
+    mount::COMMAND.name,
+    info::COMMAND.name,
+    check::COMMAND.name,
+    check::FSCK.name,
+    snapshot::SNAPSHOT.name,
+    snapshot::TSNAPSHOT.name,
+    snapshot::SWITCH.name,
+    snapshot::DELETE.name,
+    snapshot_list::COMMAND.name,
+    merge::SNAPSHOTS.name,
+    replace::COMMAND.name,
+];
+
 /// The console level until `-v` says otherwise.
 const CONSOLE: i32 = 3;
 
@@ -133,7 +150,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop doctor                       what this machine offers, and what is wrong with devices
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
 
-DISK is a DiskDescriptor.xml; mount also takes a bare image FILE.
+DISK is a DiskDescriptor.xml, the folder in which it lies, or the id of a container; mount also takes a bare image FILE.
 ploop COMMAND --help tells more; so does the manual page ploop(8).
 ";
 
@@ -144,12 +161,19 @@ fn main() -> ExitCode {
     signals::cancel_on_termination();
     report::set_verbose_level(CONSOLE);
     let status = match Path::new(&program).file_name().and_then(OsStr::to_str) {
-        Some("mount.ploop") => helpers::mount(&args),
-        Some("umount.ploop") => helpers::umount(&args),
+        // mount(8) and umount(8) know a helper's status 32 alone.
+        Some("mount.ploop") => return ExitCode::from(helpers::mount(&args)),
+        Some("umount.ploop") => return ExitCode::from(helpers::umount(&args)),
         Some("ploop-balloon") => later::balloon(),
         _ => ploop_command(&args),
     };
-    ExitCode::from(status)
+    ExitCode::from(stopped().unwrap_or(status))
+}
+
+/// The status of a command that SIGINT, SIGTERM or SIGHUP asked to stop, whatever it had done until then: 128 and the
+/// signal's number, as in a shell. Its messages say what was done.
+fn stopped() -> Option<u8> {
+    signals::received().and_then(|s| u8::try_from(128 + s).ok())
 }
 
 fn ploop_command(args: &[OsString]) -> u8 {
@@ -179,7 +203,7 @@ fn ploop_command(args: &[OsString]) -> u8 {
 
 /// Runs one command with its arguments.
 pub fn run(command: &Command, args: &[OsString]) -> u8 {
-    let _operation = report::cancel::begin();
+    let operation = report::cancel::begin();
     let parsed = match getopt::parse(args, command.short, command.long) {
         Ok(parsed) => parsed,
         Err(message) => {
@@ -191,9 +215,26 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
     let end = match asked {
         Some((HELP, _)) => write_out(command.usage.as_bytes()),
         Some(_) => version(),
-        None => (command.run)(parsed),
+        None => taken(command, parsed).and_then(command.run),
     };
-    ended(command.usage, end)
+    let done = end.is_ok();
+    let status = ended(command.usage, end);
+    operation.end(done);
+    status
+}
+
+/// What the operands of a command on one disk mean.
+fn taken(command: &Command, mut parsed: Parsed) -> Result<Parsed, Fail> {
+    if ON_A_DISK.contains(&command.name)
+        && let [operand] = &mut parsed.operands[..]
+    {
+        *operand = disk::meant(operand).map_err(|e| match e {
+            // As for an image that is missing.
+            Fail::Mistake(text) if command.name == mount::COMMAND.name => Error::new(Kind::Mount, text).into(),
+            other => other,
+        })?;
+    }
+    Ok(parsed)
 }
 
 fn version() -> Result<(), Fail> {

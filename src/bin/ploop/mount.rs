@@ -1,10 +1,9 @@
 //! `ploop mount`: a disk or image files become a device, and a mounted file system.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use ploop::descriptor::{self, ImageMode};
-use ploop::error::{Error, Kind};
+use ploop::descriptor::ImageMode;
 use ploop::ops::mount::{self, MountParams, Mounted};
 
 use crate::getopt::Parsed;
@@ -12,17 +11,19 @@ use crate::{Command, Fail, mistake, misuse, result, values};
 
 pub const COMMAND: Command = Command {
     name: "mount",
-    short: "rFf:b:d:m:t:o:u:c:",
-    long: &[("force", false, FORCE), ("trace", false, TRACE)],
+    short: "rFf:b:d:m:p:t:o:u:c:",
+    long: &[("force", false, FORCE), ("trace", false, TRACE), ("partition", true, 'p')],
     usage: "\
-Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
-       ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
+Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
+       ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
        ploop mount [-r] [...] CONTAINER_ID
 
 Makes a block device of a disk, or of image files, base first, and mounts its file system.
 
   -r            read-only; nothing is written, also not to the images
   -m DIR        mount the file system here; without it only the device is made
+  -p, --partition NUMBER
+                with -m: this partition; else the first one, or, if that has no file system of Linux, the largest that has
   -d DEVICE     name of the device, like /dev/ploop5; else the first free one
   -t FSTYPE     type of the file system; else it is found out
   -o OPTIONS    mount options
@@ -53,6 +54,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             'b' => params.cluster = Some(values::cluster(&value)?),
             'd' => params.device = Some(values::text(&value, "device name")?),
             'm' => params.target = Some(PathBuf::from(value)),
+            'p' => params.partition = Some(partition(&value)?),
             't' => params.fstype = Some(values::text(&value, "file system type")?),
             'o' => params.options = Some(values::text(&value, "mount options")?),
             'u' if value == "base" => params.guid = Some("base".into()),
@@ -63,10 +65,9 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             _ => return misuse(),
         }
     }
-    let Some(first) = parsed.operands.first() else { return misuse() };
-    let mut files: Vec<PathBuf> = parsed.operands.iter().map(PathBuf::from).collect();
-    if files.len() == 1 && values::is_container_id(first) && !Path::new(first).is_file() {
-        files = vec![container(first)?];
+    let files: Vec<PathBuf> = parsed.operands.iter().map(PathBuf::from).collect();
+    if files.is_empty() {
+        return misuse();
     }
     let mounted = match &files[..] {
         [one] if values::is_descriptor(one.as_os_str()) => mount::mount_descriptor(one, &component, &params)?,
@@ -80,36 +81,22 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         }
     };
     if params.read_only && params.target.is_none() {
-        show_command(&mounted)?;
+        show_command(&mounted, params.partition)?;
     }
     Ok(())
 }
 
 /// Prints the command that mounts the device.
-fn show_command(mounted: &Mounted) -> Result<(), Fail> {
-    let (source, option) = mount::source_and_option(&mounted.device)?;
+fn show_command(mounted: &Mounted, partition: Option<u32>) -> Result<(), Fail> {
+    let (source, option) = mount::source_and_option(&mounted.device, partition)?;
     let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();
     result(format_args!("mount -r {option}{} /mnt", source.display()))
 }
 
-/// The disk of a container: where OpenVZ keeps it, the descriptor if there is one.
-fn container(id: &OsStr) -> Result<PathBuf, Fail> {
-    let id = id.to_string_lossy();
-    let places = [
-        "/vz/private/{}/root.hdd/root.hdd",
-        "/vz/private/{}/root.hdd/root.hds",
-        "/var/lib/vz/private/{}/root.hdd/root.hdd",
-    ]
-    .map(|p| PathBuf::from(p.replace("{}", &id)));
-    match places.iter().find(|p| p.exists()) {
-        Some(image) => {
-            let beside = image.with_file_name(descriptor::FILE_NAME);
-            Ok(if beside.exists() { beside } else { image.clone() })
-        }
-        None => {
-            let tried: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
-            let text = format!("no disk of container {id}: none of {} is there", tried.join(", "));
-            Err(Fail::Library(Error::new(Kind::Mount, text)))
-        }
-    }
+fn partition(value: &OsStr) -> Result<u32, Fail> {
+    let number = values::number(value, "partition")?;
+    u32::try_from(number)
+        .ok()
+        .filter(|n| *n > 0)
+        .ok_or_else(|| mistake(format!("partition {number}: must be 1 or more")))
 }

@@ -39,7 +39,7 @@ Takes a snapshot and mounts it read-only, for backups. After it is unmounted, th
 its snapshots removes it.
 
   -u UUID  of the snapshot
-  -c NAME  component: a name for this additional mount, given again to umount (as ~NAME)
+  -c NAME  component: a name for this additional mount, given again to umount
   -m DIR   mount its file system here; without it only the device is made
 ",
     run: take_temporary,
@@ -50,7 +50,7 @@ pub const SWITCH: Command = Command {
     short: "u:D",
     long: &[],
     usage: "\
-Usage: ploop snapshot-switch -u UUID DiskDescriptor.xml
+Usage: ploop snapshot-switch -u UUID [-D] DiskDescriptor.xml
 
 Goes back to a snapshot: what was written since is dropped. The disk must not be mounted.
 

@@ -1,15 +1,16 @@
 //! `ploop umount`: unmounts the file system, detaches the device, closes the image.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
 use ploop::error::{Error, Kind};
-use ploop::ops::umount;
 use ploop::ops::umount_all::umount_all;
+use ploop::ops::{find, umount};
 use ploop::report;
 
 use crate::getopt::Parsed;
-use crate::{Command, Fail, misuse, values};
+use crate::{Command, Fail, disk, mistake, misuse, values};
 
 pub const COMMAND: Command = Command {
     name: "umount",
@@ -20,6 +21,7 @@ Usage: ploop umount -d DEVICE
        ploop umount -m DIR
        ploop umount [-c NAME] DiskDescriptor.xml
        ploop umount [-c NAME] BASE_FILE
+       ploop umount DIR | DEVICE
        ploop umount --abort DEVICE
        ploop umount --all [--timeout SECONDS]
 
@@ -81,10 +83,26 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     if let Some(folder) = folder {
         return Ok(umount::umount_mountpoint(Path::new(&folder))?);
     }
-    let [disk] = &parsed.operands[..] else { return misuse() };
-    match values::is_descriptor(disk) {
-        true => umount::umount_descriptor(Path::new(disk), &component)?,
-        false => umount::umount_base(Path::new(disk), &component)?,
+    let [given] = &parsed.operands[..] else { return misuse() };
+    // A mount point or a device, as umount(8) takes them.
+    if !values::is_descriptor(given) && component.is_empty() {
+        if find::by_mount_point(Path::new(given))?.is_some() {
+            return Ok(umount::umount_mountpoint(Path::new(given))?);
+        }
+        if given.as_bytes().starts_with(b"/dev/") {
+            return Ok(umount::umount_device(&values::text(given, "device name")?, None)?);
+        }
+    }
+    let disk = disk::meant(given)?;
+    if Path::new(&disk).is_dir() {
+        return Err(mistake(format!(
+            "folder {} has no DiskDescriptor.xml in it, and no ploop device is mounted on it",
+            Path::new(&disk).display()
+        )));
+    }
+    match values::is_descriptor(&disk) {
+        true => umount::umount_descriptor(Path::new(&disk), &component)?,
+        false => umount::umount_base(Path::new(&disk), &component)?,
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
     if !nix::unistd::geteuid().is_root() {
         bail!(Device, "a device can be made by root only (user id is {})", nix::unistd::geteuid());
     }
-    let wanted = spec.device.as_deref().map(runtime::name_of).transpose()?;
+    let wanted = spec.device.as_deref().map(runtime::chosen_name).transpose()?;
     // What a crashed server left would keep names and images busy.
     clean::clean_dead()?;
     if let Some(name) = &wanted

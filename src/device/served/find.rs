@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::bail;
@@ -127,13 +127,13 @@ fn verify_node(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// The base was moved, perhaps with its folder: the file that the worker has open still has a name.
-pub(super) fn base_has_name(device: &Device) -> bool {
-    let Some(base) = device.base_id() else { return false };
-    let Ok(open) = fs::read_dir(format!("/proc/{}/fd", super::record(device).worker.pid)) else { return false };
+/// The base may have been moved, perhaps with its folder: the name of the file that the worker has open.
+pub(super) fn base_name(device: &Device) -> Option<PathBuf> {
+    let base = device.base_id()?;
+    let open = fs::read_dir(format!("/proc/{}/fd", super::record(device).worker.pid)).ok()?;
     let id = |path: &Path| FileId::at(path).ok();
     open.flatten()
         .filter(|fd| id(&fd.path()) == Some(base))
         .filter_map(|fd| fs::read_link(fd.path()).ok())
-        .any(|name| id(&name) == Some(base))
+        .find(|name| id(name) == Some(base))
 }

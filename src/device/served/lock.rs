@@ -1,16 +1,16 @@
 //! The lock of all processes that look for devices in order to change something.
 #![forbid(unsafe_code)]
 
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::bail;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::server::runtime;
 use crate::sys::host;
 
@@ -32,16 +32,22 @@ fn lock_dir() -> PathBuf {
     DIR.into()
 }
 
+/// Makes the folder. /var/lock is a link to /run/lock, which is not there on each system: it is made, too.
+fn make(dir: &Path) -> io::Result<()> {
+    let create = |dir: &Path| DirBuilder::new().mode(0o755).recursive(true).create(dir);
+    if let Some(parent) = dir.parent()
+        && let Ok(target) = fs::read_link(parent)
+    {
+        create(&parent.with_file_name("").join(target))?;
+    }
+    create(dir)
+}
+
 /// Takes the global lock; error 23 after 60 s.
 pub fn global() -> Result<GlobalLock> {
     let dir = lock_dir();
     let dir = dir.as_path();
-    match DirBuilder::new().mode(0o755).recursive(true).create(dir) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(Error::with(Kind::Lock, format!("cannot make {DIR}"), e));
-        }
-        _ => {}
-    }
+    make(dir).ctx(Kind::Lock, || format!("cannot make {}", dir.display()))?;
     runtime::verify_dir(dir)?;
     let path = dir.join(FILE);
     let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
@@ -65,5 +71,24 @@ pub fn global() -> Result<GlobalLock> {
             Err((_, e)) => return Err(e).ctx(Kind::Lock, || format!("cannot lock {}", path.display())),
         }
         host::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_is_made_where_var_lock_is_a_link_to_nowhere() {
+        let root = tempfile::tempdir().unwrap();
+        for (name, target) in [("relative", "run/lock".into()), ("absolute", root.path().join("run2/lock"))] {
+            let link = root.path().join(name);
+            std::os::unix::fs::symlink(&target, &link).unwrap();
+            make(&link.join("ploop")).unwrap();
+            make(&link.join("ploop")).unwrap();
+            assert!(root.path().join(target).join("ploop").is_dir());
+        }
+        make(&root.path().join("var/lock/ploop")).unwrap();
+        assert!(root.path().join("var/lock/ploop").is_dir());
     }
 }

@@ -101,12 +101,16 @@ impl Driver for Served {
         mount_source::mount_source(record(device))
     }
 
+    fn partition_node(&self, device: &Device, number: u32) -> Result<Option<PathBuf>> {
+        mount_source::partition_node(record(device), number)
+    }
+
     fn is_supervised(&self, device: &Device) -> bool {
         runtime::alive(record(device).supervisor)
     }
 
-    fn base_has_name(&self, device: &Device) -> bool {
-        find::base_has_name(device)
+    fn base_name(&self, device: &Device) -> Option<PathBuf> {
+        find::base_name(device)
     }
 
     fn abort(&self, name: &str) -> Result<()> {

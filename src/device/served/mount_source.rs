@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use crate::bail;
 use crate::device::model::Aliases;
 use crate::error::{IoContext, Kind, Result};
+use crate::server::partitions::{self, Known};
 use crate::server::proto::DeviceRecord;
-use crate::server::{nodes, partitions, runtime};
+use crate::server::{nodes, runtime};
 use crate::sys::partition;
 
 /// How long partitions of a table may take to appear.
@@ -37,24 +38,56 @@ pub(super) fn aliases(record: &DeviceRecord) -> Aliases {
     found
 }
 
-/// What to mount: `/dev/NAMEp1` if the disk has a GPT, else `/dev/NAME`. The node is made if this process's /dev lacks it.
+/// What to mount: the first partition if the disk has any, else the disk. The node is made if this process's /dev lacks it.
 pub(super) fn mount_source(record: &DeviceRecord) -> Result<PathBuf> {
+    match appeared(record)?.first() {
+        Some(first) => node_of(record, first),
+        None => {
+            ensure(&record.node, record.rdev)?;
+            Ok(record.node.clone())
+        }
+    }
+}
+
+/// The node of the partition of that number; none: no such partition.
+pub(super) fn partition_node(record: &DeviceRecord, number: u32) -> Result<Option<PathBuf>> {
+    appeared(record)?.iter().find(|p| p.number == number).map(|p| node_of(record, p)).transpose()
+}
+
+fn node_of(record: &DeviceRecord, partition: &Known) -> Result<PathBuf> {
+    let node = PathBuf::from(format!("{}p{}", record.node.display(), partition.number));
+    ensure(&node, partition.rdev)?;
+    Ok(node)
+}
+
+/// The partitions of the disk, by number. Those of its table are waited for; a table none of whose partitions lies on the
+/// disk is an error at once.
+fn appeared(record: &DeviceRecord) -> Result<Vec<Known>> {
     if !runtime::backing_is_ours(record) {
         bail!(Device, "{} is not running any more", record.node.display());
     }
     let end = Instant::now() + PARTITIONS;
     loop {
-        if let Some(first) = partitions::known(&record.backing).iter().find(|p| p.number == 1) {
-            let node = PathBuf::from(format!("{}p1", record.node.display()));
-            ensure(&node, first.rdev)?;
-            return Ok(node);
+        let known = partitions::known(&record.backing);
+        if !known.is_empty() {
+            return Ok(known);
         }
         ensure(&record.node, record.rdev)?;
-        if !has_gpt(record)? {
-            return Ok(record.node.clone());
+        let disk = open_verified(record)?;
+        let table = partitions::in_table(&disk).ctx(Kind::Read, || format!("cannot read {}", record.node.display()))?;
+        if table.is_empty() {
+            if has_gpt(record, &disk)? {
+                bail!(
+                    Device,
+                    "{} has a GPT that is damaged, or none of whose partitions lies on the disk: its image was cut off, \
+                     or the disk made smaller",
+                    record.node.display()
+                );
+            }
+            return Ok(known);
         }
         if Instant::now() >= end {
-            bail!(Device, "{} has a GPT without a first partition", record.node.display());
+            bail!(Device, "the kernel shows none of the {} partitions of {}", table.len(), record.node.display());
         }
         sleep(Duration::from_millis(20));
     }
@@ -83,9 +116,9 @@ fn open_verified(record: &DeviceRecord) -> Result<File> {
 }
 
 /// Whether the second sector has the GPT's signature.
-fn has_gpt(record: &DeviceRecord) -> Result<bool> {
+fn has_gpt(record: &DeviceRecord, disk: &File) -> Result<bool> {
     let mut sector = [0u8; 512];
-    match open_verified(record)?.read_exact_at(&mut sector, 512) {
+    match disk.read_exact_at(&mut sector, 512) {
         Ok(()) => Ok(sector.starts_with(b"EFI PART")),
         Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
         Err(e) => Err(e).ctx(Kind::Read, || format!("cannot read {}", record.node.display())),

@@ -1,0 +1,99 @@
+//! Functions of libploop.h that this release does not have. They are exported so that programs link and start; a call
+//! changes nothing, fails and says so.
+
+use super::boundary;
+use super::types::{
+    ploop_copy_receive_param, ploop_copy_send_param, ploop_create_param, ploop_discard_param, ploop_discard_stat,
+    ploop_disk_images_data, ploop_resize_param,
+};
+use crate::bail;
+use std::ffi::{c_char, c_int, c_ulonglong};
+
+/// The last error of a call.
+pub(super) fn text(name: &str) -> String {
+    format!("{name}() is not available in version {} of this library; nothing was changed", env!("CARGO_PKG_VERSION"))
+}
+
+/// SYSEXIT_PARAM, and a last error that names the function.
+pub(super) fn refuse(name: &str) -> c_int {
+    boundary::call(name, || bail!(Param, "{}", text(name)))
+}
+
+/// Writes di to the descriptor fname. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_store_diskdescriptor(fname: *const c_char, di: *mut ploop_disk_images_data) -> c_int {
+    let _ = (fname, di);
+    refuse("ploop_store_diskdescriptor")
+}
+
+/// Writes a descriptor for the image param->image, which need not exist. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_create_dd(ddxml: *const c_char, param: *mut ploop_create_param) -> c_int {
+    let _ = (ddxml, param);
+    refuse("ploop_create_dd")
+}
+
+/// Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_set_max_delta_size(di: *mut ploop_disk_images_data, size: c_ulonglong) -> c_int {
+    let _ = (di, size);
+    refuse("ploop_set_max_delta_size")
+}
+
+/// Changes the size of a disk and of the file system inside. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {
+    let _ = (di, param);
+    refuse("ploop_resize_image")
+}
+
+/// Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_convert_image(di: *mut ploop_disk_images_data, mode: c_int, flags: c_int) -> c_int {
+    let _ = (di, mode, flags);
+    refuse("ploop_convert_image")
+}
+
+/// Gives space that the file system inside does not use back to the host. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_discard(di: *mut ploop_disk_images_data, param: *mut ploop_discard_param) -> c_int {
+    let _ = (di, param);
+    refuse("ploop_discard")
+}
+
+/// Stores what ploop_discard() could free in *pd_stat. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_discard_get_stat(di: *mut ploop_disk_images_data, pd_stat: *mut ploop_discard_stat) -> c_int {
+    let _ = (di, pd_stat);
+    refuse("ploop_discard_get_stat")
+}
+
+/// Sends the top delta of a running device. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_copy_send(arg: *mut ploop_copy_send_param) -> c_int {
+    let _ = arg;
+    refuse("ploop_copy_send")
+}
+
+/// Receives what ploop_copy_send() sends. Not available: SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_copy_receive(arg: *mut ploop_copy_receive_param) -> c_int {
+    let _ = arg;
+    refuse("ploop_copy_receive")
+}
+
+/// Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM.
+#[deprecated]
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_send(device: *const c_char, ofd: c_int, flush_cmd: *const c_char, is_pipe: c_int) -> c_int {
+    let _ = (device, ofd, flush_cmd, is_pipe);
+    refuse("ploop_send")
+}
+
+/// Old form of ploop_copy_receive(), from standard input. Not available: SYSEXIT_PARAM.
+#[deprecated]
+#[unsafe(no_mangle)]
+pub extern "C" fn ploop_receive(dst: *const c_char) -> c_int {
+    let _ = dst;
+    refuse("ploop_receive")
+}
