@@ -269,10 +269,26 @@ fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; 
             header.in_use
         );
     }
+    if !takeover {
+        reserve_table(top, header)?;
+    }
     if marked != *header {
         write_header(top, &marked)?;
     }
     Ok(marked.encode())
+}
+
+/// Takes the space that rewriting header and BAT needs, so that a flush does not meet the lack of it half way: the file
+/// may have holes there, or share its blocks with a copy.
+fn reserve_table(top: &LevelFile, header: &Header) -> Result<()> {
+    let bytes = bat::offset_of(u64::from(header.clusters())).next_multiple_of(HEAD as u64);
+    store::reserve(&top.file, bytes).ctx(Kind::Fallocate, || {
+        format!(
+            "no space for the header and BAT of image {} ({bytes} bytes that are holes or shared with a copy of the \
+             file); make room on its file system",
+            top.name.display()
+        )
+    })
 }
 
 /// Replaces the header, durably; the rest of the first block stays.

@@ -67,6 +67,10 @@ pub struct Settings {
     pub shares: bool,
     /// Without space overwrites fail too, as on a copy-on-write file system.
     pub cow: bool,
+    /// The same of BAT writes, in permille, and of half as many syncs.
+    pub metadata_full: u32,
+    /// What is used up is a quota: EDQUOT instead of ENOSPC.
+    pub quota: bool,
 }
 
 impl Settings {
@@ -98,6 +102,8 @@ impl Settings {
             background: rng.pick(&[0, 0, 500, 900]),
             control: rng.pick(&[0, 0, 30, 200]),
             shares: rng.coin(),
+            metadata_full: rng.pick(&[0, 400, 1000]),
+            quota: rng.below(3) == 0,
         }
     }
 }
@@ -179,6 +185,8 @@ pub struct World {
     /// A read of the BAT has failed in this session.
     pub bat_read_error: bool,
     pub no_space: bool,
+    /// The last BAT write or sync found no space.
+    pub flush_starved: bool,
     /// Writes wait for space (the device is not being stopped).
     pub wait_for_space: bool,
     /// No new requests until everything has come to rest.
@@ -251,6 +259,7 @@ impl World {
             bad_pages: Vec::new(),
             bat_read_error: false,
             no_space: false,
+            flush_starved: false,
             wait_for_space: true,
             quiet: false,
             was_waiting: false,
