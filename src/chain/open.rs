@@ -7,7 +7,7 @@ use crate::engine::api::{AllocConfig, LevelConfig};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
-use crate::image::scan::Scan;
+use crate::image::scan::{Scan, check_reach};
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_full, write_all};
 use crate::sys::store;
@@ -75,6 +75,9 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
             chain.device_bytes = header.sectors * SECTOR;
             chain.header = header.encode();
             if options.writable {
+                if !takeover {
+                    check_reach(header, scan.end).map_err(|e| at_image(e, top))?;
+                }
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
                 if sync_failed || options.failed {

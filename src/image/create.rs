@@ -47,11 +47,12 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 /// Bytes written at once, or a cluster if that is more.
 const WINDOW: u64 = 4 << 20;
 
-/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up
-/// to a cluster. A file of that name is an error (38) and stays. After any error the new file is removed.
+/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is kept: over a
+/// raw base of any length the disk has the same end. A file of that name is an error (38) and stays. After any error the new file is removed.
 pub fn create_delta(path: &Path, version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
-    let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
-    let built = create(path, &params, &mut |_, _| Ok(()))?;
+    let rounded = limits::round_size(version, cluster, sectors)?;
+    let params = Params { version, cluster, sectors: rounded, mode: ImageMode::Expanded };
+    let built = build_sized(path, &params, rounded.min(sectors), &[], &mut |_, _| Ok(()))?;
     descriptor::sync_parent(path).inspect_err(|_| {
         let _ = store::unlink(path);
     })?;
@@ -69,6 +70,17 @@ pub fn create(path: &Path, params: &Params, progress: Progress<'_>) -> Result<Bu
 /// A file of that name is an error (38) and stays. If anything fails the new file is removed.
 pub fn build(path: &Path, params: &Params, pieces: &[Piece<'_>], progress: Progress<'_>) -> Result<Built> {
     let sectors = limits::round_size(params.version, params.cluster, params.sectors)?;
+    build_sized(path, params, sectors, pieces, progress)
+}
+
+/// The same; `sectors` is the disk's size, the last cluster perhaps partial.
+fn build_sized(
+    path: &Path,
+    params: &Params,
+    sectors: u64,
+    pieces: &[Piece<'_>],
+    progress: Progress<'_>,
+) -> Result<Built> {
     let content = Content::new(pieces, sectors * SECTOR)?;
     let plan = plan(params, sectors)?;
     let file = store::create_new(path, 0o600).map_err(|e| {
@@ -102,7 +114,7 @@ fn plan(params: &Params, sectors: u64) -> Result<Plan> {
     if params.mode == ImageMode::Raw {
         return Ok(Plan { header: None, sectors });
     }
-    let header = Header::new(params.version, params.cluster, sectors)?;
+    let header = Header::sized(params.version, params.cluster, sectors)?;
     if params.mode == ImageMode::Preallocated {
         let end = u64::from(header.first_data()) + u64::from(header.clusters());
         if end > u64::from(bat::host_cluster_limit(params.version, params.cluster)) {

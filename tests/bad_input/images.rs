@@ -48,6 +48,13 @@ fn huge_table(dir: &Path) {
     patch(&dir.join("f"), 32, &u32::MAX.to_le_bytes());
 }
 
+/// A sparse file of 15 GiB for a small disk.
+fn far_behind(dir: &Path) {
+    let file = dir.join("f");
+    fs::OpenOptions::new().write(true).open(&file).and_then(|f| f.set_len(500_001 * CLUSTER)).expect("length");
+    patch(&file, 64, &500_000u32.to_le_bytes());
+}
+
 fn random(dir: &Path) {
     let mut state = 1u64;
     let bytes: Vec<u8> = std::iter::repeat_with(|| {
@@ -121,8 +128,22 @@ pub const ROWS: &[Row] = &[
     row("table of 16 GiB, check", huge_table, CHECK, 6, &["{}/f", "131072 bytes", "17179901952"]),
     row("data begins at 0", |d| word(d, 48, 0), MOUNT, 11, &["{}/f", "offset 48", " 0 "]),
     row("data begins within a cluster", |d| word(d, 48, 65), CHECK, 11, &["{}/f", "offset 48", "65", "64 sectors"]),
-    row("data begins too late, check", |d| word(d, 48, 128), CHECK, 11, &["{}/f", "offset 48", "128", "must be 64"]),
-    row("data begins too late, mount", |d| word(d, 48, 128), MOUNT, 11, &["{}/f", "offset 48", "128", "must be 64"]),
+    row(
+        "data begins behind an entry, check",
+        |d| word(d, 48, 128),
+        CHECK,
+        11,
+        &["{}/f", "is 1", "begins at cluster 2"],
+    ),
+    row(
+        "data begins behind an entry, mount",
+        |d| word(d, 48, 128),
+        MOUNT,
+        11,
+        &["{}/f", "is 1", "begins at cluster 2"],
+    ),
+    row("data far behind the disk's end, check", far_behind, CHECK, 11, &["{}/f", "cluster 500001", "ploop check -S"]),
+    row("data far behind the disk's end, mount", far_behind, MOUNT, 11, &["{}/f", "cluster 500001", "ploop check -S"]),
     row(
         "number of clusters beside the size",
         |d| word(d, 32, u32::MAX),
