@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 
 use device_common::*;
 use ploop::device::{self, Device, State};
+use ploop::server::runtime;
 use ploop::sys::aligned::AlignedBuf;
 
 const MIB: u64 = 1 << 20;
@@ -35,8 +36,8 @@ impl Host {
 
     /// Takes all the space there is, to the last block.
     fn fill(&self) {
-        for (n, step) in [(0, 16 * MIB), (1, MIB), (2, 4096)] {
-            let ballast = File::create(self.path(&format!("ballast{n}"))).expect("ballast");
+        let ballast = |n| File::create(self.path(&format!("ballast{n}"))).expect("ballast");
+        for (ballast, step) in [(ballast(0), 16 * MIB), (ballast(1), MIB), (ballast(2), 4096)] {
             let block = vec![0xBA; step as usize];
             let mut at = 0;
             while ballast.write_all_at(&block, at).and_then(|()| ballast.sync_data()).is_ok() {
@@ -54,7 +55,18 @@ impl Host {
 }
 
 impl Drop for Host {
+    /// After a failure threads of the test may still wait for space.
     fn drop(&mut self) {
+        for n in 0..3 {
+            let _ = fs::remove_file(self.path(&format!("ballast{n}")));
+        }
+        let _ = output(Command::new("btrfs").args(["quota", "disable"]).arg(&self.0));
+        for device in device::list().unwrap_or_default().iter().filter(|d| d.top().starts_with(&self.0)) {
+            let log = runtime::device_dir(device.name()).join(runtime::LOG);
+            eprintln!("{}: {:?}, {}", device.name(), device.state, fs::read_to_string(log).unwrap_or_default());
+            pause(2000);
+            let _ = device::detach(device.name());
+        }
         let _ = output(Command::new("umount").arg(&self.0));
     }
 }
@@ -156,7 +168,10 @@ fn flushes_wait_on_a_full_btrfs_and_under_a_used_up_quota() {
         image(&top);
         let device = t.attach(&top).expect("attach");
         write(device.node(), 0, 1).expect("first write");
-        let limit = |size: &str| run(Command::new("btrfs").args(["qgroup", "limit", size]).arg(&folder));
+        // Through the subvolume itself the limit could not be raised again: that takes a transaction under the limit.
+        let id = run(Command::new("btrfs").args(["inspect-internal", "rootid"]).arg(&folder));
+        let group = format!("0/{}", id.trim());
+        let limit = |size: &str| run(Command::new("btrfs").args(["qgroup", "limit", size, &group]).arg(&host.0));
         match quota {
             true => drop(limit("1M")),
             false => host.fill(),

@@ -48,13 +48,6 @@ fn huge_table(dir: &Path) {
     patch(&dir.join("f"), 32, &u32::MAX.to_le_bytes());
 }
 
-/// A sparse file of 15 GiB for a small disk.
-fn far_behind(dir: &Path) {
-    let file = dir.join("f");
-    fs::OpenOptions::new().write(true).open(&file).and_then(|f| f.set_len(500_001 * CLUSTER)).expect("length");
-    patch(&file, 64, &500_000u32.to_le_bytes());
-}
-
 fn random(dir: &Path) {
     let mut state = 1u64;
     let bytes: Vec<u8> = std::iter::repeat_with(|| {
@@ -142,8 +135,6 @@ pub const ROWS: &[Row] = &[
         11,
         &["{}/f", "is 1", "begins at cluster 2"],
     ),
-    row("data far behind the disk's end, check", far_behind, CHECK, 11, &["{}/f", "cluster 500001", "ploop check -S"]),
-    row("data far behind the disk's end, mount", far_behind, MOUNT, 11, &["{}/f", "cluster 500001", "ploop check -S"]),
     row(
         "number of clusters beside the size",
         |d| word(d, 32, u32::MAX),

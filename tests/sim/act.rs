@@ -448,7 +448,8 @@ impl World {
         }
         // Want of space is final only when the device is being stopped.
         if sticky && result.is_err_and(lacks_space) {
-            sticky = self.closing && !self.wait_for_space;
+            let waits_for_ever = !self.engine.as_ref().is_some_and(|e| e.holds_only_writes());
+            sticky = self.closing && !self.wait_for_space && !waits_for_ever;
             self.cover.hit_if(sticky, "closed without space for the BAT");
         }
         if sticky {
