@@ -334,6 +334,9 @@ impl World {
             Action::Read { .. } => (s.read_error, 0),
             Action::ReadBat { .. } => (s.read_error, 0),
             Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
+            // Of a merge's target these are as any other error.
+            Action::WriteBat { level, .. } if usize::from(*level) != self.shape.top() => (s.bat_error, 0),
+            Action::Sync { level, .. } if usize::from(*level) != self.shape.top() => (s.sync_error, 0),
             Action::WriteBat { .. } => (s.bat_error, if s.cow { s.metadata_full } else { 0 }),
             Action::Fallocate { .. } => (s.write_error / 4, 1000),
             Action::Sync { .. } => (s.sync_error, if s.cow { s.metadata_full / 2 } else { 0 }),

@@ -74,8 +74,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub fn random(rng: &mut Rng, shape: &Shape) -> Settings {
+    pub fn random(rng: &mut Rng, shape: &Shape, seed: u64) -> Settings {
         let cluster = 1u32 << shape.shift;
+        let mut apart = Rng::new(seed ^ 0xf0_11);
         let errors = rng.below(5) == 0;
         let rate = |rng: &mut Rng, on: bool, rates: &[u32]| if on { rng.pick(rates) } else { 0 };
         Settings {
@@ -102,8 +103,8 @@ impl Settings {
             background: rng.pick(&[0, 0, 500, 900]),
             control: rng.pick(&[0, 0, 30, 200]),
             shares: rng.coin(),
-            metadata_full: rng.pick(&[0, 400, 1000]),
-            quota: rng.below(3) == 0,
+            metadata_full: apart.pick(&[0, 400, 1000]),
+            quota: apart.below(3) == 0,
         }
     }
 }
@@ -222,7 +223,7 @@ impl World {
     pub fn new(seed: u64, maker: Maker, broken: Break, traced: bool) -> World {
         let mut rng = Rng::new(seed);
         let shape = Shape::random(&mut rng);
-        let settings = Settings::random(&mut rng, &shape);
+        let settings = Settings::random(&mut rng, &shape, seed);
         let chain = Chain::build(&shape, &mut rng);
         let lower_owner = owners_below(&shape, &chain);
         let oracle = Oracle::new(shape.sectors);
