@@ -102,5 +102,5 @@ fn tidied(result: io::Result<()>, top: &LevelFile) -> Result<()> {
 
 /// Whether the image is as sound as before though it was not completed.
 fn harmless(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::Other)
+    store::lacks_space(e) || e.kind() == io::ErrorKind::Other
 }

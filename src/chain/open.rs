@@ -7,7 +7,7 @@ use crate::engine::api::{AllocConfig, LevelConfig};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
-use crate::image::scan::Scan;
+use crate::image::scan::{Scan, check_reach};
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_full, write_all};
 use crate::sys::store;
@@ -75,6 +75,9 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
             chain.device_bytes = header.sectors * SECTOR;
             chain.header = header.encode();
             if options.writable {
+                if !takeover {
+                    check_reach(header, scan.end).map_err(|e| at_image(e, top))?;
+                }
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
                 if sync_failed || options.failed {
@@ -269,10 +272,26 @@ fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; 
             header.in_use
         );
     }
+    if !takeover {
+        reserve_table(top, header)?;
+    }
     if marked != *header {
         write_header(top, &marked)?;
     }
     Ok(marked.encode())
+}
+
+/// Takes the space that rewriting header and BAT needs, so that a flush does not meet the lack of it half way: the file
+/// may have holes there, or share its blocks with a copy.
+fn reserve_table(top: &LevelFile, header: &Header) -> Result<()> {
+    let bytes = bat::offset_of(u64::from(header.clusters())).next_multiple_of(HEAD as u64);
+    store::reserve(&top.file, bytes).ctx(Kind::Fallocate, || {
+        format!(
+            "no space for the header and BAT of image {} ({bytes} bytes that are holes or shared with a copy of the \
+             file); make room on its file system",
+            top.name.display()
+        )
+    })
 }
 
 /// Replaces the header, durably; the rest of the first block stays.

@@ -6,6 +6,8 @@ use crate::engine::api::{AllocConfig, LevelConfig, PageSet, TargetConfig};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header, Version};
+use crate::image::grow;
+use crate::image::scan::check_reach;
 use crate::sys::aligned::{AlignedBuf, read_exact, read_full, write_all};
 use crate::sys::{host, store};
 use crate::units::SECTOR;
@@ -52,7 +54,7 @@ pub fn open_target(
     let Some(version) = chain.version.filter(|v| *v == old.version) else {
         bail!(Format, "image {name} has format version {}: must be that of the chain", old.version.number());
     };
-    let sized = Header::new(version, old.cluster, bytes / SECTOR)?;
+    let sized = Header::sized(version, old.cluster, bytes / SECTOR)?;
     let grows = old.sectors != bytes / SECTOR;
     if grows && sized.first_data_sector > old.first_data_sector {
         bail!(
@@ -64,9 +66,10 @@ pub fn open_target(
         );
     }
     let mut scan = scan_level(target, &old, len)?;
+    check_reach(&old, scan.end).map_err(|e| e.context(format_args!("image {name}")))?;
     let sized = match grows {
         true => Header {
-            sectors: bytes / SECTOR,
+            sectors: sized.sectors,
             size_clusters: sized.size_clusters,
             heads: sized.heads,
             cylinders: sized.cylinders,
@@ -76,14 +79,20 @@ pub fn open_target(
     };
     let flags = old.flags & !header::FLAG_EMPTY;
     let marked = Header { in_use: header::IN_USE, flags, extension: 0, ..sized };
-    if grows {
-        let stale = slots_beyond(target, &old, len)?;
-        if !stale.is_empty() && !host::breach("entries behind the disk are kept") {
-            // With the mark first, and the larger disk last.
-            write_header(target, &Header { in_use: header::IN_USE, flags, extension: 0, ..old })?;
-            clear_slots(target, &stale)?;
-            scan = scan_level(target, &old, len)?;
+    let stale = if grows { slots_beyond(target, &old, len)? } else { Vec::new() };
+    let longer = marked.table_clusters() > old.table_clusters();
+    if !stale.is_empty() && !host::breach("entries behind the disk are kept") || longer {
+        // With the mark first, and the larger disk last.
+        write_header(target, &Header { in_use: header::IN_USE, flags, extension: 0, ..old })?;
+        clear_slots(target, &stale)?;
+        if longer {
+            // What lay between the BAT and the data becomes a part of the BAT.
+            let size = old.cluster.bytes();
+            let grown = u64::from(old.table_clusters()) * size..u64::from(marked.table_clusters()) * size;
+            grow::zero(&target.file, &target.name, grown)?;
+            store::sync_data(&target.file).ctx(Kind::Fsync, || format!("cannot sync image {name}"))?;
         }
+        scan = scan_level(target, &old, len)?;
     }
     if marked != old {
         write_header(target, &marked)?;

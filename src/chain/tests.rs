@@ -466,3 +466,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_image_that_would_fill_the_host_is_opened_for_reading_alone() {
+    let d = dir();
+    // The file is all holes.
+    let p = Maker { entries: vec![(0, 20_000)], ..Maker::default() }.make(&d.path().join("a"));
+    let e = open(&[level(&p, true)], &writable()).unwrap_err();
+    assert_eq!(e.kind(), Kind::Format);
+    assert!(e.to_string().contains("/a: its data reach to cluster 20001") && e.to_string().contains("check -S"), "{e}");
+    assert!(!header_of_file(&p).is_marked());
+    let chain = open(&[level(&p, false)], &OpenOptions_::default()).unwrap();
+    assert_eq!(chain.device_bytes, 100 * CLUSTER);
+}
+
+fn header_of_file(path: &Path) -> Header {
+    let mut head = [0; header::SIZE];
+    OpenOptions::new().read(true).open(path).unwrap().read_exact_at(&mut head, 0).unwrap();
+    Header::parse(&head).unwrap()
+}

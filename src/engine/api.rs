@@ -60,7 +60,7 @@ pub enum Event<'a> {
         op: OpId,
         result: Result<&'a [u8], Errno>,
     },
-    /// About once a second: ages changes of the BAT, retries operations that failed with ENOSPC.
+    /// About once a second: ages changes of the BAT, retries operations that failed with ENOSPC or EDQUOT.
     Tick,
     /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
     WaitForSpace(bool),
@@ -106,6 +106,8 @@ pub enum Action {
     /// The range of a level's file, inside it, reads as zero afterwards; allocated if the file system can do that.
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
     /// Data and length of a level's file, as far as written by operations completed before now, on stable storage.
+    /// ENOSPC or EDQUOT of the top's file mean that nothing of it is lost and that a later sync covers it; where the
+    /// caller does not know that it reports another error, which is final.
     Sync { op: OpId, level: u8 },
     /// Make a range of one level's file appear in another's, sharing its space. If the file systems cannot do that it
     /// fails, and nothing has changed.

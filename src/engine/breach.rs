@@ -45,6 +45,14 @@ pub enum Breach {
     NoSyncRecord,
     /// Zeroings wait for space.
     HoldZeroings,
+    /// EDQUOT counts as any other error.
+    QuotaIsFinal,
+    /// A sync or BAT write that finds no space counts as failed.
+    MetadataSpaceIsFinal,
+    /// A sync or BAT write that finds no space counts as done.
+    MetadataSpaceIsSuccess,
+    /// A flush fails for want of space though it may wait.
+    FlushDoesNotWait,
     /// A merge copies a cluster while writes are in flight on it.
     MergeUndrained,
     /// Writes to a cluster that a merge has copied go to the top alone.
@@ -106,6 +114,10 @@ pub const ALL: &[Breach] = &[
     Breach::SlotNotStored,
     Breach::NoSyncRecord,
     Breach::HoldZeroings,
+    Breach::QuotaIsFinal,
+    Breach::MetadataSpaceIsFinal,
+    Breach::MetadataSpaceIsSuccess,
+    Breach::FlushDoesNotWait,
     Breach::MergeUndrained,
     Breach::MergeUnmirrored,
     Breach::MergeCrossed,

@@ -1,9 +1,14 @@
 //! Flush cycles: sync data, write the changed BAT pages, sync; with no changed page, one sync.
+//!
+//! A sync or BAT write that finds no space stays a step of its cycle and is repeated at each tick: nothing is published
+//! or answered before it has succeeded, and the pages of the cycle keep their content. Flushes wait meanwhile. Where
+//! they may not (the limit is over, the device is being stopped) they fail with ENOSPC, which promises nothing; the
+//! cycle still goes on, so that a later flush can succeed. Only closing ends it: then the image stays marked.
 
-use super::api::{Action, BAT_PAGE, Errno, LevelConfig, ReqId, Shared, SyncState};
+use super::api::{Action, BAT_PAGE, Errno, LevelConfig, OpId, ReqId, RequestKind, Shared, SyncState};
 use super::breach::{Breach, breaks};
 use super::map::MapEntry;
-use super::{Engine, IO, Op};
+use super::{Engine, IO, NO_SPACE, Op};
 use crate::format::bat::{self, clusters_of, index_of, page_of};
 
 /// BAT pages written at the same time.
@@ -23,6 +28,8 @@ enum Phase {
 pub struct FlushCycle {
     phase: Phase,
     pub failed: bool,
+    /// Its last sync or BAT write found no space.
+    pub starved: bool,
     /// Flushes that arrived before the cycle began.
     joined: Vec<ReqId>,
     waiting: Vec<ReqId>,
@@ -42,6 +49,7 @@ impl FlushCycle {
         FlushCycle {
             phase: Phase::Idle,
             failed,
+            starved: false,
             joined: Vec::new(),
             waiting: Vec::new(),
             going: Vec::new(),
@@ -78,11 +86,14 @@ impl<S: Shared> Engine<S> {
 
     pub(super) fn advance_cycle(&mut self, out: &mut Vec<Action>) {
         if self.cycle.failed {
-            self.fail_waiting(out);
+            self.fail_waiting(IO, out);
             return;
         }
         if !self.config.writable {
             return;
+        }
+        if self.cycle.starved {
+            self.refuse_zeroings_without_slot(out);
         }
         let begin = match self.cycle.phase {
             Phase::Idle => self.wants_cycle(),
@@ -156,6 +167,7 @@ impl<S: Shared> Engine<S> {
     }
 
     pub(super) fn sync_done(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        self.cycle.starved = false;
         match (result, self.cycle.phase) {
             (Err(_), _) if !breaks(Breach::SwallowSync) => self.fail_cycle(out),
             (_, Phase::DataSync) if !self.cycle.pages.is_empty() => {
@@ -171,8 +183,52 @@ impl<S: Shared> Engine<S> {
             let Some(page) = self.cycle.pages.pop() else { return };
             self.cycle.in_flight += 1;
             let data = self.page_image(page);
-            let op = self.start(Op::BatWrite);
+            let op = self.start(Op::BatWrite { page });
             out.push(Action::WriteBat { op, level: self.top, page, data });
+        }
+    }
+
+    /// A sync or BAT write that found no space waits for the next tick. False: it fails, because the engine is closing.
+    pub(super) fn defer_flush(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
+        let waits = self.flush_may_wait();
+        if self.cycle.failed || self.closing && !waits || breaks(Breach::MetadataSpaceIsFinal) {
+            return false;
+        }
+        if breaks(Breach::MetadataSpaceIsSuccess) {
+            self.done(op, Ok(()), out);
+            return true;
+        }
+        self.cycle.starved = true;
+        self.waiting_for_space.push(op);
+        if !waits || breaks(Breach::FlushDoesNotWait) {
+            self.fail_waiting(NO_SPACE, out);
+        }
+        true
+    }
+
+    /// Emits the action of a sync or BAT write once more. The page has the same content: its changes are pending until
+    /// the cycle ends, and what it writes of them was fixed when the cycle began.
+    pub(super) fn repeat_flush_op(&mut self, op: OpId, out: &mut Vec<Action>) {
+        match self.ops.get(op.0) {
+            Some(&Op::BatWrite { page }) => {
+                let data = self.page_image(page);
+                out.push(Action::WriteBat { op, level: self.top, page, data });
+            }
+            Some(Op::Sync) => out.push(Action::Sync { op, level: self.top }),
+            _ => {}
+        }
+    }
+
+    /// Zeroings do not wait for space, and so not for a slot that becomes free when a cycle finds space.
+    fn refuse_zeroings_without_slot(&mut self, out: &mut Vec<Action>) {
+        if breaks(Breach::HoldZeroings) {
+            return;
+        }
+        for fragment in std::mem::take(&mut self.slot_wait) {
+            match self.kind(fragment.req) {
+                Some(RequestKind::Zero) => self.part_done(fragment.req, Err(NO_SPACE), out),
+                _ => self.slot_wait.push(fragment),
+            }
         }
     }
 
@@ -212,6 +268,7 @@ impl<S: Shared> Engine<S> {
             self.fail_cycle(out);
             return;
         }
+        self.cycle.starved = self.waiting_for_space.iter().any(|op| self.is_bat_write(*op));
         self.write_pages(out);
         if self.cycle.in_flight == 0 && breaks(Breach::SkipFinalSync) {
             self.finish_cycle(out);
@@ -251,17 +308,29 @@ impl<S: Shared> Engine<S> {
         self.cycle.failed = !breaks(Breach::ForgetFailure);
         self.cycle.phase = Phase::Idle;
         self.cycle.pages.clear();
+        self.cycle.starved = false;
+        for op in std::mem::take(&mut self.waiting_for_space) {
+            match self.is_bat_write(op) {
+                true => drop(self.ops.remove(op.0)),
+                false => self.waiting_for_space.push(op),
+            }
+        }
         self.pending.shared.set_sync_state(SyncState::Failed);
-        self.fail_waiting(out);
+        self.fail_waiting(IO, out);
     }
 
-    fn fail_waiting(&mut self, out: &mut Vec<Action>) {
+    fn is_bat_write(&self, op: OpId) -> bool {
+        matches!(self.ops.get(op.0), Some(Op::BatWrite { .. }))
+    }
+
+    /// Flushes, and changes that wait for what they make free, fail.
+    fn fail_waiting(&mut self, errno: Errno, out: &mut Vec<Action>) {
         let joined = std::mem::take(&mut self.cycle.joined);
         for req in joined.into_iter().chain(std::mem::take(&mut self.cycle.waiting)) {
-            out.push(Action::Reply { req, result: Err(IO) });
+            out.push(Action::Reply { req, result: Err(errno) });
         }
         for fragment in std::mem::take(&mut self.slot_wait) {
-            self.part_done(fragment.req, Err(IO), out);
+            self.part_done(fragment.req, Err(errno), out);
         }
     }
 

@@ -11,7 +11,8 @@
 //!   names it and nothing is in flight on it ([`pending`], [`space`]).
 //! - An entry is published when the whole cluster's content is right: a host cluster allocated in this run and never
 //!   written reads as zero; any other is zeroed, copied up or wholly written first ([`cluster_op`]).
-//! - A failed sync or BAT write is final: the engine begins no more cycles, and every flush fails.
+//! - A failed sync or BAT write is final: the engine begins no more cycles, and every flush fails. One that found no
+//!   space is not: it is repeated, and nothing that depends on it is answered before ([`flush`]).
 //!
 //! A read or write of mapped clusters takes one lookup in the [`map`] and one file operation. Merges and relocation
 //! work on the same clusters meanwhile ([`background`]).
@@ -61,7 +62,9 @@ enum Op {
     Grow,
     Background(BackgroundOp),
     Sync,
-    BatWrite,
+    BatWrite {
+        page: u32,
+    },
 }
 
 /// The engine of one device.
@@ -79,7 +82,7 @@ pub struct Engine<S: Shared> {
     cluster_ops: IntMap<u32, ClusterOp>,
     /// Fragments to be worked on in this step.
     ready: VecDeque<Fragment>,
-    /// Operations that failed with ENOSPC: each is repeated at the next tick.
+    /// Operations that found no space: each is repeated at the next tick.
     waiting_for_space: Vec<OpId>,
     bounces: Vec<BounceId>,
     bounce_wait: VecDeque<u32>,
@@ -98,8 +101,9 @@ pub struct Engine<S: Shared> {
     stats: Status,
 }
 
-/// ENOSPC, EIO, EROFS, EINVAL, EFBIG, ECANCELED.
+/// ENOSPC, EDQUOT, EIO, EROFS, EINVAL, EFBIG, ECANCELED.
 const NO_SPACE: Errno = 28;
+const QUOTA: Errno = 122;
 const IO: Errno = 5;
 const READ_ONLY: Errno = 30;
 const INVALID: Errno = 22;
@@ -181,7 +185,9 @@ impl<S: Shared> Engine<S> {
     /// State of the engine.
     pub fn status(&self) -> Status {
         Status {
-            no_space: self.space.no_space && !self.space.waiters.is_empty() || !self.waiting_for_space.is_empty(),
+            no_space: self.space.no_space && !self.space.waiters.is_empty()
+                || !self.waiting_for_space.is_empty()
+                || self.cycle.starved,
             failed: self.cycle.failed,
             alloc_end: self.space.end(),
             free: self.space.free_below_end(),
@@ -251,6 +257,11 @@ impl<S: Shared> Engine<S> {
     }
 
     fn done(&mut self, op: OpId, result: Result<(), Errno>, out: &mut Vec<Action>) {
+        // A quota that is used up is a file system that is full.
+        let result = match result {
+            Err(QUOTA) if !breaks(Breach::QuotaIsFinal) => Err(NO_SPACE),
+            other => other,
+        };
         if result == Err(NO_SPACE) && self.defer_for_space(op, out) {
             return;
         }
@@ -260,20 +271,26 @@ impl<S: Shared> Engine<S> {
             Some(Op::Grow) => self.grow_done(result, out),
             Some(Op::Background(op)) => self.background_op_done(op, result, out),
             Some(Op::Sync) => self.sync_done(result, out),
-            Some(Op::BatWrite) => self.bat_written(result, out),
+            Some(Op::BatWrite { .. }) => self.bat_written(result, out),
             Some(Op::Bat { page, level }) => self.page_part(page, level, Err(result.err().unwrap_or(IO)), out),
             None => {}
         }
     }
 
-    /// Whether a write that finds no space may wait.
-    fn may_wait_for_space(&self) -> bool {
-        self.wait_for_space && !self.closing && self.enospc_limit.is_none_or(|p| self.waited < p)
+    /// Whether a flush that finds no space may wait.
+    fn flush_may_wait(&self) -> bool {
+        self.wait_for_space && self.enospc_limit.is_none_or(|p| self.waited < p)
     }
 
-    /// A write that failed with ENOSPC waits for the next tick if that is allowed. False: the operation fails.
+    /// Whether a write that finds no space may wait.
+    fn may_wait_for_space(&self) -> bool {
+        self.flush_may_wait() && !self.closing
+    }
+
+    /// An operation that found no space waits for the next tick if that is allowed. False: the operation fails.
     fn defer_for_space(&mut self, op: OpId, out: &mut Vec<Action>) -> bool {
         let waits = match self.ops.get(op.0) {
+            Some(Op::Sync | Op::BatWrite { .. }) => return self.defer_flush(op, out),
             _ if !self.may_wait_for_space() => None,
             Some(Op::Io(io)) if io.is_write() && io.level() == self.top => Some((io.clusters(), false)),
             Some(&Op::Cluster { cluster }) if self.cluster_ops.get(&cluster).is_some_and(ClusterOp::may_wait) => {
@@ -309,13 +326,13 @@ impl<S: Shared> Engine<S> {
     }
 
     fn tick(&mut self, out: &mut Vec<Action>) {
-        let waiting = !self.waiting_for_space.is_empty() || !self.space.waiters.is_empty();
+        let waiting = !self.waiting_for_space.is_empty() || !self.space.waiters.is_empty() || self.cycle.starved;
         self.waited = if waiting { self.waited + 1 } else { 0 };
         for op in std::mem::take(&mut self.waiting_for_space) {
             match self.ops.get(op.0) {
                 Some(Op::Io(io)) => out.push(io.action(op)),
                 Some(&Op::Cluster { cluster }) => self.repeat_step(cluster, op, out),
-                _ => {}
+                _ => self.repeat_flush_op(op, out),
             }
         }
         self.retry_space();
@@ -336,11 +353,14 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Operations that wait for space fail with ENOSPC. Growing the file is tried once more for fragments that wait for
-    /// that.
+    /// Writes that wait for space fail with ENOSPC. Growing the file is tried once more for fragments that wait for
+    /// that, and so are syncs and BAT writes.
     fn let_waiting_fail(&mut self, out: &mut Vec<Action>) {
         for op in std::mem::take(&mut self.waiting_for_space) {
-            self.done(op, Err(NO_SPACE), out);
+            match self.ops.get(op.0) {
+                Some(Op::Sync | Op::BatWrite { .. }) => self.repeat_flush_op(op, out),
+                _ => self.done(op, Err(NO_SPACE), out),
+            }
         }
         self.retry_space();
     }

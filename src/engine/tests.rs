@@ -7,6 +7,7 @@ use super::api::*;
 use super::*;
 
 mod background;
+mod full_host;
 
 const CLUSTER: u64 = 32 * 1024;
 
@@ -48,8 +49,10 @@ struct Rig {
     closed: Option<Result<(), Errno>>,
     merged: Option<Result<(), Errno>>,
     next: u32,
-    fail_sync: bool,
     no_space: bool,
+    /// BAT writes or syncs fail with this errno.
+    bat_error: Option<Errno>,
+    sync_error: Option<Errno>,
     /// Files can share data.
     shares: bool,
 }
@@ -98,8 +101,9 @@ fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
         closed: None,
         merged: None,
         next: 0,
-        fail_sync: false,
         no_space: false,
+        bat_error: None,
+        sync_error: None,
         shares: false,
     }
 }
@@ -154,6 +158,10 @@ impl Rig {
                 let bytes = self.files[level as usize][at..at + len as usize].to_vec();
                 self.event(Event::BatRead { op, result: Ok(&bytes) });
             }
+            Action::WriteBat { op, .. } if self.bat_error.is_some() => {
+                let result = self.bat_error.map_or(Ok(()), Err);
+                self.event(Event::Done { op, result });
+            }
             Action::WriteBat { op, level, page, data } => {
                 self.log.push("bat");
                 let at = page as usize * BAT_PAGE;
@@ -174,7 +182,7 @@ impl Rig {
             }
             Action::Sync { op, .. } => {
                 self.log.push("sync");
-                let result = if self.fail_sync { Err(5) } else { Ok(()) };
+                let result = self.sync_error.map_or(Ok(()), Err);
                 self.event(Event::Done { op, result });
             }
             Action::Clone { op, .. } if !self.shares => self.event(Event::Done { op, result: Err(95) }),
@@ -288,9 +296,9 @@ fn zeroing_hides_lower_data_and_frees_what_is_only_in_the_top() {
 fn a_failed_sync_is_final() {
     let mut r = rig(vec![image(10, &[])], 10);
     r.write(0, 512, 1);
-    r.fail_sync = true;
+    r.sync_error = Some(5);
     assert_eq!(r.flush(), Err(5));
-    r.fail_sync = false;
+    r.sync_error = None;
     assert_eq!(r.flush(), Err(5));
     assert_eq!(r.entry(0), 0);
     r.event(Event::Close);

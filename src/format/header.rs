@@ -26,6 +26,9 @@ const SIGNATURE_V1: &[u8; 16] = b"WithoutFreeSpace";
 const SIGNATURE_V2: &[u8; 16] = b"WithouFreSpacExt";
 const TYPE: u32 = 2;
 
+/// Bytes of a file that an image may reach beyond what its disk can need.
+const REACH_SLACK: u64 = 256 << 20;
+
 /// A decoded header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
@@ -133,6 +136,11 @@ impl Header {
         })
     }
 
+    /// The same with the size to the sector: the last cluster is perhaps partial.
+    pub fn sized(version: Version, cluster: ClusterSize, sectors: u64) -> Result<Header> {
+        Ok(Header { sectors, ..Header::new(version, cluster, sectors)? })
+    }
+
     /// Decodes the first 64 bytes and checks each field; [`check_layout`](Self::check_layout) checks that the fields
     /// fit together.
     pub fn parse(bytes: &[u8]) -> Result<Header> {
@@ -205,8 +213,8 @@ impl Header {
         b
     }
 
-    /// Whether size and start of the data agree: the data begins in the first whole cluster after the BAT. With
-    /// another value part of the BAT would be taken for data, or data for BAT.
+    /// Whether size and start of the data agree: the data begins in the first whole cluster after the BAT, or later. With
+    /// a smaller value part of the BAT would be taken for data.
     pub fn check_layout(&self) -> Result<()> {
         let bs = u64::from(self.cluster.sectors());
         let clusters = self.sectors.div_ceil(bs);
@@ -222,11 +230,11 @@ impl Header {
             );
         }
         let want = bat::first_data(clusters, self.cluster) * bs;
-        if u64::from(self.first_data_sector) != want {
+        if u64::from(self.first_data_sector) < want {
             bail!(
                 Format,
-                "first data sector {} at offset 48 of the header: must be {want} for {clusters} clusters of {bs} \
-                 sectors",
+                "first data sector {} at offset 48 of the header: must be at least {want} for {clusters} clusters of \
+                 {bs} sectors",
                 self.first_data_sector
             );
         }
@@ -239,7 +247,21 @@ impl Header {
         clusters.min(u64::from(u32::MAX)) as u32
     }
 
-    /// First data cluster of the file (`l1`): header and BAT fill the clusters before it.
+    /// Clusters of the file that header and BAT fill. Clusters between them and the first data cluster belong to nothing.
+    pub fn table_clusters(&self) -> u32 {
+        let clusters = bat::first_data(u64::from(self.clusters()), self.cluster);
+        clusters.min(u64::from(self.first_data())) as u32
+    }
+
+    /// No cluster of data lies at or beyond this cluster of the file, whatever program wrote the image: a change of an
+    /// entry that is not durable yet can hold up to three clusters of the file for one of the disk. An image that reaches
+    /// further was made to be sparse, and would fill its file system when it is completed.
+    pub fn reach(&self) -> u64 {
+        let slack = REACH_SLACK / self.cluster.bytes();
+        u64::from(self.table_clusters()) + 3 * u64::from(self.clusters()) + slack
+    }
+
+    /// First data cluster of the file (`l1`): header and BAT lie before it.
     pub fn first_data(&self) -> u32 {
         self.first_data_sector / self.cluster.sectors()
     }

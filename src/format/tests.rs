@@ -135,11 +135,34 @@ fn bad_headers_name_place_and_value() {
     }
     assert!(broken(48, 0).contains("offset 48"));
     assert!(broken(48, 65).contains("offset 48"));
-    // A table too large would take data for entries; one too small the other way round.
-    assert!(broken(48, 128).contains("must be 64"));
+    // The table of a larger disk would reach into the data.
+    assert!(broken(36, 64 * 8177).contains("must be at least 128"));
     assert!(broken(36, 0).contains("disk size 0"));
     assert!(broken(40, u32::MAX).contains("disk size"));
     assert_eq!(Header::parse(&good[..63]).unwrap_err().kind(), Kind::Read);
+}
+
+#[test]
+fn data_may_begin_later_than_the_table_needs() {
+    let mut h = Header::new(Version::V2, cluster(64), 64 * 100).unwrap();
+    assert_eq!((h.first_data(), h.table_clusters()), (1, 1));
+    h.first_data_sector = 5 * 64;
+    let h = Header::parse(&h.encode()).unwrap();
+    h.check_layout().unwrap();
+    assert_eq!((h.first_data(), h.table_clusters()), (5, 1));
+    // However late it begins, the image reaches no further.
+    assert_eq!(h.reach(), 1 + 3 * 100 + 8192);
+}
+
+#[test]
+fn a_size_is_kept_to_the_sector_where_that_is_wanted() {
+    for sectors in [1, 6403, 6464, 64 * 8176 + 1] {
+        let exact = Header::sized(Version::V2, cluster(64), sectors).unwrap();
+        exact.check_layout().unwrap();
+        let rounded = Header::new(Version::V2, cluster(64), sectors).unwrap();
+        assert_eq!(exact.sectors, sectors);
+        assert_eq!(Header { sectors: rounded.sectors, ..exact }, rounded);
+    }
 }
 
 #[test]

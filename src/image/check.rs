@@ -15,9 +15,10 @@ use crate::sys::folder::Folder;
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
+use super::compact;
 use super::complete;
 use super::open::{Access, open_level, reopen};
-use super::scan::{Found, Problem, Scan, Visitor, describe, scan};
+use super::scan::{Found, Problem, Scan, Visitor, check_reach, describe, scan};
 
 /// Options of a check, named after the flags of `ploop check`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -66,11 +67,12 @@ pub fn check_file(path: &Path, dir: Option<&Folder>, options: &CheckOptions) -> 
     let fd = open_level(path, dir)?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-    let mut check = Check { fd, file, options, notes: Vec::new() };
+    let mut check = Check { path, fd, file, options, notes: Vec::new() };
     check.run().map_err(|e| e.context(format_args!("image {}", path.display())))
 }
 
 struct Check<'a> {
+    path: &'a Path,
     fd: OwnedFd,
     file: File,
     options: &'a CheckOptions,
@@ -132,7 +134,8 @@ impl Check<'_> {
             ((false, None, len / SECTOR), cluster)
         } else {
             let header = self.header()?;
-            let skipped = !header.is_marked() && !self.options.force && !self.options.hard_force;
+            let long = len > header.reach() * header.cluster.bytes();
+            let skipped = !header.is_marked() && !self.options.force && !self.options.hard_force && !long;
             let full = (header.sectors / u64::from(header.cluster.sectors())) as u32;
             if !skipped && header.size_clusters != header.clusters() && header.size_clusters != full {
                 // The classic never reads it, so that it is no error; other programs compute the size of the BAT from
@@ -204,6 +207,9 @@ impl Check<'_> {
                 header.in_use
             );
         }
+        if o.read_only || !o.repair_sparse {
+            check_reach(header, found.end)?;
+        }
         if o.read_only && !findings.drop.is_empty() {
             bail!(Format, "{}", findings.notes.join("; "));
         }
@@ -237,7 +243,12 @@ impl Check<'_> {
             }
             return Ok(());
         }
-        self.repair(header, &wanted, &findings, if tail == 0 { None } else { Some(end) })
+        self.repair(header, &wanted, &findings, if tail == 0 { None } else { Some(end) })?;
+        if check_reach(header, found.end).is_err() {
+            let (moved, end) = compact::pull_in(&self.writable()?, self.path)?;
+            self.notes.push(format!("{moved} clusters were moved to the front, the file cut to {end} bytes"));
+        }
+        Ok(())
     }
 
     fn note_unused(&mut self, header: &Header, found: &Scan) {

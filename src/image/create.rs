@@ -50,12 +50,14 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 /// Bytes written at once, or a cluster if that is more.
 const WINDOW: u64 = 4 << 20;
 
-/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is rounded up
-/// to a cluster. A file of that name is an error (38) and stays. After any error the new file is removed.
+/// An empty delta for a chain of this version and cluster size, durable with its folder entry. `sectors` is kept: over a
+/// raw base of any length the disk has the same end. A file of that name is an error (38) and stays. After any error
+/// the new file is removed.
 pub fn create_delta(to: &(impl Named + ?Sized), version: Version, cluster: ClusterSize, sectors: u64) -> Result<Built> {
     let place = place_of(to)?;
-    let params = Params { version, cluster, sectors, mode: ImageMode::Expanded };
-    let built = create(&place, &params, &mut |_, _| Ok(()))?;
+    let rounded = limits::round_size(version, cluster, sectors)?;
+    let params = Params { version, cluster, sectors: rounded, mode: ImageMode::Expanded };
+    let built = build_sized(&place, &params, rounded.min(sectors), &[], &mut |_, _| Ok(()))?;
     descriptor::sync_folder(&place.folder).inspect_err(|_| {
         let _ = store::unlink_file(&place, built.id);
     })?;
@@ -82,11 +84,22 @@ pub fn build(
     progress: Progress<'_>,
 ) -> Result<Built> {
     let place = place_of(to)?;
-    let path = place.path();
     let sectors = limits::round_size(params.version, params.cluster, params.sectors)?;
+    build_sized(&place, params, sectors, pieces, progress)
+}
+
+/// The same; `sectors` is the disk's size, the last cluster perhaps partial.
+fn build_sized(
+    place: &Place,
+    params: &Params,
+    sectors: u64,
+    pieces: &[Piece<'_>],
+    progress: Progress<'_>,
+) -> Result<Built> {
+    let path = place.path();
     let content = Content::new(pieces, sectors * SECTOR)?;
     let plan = plan(params, sectors)?;
-    let file = store::create_new(&place, 0o600).map_err(|e| {
+    let file = store::create_new(place, 0o600).map_err(|e| {
         let kind = if e.kind() == io::ErrorKind::AlreadyExists { Kind::Param } else { Kind::Creat };
         Error::with(kind, format!("cannot create image {}", path.display()), e)
     })?;
@@ -102,7 +115,7 @@ pub fn build(
         Ok(Built { sectors, header: work.plan.header, bytes, id })
     });
     if made.is_err() {
-        let _ = store::unlink_file(&place, id);
+        let _ = store::unlink_file(place, id);
     }
     made
 }
@@ -117,7 +130,7 @@ fn plan(params: &Params, sectors: u64) -> Result<Plan> {
     if params.mode == ImageMode::Raw {
         return Ok(Plan { header: None, sectors });
     }
-    let header = Header::new(params.version, params.cluster, sectors)?;
+    let header = Header::sized(params.version, params.cluster, sectors)?;
     if params.mode == ImageMode::Preallocated {
         let end = u64::from(header.first_data()) + u64::from(header.clusters());
         if end > u64::from(bat::host_cluster_limit(params.version, params.cluster)) {

@@ -1,6 +1,9 @@
 //! Giving an image a larger disk. A longer table needs clusters that have data: these move to the end of the file
 //! first.
 
+use std::fs::File;
+use std::path::Path;
+
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat;
@@ -14,7 +17,7 @@ use super::target::Target;
 /// Bytes moved or zeroed at once.
 const CHUNK: u64 = 4 << 20;
 
-/// Grows the disk of an image that is marked in use to `sectors` (rounded up to a cluster). The content is the same at
+/// Grows the disk of an image that is marked in use to `sectors`. The content is the same at
 /// every instant: the old header stays valid until the new one is written, and a cluster that moves has its new entry
 /// before its old position is zeroed. Added clusters are not allocated. Smaller is `Param`, equal changes nothing.
 pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
@@ -29,7 +32,9 @@ pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     if old.in_use != header::IN_USE {
         bail!(Abort, "image {name} is not marked in use while it is grown");
     }
-    let new = Header { in_use: old.in_use, flags: old.flags, ..Header::new(old.version, old.cluster, sectors)? };
+    let sized = Header::sized(old.version, old.cluster, sectors)?;
+    let first_data_sector = sized.first_data_sector.max(old.first_data_sector);
+    let new = Header { in_use: old.in_use, flags: old.flags, first_data_sector, ..sized };
     let (old_first, first) = (old.first_data(), new.first_data());
     // Entries behind the old disk's last cluster become those of clusters.
     let stale: Vec<u64> = target.table.beyond.drain(..).collect();
@@ -38,6 +43,13 @@ pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
             .ctx(Kind::Write, || format!("cannot write the BAT of {name}"))?;
     }
     if !stale.is_empty() {
+        target.sync()?;
+    }
+    // What lay between the BAT and the data becomes a part of the BAT.
+    let size = old.cluster.bytes();
+    let between = u64::from(old.table_clusters()) * size..u64::from(new.table_clusters().min(old_first)) * size;
+    if !between.is_empty() {
+        zero(target.file, &target.name, between)?;
         target.sync()?;
     }
     if first > old_first {
@@ -73,7 +85,7 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
         .collect();
     target.check_room(moving.len() as u64)?;
     // Clusters that the file does not have yet: those behind the old end are zeroed, those that move there are written.
-    zero(target, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
+    zero(target.file, &target.name, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
     let mut moved = Vec::with_capacity(moving.len());
     for &(index, cluster, host_cluster) in &moving {
         let to = target.allocate(1)?.start;
@@ -88,24 +100,26 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
         }
     }
     // From here on no entry names the old host clusters.
-    zero(target, u64::from(old_first) * size..whole.min(u64::from(first) * size))?;
+    zero(target.file, &target.name, u64::from(old_first) * size..whole.min(u64::from(first) * size))?;
     target.sync()
 }
 
-fn zero(target: &Target<'_>, bytes: std::ops::Range<u64>) -> Result<()> {
+/// Writes zeroes; the bounds are multiples of the cluster.
+pub(crate) fn zero(file: &File, name: &Path, bytes: std::ops::Range<u64>) -> Result<()> {
     let mut zeroes = None;
     let mut at = bytes.start;
     while at < bytes.end {
         let len = (bytes.end - at).min(CHUNK);
         let zeroes = zeroes.get_or_insert_with(|| AlignedBuf::new(CHUNK as usize));
-        write_all(target.file, &zeroes[..len as usize], at)
-            .ctx(Kind::Reloc, || format!("cannot zero image {} at offset {at}", target.name.display()))?;
+        write_all(file, &zeroes[..len as usize], at)
+            .ctx(Kind::Reloc, || format!("cannot zero image {} at offset {at}", name.display()))?;
         at += len;
     }
     Ok(())
 }
 
-fn copy(target: &Target<'_>, from: u64, to: u64) -> Result<()> {
+/// Copies a cluster within the file.
+pub(super) fn copy(target: &Target<'_>, from: u64, to: u64) -> Result<()> {
     let size = target.cluster().bytes();
     let mut buf = AlignedBuf::new(CHUNK.min(size) as usize);
     let mut done = 0;

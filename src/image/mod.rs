@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+mod compact;
 pub mod complete;
 pub mod content;
 pub mod create;
@@ -15,5 +16,7 @@ pub mod scan;
 pub mod table;
 pub mod target;
 
+#[cfg(test)]
+mod placement_tests;
 #[cfg(test)]
 mod tests;

@@ -133,14 +133,16 @@ pub trait Visitor {
 pub fn scan(file: &File, header: &Header, file_len: u64, visitor: &mut dyn Visitor) -> Result<Scan> {
     let cluster = header.cluster;
     let first_data = header.first_data();
-    let table = u64::from(first_data) * cluster.bytes();
-    if file_len < table {
+    let data = u64::from(first_data) * cluster.bytes();
+    if file_len < data {
         crate::bail!(
             Format,
-            "file of {file_len} bytes: header and BAT alone need {table} ({first_data} clusters of {} bytes)",
+            "file of {file_len} bytes: its data begins at {data} ({first_data} clusters of {} bytes)",
             cluster.bytes()
         );
     }
+    // What lies between the BAT and the data has no meaning.
+    let table = u64::from(header.table_clusters()) * cluster.bytes();
     let mut work = Work {
         header,
         file_clusters: file_len / cluster.bytes(),
@@ -231,6 +233,22 @@ impl Work<'_> {
     }
 }
 
+/// Refuses an image whose data lie further behind than its disk can need (`Format`); `end`: of [`Scan::end`]. What writes
+/// to an image, or fills its holes, asks this first.
+pub fn check_reach(header: &Header, end: ImageCluster) -> Result<()> {
+    let reach = header.reach();
+    if u64::from(end) > reach {
+        crate::bail!(
+            Format,
+            "its data reach to cluster {end} of the file ({} bytes), a disk of {} clusters needs {reach} at most: filling \
+             the holes between would take that space of the host; `ploop check -S` moves the data to the front",
+            u64::from(end) * header.cluster.bytes(),
+            header.clusters()
+        );
+    }
+    Ok(())
+}
+
 /// Entry, value and rule in words.
 pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) -> String {
     let at = bat::offset_of(found.cluster);
@@ -248,7 +266,7 @@ pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) 
             file_len / header.cluster.bytes()
         ),
         Problem::InTable => {
-            format!("{head}: header and BAT fill the first {} clusters of the file", header.first_data())
+            format!("{head}: the data begins at cluster {} of the file", header.first_data())
         }
         Problem::Twice => format!("{head}: another cluster's entry has the same value, each must be unique"),
     }

@@ -15,7 +15,7 @@ use crate::sys::store;
 use crate::units::{ClusterSize, ImageCluster, VirtCluster};
 
 use super::complete;
-use super::scan::{Found, Problem, Visitor, describe, scan};
+use super::scan::{Found, Problem, Visitor, check_reach, describe, scan};
 use super::table::write_entries;
 
 /// Entries of a table by cluster, ascending.
@@ -86,8 +86,16 @@ pub struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// Looks at the image; nothing is written yet.
+    /// Looks at the image; nothing is written yet. One that would fill its file system when it is completed is refused.
     pub fn open(file: &'a File, name: &Path) -> Result<Target<'a>> {
+        let target = Target::open_sparse(file, name)?;
+        check_reach(&target.header, target.table.end)
+            .map_err(|e| e.context(format_args!("image {}", name.display())))?;
+        Ok(target)
+    }
+
+    /// The same of any image.
+    pub fn open_sparse(file: &'a File, name: &Path) -> Result<Target<'a>> {
         let (header, table) = read_table(file, name)?;
         Ok(Target { file, name: name.to_owned(), header, table })
     }
@@ -208,8 +216,14 @@ impl<'a> Target<'a> {
 
     /// Closes an image in the middle of an operation: clusters that are not published are dropped.
     pub fn close_as_it_is(&mut self) -> Result<()> {
-        (self.header, self.table) = read_table(self.file, &self.name)?;
+        self.reread()?;
         self.close(false)
+    }
+
+    /// Header and table as they are in the file.
+    pub fn reread(&mut self) -> Result<()> {
+        (self.header, self.table) = read_table(self.file, &self.name)?;
+        Ok(())
     }
 
     /// Version and cluster size must be those of another image of the chain.

@@ -220,7 +220,7 @@ fn one(d: &Device) -> Finding {
             };
         }
         State::NoSpace => format!(
-            "writes wait for space: free some on the file system of {}; they go on by themselves",
+            "writes wait for space: free some on the file system of {}, or raise its quota; they go on by themselves",
             d.top().display()
         ),
         State::Stalled => format!(

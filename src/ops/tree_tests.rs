@@ -230,6 +230,39 @@ fn the_target_grows_and_makes_room_for_a_longer_table() {
 }
 
 #[test]
+fn a_raw_base_of_any_length_keeps_its_end() {
+    let (_dir, dd) = disk(KINDS[3]);
+    let base = Descriptor::read(&dd).unwrap().image(&guid::TOP).unwrap().file.clone();
+    let sectors = 40 * 64 + 3;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&base).unwrap();
+    file.set_len(sectors * 512).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 3 * 512], 40 * 64 * 512).unwrap();
+    let size = |dd: &Path| {
+        let disk = Descriptor::read(dd).unwrap();
+        let top = disk.image(&guid::TOP).unwrap();
+        match disk.is_raw(top) {
+            true => disk.size_sectors,
+            false => crate::image::check::read_header(&top.file, None).unwrap().sectors,
+        }
+    };
+    put(&dd, &guid::TOP, 3, 1);
+    for n in [1, 2] {
+        snap(&dd, n);
+        assert_eq!((size(&dd), Descriptor::read(&dd).unwrap().size_sectors), (sectors, sectors));
+    }
+    put(&dd, &guid::TOP, 3, 2);
+    put(&dd, &guid::TOP, 39, 4);
+    merge(&dd, Some(g(2)), None).unwrap();
+    assert_eq!(size(&dd), sectors);
+    merge(&dd, None, None).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), sectors * 512);
+    let mut end = [0; 3 * 512];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut end, 40 * 64 * 512).unwrap();
+    assert_eq!(end, [9; 3 * 512]);
+    assert_eq!(content(&dd, &guid::TOP), map(&[(3, 2), (39, 4), (40, 9)]));
+}
+
+#[test]
 fn what_does_not_fit_is_refused_and_nothing_changes() {
     let (_dir, dd) = disk(KINDS[1]);
     snap(&dd, 1);

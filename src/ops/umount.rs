@@ -106,7 +106,7 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     let full = device.state == State::NoSpace;
     if full {
         report::warn(format_args!(
-            "{}: writes wait for space that the host's file system does not have; those that find none fail now",
+            "{}: writes wait for space (the host's file system is full, or a quota is used up); those that find none fail now",
             device.node().display()
         ));
         device::hold_for_space(device.name(), false)?;

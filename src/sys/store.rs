@@ -107,6 +107,24 @@ pub fn fallocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
     step(Step::Extend(file, offset + len), || allocate(file, FallocateFlags::empty(), offset, len))
 }
 
+/// Makes the first bytes of the file, up to `len`, such that rewriting them takes no space: holes get blocks, and blocks
+/// that the file shares with others are copied. Length and content stay. The only errors are those of missing space;
+/// where a file system cannot do it, or allocates for each write anew, nothing has changed.
+pub fn reserve(file: &File, len: u64) -> io::Result<()> {
+    let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let unshared = allocate(file, keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE, 0, len);
+    let reserved = match unshared {
+        Err(e) if !lacks_space(&e) => allocate(file, keep, 0, len),
+        other => other,
+    };
+    reserved.or_else(|e| if lacks_space(&e) { Err(e) } else { Ok(()) })
+}
+
+/// ENOSPC, or EDQUOT: a quota that is used up is a file system that is full.
+pub fn lacks_space(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// Makes a part of the file read as zero, with its space taken.
 pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
     step(Step::Zero(file, offset, len), || allocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len))

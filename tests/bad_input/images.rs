@@ -121,8 +121,20 @@ pub const ROWS: &[Row] = &[
     row("table of 16 GiB, check", huge_table, CHECK, 6, &["{}/f", "131072 bytes", "17179901952"]),
     row("data begins at 0", |d| word(d, 48, 0), MOUNT, 11, &["{}/f", "offset 48", " 0 "]),
     row("data begins within a cluster", |d| word(d, 48, 65), CHECK, 11, &["{}/f", "offset 48", "65", "64 sectors"]),
-    row("data begins too late, check", |d| word(d, 48, 128), CHECK, 11, &["{}/f", "offset 48", "128", "must be 64"]),
-    row("data begins too late, mount", |d| word(d, 48, 128), MOUNT, 11, &["{}/f", "offset 48", "128", "must be 64"]),
+    row(
+        "data begins behind an entry, check",
+        |d| word(d, 48, 128),
+        CHECK,
+        11,
+        &["{}/f", "is 1", "begins at cluster 2"],
+    ),
+    row(
+        "data begins behind an entry, mount",
+        |d| word(d, 48, 128),
+        MOUNT,
+        11,
+        &["{}/f", "is 1", "begins at cluster 2"],
+    ),
     row(
         "number of clusters beside the size",
         |d| word(d, 32, u32::MAX),

@@ -130,6 +130,10 @@ fn judge(what: &str, kind: char, fault: Fault, seen: &Seen) {
             let other = seen.errors.iter().any(|e| !e.starts_with("zero"));
             assert!(!other && seen.detach.is_ok(), "{}", told());
         }
+        // A BAT write waits for space, one that sets or clears the mark is refused.
+        (Fault::NoSpace, 'b') => {
+            assert!(seen.errors.is_empty() && seen.state != Some(State::Failed), "{}", told());
+        }
         // A failed sync or BAT write is final: all flushes after it fail, and so does closing.
         (_, 's' | 'b') if seen.attach.is_ok() && seen.errors.iter().any(|e| e.starts_with("flush")) => {
             assert_eq!(seen.state, Some(State::Failed), "{}", told());

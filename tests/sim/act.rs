@@ -11,6 +11,7 @@ use crate::world::{Flight, World};
 
 const EIO: Errno = 5;
 const ENOSPC: Errno = 28;
+const EDQUOT: Errno = 122;
 const EOPNOTSUPP: Errno = 95;
 
 impl World {
@@ -333,13 +334,16 @@ impl World {
             Action::Read { .. } => (s.read_error, 0),
             Action::ReadBat { .. } => (s.read_error, 0),
             Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
-            Action::WriteBat { .. } => (s.bat_error, 0),
+            // Of a merge's target these are as any other error.
+            Action::WriteBat { level, .. } if usize::from(*level) != self.shape.top() => (s.bat_error, 0),
+            Action::Sync { level, .. } if usize::from(*level) != self.shape.top() => (s.sync_error, 0),
+            Action::WriteBat { .. } => (s.bat_error, if s.cow { s.metadata_full } else { 0 }),
             Action::Fallocate { .. } => (s.write_error / 4, 1000),
-            Action::Sync { .. } => (s.sync_error, 0),
+            Action::Sync { .. } => (s.sync_error, if s.cow { s.metadata_full / 2 } else { 0 }),
             _ => (0, 0),
         };
         if self.no_space && self.rng.permille(no_space) {
-            return Err(ENOSPC);
+            return Err(if s.quota { EDQUOT } else { ENOSPC });
         }
         if self.rng.permille(eio) { Err(EIO) } else { Ok(()) }
     }
@@ -371,6 +375,9 @@ impl World {
                 self.bat_read_error = true;
             }
             let what = match &f.act {
+                Action::WriteBat { .. } if lacks_space(e) => "BAT write without space",
+                Action::Sync { .. } if lacks_space(e) => "sync without space",
+                _ if e == EDQUOT => "no space by quota",
                 _ if e == ENOSPC => "no space",
                 Action::Read { .. } => "read error",
                 Action::ReadBat { .. } => "BAT read error",
@@ -399,6 +406,8 @@ impl World {
                 match result {
                     Ok(()) if self.broken == Break::LazySync => {}
                     Ok(()) => self.chain.files[level].synced(f.issued),
+                    // Nothing is lost: a later sync covers it.
+                    Err(e) if lacks_space(e) => {}
                     Err(_) if level != top => self.chain.files[level].sync_failed(f.issued, &mut self.rng),
                     Err(_) => {
                         self.chain.files[top].sync_failed(f.issued, &mut self.rng);
@@ -436,7 +445,16 @@ impl World {
             self.unwritten.retain(|p| u64::from(*p + 1) * spc <= ended.start || ended.end <= u64::from(*p) * spc);
         }
         let top = level_of(&f.act, self.shape.top()) == self.shape.top();
-        let sticky = result.is_err() && top && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
+        let mut sticky = result.is_err() && top && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. });
+        if top && matches!(f.act, Action::Sync { .. } | Action::WriteBat { .. }) {
+            self.flush_starved = result.is_err_and(lacks_space);
+        }
+        // Want of space is final only when the device is being stopped.
+        if sticky && result.is_err_and(lacks_space) {
+            let waits_for_ever = !self.engine.as_ref().is_some_and(|e| e.holds_only_writes());
+            sticky = self.closing && !self.wait_for_space && !waits_for_ever;
+            self.cover.hit_if(sticky, "closed without space for the BAT");
+        }
         if sticky {
             self.failed = true;
         }
@@ -457,6 +475,10 @@ impl World {
             self.fail(format!("a {what} failed and the shared table does not say so"));
         }
     }
+}
+
+fn lacks_space(e: Errno) -> bool {
+    e == ENOSPC || e == EDQUOT
 }
 
 fn overlap(a: Buf, a_len: u64, b: Buf, b_len: u64) -> bool {

@@ -141,7 +141,9 @@ impl World {
         if self.shape.levels[level].first_data != self.shape.levels[high].first_data {
             return None;
         }
-        self.shape.levels[level].clusters = self.shape.levels[high].clusters;
+        // An image that a merge given up has made larger stays so: entries behind the size would come back later.
+        let clusters = self.shape.levels[high].clusters.max(self.shape.levels[level].clusters);
+        self.shape.levels[level].clusters = clusters;
         let first = self.shape.levels[level].first_data;
         let mut used: Vec<u32> = self.chain.host_clusters(&self.shape, level).into_iter().map(|(_, p)| p).collect();
         used.sort_unstable();

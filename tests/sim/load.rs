@@ -213,6 +213,9 @@ impl World {
             self.cover.hit("zero refused for want of space");
             return;
         }
+        if e == 122 {
+            self.fail(format!("{:?} is answered with EDQUOT", r.what));
+        }
         if r.faults == self.faults {
             self.fail(format!("{:?} is answered with error {e}, and nothing had failed", r.what));
         }
@@ -437,12 +440,15 @@ impl World {
         }
     }
 
-    /// Without space only writes may wait.
+    /// Without space only writes may wait, and flushes where the BAT or a sync needs space.
     fn check_held(&mut self) {
         if !self.engine.as_ref().is_some_and(|e| e.holds_only_writes()) {
             return;
         }
-        if let Some(r) = self.reqs.iter().flatten().find(|r| r.what.kind != RequestKind::Write) {
+        let flush_may = self.flush_starved;
+        self.cover.hit_if(flush_may, "flush waits for space");
+        let may = |kind| kind == RequestKind::Write || kind == RequestKind::Flush && flush_may;
+        if let Some(r) = self.reqs.iter().flatten().find(|r| !may(r.what.kind)) {
             self.fail(format!("{:?} waits for space", r.what));
         }
     }

@@ -10,6 +10,7 @@ use crate::world::Machine;
 
 const EIO: Errno = 5;
 const ENOSPC: Errno = 28;
+const EDQUOT: Errno = 122;
 
 #[derive(Clone, Debug)]
 enum Todo {
@@ -415,7 +416,7 @@ impl Naive {
         match (result, &t) {
             (Ok(()), Todo::Op(Action::Fallocate { .. })) => self.end += 1,
             (Ok(()), _) => {}
-            (Err(ENOSPC), _) => {
+            (Err(ENOSPC | EDQUOT), _) => {
                 self.todo.push_front(t);
                 self.blocked = true;
             }

@@ -67,11 +67,16 @@ pub struct Settings {
     pub shares: bool,
     /// Without space overwrites fail too, as on a copy-on-write file system.
     pub cow: bool,
+    /// The same of BAT writes, in permille, and of half as many syncs.
+    pub metadata_full: u32,
+    /// What is used up is a quota: EDQUOT instead of ENOSPC.
+    pub quota: bool,
 }
 
 impl Settings {
-    pub fn random(rng: &mut Rng, shape: &Shape) -> Settings {
+    pub fn random(rng: &mut Rng, shape: &Shape, seed: u64) -> Settings {
         let cluster = 1u32 << shape.shift;
+        let mut apart = Rng::new(seed ^ 0xf0_11);
         let errors = rng.below(5) == 0;
         let rate = |rng: &mut Rng, on: bool, rates: &[u32]| if on { rng.pick(rates) } else { 0 };
         Settings {
@@ -98,6 +103,8 @@ impl Settings {
             background: rng.pick(&[0, 0, 500, 900]),
             control: rng.pick(&[0, 0, 30, 200]),
             shares: rng.coin(),
+            metadata_full: apart.pick(&[0, 400, 1000]),
+            quota: apart.below(3) == 0,
         }
     }
 }
@@ -179,6 +186,8 @@ pub struct World {
     /// A read of the BAT has failed in this session.
     pub bat_read_error: bool,
     pub no_space: bool,
+    /// The last BAT write or sync found no space.
+    pub flush_starved: bool,
     /// Writes wait for space (the device is not being stopped).
     pub wait_for_space: bool,
     /// No new requests until everything has come to rest.
@@ -214,7 +223,7 @@ impl World {
     pub fn new(seed: u64, maker: Maker, broken: Break, traced: bool) -> World {
         let mut rng = Rng::new(seed);
         let shape = Shape::random(&mut rng);
-        let settings = Settings::random(&mut rng, &shape);
+        let settings = Settings::random(&mut rng, &shape, seed);
         let chain = Chain::build(&shape, &mut rng);
         let lower_owner = owners_below(&shape, &chain);
         let oracle = Oracle::new(shape.sectors);
@@ -251,6 +260,7 @@ impl World {
             bad_pages: Vec::new(),
             bat_read_error: false,
             no_space: false,
+            flush_starved: false,
             wait_for_space: true,
             quiet: false,
             was_waiting: false,

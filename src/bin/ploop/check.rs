@@ -41,7 +41,7 @@ The second form checks a single image file:
   -r, --ro             change nothing
   -s, --silent         say nothing if the image is clean
   -d, --drop-inuse     clear the in-use mark if all is well
-  -S, --repair-sparse  fill holes
+  -S, --repair-sparse  fill holes; move data that lie far behind to the front
   -R, --raw            the image is raw, its cluster size (sectors) is given by
   -b, --blocksize CLUSTER
 

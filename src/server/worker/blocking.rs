@@ -15,6 +15,7 @@ use crate::sys::store;
 
 use super::core::{AUX_THREAD, AuxJob, BACKGROUND_THREAD, Core, Pending, SYNC_THREAD};
 use super::queue::Jobs;
+use super::top_sync::TopSync;
 
 /// File systems allocate and zero in blocks of at most so many bytes without touching their neighbours.
 const BLOCK: u64 = 4096;
@@ -23,9 +24,11 @@ type Outcome = Result<(), Errno>;
 
 /// The sync thread.
 pub fn sync_thread(core: &Core) -> ! {
+    let witness = core.witness.as_ref().and_then(|w| w.try_clone().ok());
+    let mut top = TopSync::new(witness);
     loop {
         let op = core.syncs.pop();
-        let result = retry_eintr(|| fdatasync(&core.top().file)).map_err(|e| e as i32);
+        let result = top.sync(&core.top().file).map_err(|e| e as i32);
         core.submit_event(SYNC_THREAD, Pending::Done { op, result });
     }
 }

@@ -168,6 +168,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         journal,
         engine,
         levels: files,
+        witness: inherited.fds.witness.try_clone().ok().map(File::from),
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
         writable,
         shm,

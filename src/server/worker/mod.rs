@@ -25,6 +25,7 @@ mod request_journal;
 mod simulated;
 mod supervisor_link;
 mod supervisor_restart;
+mod top_sync;
 
 use std::process::abort;
 use std::sync::mpsc::sync_channel;

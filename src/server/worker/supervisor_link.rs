@@ -165,6 +165,7 @@ impl SupervisorLink {
     pub fn serve(&mut self, core: &Core, inherited: &Inherited) -> End {
         let mut notices = Vec::new();
         let mut tick = host::now() + TICK;
+        let mut full = false;
         loop {
             let draining = self.retiring.as_ref().is_some_and(|r| r.quiet == THREADS && !r.closing);
             self.wait(core, if draining { tick.min(host::now() + DRAIN_TICK) } else { tick });
@@ -177,6 +178,9 @@ impl SupervisorLink {
                 let status = core.status();
                 let status = Status { no_space: waits || status.no_space, ..status };
                 core.shm.publish(&status);
+                if std::mem::replace(&mut full, status.no_space) != full {
+                    log_space(core, full);
+                }
                 if !status.no_space {
                     core.common.shrink(&core.memory);
                 } else if core.starving.load(Ordering::Acquire) {
@@ -216,11 +220,12 @@ impl SupervisorLink {
         }
     }
 
-    /// Closes the engine as soon as all requests are answered: those that wait for space would fail by it.
+    /// Closes the engine as soon as all requests are answered and no BAT page waits for space.
     fn drain(&mut self, core: &Core) -> Option<End> {
         let retiring = self.retiring.as_mut().filter(|r| r.quiet == THREADS && !r.closing)?;
         // An answer may still be under way when the engine has forgotten the request.
-        if core.status().requests == 0 && !self.flushing && core.all_answered() {
+        let status = core.status();
+        if status.requests == 0 && !status.no_space && !self.flushing && core.all_answered() {
             linger::pause(retiring.switch.linger);
             retiring.closing = true;
             core.submit_event(MAIN_THREAD, Pending::Close);
@@ -348,6 +353,8 @@ impl SupervisorLink {
         match received {
             Ok(Some((ToWorker::Close, _))) => {
                 if !core.closing.swap(true, Ordering::AcqRel) {
+                    // The device is being stopped: a flush that finds no space fails.
+                    core.submit_event(MAIN_THREAD, Pending::HoldForSpace(false));
                     core.submit_event(MAIN_THREAD, Pending::Close);
                 }
             }
@@ -470,4 +477,12 @@ impl SupervisorLink {
             }
         }
     }
+}
+
+fn log_space(core: &Core, full: bool) {
+    let name = core.top().name.display();
+    core.log.line(match full {
+        true => format!("writes wait for space: the file system of {name} is full, or a quota on it is used up"),
+        false => format!("writes do not wait any more: there is space for {name}"),
+    });
 }
