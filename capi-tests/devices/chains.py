@@ -78,7 +78,9 @@ class Sequence:
             name = words[0]
             r = tool(*words, rc=None, quiet=True)
             self.log.append(f"{tool.__name__} {' '.join(words)} [{r.rc}]")
-            check(r.rc == want, f"{' '.join(words)} by {tool.__name__}: exit {r.rc}, wanted {want}: {r.text}; last commands:\n  " + "\n  ".join(self.log[-6:]))
+            # A snapshot that is missing is one code of ours; the classic has another one for switch and merge.
+            wanted = NOSNAP if want == PARAM and UNKNOWN in words and tool is not classic else want
+            check(r.rc == wanted, f"{' '.join(words)} by {tool.__name__}: exit {r.rc}, wanted {wanted}: {r.text}; last commands:\n  " + "\n  ".join(self.log[-6:]))
             after(disk)
         self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -246,7 +248,7 @@ class Sequence:
         """snapshot-list of all programs, byte for byte but for the names of files."""
         guid = self.rng.choice(list(self.model.snaps))
         for words in (["-o", "uuid,parent_uuid,current"], ["-s", "-H", "-o", "current,uuid"], ["-u", guid, "-o", "parent_uuid,uuid"],
-                      ["-u", UNKNOWN], ["-o", "size"]):
+                      ["-u", UNKNOWN], ["-o", "length"]):
             said = [tool("snapshot-list", *words, d.dd, rc=None, quiet=True) for d, tool in zip(self.disks, self.tools)]
             check(len({(r.rc, r.out) for r in said}) == 1, f"snapshot-list {' '.join(words)}: " + "\n".join(r.text for r in said))
 
