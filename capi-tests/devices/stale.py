@@ -193,5 +193,27 @@ def case_strangers_mount(t):
     run("touch", os.path.join(theirs, "works"))
 
 
+def case_registry(t):
+    """A query that cannot look at processes drops nothing; a supervisor whose folder was removed makes it anew."""
+    folder = t.mkdir("img")
+    ploop("init", "-s", "64m", "-t", "none", os.path.join(folder, "root.hdd"))
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    dev = t.mount(dd)
+    name = os.path.basename(dev)
+    state = f"/run/ploop/{name}/state"
+    blind = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs t /proc && exec "$@"', "sh", devlib.PLOOP]
+    for command in (["info", dd], ["info", "-d", dd], ["list"], ["list", "-a"], ["snapshot-list", dd], ["check", dd]):
+        run(*blind, *command, rc=None, limit=60)
+        check(os.path.exists(state), f"`ploop {' '.join(command)}` without /proc removes the record of a running device")
+    check(dev in run(*blind, "info", "-d", dd, limit=60).out, "a running device is not found without /proc")
+    for _ in range(2):
+        for f in os.listdir(f"/run/ploop/{name}"):
+            os.unlink(f"/run/ploop/{name}/{f}")
+        os.rmdir(f"/run/ploop/{name}")
+        devlib.wait_for("the record is back", lambda: os.path.exists(state), 10)
+        check(dev in ploop("info", "-d", dd).out, "a device whose folder was removed is not found again")
+    t.umount(dd)
+
+
 if __name__ == "__main__":
     devlib.main()

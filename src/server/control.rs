@@ -34,11 +34,19 @@ fn new_socket() -> Result<OwnedFd> {
 fn address(dir: &Path, file: &str) -> Result<(OwnedFd, UnixAddr)> {
     use nix::fcntl::{OFlag, open};
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let dir = open(dir, flags, Mode::empty()).ctx(Kind::Open, || format!("cannot open {}", dir.display()))?;
-    let path = format!("/proc/self/fd/{}/{file}", dir.as_raw_fd());
+    let folder = open(dir, flags, Mode::empty()).ctx(Kind::Open, || format!("cannot open {}", dir.display()))?;
+    let direct = dir.join(file);
+    // A path that fits needs no /proc.
+    let path = match direct.to_str() {
+        Some(path) if path.len() < SUN_PATH => path.to_owned(),
+        _ => format!("/proc/self/fd/{}/{file}", folder.as_raw_fd()),
+    };
     let address = UnixAddr::new(path.as_str()).ctx(Kind::Sys, || format!("{path} is too long for a socket"))?;
-    Ok((dir, address))
+    Ok((folder, address))
 }
+
+/// Room for a path in the address of a local socket.
+const SUN_PATH: usize = 107;
 
 /// Makes the listening socket `file` in `dir`, for root alone.
 pub fn listen_at(dir: &Path, file: &str) -> Result<OwnedFd> {

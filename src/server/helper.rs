@@ -186,9 +186,9 @@ fn clean(name: &str, wait: bool) -> Result<()> {
     if record.name != name {
         bail!(Device, "the record in {} is of {:?}; look at it and remove it", dir.display(), record.name);
     }
-    let this_boot = record.boot == runtime::boot_id();
+    let this_boot = runtime::is_this_boot(&record.boot);
     for (who, id) in [("supervisor", record.supervisor), ("worker", record.worker)] {
-        if this_boot && runtime::alive(id) {
+        if this_boot && runtime::may_live(id) {
             bail!(Busy, "{name} is served: its {who} is process {}", id.pid);
         }
     }

@@ -149,6 +149,12 @@ pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_string()).unwrap_or_default()
 }
 
+/// Whether a record of the boot `id` is of this one. Where that cannot be read, for want of /proc, it may be.
+pub fn is_this_boot(id: &str) -> bool {
+    let now = boot_id();
+    now.is_empty() || id == now
+}
+
 /// Identity of a running process; none if there is no such process or it has ended.
 pub fn process(pid: i32) -> Option<ProcessId> {
     #[cfg(test)]
@@ -174,6 +180,16 @@ fn parse_stat(stat: &str) -> Option<u64> {
 /// Exactly this process runs.
 pub fn alive(id: ProcessId) -> bool {
     id.pid > 0 && process(id.pid) == Some(id)
+}
+
+/// Whether this process may run: what cannot be looked at, for want of /proc, has not ended.
+pub fn may_live(id: ProcessId) -> bool {
+    if alive(id) {
+        return true;
+    }
+    let blind = process(host::pid()).is_none();
+    let pid = nix::unistd::Pid::from_raw(id.pid);
+    blind && id.pid > 0 && nix::sys::signal::kill(pid, None) != Err(nix::Error::ESRCH)
 }
 
 /// The record in a device's folder; `None`: there is none, or no whole one.
@@ -254,7 +270,7 @@ pub fn remove_unborn() {
     for entry in entries.flatten() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|n| n.strip_prefix(NEW_PREFIX)?.parse().ok());
-        if pid.is_some_and(|pid| process(pid).is_none()) {
+        if pid.is_some_and(|pid| !may_live(ProcessId { pid, start_time: 0 }) && process(pid).is_none()) {
             let _ = remove_dir(&entry.path());
         }
     }
@@ -269,7 +285,7 @@ pub fn is_bound(backing: &str) -> bool {
 pub fn backing_is_ours(record: &DeviceRecord) -> bool {
     !record.backing.is_empty()
         && check_name(&record.backing).is_ok()
-        && record.boot == boot_id()
+        && is_this_boot(&record.boot)
         && disk_identity(&record.backing) == Some((record.rdev, record.diskseq))
         && is_bound(&record.backing)
         // Without sequence numbers it is looked at more closely.

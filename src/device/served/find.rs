@@ -66,9 +66,9 @@ fn record(name: &str) -> Result<Option<DeviceRecord>> {
 }
 
 fn lives(record: &DeviceRecord) -> bool {
-    record.boot == runtime::boot_id()
-        && (runtime::alive(record.supervisor)
-            || runtime::alive(record.worker)
+    runtime::is_this_boot(&record.boot)
+        && (runtime::may_live(record.supervisor)
+            || runtime::may_live(record.worker)
             || control::has_listener(&runtime::device_dir(&record.name)))
 }
 

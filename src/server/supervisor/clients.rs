@@ -48,6 +48,13 @@ impl Clients {
         Ok(Clients { listener, connected: Vec::new(), waiting: BTreeMap::new() })
     }
 
+    /// Listens on another socket, too late for connections that wait on the old one.
+    pub fn listen_on(&mut self, listener: &OwnedFd) -> Result<()> {
+        let Clients { listener, .. } = Clients::new(listener)?;
+        self.listener = listener;
+        Ok(())
+    }
+
     /// The listening socket, as long as there is room for another client.
     pub fn listener(&self) -> Option<BorrowedFd<'_>> {
         (self.connected.len() < control::MAX_CLIENTS).then(|| self.listener.as_fd())

@@ -14,6 +14,7 @@ mod commands;
 mod detach;
 mod merge;
 mod names;
+mod registration;
 pub mod resume;
 mod worker_slot;
 
@@ -209,6 +210,7 @@ impl Supervisor {
             self.chain.retry_end_merge();
             if self.names.take_look_due() {
                 self.follow();
+                self.stay_registered();
             }
             if self.names.take_table_due() {
                 let scan = self.helper(&Job::Scan { binding: self.binding() }).ok();

@@ -77,7 +77,7 @@ fn take_over(worker: Worker, mut start: WorkerStart, received: Received, client:
     let name = start.device_name.clone();
     runtime::check_name(&name)?;
     let dir = runtime::device_dir(&name);
-    let found = runtime::read_record(&dir).ok().flatten().filter(|r| r.name == name && r.boot == runtime::boot_id());
+    let found = runtime::read_record(&dir).ok().flatten().filter(|r| r.name == name && runtime::is_this_boot(&r.boot));
     // Without a record the device goes on, but cannot be found any more.
     let (dir, record) = match found {
         Some(record) => (dir, record),

@@ -134,7 +134,7 @@ pub fn worker_main() -> ! {
                         .and_then(|()| merge::complete(&core, &inherited, &switch))
                         .and_then(|()| release_images(&core));
                     linger::pause(switch.linger);
-                    let retired = result.is_ok().then_some((&switch, &fds));
+                    let retired = result.is_ok().then_some((&*switch, &fds));
                     let error = result.as_ref().err().map(RemoteError::from);
                     // Without a supervisor the message is lost; the next supervisor gets the change by `WorkerStart`.
                     let _ = link.send(&FromWorker::Retired { error });

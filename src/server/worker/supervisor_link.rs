@@ -44,7 +44,7 @@ pub enum End {
     /// The engine has closed.
     Closed(Result<(), Errno>),
     /// The engine has closed in favour of a worker with another chain, whose descriptors these are; or it could not.
-    Retired(ChainSwitch, SwitchFds, Result<()>),
+    Retired(Box<ChainSwitch>, SwitchFds, Result<()>),
 }
 
 /// A retirement under way.
@@ -207,7 +207,7 @@ impl SupervisorLink {
                                 let name = core.top().name.display();
                                 let io = std::io::Error::from_raw_os_error;
                                 let result = result.map_err(io).ctx(Kind::Fsync, || format!("cannot flush {name}"));
-                                End::Retired(r.switch, r.fds, result)
+                                End::Retired(Box::new(r.switch), r.fds, result)
                             }
                         };
                     }
@@ -240,7 +240,7 @@ impl SupervisorLink {
             DRAIN.as_secs()
         );
         let r = self.retiring.take()?;
-        Some(End::Retired(r.switch, r.fds, Err(Error::new(Kind::Sys, late))))
+        Some(End::Retired(Box::new(r.switch), r.fds, Err(Error::new(Kind::Sys, late))))
     }
 
     fn retire(&mut self, core: &Core, inherited: &Inherited, switch: ChainSwitch, fds: SwitchFds) {
