@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -532,6 +533,38 @@ def case_tour(t):
         check(word in r.out, f"the tour shows no {word}: {r.out}")
     check(os.listdir(t.dir) == [], f"left behind: {os.listdir(t.dir)}")
     log(r.out)
+
+
+def case_held(t):
+    """What stands on the device is named before anything is changed; a wait for what is busy ends with a signal."""
+    folder, point = t.mkdir("img"), t.mkdir("mnt")
+    ploop("init", "-s", "64m", os.path.join(folder, "root.hdd"))
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    dev = t.mount("-m", point, dd)
+    loop = run("losetup", "-f", "--show", "-r", dev + "p1").out.strip()
+    t.later(lambda: run("losetup", "-d", loop, rc=None))
+    for _ in range(2):
+        begin = time.monotonic()
+        r = ploop("umount", dd, rc=devlib.UMOUNT)
+        check(time.monotonic() - begin < 10, "the holder is waited for")
+        check(loop in r.err and "losetup -d" in r.err and "nothing was changed" in r.err, f"the message: {r.err}")
+        check(devlib.mount_source(point), "the file system is unmounted, though the device cannot be detached")
+    run("losetup", "-d", loop)
+    devlib.wait_for(f"{loop} is gone", lambda: not os.path.exists(f"/sys/block/{loop[5:]}/loop/backing_file"), 10)
+    run("umount", point)
+    # A process that has the device open exclusively, as mkfs has.
+    held = os.open(dev, os.O_RDONLY | os.O_EXCL)
+    p = subprocess.Popen([devlib.PLOOP, "umount", dd], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(1.5)
+    check(p.poll() is None, "a busy device is not waited for")
+    p.send_signal(signal.SIGTERM)
+    check(p.wait(10) == 143, f"the status after SIGTERM: {p.returncode}")
+    # The supervisor learns it, and the device stays as it is.
+    time.sleep(1)
+    os.close(held)
+    time.sleep(0.5)
+    check(dev in ploop("info", "-d", dd).out and os.path.exists(dev + "p1"), "the device is gone after its umount was ended")
+    t.umount(dd)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ BALLOON = ".balloon-c3a5ae3d-ce7f-43c4-a1ea-c61e2b4504e8"
 OURS_SINCE = time.time()
 
 # Exit codes of the command.
-DEVICE, DEVIOC, OPEN, FMT, SYS, MOUNT, LOCK, IN_USE, PARAM, DISKDESCR, NOT_MOUNTED, NOSNAP = 2, 3, 4, 11, 12, 21, 23, 37, 38, 39, 40, 43
+DEVICE, DEVIOC, OPEN, FMT, SYS, MOUNT, UMOUNT, LOCK, IN_USE, PARAM, DISKDESCR, NOT_MOUNTED, NOSNAP = 2, 3, 4, 11, 12, 21, 22, 23, 37, 38, 39, 40, 43
 
 
 class Failure(Exception):

@@ -5,6 +5,7 @@
 
 pub mod balloon;
 pub mod helper;
+pub mod holders;
 pub mod mkfs;
 pub mod mount;
 pub mod mounts;

@@ -9,8 +9,8 @@ use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, State};
 use crate::error::{Error, Kind, Result};
-use crate::fs::mount;
 use crate::fs::stat::FsInfo;
+use crate::fs::{holders, mount};
 use crate::image::open;
 use crate::report;
 use crate::sys::folder::Place;
@@ -96,7 +96,25 @@ pub fn abort(name: &str) -> Result<()> {
     }
 }
 
+/// Before anything is changed: what stands on the device would keep it.
+fn refuse_held(device: &Device) -> Result<()> {
+    let held = holders::of(device.rdev);
+    if held.is_empty() {
+        return Ok(());
+    }
+    let held: Vec<String> = held.iter().map(ToString::to_string).collect();
+    bail!(
+        Umount,
+        "{} is in use by other block devices: end {}, then unmount it; nothing was changed",
+        device.node().display(),
+        held.join(", ")
+    )
+}
+
 fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
+    if device.state != State::Dead {
+        refuse_held(device)?;
+    }
     let mounts = find::mounts_of(device)?;
     if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
         && let Err(e) = remember(disk, &first.target)

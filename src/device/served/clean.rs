@@ -1,21 +1,28 @@
 //! Ending devices: detaching, and removing what a killed server left.
 #![forbid(unsafe_code)]
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
+
+use nix::poll::PollFlags;
 
 use crate::bail;
 use crate::device::served::{find, lock, record};
 use crate::device::state::State;
 use crate::error::{Error, Kind, Result};
+use crate::report;
 use crate::server::helper::Helper;
 use crate::server::jobs::Job;
 use crate::server::proto::{Answer, Command};
 use crate::server::{control, frame, runtime, spawn};
 use crate::sys::host;
+use crate::sys::wait::wait;
 
 /// Limit for detaching. The last flush of a large disk can be slow; the supervisor waits a minute of it for processes
 /// that keep the device busy.
 const STOP: Duration = Duration::from_secs(15 * 60);
+/// Between two looks whether the caller is told to stop.
+const LOOK: Duration = Duration::from_millis(100);
 /// Limit for a new supervisor: a worker without one starts one in less.
 const SUPERVISOR: Duration = Duration::from_secs(15);
 /// Limit for unbinding a device whose server is gone.
@@ -54,7 +61,7 @@ fn tell(name: &str, command: &Command) -> Result<()> {
         if let Some(unsupported) = record(&device).refuse(command) {
             return Err(unsupported);
         }
-        match control::ask(&runtime::device_dir(name), command, STOP) {
+        match ask(name, command) {
             Ok((answer, connection)) => {
                 answer.into_result()?;
                 // The supervisor's exit closes the connection. Until then a caller could still see the process.
@@ -68,6 +75,20 @@ fn tell(name: &str, command: &Command) -> Result<()> {
             Err(e) => return Err(e),
         }
     }
+}
+
+/// Asks the supervisor. A caller that is told to stop waits no longer: by the end of its connection the supervisor learns
+/// that no process waits for it any more.
+fn ask(name: &str, command: &Command) -> Result<(Answer, OwnedFd)> {
+    let dir = runtime::device_dir(name);
+    let connection = control::send_command(&dir, command, &[], STOP)?;
+    let end = host::now() + STOP;
+    while host::now() < end && !wait(connection.as_fd(), PollFlags::POLLIN, host::now() + LOOK)? {
+        if report::cancel::requested() {
+            bail!(Abort, "waiting for {name} was ended by a signal; ploop list shows whether it is still there");
+        }
+    }
+    control::next_answer(&connection, &dir, Duration::ZERO).map(|answer| (answer, connection))
 }
 
 /// Removes what a crashed host or a killed server left of a device. Refused unless the loop device provably belongs to

@@ -6,10 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::error::{IoContext, Kind, Result};
 use crate::server::control::{self, Client, ClientEvent};
 use crate::server::proto::{Answer, Command};
+use crate::sys::host;
 
 /// What a client waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,6 +98,16 @@ impl Clients {
 
     pub fn is_awaited(&self, awaited: Awaited) -> bool {
         self.waiting.get(&awaited).is_some_and(|w| !w.is_empty())
+    }
+
+    /// All that waited for this have closed their connections.
+    pub fn is_abandoned(&self, awaited: Awaited) -> bool {
+        let gone = |client: &OwnedFd| {
+            let mut fds = [PollFd::new(client.as_fd(), PollFlags::empty())];
+            let found = host::poll(&mut fds, PollTimeout::ZERO).unwrap_or(0) > 0;
+            found && fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
+        };
+        self.waiting.get(&awaited).is_some_and(|w| !w.is_empty() && w.iter().all(gone))
     }
 
     /// Answers all that wait for this.

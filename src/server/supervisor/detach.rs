@@ -20,6 +20,8 @@ const BUSY: Duration = Duration::from_secs(60);
 const MOUNTED: Duration = Duration::from_secs(2);
 /// Detaching flushes the device's page cache; if nothing comes of it, another worker may do better.
 const DETACH: Duration = Duration::from_secs(180);
+/// Between two looks whether a process still waits for the end of a busy device.
+const LOOK: Duration = Duration::from_millis(200);
 /// The end of a process that has nothing left to do.
 const EXIT: Duration = Duration::from_secs(10);
 
@@ -65,8 +67,9 @@ impl Supervisor {
             let helper = self.helper(&Job::Detach { binding: self.binding(), patience })?;
             let mut opened = false;
             let mut again = true;
+            let begun = host::now();
             let result = loop {
-                match self.helper_event(&helper, host::now() + DETACH) {
+                match self.helper_event(&helper, host::now() + if opened { DETACH } else { LOOK }) {
                     Some(JobEvent::Opened) => {
                         opened = true;
                         self.record.state = "stopping".into();
@@ -82,6 +85,11 @@ impl Supervisor {
                         let why = self.failed.clone().unwrap_or("it was given up".into());
                         break Err(Error::new(Kind::Device, format!("{}: {why}", self.record.name)));
                     }
+                    // The device is busy, and nothing has changed.
+                    None if !opened && self.clients.is_abandoned(Awaited::Stop) => {
+                        break Err(Error::new(Kind::Abort, "no process waits for its end any more"));
+                    }
+                    None if !opened && host::since(begun) < DETACH => {}
                     None if again => {
                         again = false;
                         self.slot.kill();
