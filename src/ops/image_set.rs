@@ -263,8 +263,17 @@ pub struct Unneeded {
 }
 
 /// Removes files that the stored descriptor no longer names. A file that cannot be removed is a warning and no error:
-/// the operation is done.
+/// the operation is done. Nothing is removed before the stored descriptor is durable: after a power cut the one before
+/// it may be there, which names these files.
 pub fn remove(disk: &Descriptor, files: &[Unneeded]) {
+    if let (Some(first), Err(e)) = (files.first(), descriptor::sync_folder(&disk.dir)) {
+        report::warn(format_args!(
+            "{} and whatever else is not used any more stays, since the change may not survive a power cut: {e}; `ploop check \
+             --remove-orphans` removes it later",
+            first.path.display()
+        ));
+        return;
+    }
     let mut folders: Vec<Folder> = Vec::new();
     let mut places = Vec::new();
     for Unneeded { path, file } in files {

@@ -96,7 +96,11 @@ pub fn names() -> Result<Vec<String>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.ctx(Kind::Open, || format!("cannot list {}", dir.display()))?,
     };
-    verify_dir(&dir)?;
+    match verify_dir(&dir) {
+        // The last device has gone since, and the folder with it.
+        Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        other => other?,
+    }
     let mut names: Vec<String> =
         entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).filter(|n| check_name(n).is_ok()).collect();
     names.sort_by_key(|n| (number(n).is_none(), number(n), n.clone()));
@@ -243,7 +247,13 @@ pub fn new_dir() -> Result<PathBuf> {
     let _ = remove_dir(&dir);
     let mut tries = 100;
     loop {
-        make_run_dir()?;
+        match make_run_dir() {
+            Err(e) if e.errno() == Some(libc::ENOENT) && tries > 0 => {
+                tries -= 1;
+                continue;
+            }
+            other => drop(other?),
+        }
         match DirBuilder::new().mode(0o700).create(&dir) {
             // The last device of all has just gone, and with it the folder.
             Err(e) if e.kind() == io::ErrorKind::NotFound && tries > 0 => tries -= 1,

@@ -40,6 +40,8 @@ struct State {
     begun: usize,
     /// The step that fails, counted from 0, and its error number.
     fail: Option<(usize, i32)>,
+    /// That step was to make the entries of a folder durable.
+    failed_folder: bool,
     /// Syncs of this are taken for not made.
     ignored: Option<Thing>,
 }
@@ -101,7 +103,7 @@ pub(super) fn watched<T>(step: Step<'_>, act: impl FnOnce() -> io::Result<T>) ->
     };
     let found = all().iter().find(|r| path.starts_with(&r.root)).cloned();
     let Some(recorder) = found else { return act() };
-    let covers = recorder.begin()?;
+    let covers = recorder.begin(matches!(step, Step::SyncDir(_)))?;
     let done = act()?;
     recorder.log(step, path, covers);
     Ok(done)
@@ -112,14 +114,22 @@ impl Recorder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self) -> io::Result<usize> {
+    fn begin(&self, folder: bool) -> io::Result<usize> {
         let mut state = self.lock();
         let now = state.begun;
         state.begun += 1;
         match state.fail {
-            Some((at, errno)) if at == now => Err(io::Error::from_raw_os_error(errno)),
+            Some((at, errno)) if at == now => {
+                state.failed_folder = folder;
+                Err(io::Error::from_raw_os_error(errno))
+            }
             _ => Ok(state.ops.len()),
         }
+    }
+
+    /// The step that failed was to make the entries of a folder durable.
+    pub fn failed_folder(&self) -> bool {
+        self.lock().failed_folder
     }
 
     fn log(&self, step: Step<'_>, path: PathBuf, covers: usize) {
