@@ -286,6 +286,41 @@ def kill_both(name):
     return rec
 
 
+def case_stopped(t):
+    """A worker or a supervisor that stands still is seen by list and doctor; a stopped worker is replaced (full counts)."""
+    folder = t.mkdir("img")
+    ploop("init", "-s", "64m", "-t", "none", os.path.join(folder, "root.hdd"))
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    dev = t.mount(dd)
+    name = os.path.basename(dev)
+
+    def state():
+        lines = [l for l in ploop("list").out.splitlines() if l.split()[0] == name]
+        return lines[0].split()[-1] if lines else "gone"
+
+    calm = state()
+    check(calm != "stalled", f"the state of a running device: {calm}")
+    for which in ("worker", "supervisor"):
+        process = devlib.record(dev)[which]
+        pid = process["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        t.later(lambda p=process: devlib.alive(p) and os.kill(p["pid"], signal.SIGCONT))
+        begin = time.monotonic()
+        devlib.wait_for(f"stalled, with its {which} stopped", lambda: state() == "stalled", 40)
+        log(f"RESULT: {which} seen after {time.monotonic() - begin:.1f} s")
+        check("kill -CONT" in run(devlib.PLOOP, "doctor", rc=None).text, "doctor does not say what to do")
+        if which == "worker" and devlib.FULL:
+            devlib.running_worker(name, pid, 120)
+        if devlib.alive(process):
+            os.kill(pid, signal.SIGCONT)
+        devlib.wait_for("running again", lambda: state() == calm, 20)
+    d = devlib.Direct(dev)
+    d.write(0, b"x" * 4096)
+    d.sync()
+    d.close()
+    t.umount(dd)
+
+
 def case_both_bare(t):
     folder = t.mkdir("img")
     img = os.path.join(folder, "root.hdd")

@@ -300,9 +300,8 @@ fn crashes_of_merges() {
 #[test]
 fn nothing_is_removed_before_the_new_descriptor_is_durable() {
     let (from, _) = chain(Version::V2, ImageMode::Expanded);
-    let named = |dd: &Path| -> Vec<PathBuf> {
-        Descriptor::read(dd).unwrap().images.iter().map(|i| i.file.clone()).collect()
-    };
+    let named =
+        |dd: &Path| -> Vec<PathBuf> { Descriptor::read(dd).unwrap().images.iter().map(|i| i.file.clone()).collect() };
     let mut kept = 0;
     for at in 0..200 {
         let (dir, dd) = copy(from.path());

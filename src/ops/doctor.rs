@@ -224,7 +224,7 @@ fn one(d: &Device) -> Finding {
             d.top().display()
         ),
         State::Stalled => format!(
-            "a process that serves it does not answer (stopped or stuck), and its I/O waits: read the system's log; ploop reload {subject} replaces the processes"
+            "a process that serves it does not answer (stopped or stuck), and its I/O waits: look for state T or D in `ps ax | grep ploop-server`; `kill -CONT PID` lets a stopped one go on, `kill -9 PID` has it replaced, and nothing is lost by either. A worker that stands still for a minute is replaced by itself"
         ),
         State::Unknown(_) => "this version does not know that state, a newer one serves it: use the ploop that is installed with its server".into(),
         State::Failed => format!(

@@ -381,6 +381,9 @@ pub enum Answer {
         /// Clusters that a merge of the top has looked at, of how many; bytes of a merge of frozen levels.
         #[serde(default)]
         merging: Option<(u64, u64)>,
+        /// Seconds for which the worker has shown no sign of running.
+        #[serde(default)]
+        stalled: Option<u64>,
     },
     /// Requests are held as soon as the initiator sends `Go`.
     Prepared,

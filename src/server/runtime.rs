@@ -169,6 +169,16 @@ pub fn process(pid: i32) -> Option<ProcessId> {
     parse_stat(&stat).map(|start_time| ProcessId { pid, start_time })
 }
 
+/// The process is stopped (by a signal or a debugger) or waits in the kernel uninterruptibly.
+pub fn stands_still(id: ProcessId) -> bool {
+    if host::is_simulated() {
+        return false;
+    }
+    let stat = fs::read_to_string(format!("/proc/{}/stat", id.pid)).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    alive(id) && matches!(state, Some('T' | 't' | 'D'))
+}
+
 /// Start time from /proc/PID/stat; none if the process has ended, with all of its threads: the first one may long be a
 /// zombie while another one is still inside a system call and keeps the process's files open.
 fn parse_stat(stat: &str) -> Option<u64> {

@@ -37,6 +37,7 @@ const AT_POISON: usize = 128;
 const AT_BACKGROUND: usize = 1664;
 const AT_CLOSING: usize = 1665;
 const AT_SERVING: usize = 1666;
+const AT_HEARTBEAT: usize = 1667;
 const AT_PROGRESS: usize = 1672;
 const AT_SLOTS: usize = 2048;
 
@@ -187,6 +188,17 @@ impl Shm {
     /// A worker has begun to close the image: where the image is not marked it has closed it.
     pub fn is_closing(&self) -> bool {
         self.words[AT_CLOSING].load(Acquire) != 0
+    }
+
+    /// The worker's main thread runs: called once a second.
+    pub fn beat(&self) {
+        let word = &self.words[AT_HEARTBEAT];
+        word.store(word.load(Relaxed).wrapping_add(1), Release);
+    }
+
+    /// Changes as long as a worker runs.
+    pub fn heartbeat(&self) -> u64 {
+        self.words[AT_HEARTBEAT].load(Acquire)
     }
 
     /// Publishes the engine's status.

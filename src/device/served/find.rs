@@ -80,7 +80,9 @@ fn state(record: &DeviceRecord) -> State {
         State::Running if !runtime::backing_is_ours(record) => State::Stopped,
         State::Running => match control::ask(&runtime::device_dir(&record.name), &Command::Info, INFO) {
             Ok((Answer::Info { failed: true, .. }, _)) => State::Failed,
+            Ok((Answer::Info { stalled: Some(_), .. }, _)) => State::Stalled,
             Ok((Answer::Info { no_space: true, .. }, _)) => State::NoSpace,
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) && runtime::stands_still(record.supervisor) => State::Stalled,
             // The supervisor may have been killed just now; the device works without one.
             _ => State::Running,
         },

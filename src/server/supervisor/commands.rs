@@ -32,7 +32,8 @@ impl Supervisor {
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
                 let merging = self.chain.merge().map(|_| (status.background_seen.min(total), total));
                 let record = self.record.clone();
-                let answer = Answer::Info { record, no_space: status.no_space, failed, merging };
+                let stalled = self.slot.stalled().map(|time| time.as_secs());
+                let answer = Answer::Info { record, no_space: status.no_space, failed, merging, stalled };
                 control::answer(&client, &answer);
             }
             Command::Abort if self.record.state != "starting" => self.clients.wait(Awaited::Abort, [client]),

@@ -70,6 +70,8 @@ pub struct Supervisor {
     names: Names,
     clients: Clients,
     signals: Option<SignalFd>,
+    /// When to look at the worker's heartbeat.
+    look_due: Instant,
     /// A flush that the worker has not answered; its successor gets it anew.
     flush_sent: bool,
     /// No worker can serve the device: why.
@@ -108,6 +110,7 @@ impl Supervisor {
             names,
             clients,
             signals,
+            look_due: host::now(),
             flush_sent: false,
             failed: None,
             lost: false,
@@ -212,6 +215,7 @@ impl Supervisor {
                 self.follow();
                 self.stay_registered();
             }
+            self.watch_worker();
             if self.names.take_table_due() {
                 let scan = self.helper(&Job::Scan { binding: self.binding() }).ok();
                 self.names.set_scan(scan);
@@ -219,6 +223,26 @@ impl Supervisor {
         }
         if let Some(late) = self.names.take_late_scan() {
             self.release_helper(late, true);
+        }
+    }
+
+    /// Notices a worker that stands still, and replaces it after a minute. One that sleeps in the kernel ends when it
+    /// wakes up.
+    fn watch_worker(&mut self) {
+        let now = host::now();
+        if now < self.look_due {
+            return;
+        }
+        self.look_due = now + worker_slot::LOOK;
+        let Some(shm) = &self.shm else { return };
+        let stalled = self.slot.stalled().is_some();
+        let replaced = self.slot.look(shm.heartbeat());
+        if !stalled && self.slot.stalled().is_some() {
+            log(&self.record.name, "its worker stands still (stopped, or it waits in the kernel): I/O waits");
+        }
+        if replaced {
+            log(&self.record.name, "its worker has stood still for a minute: it is killed, and another one takes over");
+            self.slot.kill();
         }
     }
 

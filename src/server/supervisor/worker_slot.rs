@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::server::descriptors::Descriptors;
@@ -33,6 +33,38 @@ pub enum Exit {
     Final(String),
 }
 
+/// What a supervisor has seen of its worker's heartbeat.
+#[derive(Default)]
+struct Pulse {
+    worker: i32,
+    heartbeat: u64,
+    /// So many looks of the supervisor's, one in [`LOOK`], have found no change. Not a time: where the whole host stood
+    /// still, supervisor and worker did.
+    same: u32,
+}
+
+impl Pulse {
+    fn look(&mut self, worker: Option<i32>, heartbeat: u64) -> bool {
+        match worker {
+            None => *self = Pulse::default(),
+            Some(worker) if (self.worker, self.heartbeat) == (worker, heartbeat) => self.same += 1,
+            Some(worker) => *self = Pulse { worker, heartbeat, same: 0 },
+        }
+        self.same == REPLACED
+    }
+
+    fn stalled(&self) -> Option<Duration> {
+        (self.same >= STALLED).then(|| LOOK * self.same)
+    }
+}
+
+/// Between two looks at the heartbeat, which changes once a second.
+pub const LOOK: Duration = Duration::from_secs(2);
+/// After so many looks without a change the worker counts as stalled.
+const STALLED: u32 = 4;
+/// After so many it is killed: its successor serves on. Nothing is lost by that.
+const REPLACED: u32 = 30;
+
 /// See the module.
 #[derive(Default)]
 pub struct WorkerSlot {
@@ -44,6 +76,7 @@ pub struct WorkerSlot {
     restarts: RestartPolicy,
     /// When to start the next worker.
     due: Option<Instant>,
+    pulse: Pulse,
     exits: ExitHandler,
 }
 
@@ -144,6 +177,17 @@ impl WorkerSlot {
         self.due.take_if(|at| *at <= host::now()).is_some()
     }
 
+    /// A look at the heartbeat, one in [`LOOK`]. True: the worker stands still for so long that it is to be replaced.
+    pub fn look(&mut self, heartbeat: u64) -> bool {
+        let worker = self.worker.as_ref().filter(|w| w.ready.is_some() && !w.exited);
+        self.pulse.look(worker.map(|w| w.id.pid), heartbeat)
+    }
+
+    /// For how long the worker has shown no sign of running, if it is stalled.
+    pub fn stalled(&self) -> Option<Duration> {
+        self.pulse.stalled()
+    }
+
     /// Forgets failed starts.
     pub fn forgive(&mut self) {
         self.restarts = RestartPolicy::default();
@@ -214,6 +258,25 @@ impl WorkerSlot {
                 Exit::Restart
             }
             None => Exit::Final(why),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_stands_still_is_seen_and_replaced_once() {
+        let mut pulse = Pulse::default();
+        let looks: Vec<bool> = (0..40).map(|_| pulse.look(Some(7), 3)).collect();
+        assert_eq!(looks.iter().filter(|l| **l).count(), 1);
+        assert!(looks[REPLACED as usize] && pulse.stalled() >= Some(LOOK * REPLACED));
+        // It runs, another one serves, or none does.
+        for (worker, heartbeat) in [(Some(7), 4), (Some(8), 4), (None, 4)] {
+            (0..STALLED).for_each(|_| drop(pulse.look(Some(7), 3)));
+            pulse.look(worker, heartbeat);
+            assert_eq!(pulse.stalled(), None, "{worker:?}");
         }
     }
 }

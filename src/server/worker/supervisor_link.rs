@@ -172,6 +172,7 @@ impl SupervisorLink {
             let now = host::now();
             if now >= tick {
                 tick = now + TICK;
+                core.shm.beat();
                 // The tick has all that waits for space tried once more: just then nothing waits.
                 let waits = core.status().no_space;
                 core.submit_event(MAIN_THREAD, Pending::Tick);
