@@ -535,6 +535,30 @@ def case_tour(t):
     log(r.out)
 
 
+def case_queue(t):
+    """Whether the disk rotates is that of the disk under the image, on a file system of any kind."""
+    disk = t.path("host.img")
+    with open(disk, "wb") as f:
+        f.truncate(200 << 20)
+    loop = run("losetup", "-f", "--show", disk).out.strip()
+    t.later(lambda: run("losetup", "-d", loop, rc=None))
+    point = t.mkdir("host")
+    run("mkfs.btrfs", "-q", loop)
+    run("mount", loop, point)
+    t.later(lambda: run("umount", point, rc=None))
+    for rotates in ("1", "0"):
+        with open(f"/sys/block/{loop[5:]}/queue/rotational", "w") as f:
+            f.write(rotates)
+        folder = os.path.join(point, "r" + rotates)
+        os.mkdir(folder)
+        ploop("init", "-s", "32m", "-t", "none", os.path.join(folder, "root.hdd"))
+        dd = os.path.join(folder, "DiskDescriptor.xml")
+        dev = t.mount(dd)
+        shown = f"/sys/block/{devlib.record(dev)['backing']}/queue/rotational"
+        devlib.wait_for(f"rotational {rotates}", lambda: open(shown).read().strip() == rotates, 5)
+        t.umount(dd)
+
+
 def case_held(t):
     """What stands on the device is named before anything is changed; a wait for what is busy ends with a signal."""
     folder, point = t.mkdir("img"), t.mkdir("mnt")

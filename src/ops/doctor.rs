@@ -223,9 +223,7 @@ fn one(d: &Device) -> Finding {
             "writes wait for space: free some on the file system of {}, or raise its quota; they go on by themselves",
             d.top().display()
         ),
-        State::Stalled => format!(
-            "a process that serves it does not answer (stopped or stuck), and its I/O waits: look for state T or D in `ps ax | grep ploop-server`; `kill -CONT PID` lets a stopped one go on, `kill -9 PID` has it replaced, and nothing is lost by either. A worker that stands still for a minute is replaced by itself"
-        ),
+        State::Stalled => "a process that serves it does not answer (stopped or stuck), and its I/O waits: look for state T or D in `ps ax | grep ploop-server`; `kill -CONT PID` lets a stopped one go on, `kill -9 PID` has it replaced, and nothing is lost by either. A worker that stands still for a minute is replaced by itself".into(),
         State::Unknown(_) => "this version does not know that state, a newer one serves it: use the ploop that is installed with its server".into(),
         State::Failed => format!(
             "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log. If its I/O waits and the image is right again: ploop reload {subject}. Else save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"

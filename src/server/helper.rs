@@ -117,7 +117,7 @@ pub fn main() -> i32 {
 /// What no process waits for.
 fn finish_job(job: &Job, event: &JobEvent) {
     match (job, event) {
-        (Job::Attach { .. }, JobEvent::Attached(binding)) => block_device(binding).tune(&binding.backing),
+        (Job::Attach { wanted, .. }, JobEvent::Attached(binding)) => block_device(binding).tune(binding, wanted),
         (Job::Detach { binding, .. }, JobEvent::Done) => block_device(binding).remove(&binding.backing, binding.rdev),
         _ => {}
     }

@@ -274,7 +274,7 @@ mod tests {
         assert!(looks[REPLACED as usize] && pulse.stalled() >= Some(LOOK * REPLACED));
         // It runs, another one serves, or none does.
         for (worker, heartbeat) in [(Some(7), 4), (Some(8), 4), (None, 4)] {
-            (0..STALLED).for_each(|_| drop(pulse.look(Some(7), 3)));
+            assert!((0..STALLED).all(|_| !pulse.look(Some(7), 3)));
             pulse.look(worker, heartbeat);
             assert_eq!(pulse.stalled(), None, "{worker:?}");
         }

@@ -71,7 +71,7 @@ pub trait BlockBinding {
     fn remove(&self, _backing: &str, _rdev: u64) {}
 
     /// Settings of a bound device that it works without: made after its user was answered, since they take long.
-    fn tune(&self, _backing: &str) {}
+    fn tune(&self, _binding: &Binding, _wanted: &Wanted) {}
 
     /// Undoes a bind of unknown fate: whatever is bound to the device of number `rdev` came from the killed attempt.
     fn undo(&self, backing: &str, rdev: u64) -> Result<()>;

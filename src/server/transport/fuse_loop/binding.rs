@@ -57,8 +57,8 @@ impl BlockBinding for LoopBinding {
         loop_device::remove_unbound(backing, rdev);
     }
 
-    fn tune(&self, backing: &str) {
-        loop_device::tune(backing);
+    fn tune(&self, binding: &Binding, wanted: &Wanted) {
+        loop_device::tune(&binding.backing, Path::new(&wanted.name));
     }
 
     fn undo(&self, backing: &str, rdev: u64) -> Result<()> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::sys::stat::{Mode, SFlag, major, makedev, minor, mknod};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -87,9 +87,39 @@ fn set_queue(backing: &str, what: &str, value: &str) {
     }
 }
 
-/// Makes requests as large as the queue takes them in one piece.
-pub fn tune(backing: &str) {
+/// Makes requests as large as the queue takes them in one piece, and shows whether the disk under the image rotates: file
+/// systems and databases choose by it.
+pub fn tune(backing: &str, image: &Path) {
     set_queue(backing, "max_sectors_kb", "1024");
+    if let Some(queue) = host_queue(image)
+        && let Ok(rotates) = fs::read_to_string(queue.join("rotational"))
+    {
+        set_queue(backing, "rotational", rotates.trim());
+    }
+}
+
+/// The queue of the disk that the file lies on, in /sys; none: it is on no disk, or not visible from here.
+fn host_queue(file: &Path) -> Option<PathBuf> {
+    let numbers = |dev: u64| PathBuf::from(format!("/sys/dev/block/{}:{}", major(dev), minor(dev)));
+    let dev = fs::metadata(file).ok()?.dev();
+    let disk = match numbers(dev) {
+        disk if disk.exists() => disk,
+        // btrfs numbers its subvolumes by itself: the disk is what is mounted there.
+        _ => {
+            let file = file.canonicalize().ok()?;
+            let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+            let sources = mounts.lines().filter_map(|line| {
+                let (left, right) = line.split_once(" - ")?;
+                let point = Path::new(left.split(' ').nth(4)?);
+                file.starts_with(point).then_some((point.as_os_str().len(), right.split(' ').nth(1)?))
+            });
+            let (_, source) = sources.max_by_key(|(depth, _)| *depth)?;
+            numbers(fs::metadata(source).ok()?.rdev())
+        }
+    };
+    let disk = disk.canonicalize().ok()?;
+    // A partition has no queue of its own.
+    [disk.join("queue"), disk.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
 }
 
 /// Binds `disk` to a new loop device, its number `first` or above. `chosen` learns each device that is made, before it
