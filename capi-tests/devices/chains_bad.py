@@ -262,7 +262,8 @@ def case_in_use(t):
                 for words in rows:
                     b.refused((BUSY, PARAM, IN_USE), os.path.basename(b.file(guid)), *words, b.d.dd)
                 other = b.file(A)
-                b.refused((BUSY, OPEN, IN_USE), os.path.basename(b.file(guid)), "merge", b.file(guid), other)
+                # Another delta of the disk may stand on the lower one, which is refused first, with its name.
+                b.refused((BUSY, OPEN, IN_USE, PARAM), "", "merge", b.file(guid), other)
     b = Bad(t, "marked")
     mark(b.file(B))
     b.refused(OPEN, b.file(B), "merge", b.file(B), b.file(A))
