@@ -25,7 +25,8 @@ pub struct LoopBinding;
 
 impl BlockBinding for LoopBinding {
     fn bind(&self, dir: &Path, wanted: &Wanted, chosen: &mut dyn FnMut(&Binding) -> Result<()>) -> Result<Binding> {
-        let first = FIRST_LOOP + wanted.number.filter(|n| *n < NUMBERED).unwrap_or(NUMBERED);
+        let number = wanted.number.filter(|n| *n < NUMBERED);
+        let first = (FIRST_LOOP + number.unwrap_or(NUMBERED), number.is_some());
         loop_device::attach(&dir.join(DISK), first, wanted.read_only, &wanted.name, chosen)
     }
 

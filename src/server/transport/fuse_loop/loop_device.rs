@@ -122,11 +122,11 @@ fn host_queue(file: &Path) -> Option<PathBuf> {
     [disk.join("queue"), disk.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
 }
 
-/// Binds `disk` to a new loop device, its number `first` or above. `chosen` learns each device that is made, before it
-/// is bound; its error ends the attempt. `name` is what losetup shows.
+/// Binds `disk` to a new loop device, its number `first` or above; `own`: no other name has that number. `chosen` learns
+/// each device that is made, before it is bound; its error ends the attempt. `name` is what losetup shows.
 pub fn attach(
     disk: &Path,
-    first: u32,
+    (first, own): (u32, bool),
     read_only: bool,
     name: &str,
     chosen: &mut dyn FnMut(&Binding) -> Result<()>,
@@ -136,8 +136,7 @@ pub fn attach(
         match loopdev::add(control.as_fd(), n) {
             Ok(()) => {}
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-                // The helper of a device that was detached just now may still be removing it.
-                if n > first || !disappears(control.as_fd(), n) {
+                if n > first || !own || !replaces(control.as_fd(), n) {
                     continue;
                 }
             }
@@ -186,11 +185,14 @@ pub fn attach(
     bail!(Loop, "all loop devices from {first} to {} are taken", first + TRIES - 1)
 }
 
-/// Waits for the end of an unbound loop device of this number, and makes it anew. False: it stays.
-fn disappears(control: BorrowedFd, n: u32) -> bool {
+/// Ends an unbound loop device of the number that belongs to the wanted name, and makes it anew: a helper that was killed
+/// has left it, or one is removing it just now. False: it stays.
+fn replaces(control: BorrowedFd, n: u32) -> bool {
     let end = Instant::now() + REMOVAL;
     while !is_bound(&format!("loop{n}")) && Instant::now() < end {
-        sleep(Duration::from_millis(5));
+        if loopdev::remove(control, n).is_err() {
+            sleep(Duration::from_millis(5));
+        }
         match loopdev::add(control, n) {
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
             made => return made.is_ok(),
