@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::check::{CheckOptions, CheckReport, check_file};
+use super::compact::pull_in;
 use super::create::{Params, create};
 use super::grow::grow;
 use super::target::{Target, read_table};
@@ -12,6 +13,7 @@ use crate::descriptor::ImageMode;
 use crate::error::{Kind, Result};
 use crate::format::bat;
 use crate::format::header::{Header, Version};
+use crate::sys::store::record;
 use crate::units::ClusterSize;
 
 const CLUSTER: u64 = 32768;
@@ -134,4 +136,29 @@ fn what_a_busy_disk_can_need_is_no_sparse_image() {
     assert_eq!(read_table(&open(&path), &path).unwrap().1.entries, [(0, 300)]);
     let reach = Header::new(Version::V2, ClusterSize::from_sectors(64).unwrap(), 64 * CLUSTERS).unwrap().reach();
     assert!(reach * CLUSTER < 300 << 20, "{reach}");
+}
+
+/// Whatever of the steps before a power cut is durable: the content is there, and another run comes to its end.
+#[test]
+fn data_that_moves_to_the_front_survives_a_power_cut() {
+    for (version, first) in [(Version::V1, 1), (Version::V2, 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), version, first, &[(0, 130), (3, 4), (7, 131), (8, 3), (99, 140)]);
+        let want = content(&path);
+        let guard = record::start(dir.path(), None);
+        assert_eq!(pull_in(&open(&path), &path).unwrap().0, 3);
+        assert!(guard.0.steps() > 8, "{}", guard.0.steps());
+        for at in 0..=guard.0.steps() {
+            for durable in 0..8 {
+                let left = tempfile::tempdir().unwrap();
+                guard.0.crash(at, left.path(), &mut |_, step| durable >> (step % 3) & 1 == 1);
+                let path = left.path().join("a");
+                assert_eq!(content(&path), want, "after step {at}");
+                pull_in(&open(&path), &path).unwrap();
+                assert_eq!(content(&path), want, "after step {at} and another run");
+                let (header, table) = read_table(&open(&path), &path).unwrap();
+                assert!(!header.is_marked() && table.end <= 101, "after step {at}: {}", table.end);
+            }
+        }
+    }
 }

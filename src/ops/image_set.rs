@@ -185,7 +185,7 @@ pub fn refuse_other_deltas(target: &Path, file: FileId, merged: &[FileId]) -> Re
 }
 
 /// Refuses to merge into a file that has several names (hard links): another disk may stand on it. `Busy`, as for
-/// a file that a device of another disk reads: a temporary snapshot in it stays for now.
+/// a file that a device of another disk reads, so that callers which merge temporary snapshots leave those above it.
 pub fn refuse_shared(disk: &Descriptor, image: &Image) -> Result<()> {
     let shown = image.file.display();
     let fd = open::open_level(&image.file, Some(&disk.dir))?;

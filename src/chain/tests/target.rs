@@ -7,6 +7,7 @@ use crate::engine::api::{
     SyncState,
 };
 use crate::format::bat;
+use crate::sys::store::record;
 
 struct Table;
 
@@ -167,6 +168,35 @@ fn entries_behind_the_old_disk_do_not_become_data() {
         let alone = [level(&base, true)];
         let again = open(&alone, &OpenOptions_ { marked: Marked::Recover, ..writable() }).unwrap();
         assert_eq!(again.alloc.free, []);
+    }
+}
+
+/// Whatever of the steps before a power cut is durable: no entry from behind the old disk becomes data.
+#[test]
+fn a_target_that_grows_survives_a_power_cut() {
+    let dir = dir();
+    // On another page of the BAT than the header.
+    let base = Maker { clusters: 1100, entries: vec![(3, 1), (1150, 3), (1200, 2)], ..Maker::default() };
+    let top = Maker { clusters: 1300, ..Maker::default() };
+    let (base, top) = (base.make(&dir.path().join("base")), top.make(&dir.path().join("top")));
+    let guard = record::start(dir.path(), None);
+    let levels = [level(&base, true), level(&top, true)];
+    let mut chain = open(&levels, &writable()).unwrap();
+    open_target(&levels, &mut chain, (0, 1), 4 * CLUSTER).unwrap();
+    assert!(guard.0.steps() >= 8, "{}", guard.0.steps());
+    for at in 0..=guard.0.steps() {
+        for durable in 0..8 {
+            let left = self::dir();
+            guard.0.crash(at, left.path(), &mut |_, step| durable >> (step % 3) & 1 == 1);
+            let base = left.path().join("base");
+            let got: Vec<_> = [3, 1150, 1200].iter().map(|c| first_byte(&base, Version::V2, *c)).collect();
+            let header = header_of(&base);
+            match header.clusters() {
+                // The entries are behind the disk, whether they are still there or not.
+                1100 => assert_eq!(got[0], Some(4), "after step {at}"),
+                _ => assert_eq!((got, header.is_marked()), (vec![Some(4), None, None], true), "after step {at}"),
+            }
+        }
     }
 }
 
