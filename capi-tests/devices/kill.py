@@ -288,10 +288,7 @@ def kill_both(name):
 
 def case_stopped(t):
     """A worker or a supervisor that stands still is seen by list and doctor; a stopped worker is replaced (full counts)."""
-    folder = t.mkdir("img")
-    ploop("init", "-s", "64m", "-t", "none", os.path.join(folder, "root.hdd"))
-    dd = os.path.join(folder, "DiskDescriptor.xml")
-    dev = t.mount(dd)
+    dev, dd = t.bare()
     name = os.path.basename(dev)
 
     def state():

@@ -195,10 +195,7 @@ def case_strangers_mount(t):
 
 def case_registry(t):
     """A query that cannot look at processes drops nothing; a supervisor whose folder was removed makes it anew."""
-    folder = t.mkdir("img")
-    ploop("init", "-s", "64m", "-t", "none", os.path.join(folder, "root.hdd"))
-    dd = os.path.join(folder, "DiskDescriptor.xml")
-    dev = t.mount(dd)
+    dev, dd = t.bare()
     name = os.path.basename(dev)
     state = f"/run/ploop/{name}/state"
     blind = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs t /proc && exec "$@"', "sh", devlib.PLOOP]

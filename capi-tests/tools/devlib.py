@@ -502,6 +502,13 @@ class Case:
                 ploop("umount", "-d", dev, rc=None)
         self.later(drop)
 
+    def bare(self, size="64m"):
+        """A new disk without a file system, mounted: its device and descriptor."""
+        folder = self.mkdir("img")
+        ploop("init", "-s", size, "-t", "none", os.path.join(folder, "root.hdd"))
+        dd = os.path.join(folder, "DiskDescriptor.xml")
+        return self.mount(dd), dd
+
     def umount(self, *args, rc=0, **kw):
         return ploop("umount", *args, rc=rc, **kw)
 
