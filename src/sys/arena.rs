@@ -120,6 +120,10 @@ impl Arena {
         // SAFETY: the part lies inside the mapping. Changing its protection from none to all affects no reference, the
         // advices do not change content, and the stores fall into memory that is not in use yet.
         unsafe {
+            // First: where all memory is locked, the kernel fills a part as soon as it is accessible.
+            if !host::is_simulated() {
+                libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
+            }
             if libc::mprotect(at.cast(), span.len, libc::PROT_READ | libc::PROT_WRITE) != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -127,7 +131,6 @@ impl Arena {
                 // Thousands of workers follow each other there, each of which uses little of it.
                 return Ok(());
             }
-            libc::madvise(at.cast(), span.len, libc::MADV_HUGEPAGE);
             if self.file.is_some() {
                 // Huge pages of shared memory are switched off nearly everywhere, but can be asked for (6.1 or later),
                 // where there is one small page. That is also faster than many small ones.

@@ -55,6 +55,10 @@ fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
                 let level = usize::from(level);
                 (op, strategies[level].zero(core, &core.levels[level], file_off, len))
             }
+            AuxJob::AddBuffers => {
+                core.add_buffers();
+                continue;
+            }
             AuxJob::Sync { op, level } => (op, retry_eintr(|| fdatasync(&core.levels[usize::from(level)].file))),
             AuxJob::Clone { op, from, from_off, level, file_off, len } => {
                 let (from, to) = (&core.levels[usize::from(from)].file, &core.levels[usize::from(level)].file);

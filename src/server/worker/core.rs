@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::sync::Mutex;
-use std::sync::atomic::Ordering::{AcqRel, Relaxed};
+use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use crate::chain::LevelFile;
@@ -16,7 +16,8 @@ use crate::sys::arena::Span;
 
 use super::locked;
 use super::log::Log;
-use super::memory::{BufId, Common, Memory, REQUESTS};
+use super::memory::{BufId, Memory, REQUESTS};
+use super::pool::Pool;
 use super::queue::{Inbox, Jobs};
 use super::request::{EngineRequest, ReplyKind};
 use super::request_journal::RequestJournal;
@@ -45,13 +46,35 @@ pub enum Notice {
     Finished,
 }
 
-/// Work for the thread that allocates and zeroes.
+/// Work for the threads that wait in the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AuxJob {
-    Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
-    ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
-    Clone { op: OpId, from: u8, from_off: u64, level: u8, file_off: u64, len: u64 },
-    Sync { op: OpId, level: u8 },
+    Fallocate {
+        op: OpId,
+        level: u8,
+        file_off: u64,
+        len: u64,
+    },
+    ZeroRange {
+        op: OpId,
+        level: u8,
+        file_off: u64,
+        len: u64,
+    },
+    Clone {
+        op: OpId,
+        from: u8,
+        from_off: u64,
+        level: u8,
+        file_off: u64,
+        len: u64,
+    },
+    Sync {
+        op: OpId,
+        level: u8,
+    },
+    /// Adds the buffers that load needs.
+    AddBuffers,
 }
 
 /// An event for the engine.
@@ -98,7 +121,7 @@ pub trait IoSubmitter {
 pub struct Core {
     pub queue: Queue,
     pub memory: Memory,
-    pub common: Common,
+    pub pool: Pool,
     slots: Box<[Slot]>,
     /// Where a successor finds the requests, if the kernel does not give them out again.
     pub journal: Option<RequestJournal>,
@@ -123,6 +146,10 @@ pub struct Core {
     pub finished: Mutex<Option<Option<RemoteError>>>,
     /// An I/O thread stopped reading requests for want of buffers.
     pub starving: AtomicBool,
+    /// A request was read since the main thread has last looked.
+    pub active: AtomicBool,
+    /// The background thread has the order to add buffers.
+    pub adding: AtomicBool,
     pub shm: Shm,
     pub log: Log,
 }
@@ -146,7 +173,7 @@ impl Core {
         Ok(Core {
             queue: p.queue,
             memory: p.memory,
-            common: Common::new(),
+            pool: Pool::new(),
             slots: (0..REQUESTS).map(|_| Slot::default()).collect(),
             journal: p.journal,
             engine: Mutex::new(p.engine),
@@ -163,6 +190,8 @@ impl Core {
             retiring: AtomicBool::new(false),
             finished: Mutex::new(None),
             starving: AtomicBool::new(false),
+            active: AtomicBool::new(false),
+            adding: AtomicBool::new(false),
             shm: p.shm,
             log: p.log,
         })
@@ -369,10 +398,26 @@ impl Core {
 
     /// For threads other than the I/O threads: a request was answered.
     pub fn give(&self, buf: BufId, request: u32) {
-        self.common.give(buf, request);
+        self.pool.give(buf, request);
         if self.starving.swap(false, AcqRel) {
             self.inboxes[0].ring();
         }
+    }
+
+    /// An I/O thread lacks buffers: more are wanted, if the device has not all yet that load may take.
+    pub fn want_buffers(&self) {
+        if self.pool.is_small() && !self.adding.swap(true, AcqRel) {
+            self.background.push(AuxJob::AddBuffers);
+        }
+    }
+
+    /// Carries out [`AuxJob::AddBuffers`].
+    pub fn add_buffers(&self) {
+        if let Err(e) = self.pool.add_for_load(&self.memory) {
+            self.log.line(format!("no memory for more requests: {e}; the device goes on with what it has"));
+        }
+        self.adding.store(false, Release);
+        self.inboxes.iter().for_each(Inbox::ring);
     }
 
     pub fn status(&self) -> Status {

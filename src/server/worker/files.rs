@@ -10,7 +10,8 @@ use crate::sys::arena::Span;
 use crate::sys::ring::Ring;
 
 use super::core::{Core, IoSubmitter, Pending};
-use super::memory::{BufId, Stash};
+use super::memory::BufId;
+use super::pool::Stash;
 
 /// Operations handed over in one system call.
 const RING: u32 = 256;
@@ -65,7 +66,7 @@ impl Files {
     pub fn new(core: &Core, thread: usize) -> io::Result<Files> {
         Ok(Files {
             ring: Ring::new(RING, core.memory.arena.clone())?,
-            stash: core.common.share(),
+            stash: core.pool.share(),
             freed: false,
             inflight: Vec::with_capacity(1024),
             idle: Vec::with_capacity(1024),
@@ -88,7 +89,7 @@ impl Files {
         {
             self.start(core, action);
         }
-        core.common.level(&mut self.stash);
+        core.pool.level(&mut self.stash);
         self.broken.take().map_or(Ok(()), Err)
     }
 

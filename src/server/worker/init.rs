@@ -25,7 +25,7 @@ use crate::sys::{host, process_hardening};
 use crate::units::ClusterSize;
 
 use super::core::{Core, CoreConfig, THREADS};
-use super::memory::{BOUNCE, BOUNCES, Memory};
+use super::memory::{BOUNCE, Memory, bounces};
 use super::request_journal::{PriorJournal, RequestJournal};
 use super::{linger, locked, log, open_files, replay};
 
@@ -75,8 +75,13 @@ pub struct Worker {
 /// Gets the memory for I/O, which takes longer than all the rest.
 pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
     let session = &inherited.start.session;
-    let memory = Memory::new(THREADS, session.recovery() == Recovery::Journal, session.limits())
-        .ctx(Kind::Malloc, || "cannot get memory for I/O")?;
+    let memory = Memory::new(
+        THREADS,
+        session.recovery() == Recovery::Journal,
+        session.limits(),
+        inherited.start.attach.levels.len(),
+    )
+    .ctx(Kind::Malloc, || "cannot get memory for I/O")?;
     if !host::is_simulated() {
         // The error is logged where there is a log.
         let _ = process_hardening::lock_memory();
@@ -272,7 +277,7 @@ fn config_of(chain: &Chain, writable: bool, failed: bool, background: Option<Bac
         writable,
         header: chain.header,
         alloc: chain.alloc.clone(),
-        bounces: BOUNCES as u16,
+        bounces: bounces(chain.levels.len()) as u16,
         bounce_bytes: BOUNCE as u32,
         map_pages: MAP_PAGES,
         bat_age: BAT_AGE,

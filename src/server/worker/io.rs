@@ -118,12 +118,14 @@ impl<'a> IoThread<'a> {
             Drained::Starved => {
                 if self.core.status().no_space {
                     self.grow();
+                } else {
+                    self.core.want_buffers();
                 }
                 if !self.core.starving.swap(true, Ordering::AcqRel) {
                     self.core.inboxes[(self.number + 1) % THREADS].ring();
                 }
                 // Something may have been given back between the last look and the flag.
-                self.core.common.refill(&mut self.files.stash);
+                self.core.pool.refill(&mut self.files.stash);
                 self.may_read = self.files.stash.next().is_some();
             }
             Drained::Over => self.may_read = false,
@@ -143,7 +145,7 @@ impl<'a> IoThread<'a> {
 
     /// What waits for space must not keep other requests from being read.
     fn grow(&mut self) {
-        match self.core.common.grow(&self.core.memory) {
+        match self.core.pool.add_for_waiting(&self.core.memory) {
             Ok(_) => {}
             Err(e) => self.core.log.line(format!("no memory for more requests while writes wait for space: {e}")),
         }
@@ -154,7 +156,7 @@ impl<'a> IoThread<'a> {
         let mut head = [0; HEAD];
         for _ in 0..BATCH {
             if self.files.stash.next().is_none() {
-                core.common.refill(&mut self.files.stash);
+                core.pool.refill(&mut self.files.stash);
             }
             let Some((big, id)) = self.files.stash.next() else {
                 return Drained::Starved;
@@ -165,7 +167,12 @@ impl<'a> IoThread<'a> {
                 Some(journal) => journal.read(&core.queue, id, big, span, &mut head),
             };
             let len = match read {
-                Ok(len) => len,
+                Ok(len) => {
+                    if !core.active.load(Ordering::Relaxed) {
+                        core.active.store(true, Ordering::Relaxed);
+                    }
+                    len
+                }
                 Err(ReadError::Empty) => {
                     core.starving.store(false, Ordering::Release);
                     return Drained::Empty;

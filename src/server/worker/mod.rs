@@ -17,6 +17,7 @@ mod log;
 mod memory;
 mod merge;
 mod open_files;
+mod pool;
 mod queue;
 mod replay;
 mod request;

@@ -16,7 +16,7 @@ pub fn import(core: &Core, left: &PriorJournal) -> Result<()> {
     let Some(journal) = &core.journal else {
         bail!(Protocol, "requests of the worker before were sent to one that keeps none")
     };
-    left.copy(journal, &core.queue, &core.memory, &core.common)
+    left.copy(journal, &core.queue, &core.memory, &core.pool)
 }
 
 /// Answers or executes what was imported. No thread reads requests yet, and the supervisor has our journal.

@@ -34,7 +34,8 @@ use crate::server::transport::{HEAD, KernelRequest, Op, Queue, ReadError};
 use crate::sys::arena::{Arena, Span};
 use crate::sys::shared_words::{self, SharedWords};
 
-use super::memory::{BufId, Common, Memory, REQUESTS};
+use super::memory::{BufId, Memory, REQUESTS};
+use super::pool::Pool;
 
 /// "ploopreq"
 const MAGIC: u64 = u64::from_le_bytes(*b"ploopreq");
@@ -220,7 +221,12 @@ impl PriorJournal {
         let shape = memory.shape();
         let same = (AT_SHAPE..).zip(shape).all(|(at, v)| word(at) == v);
         let long = data.metadata().ctx(Kind::Malloc, || "cannot look at the data of the worker before")?.len();
-        if (magic, version, words.len()) != (MAGIC, VERSION, WORDS) || !same || long != memory.arena.bytes() as u64 {
+        let known = (magic, version, words.len()) == (MAGIC, VERSION, WORDS);
+        let entry = |id: usize| JournalEntry::new(id as u32, |i| words[AT_ROWS + id * ROW + i]);
+        let rows: Vec<_> = if known { (0..REQUESTS).filter_map(entry).collect() } else { Vec::new() };
+        // Where there is no request it does not matter how the buffers were cut.
+        let cut_alike = same && long == memory.arena.bytes() as u64;
+        if !known || !cut_alike && !rows.is_empty() {
             bail!(
                 Protocol,
                 "the requests of the worker before have mark {magic:#x}, version {version}, {} words and {long} bytes of \
@@ -230,13 +236,11 @@ impl PriorJournal {
                 memory.arena.bytes()
             );
         }
-        let rows =
-            (0..REQUESTS).filter_map(|id| JournalEntry::new(id as u32, |i| words[AT_ROWS + id * ROW + i])).collect();
         Ok(PriorJournal { rows, data })
     }
 
     /// Copies everything into the same slots and buffers of ours. The former worker's operations on files are over.
-    pub fn copy(&self, journal: &RequestJournal, queue: &Queue, memory: &Memory, common: &Common) -> Result<()> {
+    pub fn copy(&self, journal: &RequestJournal, queue: &Queue, memory: &Memory, pool: &Pool) -> Result<()> {
         for row in &self.rows {
             let (buf, len) = match row.request(queue).map(|r| r.op) {
                 // Not to be answered, or nothing that we understand.
@@ -245,7 +249,7 @@ impl PriorJournal {
                 Some(Op::Read { .. }) if row.done.is_none() => (row.buf, 0),
                 Some(_) => (BufId::NONE, 0),
             };
-            let taken = common.take(memory, buf, row.id).ctx(Kind::Malloc, || "cannot get memory for requests")?;
+            let taken = pool.take(memory, buf, row.id).ctx(Kind::Malloc, || "cannot get memory for requests")?;
             if !taken || len > memory.room(buf) {
                 bail!(Protocol, "request {} of the worker before has no buffer: {row:?}", row.id);
             }

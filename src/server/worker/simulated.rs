@@ -14,7 +14,8 @@ use crate::sys::{host, store};
 
 use super::core::{AuxJob, Core, IoSubmitter, Notice, Pending, THREADS};
 use super::dispatch::{Verdict, dispatch};
-use super::memory::{BufId, SMALL, Stash};
+use super::memory::{BufId, SMALL};
+use super::pool::Stash;
 use super::replay;
 use super::request::EngineRequest;
 use super::supervisor_link::SupervisorLink;
@@ -57,7 +58,7 @@ impl Threads {
     fn new(core: &Core) -> Threads {
         let page = core.memory.pages(0)[0];
         Threads {
-            stash: core.common.share(),
+            stash: core.pool.share(),
             begun: Vec::new(),
             pending: Vec::new(),
             actions: Vec::new(),
@@ -100,7 +101,10 @@ impl Threads {
         }
         for jobs in [&core.aux, &core.background] {
             while let Some(job) = jobs.try_pop() {
-                self.begun.push(Work::Aux(job));
+                match job {
+                    AuxJob::AddBuffers => core.add_buffers(),
+                    job => self.begun.push(Work::Aux(job)),
+                }
             }
         }
     }
@@ -170,9 +174,12 @@ impl Threads {
     /// Reads one request; false: there is none, or no room for one.
     fn read(&mut self, core: &Core) -> bool {
         if self.stash.next().is_none() {
-            core.common.refill(&mut self.stash);
+            core.pool.refill(&mut self.stash);
         }
-        let Some((big, id)) = self.stash.next() else { return false };
+        let Some((big, id)) = self.stash.next() else {
+            core.want_buffers();
+            return false;
+        };
         let span = core.memory.buffer(big);
         let mut head = [0; HEAD];
         let read = match &core.journal {
@@ -254,6 +261,7 @@ fn write(core: &Core, level: u8, bytes: &[u8], offset: u64) -> std::result::Resu
 fn aux(core: &Core, job: AuxJob) -> Pending {
     let file = |level: u8| &core.levels[usize::from(level)].file;
     let (op, result) = match job {
+        AuxJob::AddBuffers => panic!("no work on files: {job:?}"),
         AuxJob::Fallocate { op, level, file_off, len } => (op, store::fallocate(file(level), file_off, len)),
         AuxJob::ZeroRange { op, level, file_off, len } => {
             (op, store::write_all(file(level), &AlignedBuf::new(len as usize), file_off))

@@ -19,11 +19,14 @@ use crate::sys::host;
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
 use super::init::Inherited;
+use super::queue::Inbox;
 use super::request_journal::RequestJournal;
 use super::supervisor_restart::{SEND_LIMIT, has_successor, start_supervisor, try_top_lock};
 use super::{linger, locked};
 
 const TICK: Duration = Duration::from_secs(1);
+/// Ticks without a request after which the device gives the buffers back that it got under load.
+const IDLE_TICKS: u32 = 30;
 /// Longest wait for a supervisor that does not take what it must have.
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// Pauses between attempts to start a supervisor: doubled from the first to the last.
@@ -165,7 +168,7 @@ impl SupervisorLink {
     pub fn serve(&mut self, core: &Core, inherited: &Inherited) -> End {
         let mut notices = Vec::new();
         let mut tick = host::now() + TICK;
-        let mut full = false;
+        let (mut full, mut idle) = (false, 0_u32);
         loop {
             let draining = self.retiring.as_ref().is_some_and(|r| r.quiet == THREADS && !r.closing);
             self.wait(core, if draining { tick.min(host::now() + DRAIN_TICK) } else { tick });
@@ -182,8 +185,12 @@ impl SupervisorLink {
                 if std::mem::replace(&mut full, status.no_space) != full {
                     log_space(core, full);
                 }
+                idle = if core.active.swap(false, Ordering::Relaxed) { 0 } else { idle + 1 };
+                if idle == IDLE_TICKS && core.pool.keep_none() {
+                    core.inboxes.iter().for_each(Inbox::ring);
+                }
                 if !status.no_space {
-                    core.common.shrink(&core.memory);
+                    core.pool.shrink(&core.memory);
                 } else if core.starving.load(Ordering::Acquire) {
                     // All buffers belong to writes that wait for space: time to make more.
                     core.inboxes[0].ring();

@@ -15,6 +15,7 @@ use crate::server::proto::LevelName;
 use crate::server::shm::{self, Shm};
 use crate::server::transport::fuse_loop::connection::FuseSession;
 use crate::server::transport::{Geometry, Session};
+use crate::server::worker::memory::BIGS;
 use crate::server::{frame, worker::core::CoreConfig};
 use crate::units::ClusterSize;
 
@@ -57,7 +58,7 @@ fn dev(queue: &Queue) -> BorrowedFd<'_> {
 /// A worker's memory, with a socket for /dev/fuse.
 struct Desk {
     memory: Memory,
-    common: Common,
+    pool: Pool,
     journal: RequestJournal,
     kernel: OwnedFd,
     queue: Queue,
@@ -65,10 +66,10 @@ struct Desk {
 
 impl Desk {
     fn new() -> Desk {
-        let memory = Memory::new(2, true, SESSION.limits()).unwrap();
+        let memory = Memory::new(2, true, SESSION.limits(), 1).unwrap();
         let journal = RequestJournal::create(&memory).unwrap();
         let (kernel, fuse) = frame::pair().unwrap();
-        Desk { memory, common: Common::new(), journal, kernel, queue: Queue::open(fuse, SESSION) }
+        Desk { memory, pool: Pool::new(), journal, kernel, queue: Queue::open(fuse, SESSION) }
     }
 
     /// As the I/O threads do it.
@@ -87,8 +88,8 @@ impl Desk {
     /// What a successor makes of it, and its successor, and what both have.
     fn has_successor(&self) -> (Desk, BTreeMap<u32, JournalEntry>) {
         let (one, two) = (Desk::new(), Desk::new());
-        self.left().copy(&one.journal, &one.queue, &one.memory, &one.common).unwrap();
-        one.left().copy(&two.journal, &two.queue, &two.memory, &two.common).unwrap();
+        self.left().copy(&one.journal, &one.queue, &one.memory, &one.pool).unwrap();
+        one.left().copy(&two.journal, &two.queue, &two.memory, &two.pool).unwrap();
         assert_eq!(one.journal.filled(), two.journal.filled());
         let rows = two.journal.filled().into_iter().map(|f| (f.id, f)).collect();
         (two, rows)
@@ -102,7 +103,7 @@ impl Desk {
 }
 
 fn small(n: u16) -> BufId {
-    BufId::from_raw(16 + n)
+    BufId::from_raw(BIGS as u16 + n)
 }
 
 #[test]
@@ -149,8 +150,8 @@ fn a_death_at_each_store() {
 #[test]
 fn everything_is_found_and_belongs_to_nobody_else() {
     let desk = Desk::new();
-    let extra = BufId::from_raw(16 + 160 + 20);
-    while desk.common.grow(&desk.memory).unwrap() < 24 {}
+    let extra = BufId::extra(20);
+    while desk.pool.add_for_waiting(&desk.memory).unwrap() < 24 {}
     let longest = 1 << 20;
     // A socket takes no more than this at once.
     desk.read(1, BufId::from_raw(0), &request(WRITE, 2, 0, 128 << 10));
@@ -160,7 +161,7 @@ fn everything_is_found_and_belongs_to_nobody_else() {
     desk.read(5, BufId::from_raw(2), &request(FSYNC, 10, 0, 0));
     // Its buffer is another one's by now.
     desk.read(6, BufId::from_raw(2), &request(WRITE, 12, 0, 512));
-    desk.read(511, BufId::from_raw(15), &request(INTERRUPT, 0, 0, 0));
+    desk.read(511, BufId::from_raw(3), &request(INTERRUPT, 0, 0, 0));
     let (successor, rows) = desk.has_successor();
     assert_eq!(rows.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(successor.bytes(BufId::from_raw(0), 128 << 10), data(2, 128 << 10));
@@ -168,17 +169,17 @@ fn everything_is_found_and_belongs_to_nobody_else() {
     assert_eq!(successor.bytes(BufId::from_raw(2), 512), data(12, 512));
     let taken = [BufId::from_raw(0), BufId::from_raw(1), BufId::from_raw(2), small(9), extra];
     assert_eq!(rows[&5].buf, BufId::NONE);
-    let mut mine = successor.common.share();
+    let mut mine = successor.pool.share();
     let mut free = 0;
     loop {
-        successor.common.refill(&mut mine);
+        successor.pool.refill(&mut mine);
         let Some((buf, id)) = mine.next() else { break };
         mine.take_big();
         assert!(!taken.contains(&buf) && !rows.contains_key(&id), "{buf:?} {id}");
         free += 1;
     }
     // The big ones, and the extra ones that were made, but for the four.
-    assert_eq!(free, 16 + 24 - 4);
+    assert_eq!(free, BIGS + 21 - 4);
     while let Some(buf) = mine.take_small() {
         assert!(!taken.contains(&buf));
     }
@@ -188,7 +189,7 @@ fn everything_is_found_and_belongs_to_nobody_else() {
     // Two with one buffer: that cannot be, and nothing is guessed.
     desk.journal.moved(6, BufId::from_raw(1));
     let another = Desk::new();
-    let e = desk.left().copy(&another.journal, &another.queue, &another.memory, &another.common).unwrap_err();
+    let e = desk.left().copy(&another.journal, &another.queue, &another.memory, &another.pool).unwrap_err();
     assert_eq!(e.kind(), Kind::Protocol, "{e}");
 }
 
@@ -210,6 +211,10 @@ fn other_layouts_are_left_alone() {
     let three = PriorJournal::open(fds(&desk).into_iter().take(1).collect(), &desk.memory).err().unwrap();
     assert_eq!(three.kind(), Kind::Protocol, "{three}");
     assert_eq!(desk.left().rows.len(), 1);
+    // Where there is no request, nothing lies in the buffers.
+    desk.journal.clear(0);
+    desk.journal.words[AT_SHAPE + 1].fetch_add(1, Relaxed);
+    assert!(desk.left().rows.is_empty());
 }
 
 /// A worker without threads, over an image of 64 MiB.
