@@ -153,6 +153,34 @@ def case_own_dirty_pages(t):
         f"limit met {group.stress()} times; longest standstill {longest:.1f} s")
 
 
+@devlib.limit(120)
+def case_memory_follows_load(t):
+    """An idle device's worker has few buffers; it gets more under load, and gives them back."""
+    dev, _ = t.bare("256m")
+    name = os.path.basename(dev)
+    pid = devlib.running_worker(name)["worker"]["pid"]
+    idle = resident(pid)
+    check(idle < 24 * MIB, f"an idle worker has {idle >> 10} KiB in memory: less than 24 MiB wanted")
+    run("dd", "if=/dev/zero", f"of={dev}", "bs=16M", "count=8", "oflag=direct")
+    devlib.wait_for("more buffers", lambda: resident(pid) >= idle + 8 * MIB)
+    loaded = resident(pid)
+    check(loaded < 36 * MIB, f"a worker under load has {loaded >> 10} KiB in memory: less than 36 MiB wanted")
+    # A successor begins as the first one did.
+    devlib.kill(pid)
+    pid = devlib.running_worker(name, pid)["worker"]["pid"]
+    check(resident(pid) < idle + 4 * MIB, f"a successor has {resident(pid) >> 10} KiB in memory, its predecessor had {idle >> 10}")
+    if devlib.pick(0, 1):
+        run("dd", "if=/dev/zero", f"of={dev}", "bs=16M", "count=8", "oflag=direct")
+        devlib.wait_for("more buffers", lambda: resident(pid) >= idle + 8 * MIB)
+        devlib.wait_for("memory that is given back", lambda: resident(pid) < idle + 2 * MIB, limit=60)
+    log(f"RESULT: an idle worker has {idle >> 10} KiB in memory, {loaded >> 10} under load")
+
+
+def resident(pid):
+    with open(f"/proc/{pid}/status") as f:
+        return int([l.split()[1] for l in f if l.startswith("VmRSS:")][0]) << 10
+
+
 def heap(pid):
     with open(f"/proc/{pid}/maps") as f:
         begin, end = [l.split()[0] for l in f if l.endswith("[heap]\n")][0].split("-")
