@@ -179,8 +179,13 @@ pub fn names(device: &Device) -> Names {
 
 /// The mounts of a device in the mount namespace of the calling process, oldest first.
 pub fn mounts_of(device: &Device) -> Result<Vec<Mount>> {
+    Ok(mounts_among(&mounts::read()?, device))
+}
+
+/// Those mounts of `all` that are a device's, in their order.
+pub fn mounts_among(all: &[Mount], device: &Device) -> Vec<Mount> {
     let names = names(device);
-    Ok(mounts::read()?.into_iter().filter(|m| names.mounted_by(m)).collect())
+    all.iter().filter(|m| names.mounted_by(m)).cloned().collect()
 }
 
 /// First mount point of a device or of one of its partitions. `Device` if there is no such device.

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::find;
-use crate::device::{self, State};
+use crate::device::{self, Device, State};
 use crate::error::Result;
+use crate::fs::mounts;
 
 /// One device.
 #[derive(Clone, Debug)]
@@ -23,21 +24,18 @@ pub struct Line {
 
 /// Devices by number; their mount points if asked for.
 pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
-    device::list()?
-        .into_iter()
-        .map(|d| {
-            let mount_points = match with_mounts {
-                true => find::mounts_of(&d)?.into_iter().map(|m| m.target).collect(),
-                false => Vec::new(),
-            };
-            Ok(Line {
-                name: d.name().to_owned(),
-                base: find::base_of(&d),
-                mount_points,
-                state: d.state.as_str().to_owned(),
-                component: d.component().to_owned(),
-                trouble: (d.state != State::Running).then(|| d.state.as_str().to_owned()),
-            })
-        })
-        .collect()
+    let devices = device::list()?;
+    let mounts = if with_mounts { mounts::read()? } else { Vec::new() };
+    let line = |d: Device| Line {
+        name: d.name().to_owned(),
+        base: find::base_of(&d),
+        mount_points: if with_mounts { find::mounts_among(&mounts, &d) } else { Vec::new() }
+            .into_iter()
+            .map(|m| m.target)
+            .collect(),
+        state: d.state.as_str().to_owned(),
+        component: d.component().to_owned(),
+        trouble: (d.state != State::Running).then(|| d.state.as_str().to_owned()),
+    };
+    Ok(devices.into_iter().map(line).collect())
 }

@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -33,9 +34,15 @@ pub fn known(backing: &str) -> Vec<Known> {
 
 fn known_in(disk: &Path) -> Vec<Known> {
     let Ok(entries) = fs::read_dir(disk) else { return Vec::new() };
+    let name = disk.file_name().unwrap_or_default().as_bytes();
     let mut all: Vec<Known> = entries
         .filter_map(|entry| {
-            let dir = entry.ok()?.path();
+            let entry = entry.ok()?;
+            // Among some thirty attributes of the disk.
+            if !entry.file_name().as_bytes().starts_with(name) {
+                return None;
+            }
+            let dir = entry.path();
             let number = |file| fs::read_to_string(dir.join(file)).ok()?.trim().parse::<u64>().ok();
             let (major, minor) = parse_dev(&fs::read_to_string(dir.join("dev")).ok()?)?;
             Some(Known {
@@ -91,15 +98,16 @@ mod tests {
     #[test]
     fn kernel_view() {
         let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("loop5");
         for (name, number, dev) in [("loop5p2", "2\n", "259:1\n"), ("loop5p1", "1\n", "259:7\n")] {
-            fs::create_dir(dir.path().join(name)).unwrap();
-            fs::write(dir.path().join(name).join("partition"), number).unwrap();
-            fs::write(dir.path().join(name).join("dev"), dev).unwrap();
-            fs::write(dir.path().join(name).join("start"), "2048\n").unwrap();
-            fs::write(dir.path().join(name).join("size"), "8\n").unwrap();
+            fs::create_dir_all(disk.join(name)).unwrap();
+            fs::write(disk.join(name).join("partition"), number).unwrap();
+            fs::write(disk.join(name).join("dev"), dev).unwrap();
+            fs::write(disk.join(name).join("start"), "2048\n").unwrap();
+            fs::write(disk.join(name).join("size"), "8\n").unwrap();
         }
-        fs::create_dir(dir.path().join("queue")).unwrap();
+        fs::create_dir(disk.join("queue")).unwrap();
         let known = |number, minor| Known { number, rdev: makedev(259, minor), start: 1 << 20, length: 4096 };
-        assert_eq!(known_in(dir.path()), [known(1, 7), known(2, 1)]);
+        assert_eq!(known_in(&disk), [known(1, 7), known(2, 1)]);
     }
 }

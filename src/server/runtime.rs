@@ -6,6 +6,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -144,13 +145,20 @@ pub fn chosen_name(device: &str) -> Result<String> {
     Ok(name)
 }
 
-/// Identifies this boot of the host.
+/// Identifies this boot of the host; empty where that cannot be read, for want of /proc.
 pub fn boot_id() -> String {
     #[cfg(test)]
     if host::is_simulated() {
         return host::simulated::with(|host| host.boot());
     }
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_string()).unwrap_or_default()
+    static KNOWN: OnceLock<String> = OnceLock::new();
+    if let Some(id) = KNOWN.get() {
+        return id.clone();
+    }
+    match fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(id) => KNOWN.get_or_init(|| id.trim().to_string()).clone(),
+        Err(_) => String::new(),
+    }
 }
 
 /// Whether a record of the boot `id` is of this one. Where that cannot be read, for want of /proc, it may be.

@@ -32,9 +32,8 @@ pub(super) fn aliases(record: &DeviceRecord) -> Aliases {
     for known in partitions::known(&record.backing) {
         found.devs.push(known.rdev);
         found.nodes.push(Path::new("/dev").join(format!("{}p{}", record.backing, known.number)));
+        found.nodes.push(partition_name(record, known.number));
     }
-    let folder = record.node.parent().unwrap_or(Path::new("/dev"));
-    found.nodes.extend(nodes::existing(folder, &record.name).into_iter().map(|(path, _)| path));
     found
 }
 
@@ -54,8 +53,12 @@ pub(super) fn partition_node(record: &DeviceRecord, number: u32) -> Result<Optio
     appeared(record)?.iter().find(|p| p.number == number).map(|p| node_of(record, p)).transpose()
 }
 
+fn partition_name(record: &DeviceRecord, number: u32) -> PathBuf {
+    PathBuf::from(format!("{}p{number}", record.node.display()))
+}
+
 fn node_of(record: &DeviceRecord, partition: &Known) -> Result<PathBuf> {
-    let node = PathBuf::from(format!("{}p{}", record.node.display(), partition.number));
+    let node = partition_name(record, partition.number);
     ensure(&node, partition.rdev)?;
     Ok(node)
 }
