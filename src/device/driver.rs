@@ -62,8 +62,11 @@ impl From<Unmerged> for Error {
     }
 }
 
-/// Frozen file systems of a device; dropping it thaws them.
+/// File systems of a device that can be frozen, or are; dropping it thaws them.
 pub trait Freeze: Debug {
+    /// Freezes them; those that cannot be frozen are synced.
+    fn freeze(&mut self) -> Result<()>;
+
     /// Thaws. An error: they were not frozen all the time, or are still frozen. A second call does nothing.
     fn thaw(&mut self) -> Result<()>;
 }
@@ -192,7 +195,7 @@ pub trait Driver: Sync {
         Err(self.unsupported("tracking the writes of a running device"))
     }
 
-    /// Freezes file systems of a device. `files`: one open file of each. They are thawed when this process exits.
+    /// Gets ready to freeze file systems of a device. `files`: one open file of each. They are thawed when this process exits.
     fn freeze(&self, _device: &Device, _files: Vec<File>) -> Result<Box<dyn Freeze>> {
         Err(self.unsupported("freezing the file systems of a device"))
     }

@@ -217,7 +217,7 @@ pub fn track(device: &Device) -> Result<Box<dyn Tracker>> {
     of(device).track(device)
 }
 
-/// Freezes file systems of a device until the result is dropped. `files`: one open file of each file system.
+/// Gets ready to freeze file systems of a device until the result is dropped. `files`: one open file of each file system.
 pub fn freeze(device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
     of(device).freeze(device, files)
 }

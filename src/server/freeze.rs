@@ -18,12 +18,29 @@ const LEASE: Duration = Duration::from_secs(60);
 /// Freezes the file systems that the files lie on, sends the owner `Frozen`, thaws when the owner sends `Go`, exits, or
 /// at the end of the lease, and sends the owner `Done`. `fds`: the owner's socket, then the files.
 pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
+    run(fds, false)
+}
+
+/// Like [`hold`], but writes back first what is in memory, and waits for `Go`: then there is little left to be written
+/// while they are frozen.
+pub fn hold_later(fds: Vec<OwnedFd>) -> Result<JobEvent> {
+    run(fds, true)
+}
+
+fn run(fds: Vec<OwnedFd>, later: bool) -> Result<JobEvent> {
     let mut fds = fds.into_iter();
     let Some(owner) = fds.next() else { bail!(Protocol, "the socket of the owner of the freeze was not sent") };
     // A signal that ends the owner must not end the process that thaws.
     let _ = process_hardening::ignore_signals();
     let _ = process_hardening::exempt_from_oom_killer();
     let files: Vec<File> = fds.map(File::from).collect();
+    if later {
+        sync_all(&files)?;
+        if frame::recv_within::<Go>(&owner, LEASE)?.is_none() {
+            // The owner has exited, or needs no freeze.
+            return Ok(JobEvent::Done);
+        }
+    }
     let mut frozen = Vec::new();
     let event = match freeze_all(&files, &mut frozen) {
         Ok(()) => wait(&owner),
@@ -39,11 +56,15 @@ pub fn hold(fds: Vec<OwnedFd>) -> Result<JobEvent> {
     Ok(JobEvent::Done)
 }
 
+/// What is written back before a freeze need not be while the file system's users wait.
+fn sync_all(files: &[File]) -> Result<()> {
+    files.iter().try_for_each(|file| {
+        freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")
+    })
+}
+
 fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
-    for file in files {
-        // What is written back now need not be while everybody waits.
-        freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
-    }
+    sync_all(files)?;
     for file in files {
         match freeze::freeze(file) {
             Ok(()) => frozen.push(file),
@@ -90,7 +111,7 @@ pub fn thaw_directly(files: &[File]) -> Result<()> {
     thaw_all(&files.iter().collect::<Vec<_>>())
 }
 
-/// Sends the message that ends a freeze.
-pub fn let_go(owner: BorrowedFd) -> Result<()> {
+/// Sends the message that begins a freeze that was prepared, or ends one.
+pub fn go(owner: BorrowedFd) -> Result<()> {
     frame::send(owner, &Go, &[])
 }

@@ -151,6 +151,7 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
         Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
         Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
+        Job::PrepareFreeze => freeze::hold_later(fds),
     }
 }
 

@@ -29,6 +29,8 @@ pub enum Job {
     Abort { transport: Transport, connection: u64 },
     /// Hold file systems frozen; see [`freeze::hold`](super::freeze::hold) for the descriptors that come with it.
     Freeze,
+    /// Write back what those file systems have in memory, wait for [`Go`], then do as `Freeze`.
+    PrepareFreeze,
 }
 
 /// What a helper reports.

@@ -357,6 +357,8 @@ pub enum Command {
     /// Hold the file systems frozen that the files lie on whose descriptors follow the first one, a socket on which the
     /// initiator and the process that does it go on talking.
     Freeze,
+    /// Like `Freeze`, but write back what is in memory now, and freeze when the initiator sends [`Go`](super::jobs::Go).
+    PrepareFreeze,
     /// Merge the top into the level below it, then serve the chain without it. Goes on when the client is gone;
     /// requested again with the same token it is waited for. Answers as for `Switch`, or `NotMerged`.
     Merge(ChainSwitch),

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::bail;
@@ -21,52 +22,86 @@ const FREEZE: Duration = Duration::from_secs(300);
 /// Limit for thawing, in which the kernel writes a block.
 const THAW: Duration = Duration::from_secs(60);
 
-/// Frozen file systems; dropping thaws them. When this process exits, the helper process thaws them.
+/// File systems that are to be frozen; dropping thaws them. When this process exits, the helper process thaws them.
 #[derive(Debug)]
-pub(super) struct Frozen {
-    /// None: thawed, or nothing was mounted.
-    owner: Option<OwnedFd>,
+pub(super) struct FreezeHelper {
+    /// The device's folder.
+    dir: PathBuf,
+    /// The helper; none: there is none yet, or any more.
+    helper: Option<OwnedFd>,
     files: Vec<File>,
+    frozen: bool,
 }
 
-impl Frozen {
-    /// Freezes the file systems of these files; those that cannot be frozen are synced.
-    pub fn start(device: &Device, files: Vec<File>) -> Result<Frozen> {
-        if files.is_empty() {
-            return Ok(Frozen { owner: None, files });
+impl FreezeHelper {
+    /// Has a helper write back what the file systems of these files have in memory, without waiting for it.
+    pub fn prepare(device: &Device, files: Vec<File>) -> FreezeHelper {
+        let mut prepared = FreezeHelper { dir: runtime::device_dir(device.name()), helper: None, files, frozen: false };
+        if !prepared.files.is_empty() {
+            // A server that does not know the command, or is about to end, says so again when they are to be frozen.
+            prepared.helper = prepared.start(&Command::PrepareFreeze).ok();
         }
+        prepared
+    }
+
+    fn start(&self, command: &Command) -> Result<OwnedFd> {
         let (mine, theirs) = frame::pair()?;
         let mut fds: Vec<BorrowedFd> = vec![theirs.as_fd()];
-        fds.extend(files.iter().map(AsFd::as_fd));
-        let dir = runtime::device_dir(device.name());
-        control::ask_with(&dir, &Command::Freeze, &fds, Duration::from_secs(10))?.0.into_result()?;
-        drop(theirs);
-        let mut frozen = Frozen { owner: Some(mine), files };
-        match frozen.hear(FREEZE)? {
-            Some(JobEvent::Frozen) => Ok(frozen),
+        fds.extend(self.files.iter().map(AsFd::as_fd));
+        control::ask_with(&self.dir, command, &fds, Duration::from_secs(10))?.0.into_result()?;
+        Ok(mine)
+    }
+
+    fn await_frozen(&mut self) -> Result<()> {
+        match self.hear(FREEZE)? {
+            Some(JobEvent::Frozen) => {
+                self.frozen = true;
+                Ok(())
+            }
             Some(JobEvent::Error { code, message }) => {
-                frozen.owner = None;
+                self.helper = None;
                 Err(remote_error(code, message))
             }
-            _ => bail!(Sys, "the helper process that freezes the file system of {} exited", device.node().display()),
+            _ => {
+                self.helper = None;
+                bail!(Sys, "the helper process that freezes the file systems of {} exited", self.dir.display())
+            }
         }
     }
 
     fn hear(&self, limit: Duration) -> Result<Option<JobEvent>> {
-        match &self.owner {
-            Some(owner) => Ok(frame::recv_within::<JobEvent>(owner, limit)?.map(|(event, _)| event)),
+        match &self.helper {
+            Some(helper) => Ok(frame::recv_within::<JobEvent>(helper, limit)?.map(|(event, _)| event)),
             None => Ok(None),
         }
     }
 }
 
-impl Freeze for Frozen {
+impl Freeze for FreezeHelper {
+    fn freeze(&mut self) -> Result<()> {
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        if let Some(helper) = &self.helper
+            && freeze::go(helper.as_fd()).is_ok()
+            && self.await_frozen().is_ok()
+        {
+            return Ok(());
+        }
+        self.helper = Some(self.start(&Command::Freeze)?);
+        self.await_frozen()
+    }
+
     fn thaw(&mut self) -> Result<()> {
-        let Some(owner) = &self.owner else { return Ok(()) };
+        let Some(helper) = self.helper.as_ref().filter(|_| self.frozen) else {
+            // A helper that waits exits.
+            self.helper = None;
+            return Ok(());
+        };
         // If the helper has exited this fails, no answer follows, and this process thaws.
-        let _ = freeze::let_go(owner.as_fd());
+        let _ = freeze::go(helper.as_fd());
         let heard = self.hear(THAW);
-        self.owner = None;
+        self.helper = None;
         match heard? {
             Some(JobEvent::Error { code, message }) => Err(remote_error(code, message)),
             Some(_) => Ok(()),
@@ -75,7 +110,7 @@ impl Freeze for Frozen {
     }
 }
 
-impl Drop for Frozen {
+impl Drop for FreezeHelper {
     fn drop(&mut self) {
         if let Err(e) = self.thaw() {
             report::warn(e);

@@ -159,7 +159,7 @@ impl Driver for Served {
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
-        Ok(Box::new(freeze::Frozen::start(device, files)?))
+        Ok(Box::new(freeze::FreezeHelper::prepare(device, files)))
     }
 
     fn partitions(&self, device: &Device) -> Result<Vec<Partition>> {

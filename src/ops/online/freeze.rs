@@ -1,4 +1,4 @@
-//! Freezes the file systems of a running device until the returned value is dropped.
+//! Freezes the file systems of a running device.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -11,8 +11,9 @@ use crate::fs::mounts;
 use crate::ops::find;
 use crate::sys::host;
 
-/// Freezes what is mounted from the device in any mount namespace; those that cannot be frozen are synced.
-pub fn start(device: &Device) -> Result<Box<dyn Freeze>> {
+/// What is mounted from the device in any mount namespace, ready to be frozen until the returned value is dropped. What
+/// these file systems have in memory is being written back.
+pub fn prepare(device: &Device) -> Result<Box<dyn Freeze>> {
     device::freeze(device, mounted(device)?)
 }
 

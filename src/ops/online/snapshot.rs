@@ -1,6 +1,6 @@
 //! Snapshots of running devices.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::Path;
 
 use nix::fcntl::OFlag;
@@ -31,9 +31,9 @@ pub fn snapshot(
     file: FileId,
 ) -> Result<()> {
     check_chain(disk, device).inspect_err(|_| undo(place, file))?;
-    let rest = Rest::default();
+    let rest = Rest::prepare(device, true).inspect_err(|_| undo(place, file))?;
     let mut thawed = Ok(());
-    let ended = change(disk, device, next, &mut || rest.freeze(device), &mut || thawed = rest.thaw());
+    let ended = change(disk, device, next, &mut || rest.freeze(), &mut || thawed = rest.thaw());
     drop(rest);
     match ended {
         Ended::Changed(Ok(())) => {
@@ -80,30 +80,36 @@ fn put_on(device: &Device, place: &Place, file: FileId, sync: bool) -> Result<()
     }
     let path = std::path::absolute(place.path()).unwrap_or_else(|_| place.path());
     levels.push(NewLevel::File { path, raw: false, fd });
-    let rest = Rest::default();
+    let rest = Rest::prepare(device, sync)?;
     let mut thawed = Ok(());
-    let mut freeze = || if sync { rest.freeze(device) } else { Ok(()) };
     let spec = SwitchSpec { levels, commit: None, linger: 0 };
-    device::switch_prepared(device, &spec, &mut freeze, &mut |_| thawed = rest.thaw())?;
+    device::switch_prepared(device, &spec, &mut || rest.freeze(), &mut |_| thawed = rest.thaw())?;
     thawed
 }
 
 /// The file systems of a device, perhaps at rest.
-#[derive(Default)]
-struct Rest(RefCell<Option<Box<dyn Freeze>>>);
+struct Rest {
+    freeze: RefCell<Option<Box<dyn Freeze>>>,
+    frozen: Cell<bool>,
+}
 
 impl Rest {
+    /// `sync`: there is something to be frozen.
+    fn prepare(device: &Device, sync: bool) -> Result<Rest> {
+        let freeze = if sync { Some(freeze::prepare(device)?) } else { None };
+        Ok(Rest { freeze: RefCell::new(freeze), frozen: Cell::new(false) })
+    }
+
     /// Freezes once: a second supervisor asks for it a second time.
-    fn freeze(&self, device: &Device) -> Result<()> {
-        let mut frozen = self.0.borrow_mut();
-        if frozen.is_none() {
-            *frozen = Some(freeze::start(device)?);
+    fn freeze(&self) -> Result<()> {
+        if let (false, Some(freeze)) = (self.frozen.replace(true), self.freeze.borrow_mut().as_mut()) {
+            freeze.freeze().inspect_err(|_| self.frozen.set(false))?;
         }
         Ok(())
     }
 
     fn thaw(&self) -> Result<()> {
-        self.0.borrow_mut().as_mut().map_or(Ok(()), |frozen| frozen.thaw())
+        self.freeze.borrow_mut().as_mut().map_or(Ok(()), |frozen| frozen.thaw())
     }
 }
 

@@ -48,11 +48,12 @@ impl Supervisor {
                 let sent = SwitchFds::received(&switch, fds);
                 self.request(sent.map(|fds| ChangeRequest::Switch(switch, fds)), client);
             }
-            Command::Freeze if self.can_change() => {
+            Command::Freeze | Command::PrepareFreeze if self.can_change() => {
+                let job = if matches!(command, Command::Freeze) { Job::Freeze } else { Job::PrepareFreeze };
                 let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
                 let program = self.fds.as_ref().map_or("/proc/self/exe".into(), Descriptors::program);
                 // It talks to the initiator from here on.
-                match Helper::start_with(&program, &Job::Freeze, &fds) {
+                match Helper::start_with(&program, &job, &fds) {
                     Ok(helper) => {
                         self.released_helpers.push(helper);
                         control::answer(&client, &Answer::Done);
