@@ -215,6 +215,9 @@ pub fn by_mount_point(folder: &Path) -> Result<Option<(Device, Mount)>> {
             mounts.iter().rev().filter(here).collect()
         }
     };
+    if visible.is_empty() {
+        return Ok(None);
+    }
     let mount_of = |device: &Device| {
         let names = names(device);
         visible.iter().copied().find(|m| names.mounted_by(m))

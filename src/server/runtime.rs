@@ -167,13 +167,20 @@ pub fn is_this_boot(id: &str) -> bool {
     now.is_empty() || id == now
 }
 
+fn process_stat(pid: i32) -> io::Result<String> {
+    // Room for all of it: else it would be read in small pieces.
+    let mut text = String::with_capacity(1024);
+    File::open(format!("/proc/{pid}/stat"))?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// Identity of a running process; none if there is no such process or it has ended.
 pub fn process(pid: i32) -> Option<ProcessId> {
     #[cfg(test)]
     if host::is_simulated() {
         return host::simulated::with(|host| host.start_time(pid)).map(|start_time| ProcessId { pid, start_time });
     }
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = process_stat(pid).ok()?;
     parse_stat(&stat).map(|start_time| ProcessId { pid, start_time })
 }
 
@@ -182,7 +189,7 @@ pub fn stands_still(id: ProcessId) -> bool {
     if host::is_simulated() {
         return false;
     }
-    let stat = fs::read_to_string(format!("/proc/{}/stat", id.pid)).unwrap_or_default();
+    let stat = process_stat(id.pid).unwrap_or_default();
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
     alive(id) && matches!(state, Some('T' | 't' | 'D'))
 }
@@ -222,7 +229,8 @@ pub fn read_record(dir: &Path) -> Result<Option<DeviceRecord>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.ctx(Kind::Open, || format!("cannot open {}", path.display()))?,
     };
-    let mut text = Vec::new();
+    // Room for a record at once: else it would be read in small pieces.
+    let mut text = Vec::with_capacity(4096);
     file.take(MAX_FRAME as u64).read_to_end(&mut text).ctx(Kind::Read, || format!("cannot read {}", path.display()))?;
     Ok(serde_json::from_slice(&text).ok())
 }
