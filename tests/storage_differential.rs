@@ -17,6 +17,7 @@ use ploop::format::{bat, guid};
 use ploop::image::check::{CheckOptions, check_file};
 use ploop::image::content::Piece;
 use ploop::image::create::{Params, build, create};
+use ploop::ops::grow;
 use ploop::units::ClusterSize;
 
 const PLOOP: &str = "/usr/sbin/ploop";
@@ -137,6 +138,64 @@ fn images_with_content_are_read_alike() {
             std::fs::remove_file(d.join(&name)).unwrap();
         }
     }
+}
+
+/// The classic and we grow copies of the same image: the content stays, each accepts what the other has made, and the same
+/// is refused.
+#[test]
+fn images_grow_as_with_the_classic() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let bytes = 40u64 << 20;
+    scattered(&d.join("raw"), bytes, 30);
+    let raw = File::open(d.join("raw")).unwrap();
+    let kinds = [(Version::V1, 64), (Version::V1, 2048), (Version::V2, 64), (Version::V2, 2048)];
+    for (version, cluster) in kinds {
+        let start = params(version, cluster, bytes / 512, ImageMode::Expanded);
+        for copy in ["ours", "theirs"] {
+            build(&d.join(copy), &start, &[Piece::file(0, &raw, bytes)], &mut quiet).unwrap();
+        }
+        // Each time the table needs more clusters, but for the last.
+        for sectors in [64u64 << 11, 3 << 21, 9 << 21, (9 << 21) + cluster] {
+            let size = sectors.to_string();
+            match classic_code(&["grow", "-s", &size, "theirs"], d) {
+                None => return,
+                code => assert_eq!(code, Some(0), "{size}"),
+            }
+            grow::grow_image(&d.join("ours"), false, sectors).unwrap();
+            for copy in ["ours", "theirs"] {
+                assert_eq!(classic_code(&["check", "-f", "-c", "-r", copy], d), Some(0), "{copy} {size}");
+                let found = check_file(&d.join(copy), None, &CheckOptions { force: true, ..Default::default() });
+                assert!(found.is_ok(), "{copy} {size}: {found:?}");
+                if qemu(&["convert", "-q", "-f", "parallels", "-O", "raw", copy, "back"], d).is_some() {
+                    assert_eq!(std::fs::metadata(d.join("back")).unwrap().len(), sectors * 512);
+                    let (was, is) = (digest(&raw, 0, bytes), digest(&File::open(d.join("back")).unwrap(), 0, bytes));
+                    assert_eq!(was, is, "{copy} {size}");
+                }
+            }
+        }
+        // Smaller; no multiple of the cluster.
+        for sectors in [64u64 << 11, (10 << 21) + 8] {
+            assert_eq!(classic_code(&["grow", "-s", &sectors.to_string(), "theirs"], d), Some(38));
+            let e = grow::grow_image(&d.join("ours"), false, sectors).unwrap_err();
+            assert_eq!(e.code(), 38, "{e}");
+        }
+        let marked = File::options().write(true).open(d.join("ours")).unwrap();
+        put(&marked, 44, ploop::format::header::IN_USE);
+        std::fs::copy(d.join("ours"), d.join("theirs")).unwrap();
+        let code = classic_code(&["grow", "-s", "20g", "theirs"], d);
+        assert_eq!(code, Some(grow::grow_image(&d.join("ours"), false, 20 << 21).unwrap_err().code()));
+        for copy in ["ours", "theirs"] {
+            std::fs::remove_file(d.join(copy)).unwrap();
+        }
+    }
+    for copy in ["ours", "theirs"] {
+        std::fs::copy(d.join("raw"), d.join(copy)).unwrap();
+    }
+    let sectors = (bytes >> 9) + 2049;
+    assert_eq!(classic_code(&["grow", "-s", &sectors.to_string(), "-f", "raw", "theirs"], d), Some(0));
+    grow::grow_image(&d.join("ours"), true, sectors).unwrap();
+    assert!(std::fs::read(d.join("ours")).unwrap() == std::fs::read(d.join("theirs")).unwrap());
 }
 
 #[test]

@@ -36,6 +36,7 @@ mod handle;
 pub mod kernel_consts;
 pub mod log;
 pub mod mount;
+pub mod sizes;
 pub mod snapshots;
 mod state;
 pub mod tools;

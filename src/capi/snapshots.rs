@@ -199,7 +199,7 @@ pub unsafe extern "C" fn ploop_replace_image(
 ///
 /// # Safety
 /// `di` is NULL or an open object of this library that this thread alone uses.
-unsafe fn change(
+pub(super) unsafe fn change(
     name: &str,
     di: *mut ploop_disk_images_data,
     operation: impl FnOnce(&Path, &str) -> Result<()>,

@@ -78,13 +78,6 @@ pub extern "C" fn ploop_discard_by_dev(
     refuse("ploop_discard_by_dev")
 }
 
-/// Enlarges a disk, mounted or not, to size sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_grow_image(di: *mut ploop_disk_images_data, size: off_t) -> c_int {
-    let _ = (di, size);
-    refuse("ploop_grow_image")
-}
-
 /// Enlarges a running device to new_size sectors.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c_int {
@@ -92,37 +85,11 @@ pub extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c
     refuse("ploop_grow_device")
 }
 
-/// Enlarges one image that no device uses to new_size sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_grow_delta_offline(image: *const c_char, new_size: off_t) -> c_int {
-    let _ = (image, new_size);
-    refuse("ploop_grow_delta_offline")
-}
-
-/// Enlarges one raw image that no device uses to new_size sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_grow_raw_delta_offline(image: *const c_char, new_size: off_t) -> c_int {
-    let _ = (image, new_size);
-    refuse("ploop_grow_raw_delta_offline")
-}
-
 /// Converts all images of a disk between format versions 1 and 2. flags: keep 0.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_change_fmt_version(di: *mut ploop_disk_images_data, new_version: c_int, flags: c_int) -> c_int {
     let _ = (di, new_version, flags);
     refuse("ploop_change_fmt_version")
-}
-
-/// Writes DiskDescriptor.xml for a single image into dir.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_restore_descriptor(
-    dir: *const c_char,
-    delta_path: *mut c_char,
-    raw: c_int,
-    blocksize: c_int,
-) -> c_int {
-    let _ = (dir, delta_path, raw, blocksize);
-    refuse("ploop_restore_descriptor")
 }
 
 /// Stores a number of the device's state in *res. -1: not available.

@@ -59,6 +59,27 @@ pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     Ok(())
 }
 
+/// Makes a raw image of `len` bytes `wanted` bytes long, durably. What is added reads as zero, and has its space where the
+/// file system can give it.
+pub fn grow_raw(file: &File, name: &Path, len: u64, wanted: u64) -> Result<()> {
+    let shown = name.display();
+    if wanted > len {
+        match store::fallocate(file, len, wanted - len) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                store::set_len(file, wanted)
+                    .ctx(Kind::Ftruncate, || format!("cannot extend image {shown} to {wanted} bytes"))?;
+            }
+            Err(e) => {
+                // What of it there is now is not needed.
+                let _ = store::set_len(file, len);
+                return Err(e).ctx(Kind::Fallocate, || format!("cannot extend image {shown} to {wanted} bytes"));
+            }
+            Ok(()) => {}
+        }
+    }
+    store::sync_all(file).ctx(Kind::Fsync, || format!("cannot sync image {shown}"))
+}
+
 /// Empties the clusters before `first` of data, and zeroes them for the table.
 fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
     let name = target.name.display().to_string();

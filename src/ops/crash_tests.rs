@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::check::check_disk;
+use super::grow::grow_disk;
 use super::merge::{MergeParams, merge_snapshot};
 use super::replace::{Which, replace};
 use super::snapshot::{self, SnapshotParams};
@@ -89,7 +90,9 @@ impl Case<'_> {
             check_disk(dd, Some(&snapshot.guid)).unwrap_or_else(|e| panic!("{} {when}: {e}", self.name));
         }
         let (image, descriptor) = sizes(dd);
-        assert_eq!(image, descriptor, "{} {when}", self.name);
+        // A raw file that an interrupted grow left longer than the descriptor says does no harm: the next one corrects that.
+        let raw = d.is_raw(d.image(&guid::TOP).unwrap());
+        assert!(image == descriptor || raw && image > descriptor, "{} {when}: {image} {descriptor}", self.name);
     }
 
     fn examine(&self, dir: &Path, when: &str) {
@@ -349,6 +352,26 @@ fn crashes_of_replacing() {
             _ => Ok(()),
         };
         told("replace", crashes("replace", dir.path(), &act));
+    }
+}
+
+#[test]
+fn crashes_of_grows() {
+    for (version, mode) in kinds(ImageMode::Expanded) {
+        let (dir, dd) = base(version, mode);
+        for c in 0..4 {
+            put(&dd, &guid::TOP, c, c as u8 + 1);
+        }
+        if mode != ImageMode::Raw {
+            take(&dd, 1).unwrap();
+            put(&dd, &guid::TOP, 2, 77);
+        }
+        // A table of two clusters: data clusters move.
+        let clusters = if mode == ImageMode::Raw { 14 } else { 8200 };
+        let act = |dd: &Path| grow_disk(dd, clusters * 64);
+        told("grow", crashes("grow", dir.path(), &act));
+        let e = grow_disk(&dd, 64).unwrap_err();
+        assert_eq!(e.kind(), Kind::Param, "{e}");
     }
 }
 

@@ -23,6 +23,7 @@ pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     disk.check_storable()?;
     finish_pending_descriptor(disk)?;
     disk.check_tree()?;
+    adopt_size(disk)?;
     let all: Vec<Guid> = disk.snapshots.iter().map(|s| s.guid).filter(|g| *g != disk.top).collect();
     clear_marks(disk, &all)
 }
@@ -39,7 +40,32 @@ pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -
     }
     let mut below: Vec<Guid> = disk.chain(guid)?.iter().map(|i| i.guid).collect();
     below.pop();
-    clear_marks(disk, &below)
+    clear_marks(disk, &below)?;
+    adopt_size(disk)
+}
+
+/// A grow that was interrupted between its two durable steps, or one of the image file alone, leaves the top larger than the
+/// descriptor says: the image is right.
+fn adopt_size(disk: &mut LockedDescriptor) -> Result<()> {
+    let Some(top) = disk.image(&disk.top).filter(|i| !disk.is_raw(i)) else { return Ok(()) };
+    let Ok(header) = read_header(&top.file, Some(&disk.dir)) else { return Ok(()) };
+    // A last cluster that is not whole may be counted as whole in one of them.
+    let known = disk.size_sectors.next_multiple_of(u64::from(disk.blocksize.sectors()));
+    if header.sectors <= known {
+        return Ok(());
+    }
+    let mut next = disk.descriptor.clone();
+    next.size_sectors = header.sectors;
+    disk.commit_as(next)?;
+    report::say(
+        0,
+        format_args!(
+            "the top image has {} sectors, {} said {known}: corrected, as after an interrupted grow",
+            header.sectors,
+            disk.path.display()
+        ),
+    );
+    Ok(())
 }
 
 /// Finishes or removes descriptors under temporary names. The caller holds the disk's lock, so no process is storing

@@ -7,6 +7,7 @@ mod check;
 mod disk;
 mod doctor;
 mod getopt;
+mod grow;
 mod helpers;
 mod info;
 mod init;
@@ -17,6 +18,7 @@ mod merge;
 mod mount;
 mod reload;
 mod replace;
+mod restore;
 mod snapshot;
 mod snapshot_list;
 mod tour;
@@ -89,7 +91,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 18] = [
+const COMMANDS: [&Command; 20] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -105,13 +107,15 @@ const COMMANDS: [&Command; 18] = [
     &merge::SNAPSHOTS,
     &merge::IMAGES,
     &replace::COMMAND,
+    &grow::COMMAND,
+    &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
     &reload::COMMAND,
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 11] = [
+const ON_A_DISK: [&str; 12] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -123,6 +127,7 @@ const ON_A_DISK: [&str; 11] = [
     snapshot_list::COMMAND.name,
     merge::SNAPSHOTS.name,
     replace::COMMAND.name,
+    grow::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -146,6 +151,8 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop snapshot-merge [...] DISK    put one into what it stands on
   ploop merge TOP [...] BASE         the same with image files
   ploop replace ... -i FILE DISK     put a copy in the place of an image
+  ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
+  ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
