@@ -612,6 +612,13 @@ void ploop_set_verbose_level(int level);
 /* Asks the operation that runs in the calling thread to stop. For signal handlers, which run in that thread. */
 void ploop_cancel_operation(void);
 
+/*
+ * Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
+ * file system (ext, xfs, btrfs) on it. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
+ * SYSEXIT_PARAM.
+ */
+int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
+
 /* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
 int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
 
@@ -620,9 +627,6 @@ int ploop_create_dd(const char *ddxml, struct ploop_create_param *param);
 
 /* Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM. */
 int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long long size);
-
-/* Changes the size of a disk and of the file system inside. Not available: SYSEXIT_PARAM. */
-int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
 /* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
 int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);

@@ -16,6 +16,8 @@
 //! - [`tools`]: what the classic's own programs use, undeclared: find_image_by_guid, find_snapshot_by_guid,
 //!   make_images_list, guidcmp, is_valid_guid, read_line, check_deltas_same, find_level_by_delta, get_delta_info,
 //!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
+//! - [`sizes`], [`size_tools`]: ploop_resize_image; undeclared: ploop_grow_image, ploop_grow_delta_offline,
+//!   ploop_grow_raw_delta_offline, ploop_restore_descriptor
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
@@ -36,6 +38,7 @@ mod handle;
 pub mod kernel_consts;
 pub mod log;
 pub mod mount;
+pub mod size_tools;
 pub mod sizes;
 pub mod snapshots;
 mod state;

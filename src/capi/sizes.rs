@@ -1,73 +1,28 @@
-//! Growing disks and images, and descriptors made anew.
+//! Sizes of disks.
 
-use super::boundary;
-use super::convert;
 use super::snapshots::change;
-use super::types::ploop_disk_images_data;
+use super::types::{ploop_disk_images_data, ploop_resize_param};
 use crate::bail;
-use crate::error::Result;
-use crate::ops::{grow, restore};
-use crate::units::ClusterSize;
-use std::ffi::{c_char, c_int};
+use crate::ops::resize;
+use std::ffi::c_int;
 
-#[allow(non_camel_case_types)]
-type off_t = libc::off_t;
-
-fn sectors(size: off_t) -> Result<u64> {
-    match u64::try_from(size) {
-        Ok(sectors) if sectors > 0 => Ok(sectors),
-        _ => bail!(Param, "a size of {size} sectors: at least 1 wanted"),
-    }
-}
-
-/// Enlarges a disk that is not mounted to size sectors, by its top image; neither its partitions nor the file system
-/// inside. Smaller than it is: SYSEXIT_PARAM; mounted, in this version: SYSEXIT_PARAM.
+/// Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
+/// file system (ext, xfs, btrfs) on it. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
+/// SYSEXIT_PARAM.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ploop_grow_image(di: *mut ploop_disk_images_data, size: off_t) -> c_int {
+pub unsafe extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.
-    unsafe { change("ploop_grow_image", di, |descriptor, _| grow::grow_disk(descriptor, sectors(size)?)) }
-}
-
-/// Enlarges one image that no device uses to new_size sectors, a multiple of its cluster. Marked in use:
-/// SYSEXIT_OPEN.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ploop_grow_delta_offline(image: *const c_char, new_size: off_t) -> c_int {
-    boundary::call("ploop_grow_delta_offline", || {
-        // SAFETY: the caller's string, NULL or NUL-terminated.
-        let image = unsafe { convert::path(image, "image")? };
-        grow::grow_image(&image, false, sectors(new_size)?)
-    })
-}
-
-/// Enlarges one raw image that no device uses to new_size sectors, rounded up to 4 KiB.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ploop_grow_raw_delta_offline(image: *const c_char, new_size: off_t) -> c_int {
-    boundary::call("ploop_grow_raw_delta_offline", || {
-        // SAFETY: the caller's string, NULL or NUL-terminated.
-        let image = unsafe { convert::path(image, "image")? };
-        grow::grow_image(&image, true, sectors(new_size)?)
-    })
-}
-
-/// Writes DiskDescriptor.xml for a single image into dir. raw: the image is raw, its cluster blocksize sectors (0: the
-/// largest that fits). A descriptor that is there stays: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ploop_restore_descriptor(
-    dir: *const c_char,
-    delta_path: *mut c_char,
-    raw: c_int,
-    blocksize: c_int,
-) -> c_int {
-    boundary::call("ploop_restore_descriptor", || {
-        // SAFETY: the caller's strings, NULL or NUL-terminated.
-        let (dir, image) = unsafe { (convert::path(dir, "dir")?, convert::path(delta_path, "delta_path")?) };
-        let cluster = match blocksize {
-            0 => None,
-            n => match u64::try_from(n) {
-                Ok(sectors) => Some(ClusterSize::from_sectors(sectors)?),
-                Err(_) => bail!(Param, "ploop_restore_descriptor: a cluster of {n} sectors"),
-            },
-        };
-        restore::restore_descriptor(&dir, &image, raw != 0, cluster.filter(|_| raw != 0))
-    })
+    unsafe {
+        change("ploop_resize_image", di, |descriptor, _| {
+            // SAFETY: the caller's struct, NULL or valid, unchanged during the call.
+            let Some(p) = param.as_ref() else { bail!(Param, "ploop_resize_image: param is NULL") };
+            if p.size == 0 {
+                bail!(
+                    Param,
+                    "ploop_resize_image: a size of 0, the largest balloon, is not available; nothing was changed"
+                );
+            }
+            resize::resize_disk(descriptor, p.size)
+        })
+    }
 }

@@ -4,7 +4,7 @@
 use super::boundary;
 use super::types::{
     ploop_copy_receive_param, ploop_copy_send_param, ploop_create_param, ploop_discard_param, ploop_discard_stat,
-    ploop_disk_images_data, ploop_resize_param,
+    ploop_disk_images_data,
 };
 use crate::bail;
 use std::ffi::{c_char, c_int, c_ulonglong};
@@ -38,13 +38,6 @@ pub extern "C" fn ploop_create_dd(ddxml: *const c_char, param: *mut ploop_create
 pub extern "C" fn ploop_set_max_delta_size(di: *mut ploop_disk_images_data, size: c_ulonglong) -> c_int {
     let _ = (di, size);
     refuse("ploop_set_max_delta_size")
-}
-
-/// Changes the size of a disk and of the file system inside. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {
-    let _ = (di, param);
-    refuse("ploop_resize_image")
 }
 
 /// Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM.

@@ -184,6 +184,20 @@ impl Gpt {
         Ok(new)
     }
 
+    /// The table with the partition that ends last extended to the end of the disk: to the last multiple of `align` sectors
+    /// that leaves as many free, as [`single`](Self::single) has it. `None`: it reaches so far already, or there is none.
+    pub fn extend_last(&self, align: u64) -> Option<(Gpt, Partition)> {
+        let (number, first, last) = self.used().filter(|(_, f, l)| f <= l).max_by_key(|(_, _, last)| *last)?;
+        let end = (self.disk.checked_sub(align)? / align * align).checked_sub(1)?.min(self.last_usable);
+        if end <= last {
+            return None;
+        }
+        let mut new = self.clone();
+        let at = (number as usize - 1) * self.entry_len + 40;
+        new.entries.get_mut(at..at + 8)?.copy_from_slice(&end.to_le_bytes());
+        Some((new, Partition { number, start: first * SECTOR, length: (end - first + 1) * SECTOR }))
+    }
+
     /// The pieces of the disk with the table, the piece at the end last. A caller that moves the end writes and syncs
     /// that piece first, so that a crash leaves a sound copy. `ChangeGpt`: the pieces would overlap.
     pub fn encode(&self) -> Result<Vec<Piece>> {

@@ -10,4 +10,5 @@ pub mod mkfs;
 pub mod mount;
 pub mod mounts;
 pub mod probe;
+pub mod resize;
 pub mod stat;

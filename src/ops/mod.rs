@@ -23,6 +23,7 @@ mod partition;
 mod recovery;
 pub mod reload;
 pub mod replace;
+pub mod resize;
 pub mod restore;
 mod scratch;
 pub mod snapshot;

@@ -12,6 +12,7 @@ const BLKGETSIZE64: u32 = 0x8008_1272;
 enum Op {
     Add = 1,
     Delete = 2,
+    Resize = 3,
 }
 
 /// `struct blkpg_partition`.
@@ -48,6 +49,11 @@ fn blkpg(disk: BorrowedFd, op: Op, number: i32, start: u64, length: u64) -> io::
 /// Tells the kernel about a partition; start and length in bytes. EBUSY: it overlaps another or exists.
 pub fn add(disk: BorrowedFd, number: i32, start: u64, length: u64) -> io::Result<()> {
     blkpg(disk, Op::Add, number, start, length)
+}
+
+/// Tells the kernel that a partition has another length; start and length in bytes. It may be mounted.
+pub fn resize(disk: BorrowedFd, number: i32, start: u64, length: u64) -> io::Result<()> {
+    blkpg(disk, Op::Resize, number, start, length)
 }
 
 /// Makes the kernel forget a partition. EBUSY: it is open or mounted; ENXIO: there is none.

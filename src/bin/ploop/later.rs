@@ -4,9 +4,9 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 14] = [
-    "balloon", "clear", "convert", "copy", "delete", "getdev", "resize", "rm", "start", "stat", "stop", "encrypt",
-    "degrade", "fscheck",
+const CLASSIC: [&str; 13] = [
+    "balloon", "clear", "convert", "copy", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade",
+    "fscheck",
 ];
 
 /// Is it a command of the classic tool?

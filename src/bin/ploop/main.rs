@@ -18,6 +18,7 @@ mod merge;
 mod mount;
 mod reload;
 mod replace;
+mod resize;
 mod restore;
 mod snapshot;
 mod snapshot_list;
@@ -91,7 +92,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 20] = [
+const COMMANDS: [&Command; 21] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -107,6 +108,7 @@ const COMMANDS: [&Command; 20] = [
     &merge::SNAPSHOTS,
     &merge::IMAGES,
     &replace::COMMAND,
+    &resize::COMMAND,
     &grow::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
@@ -115,7 +117,7 @@ const COMMANDS: [&Command; 20] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 12] = [
+const ON_A_DISK: [&str; 13] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -128,6 +130,7 @@ const ON_A_DISK: [&str; 12] = [
     merge::SNAPSHOTS.name,
     replace::COMMAND.name,
     grow::COMMAND.name,
+    resize::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -151,6 +154,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop snapshot-merge [...] DISK    put one into what it stands on
   ploop merge TOP [...] BASE         the same with image files
   ploop replace ... -i FILE DISK     put a copy in the place of an image
+  ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder

@@ -244,3 +244,22 @@ proptest! {
         prop_assert!(got.is_ok());
     }
 }
+
+#[test]
+fn the_last_partition_follows_the_end_of_the_disk() {
+    let cluster = ClusterSize::DEFAULT;
+    let align = u64::from(cluster.sectors());
+    let small = Gpt::single(100 * align, cluster).unwrap();
+    for disk in [200 * align, 3000 * align + 8] {
+        let (grown, last) = small.resize(disk).unwrap().extend_last(align).unwrap();
+        // Just as a new table of that disk has it.
+        let wanted: Vec<Partition> = Gpt::single(disk, cluster).unwrap().partitions().collect();
+        assert_eq!((grown.partitions().collect::<Vec<_>>(), last), (wanted.clone(), wanted[0]));
+        grown.encode().unwrap();
+        assert_eq!(grown.extend_last(align), None);
+    }
+    assert_eq!(small.extend_last(align), None);
+    let mut empty = small.resize(200 * align).unwrap();
+    empty.entries.fill(0);
+    assert_eq!(empty.extend_last(align), None);
+}
