@@ -122,6 +122,54 @@ def case_killed(t):
     log(f"RESULT: {rounds} resizes, {killed} of them killed, to {size} MiB")
 
 
+@devlib.limit(300)
+def case_compact(t):
+    """What was deleted inside goes back to the host; what is below the top stays as it is."""
+    for fs in devlib.pick(("ext4",), ("ext4", "xfs", "btrfs")):
+        dd = new_disk(t, fs, "compact-" + fs, "1g")
+        folder, point = os.path.dirname(dd), t.mkdir("mnt")
+        img = os.path.join(folder, "root.hdd")
+        t.mount("-m", point, dd)
+        sums = devlib.fill_tree(os.path.join(point, "data"), 7, 20 * MIB)
+        devlib.fill_tree(os.path.join(point, "more"), 8, 200 * MIB)
+        run("sync")
+        # The last thing in the file.
+        late = devlib.fill_tree(os.path.join(point, "late"), 9, 20 * MIB)
+        run("rm", "-r", os.path.join(point, "more"))
+        t.umount("-m", point)
+        before = os.stat(img).st_blocks * 512
+        said = ploop("compact", dd).text
+        after = os.stat(img).st_blocks * 512
+        check(after < before - 150 * MIB, f"the file took {before >> 20} MiB, and takes {after >> 20} now: {said}")
+        t.judges(img)
+        dev = t.mount("-m", point, dd)
+        devlib.compare_tree(os.path.join(point, "data"), sums)
+        devlib.compare_tree(os.path.join(point, "late"), late)
+        ploop("compact", dd, rc=38)
+        # A delta that deletes what the base has keeps its zeroes over it.
+        ploop("snapshot", dd)
+        base = devlib.sha(img)
+        run("rm", "-r", os.path.join(point, "late"))
+        devlib.fill_tree(os.path.join(point, "more"), 8, 60 * MIB)
+        run("sync")
+        run("rm", "-r", os.path.join(point, "more"))
+        t.umount("-d", dev)
+        ploop("compact", dd)
+        check(devlib.sha(img) == base, "the base has changed")
+        t.mount("-m", point, dd)
+        devlib.compare_tree(os.path.join(point, "data"), sums)
+        check(not os.path.exists(os.path.join(point, "late")), "what was deleted is back")
+        source = devlib.mount_source(point)
+        t.umount("-m", point)
+        dev = t.mount(dd)
+        if fs == "ext4":
+            run("e2fsck", "-f", "-n", dev + "p1")
+        check(source, "it was mounted")
+        t.umount(dd)
+        ploop("check", dd)
+        log(f"RESULT: {fs}: {before >> 20} MiB before, {after >> 20} after")
+
+
 def busy(dd):
     """A program that the killed one has started works on the disk's partition."""
     words = ploop("info", "-d", dd, rc=None, quiet=True).text.split()

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
-mod compact;
+pub mod compact;
 pub mod complete;
 pub mod content;
 pub mod create;

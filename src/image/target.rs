@@ -144,6 +144,17 @@ impl<'a> Target<'a> {
         self.sync()
     }
 
+    /// Makes the entries of these clusters name nothing, durably.
+    pub fn clear(&mut self, clusters: &[VirtCluster]) -> Result<()> {
+        if clusters.is_empty() {
+            return Ok(());
+        }
+        let values: Vec<(VirtCluster, u32)> = clusters.iter().map(|cluster| (*cluster, 0)).collect();
+        write_entries(self.file, &values)
+            .ctx(Kind::Write, || format!("cannot write the BAT of {}", self.name.display()))?;
+        self.sync()
+    }
+
     /// Value of an entry that names this host cluster.
     fn value(&self, host_cluster: ImageCluster) -> Result<u32> {
         let (version, cluster) = (self.header.version, self.header.cluster);

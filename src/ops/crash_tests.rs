@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::check::check_disk;
+use super::compact::compact_disk;
 use super::grow::grow_disk;
 use super::merge::{MergeParams, merge_snapshot};
 use super::replace::{Which, replace};
@@ -372,6 +373,27 @@ fn crashes_of_grows() {
         told("grow", crashes("grow", dir.path(), &act));
         let e = grow_disk(&dd, 64).unwrap_err();
         assert_eq!(e.kind(), Kind::Param, "{e}");
+    }
+}
+
+#[test]
+fn crashes_of_compacting() {
+    for (version, mode) in kinds(ImageMode::Expanded) {
+        if mode == ImageMode::Raw {
+            continue;
+        }
+        let (dir, dd) = base(version, mode);
+        put(&dd, &guid::TOP, 1, 1);
+        take(&dd, 1).unwrap();
+        // Zeroes over a lower cluster, zeroes over nothing, and data that move.
+        for (cluster, fill) in [(1, 0), (2, 0), (3, 0), (4, 4), (5, 0), (6, 6), (7, 7)] {
+            put(&dd, &guid::TOP, cluster, fill);
+        }
+        let act = |dd: &Path| compact_disk(dd, false).map(drop);
+        told("compact", crashes("compact", dir.path(), &act));
+        let done = compact_disk(&dd, false).unwrap();
+        assert_eq!((done.packed.freed, done.packed.moved), (3, 2));
+        assert_eq!(compact_disk(&dd, false).unwrap().packed, Default::default());
     }
 }
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod compact;
 pub mod create;
 mod delete_leaf;
 pub mod device_chain;
@@ -20,6 +21,7 @@ mod mount_images;
 pub mod online;
 mod orphans;
 mod partition;
+mod private_folder;
 mod recovery;
 pub mod reload;
 pub mod replace;

@@ -45,7 +45,7 @@ pub fn source(device: &Device, number: Option<u32>) -> Result<PathBuf> {
 }
 
 /// What cannot be read has no file system that can be mounted.
-fn recognised(node: &std::path::Path) -> Option<Found> {
+pub(super) fn recognised(node: &std::path::Path) -> Option<Found> {
     probe::device(node).ok().flatten()
 }
 

@@ -1,11 +1,12 @@
 //! Resizing a disk that does not run, with its partition table and the file system inside.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 
 use super::mount::{self, MountParams};
+use super::private_folder::PrivateFolder;
 use super::{grow, image_set};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
@@ -67,8 +68,8 @@ fn extend(device: &Device, cluster: u64) -> Result<()> {
             None => bail!(Device, "{} does not show partition {last} of its table", node.display()),
         },
     };
-    let folder = Folder::make()?;
-    match resize::grow(&source, &folder.0)? {
+    let folder = PrivateFolder::make()?;
+    match resize::grow(&source, folder.path())? {
         Some(found) => {
             report::say(0, format_args!("{} on {} fills its partition now", found.name(), source.display()));
         }
@@ -124,25 +125,4 @@ fn write_table(disk: &File, node: &Path, table: &Gpt) -> Result<()> {
 fn tell_kernel(disk: &File, node: &Path, last: Partition) -> Result<()> {
     partition::resize(disk.as_fd(), last.number as i32, last.start, last.length)
         .ctx(Kind::ChangeGpt, || format!("the kernel does not take the new size of {}p{}", node.display(), last.number))
-}
-
-/// An empty folder that only root can change, for file systems that grow while they are mounted.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn make() -> Result<Folder> {
-        let folder = PathBuf::from(format!("/run/.ploop-resize-{}", std::process::id()));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&folder)
-            .ctx(Kind::Creat, || format!("cannot make folder {}", folder.display()))?;
-        Ok(Folder(folder))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // A file system that could not be unmounted keeps it.
-        let _ = fs::remove_dir(&self.0);
-    }
 }

@@ -1,4 +1,4 @@
-//! Freezing file systems: all that was written is on the disk, and writers wait until the thaw. A freeze stays when the
+//! Freezing and trimming file systems. Frozen: all that was written is on the disk, and writers wait until the thaw. A freeze stays when the
 //! process ends that made it.
 
 use std::fs::File;
@@ -22,6 +22,25 @@ pub fn thaw(file: &File) -> io::Result<()> {
     // SAFETY: as in `freeze`.
     unsafe { fithaw(file.as_raw_fd(), &mut unused) }?;
     Ok(())
+}
+
+/// `struct fstrim_range`.
+#[repr(C)]
+pub struct TrimRange {
+    start: u64,
+    len: u64,
+    minlen: u64,
+}
+
+nix::ioctl_readwrite!(fitrim, b'X', 121, TrimRange);
+
+/// Has the file system that `file` lies on discard its free space; how many bytes that were. EOPNOTSUPP: it, or its
+/// device, cannot.
+pub fn trim(file: &File) -> io::Result<u64> {
+    let mut range = TrimRange { start: 0, len: u64::MAX, minlen: 0 };
+    // SAFETY: the descriptor is open; the kernel reads and writes one `struct fstrim_range`.
+    unsafe { fitrim(file.as_raw_fd(), &mut range) }?;
+    Ok(range.len)
 }
 
 /// Writes back all of the file system that `file` lies on.

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod compact;
 mod disk;
 mod doctor;
 mod getopt;
@@ -92,7 +93,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 21] = [
+const COMMANDS: [&Command; 22] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -110,6 +111,7 @@ const COMMANDS: [&Command; 21] = [
     &replace::COMMAND,
     &resize::COMMAND,
     &grow::COMMAND,
+    &compact::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
@@ -117,7 +119,7 @@ const COMMANDS: [&Command; 21] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 13] = [
+const ON_A_DISK: [&str; 14] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -131,6 +133,7 @@ const ON_A_DISK: [&str; 13] = [
     replace::COMMAND.name,
     grow::COMMAND.name,
     resize::COMMAND.name,
+    compact::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -156,6 +159,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop replace ... -i FILE DISK     put a copy in the place of an image
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
+  ploop compact DISK                 give space that is not used inside back
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices

@@ -1,0 +1,126 @@
+//! Giving space that the file system inside does not use back to the host, of a disk that does not run.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::mount::{self, MountParams};
+use super::private_folder::PrivateFolder;
+use super::{image_set, partition, recovery};
+use crate::bail;
+use crate::descriptor::{Image, ImageMode, LockedDescriptor};
+use crate::device::{self, Device};
+use crate::error::{IoContext, Kind, Result};
+use crate::format::guid;
+use crate::fs::mount::{self as mounting, MountSpec};
+use crate::image::compact::{Packed, pack};
+use crate::image::lock::Sharing;
+use crate::image::open::Access;
+use crate::image::target::read_table;
+use crate::report;
+use crate::report::progress::Progress;
+use crate::sys::freeze;
+use crate::units::VirtCluster;
+
+const READ: Access = Access { write: false, direct: false };
+const WRITE: Access = Access { write: true, direct: false };
+
+/// How the top image has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compacted {
+    pub packed: Packed,
+    /// Bytes of the file before and after.
+    pub before: u64,
+    pub after: u64,
+}
+
+/// Compacts the top image of a disk. `trim`: the file system inside first discards what it does not use, for which the disk
+/// is mounted for a moment (root alone can). Clusters of zeroes stay where a level below has the cluster. Content and size
+/// of the disk do not change, at no instant; an interrupted run is repaired by the next mount or run.
+pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
+    let _operation = report::cancel::begin();
+    let mut disk = LockedDescriptor::open(descriptor)?;
+    if let Some(device) = image_set::writer(&disk)? {
+        bail!(
+            Param,
+            "the disk runs as {}: unmount it before it is compacted; this version does not compact a running disk",
+            device.node().display()
+        );
+    }
+    recovery::before_change(&mut disk)?;
+    recovery::check_files(&disk, &guid::TOP)?;
+    let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };
+    if disk.is_raw(&top) {
+        bail!(Param, "{} is a raw image: it has no clusters to be freed", top.file.display());
+    }
+    if disk.mode == ImageMode::Preallocated {
+        bail!(Param, "{} is preallocated: it keeps the space that its owner has chosen to take", disk.path.display());
+    }
+    let before = length(&top)?;
+    if trim {
+        trim_inside(&disk)?;
+    }
+    let below = below(&disk, &top)?;
+    let held = image_set::lock_image(&disk, &top.file, WRITE, Sharing::Exclusive)?;
+    image_set::repair_in_place(&disk, &top.file)?;
+    let mut shown = Progress::begin("compacting");
+    let packed = pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
+        if report::cancel::requested() {
+            bail!(Sys, "the compaction of {} was cancelled: it is whole, and can be continued", top.file.display());
+        }
+        shown.at(done, total);
+        Ok(())
+    })?;
+    Ok(Compacted { packed, before, after: length(&top)? })
+}
+
+/// Bytes that the file takes on the host.
+fn length(image: &Image) -> Result<u64> {
+    let meta = fs::symlink_metadata(&image.file);
+    Ok(meta.ctx(Kind::Fstat, || format!("cannot look at image {}", image.file.display()))?.blocks() * 512)
+}
+
+/// Clusters that levels below the top have.
+fn below(disk: &LockedDescriptor, top: &Image) -> Result<BTreeSet<VirtCluster>> {
+    let mut found = BTreeSet::new();
+    for image in disk.chain(&disk.top)?.iter().filter(|i| i.guid != top.guid) {
+        let held = image_set::lock_image(disk, &image.file, READ, Sharing::Readers)?;
+        if disk.is_raw(image) {
+            let len =
+                held.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", image.file.display()))?.len();
+            found.extend(0..len.div_ceil(disk.blocksize.bytes()) as VirtCluster);
+        } else {
+            found.extend(read_table(&held.file, &held.path)?.1.entries.iter().map(|(cluster, _)| *cluster));
+        }
+    }
+    Ok(found)
+}
+
+/// Mounts the file system for a moment, and has it discard what it does not use.
+fn trim_inside(disk: &LockedDescriptor) -> Result<()> {
+    let device = mount::mount_locked(disk, "", &MountParams::default())?.device;
+    let trimmed = trim_device(&device);
+    let detached = device::detach(device.name());
+    mount::drop_cache(disk);
+    trimmed?;
+    detached
+}
+
+fn trim_device(device: &Device) -> Result<()> {
+    let source = partition::source(device, None)?;
+    if partition::recognised(&source).is_none() {
+        report::warn(format_args!(
+            "no ext, xfs or btrfs was recognised on {}: only clusters that hold zeroes already are given back",
+            source.display()
+        ));
+        return Ok(());
+    }
+    let folder = PrivateFolder::make()?;
+    mounting::mount_device(&source, folder.path(), &MountSpec::default())?;
+    let trimmed = File::open(folder.path()).and_then(|root| freeze::trim(&root));
+    mounting::umount(folder.path())?;
+    let bytes = trimmed.ctx(Kind::Sys, || format!("the file system on {} cannot discard", source.display()))?;
+    report::say(0, format_args!("{} MiB inside are not used", bytes >> 20));
+    Ok(())
+}
