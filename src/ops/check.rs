@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{find, image_set, online, orphans};
+use super::{disk_lock, find, image_set, online, orphans};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::check_file;
@@ -48,7 +47,7 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
+    let disk = disk_lock::open(descriptor)?;
     if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
             && let Err(e) = online::check_chain(&disk, running)

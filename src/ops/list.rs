@@ -19,6 +19,8 @@ pub struct Line {
     pub state: String,
     /// The state, if it is not in order.
     pub trouble: Option<String>,
+    /// Snapshots of it are being merged: clusters looked at, and all.
+    pub merging: Option<(u64, u64)>,
 }
 
 /// Devices by number; their mount points if asked for.
@@ -31,6 +33,7 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
                 false => Vec::new(),
             };
             Ok(Line {
+                merging: d.merging,
                 name: d.name().to_owned(),
                 base: find::base_of(&d),
                 mount_points,
