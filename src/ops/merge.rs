@@ -447,6 +447,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
             read_header(image, None).map_err(|e| if e.kind() == Kind::Format { e.as_kind(Kind::Open) } else { e })?;
         }
     }
+    image_set::refuse_dead_users(&ids, target)?;
     if let (None, Some(file)) = (new_delta, ids.last()) {
         image_set::refuse_other_deltas(target, *file, &ids)?;
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::disk_lock::Disk;
 use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
-use super::{disk_lock, find, merge_temporary, partition, recovery};
+use super::{disk_lock, find, image_set, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -76,6 +76,9 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
     let running = find::of_disk(&disk, component)?.is_some();
     if !running {
         find::refuse_replaced(&disk)?;
+        if !params.read_only {
+            image_set::refuse_dead(&disk)?;
+        }
         recovery::before_mount(&mut disk, &guid, params.read_only)?;
     }
     let mounted = mount_locked(&disk, component, params)?;
@@ -324,8 +327,17 @@ fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
         let file = written.or(top.filter(|t| device.level_of(*t).is_some()))?;
         ids.iter().position(|i| *i == file).and_then(|at| levels.get(at))
     };
-    for device in device::list_of(|d| clash(d).is_some())?.iter().filter(|d| d.state != State::Dead) {
+    for device in &device::list_of(|d| clash(d).is_some())? {
         let Some(level) = clash(device) else { continue };
+        if device.state == State::Dead {
+            if !read_only {
+                // What another server left of the same images, by another component or as a list of files.
+                device::clean(device.name()).map_err(|e| {
+                    e.context(format!("left by a dead server: {} as {}", level.path.display(), device.node().display()))
+                })?;
+            }
+            continue;
+        }
         bail!(
             Mount,
             "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",
