@@ -171,7 +171,6 @@ mod tests {
     use super::*;
     use crate::image::lock::{Sharing, lock_image};
     use crate::image::open::Access;
-    use std::path::PathBuf;
     use std::thread::sleep;
     use std::time::Duration;
 
@@ -191,7 +190,7 @@ mod tests {
     }
 
     fn name(dir: &tempfile::TempDir) -> LevelName {
-        LevelName { path: PathBuf::from(dir.path().join("image")), raw: true }
+        LevelName { path: dir.path().join("image"), raw: true }
     }
 
     fn folder() -> tempfile::TempDir {
