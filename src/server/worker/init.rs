@@ -96,7 +96,7 @@ pub fn was_closed(inherited: &Inherited) -> Result<bool> {
         return Ok(false);
     }
     let top = open_files::open(std::slice::from_ref(fd), std::slice::from_ref(name), true)?;
-    open_files::lock(&top, std::slice::from_ref(fd), true, true, None)?;
+    open_files::lock(&top, std::slice::from_ref(fd), true, true, None, None)?;
     chain::is_closed(&top[0])
 }
 
@@ -115,7 +115,8 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let mut files = open_files::open(inherited.levels(), &attach.levels, writable)?;
     let (target, mut no_merge) = open_merge_target(inherited, &mut files)?;
     if writable || attach.marked != Marked::Ignore {
-        open_files::lock(&files, inherited.levels(), writable, takeover, target)
+        let finish = inherited.start.finish;
+        open_files::lock(&files, inherited.levels(), writable, takeover, target, finish)
             .map_err(|e| better_reason(e, &files, attach))?;
     }
     if takeover {

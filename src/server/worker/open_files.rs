@@ -97,18 +97,22 @@ pub fn open_target(fd: &OwnedFd, name: &LevelName, wait: bool) -> Result<LevelFi
 /// Locks the files: the writable top exclusively, what is only read together with other readers. At a takeover this
 /// waits until the last operation of the former worker is over; otherwise a lock that another process holds is an
 /// error. `fds`: by which the supervisor has them. `except`: a level that is locked already, or that another process
-/// writes to.
+/// writes to. `finish`: a former top, which stays locked for writing until it is finished. Each other level that is not
+/// the top is a reader's, also if a change of the chain that failed has locked it for writing.
 pub fn lock(
     levels: &[LevelFile],
     fds: &[OwnedFd],
     writable: bool,
     takeover: bool,
     except: Option<usize>,
+    finish: Option<usize>,
 ) -> Result<()> {
     for (i, (level, fd)) in levels.iter().zip(fds).enumerate().filter(|(i, _)| Some(*i) != except) {
         if writable && i + 1 == levels.len() {
             lock_written(level, fd, takeover)?;
             lock::lock_write(holder(level, fd)).map_err(|_| in_use(level))?;
+        } else if exclusion::is_shared(fd) && finish != Some(i) {
+            exclusion::release_write(fd).map_err(|_| in_use(level))?;
         } else {
             lock::lock_read(holder(level, fd)).map_err(|_| in_use(level))?;
         }
@@ -198,7 +202,7 @@ mod tests {
     }
 
     fn locked(level: &[LevelFile; 1], fd: &OwnedFd, writable: bool, takeover: bool) -> Result<()> {
-        lock(level, std::slice::from_ref(fd), writable, takeover, None)
+        lock(level, std::slice::from_ref(fd), writable, takeover, None, None)
     }
 
     #[test]
@@ -273,8 +277,15 @@ mod tests {
         assert_eq!(open_target(&own, &name(&dir), false).unwrap_err().kind(), Kind::Busy);
         drop(others);
         let other = image(&dir, true, false);
-        locked(&level(&dir, &other, false), &other, false, false).unwrap();
+        let other_level = level(&dir, &other, false);
+        locked(&other_level, &other, false, false).unwrap();
         drop(other);
-        open_target(&own, &name(&dir), false).unwrap();
+        // A merge that begins and fails: the next worker has the level as a reader.
+        let target = open_target(&own, &name(&dir), false).unwrap();
+        drop(target);
+        let other = image(&dir, true, false);
+        assert_eq!(locked(&other_level, &other, false, false).unwrap_err().kind(), Kind::InUse);
+        locked(&own_level, &own, false, false).unwrap();
+        locked(&other_level, &other, false, false).unwrap();
     }
 }
