@@ -17,7 +17,8 @@ use crate::sys::host;
 enum Which {
     /// All that can be made now, by this process where no device runs the images.
     All,
-    /// Those that the device which runs the disk makes while it serves.
+    /// Those that the device which runs the disk makes while it serves, of the chain of its top. A merge elsewhere in the
+    /// tree would keep the disk locked, and no umount could end it.
     Running,
 }
 
