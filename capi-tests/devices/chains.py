@@ -224,7 +224,9 @@ class Sequence:
                 snaptree.overlay(content, d.cluster, at, data)
             direct.close()
             snap.content = content
-            d.sweep()
+            d.sweep(mounted=True)
+            # The mount has not waited for that.
+            devlib.wait_for("temporary snapshots are gone", lambda: set(Tree(d.dd).parents) == set(d.snaps), 60, 0.05)
         else:
             dev = self.mounts.mount("-r", "-u", guid, "-c", "old", d.dd, quiet=True)
         zero = bytes(d.cluster)

@@ -411,6 +411,38 @@ def case_both_mounted(t):
     t.judges(img)
 
 
+def case_both_mounted_nothing_is_changed_beneath(t):
+    """While what the killed servers left is mounted each command that would change an image or the descriptor is refused, and
+    tells the way out; after that it works."""
+    folder = t.mkdir("img")
+    base = os.path.join(folder, "root.hdd")
+    ploop("init", "-s", "64m", base)
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    point = t.mkdir("mnt")
+    dev = t.mount("-m", point, dd)
+    ploop("snapshot", dd)
+    ploop("snapshot", dd)
+    first, second = (line.split()[0] for line in ploop("snapshot-list", "-H", "-s", "-o", "uuid", dd).out.splitlines())
+    top = next(p for g, p, _ in ploopimg.read_descriptor(dd)[1] if g not in (first, second))
+    copy = t.path("copy")
+    shutil.copy(base, copy)
+    kill_both(os.path.basename(dev))
+    before = {f: devlib.sha(os.path.join(folder, f)) for f in os.listdir(folder)}
+    for args in (("snapshot", dd), ("tsnapshot", "-u", "{cccccccc-0000-4000-8000-000000000001}", "-c", "x", dd), ("snapshot-merge", dd),
+                 ("snapshot-merge", "-u", second, dd), ("snapshot-delete", "-u", first, dd), ("snapshot-switch", "-u", first, dd),
+                 ("replace", "-u", first, "-i", copy, dd), ("check", dd), ("check", "-f", "-d", top), ("merge", top, base),
+                 ("mount", "-c", "other", dd), ("mount", dd)):
+        r = ploop(*args, rc=None, limit=30)
+        check(r.rc and ("umount" in r.err or "unmount it" in r.err), f"{args[0]}: {r.rc}, {r.text}")
+        check(before == {f: devlib.sha(os.path.join(folder, f)) for f in os.listdir(folder)}, f"{args[0]} has changed the disk")
+    ploop("snapshot-list", dd)
+    t.umount("-d", dev)
+    t.mount(dd)
+    t.umount(dd)
+    ploop("snapshot-merge", "-A", dd)
+    ploop("check", dd)
+
+
 def case_both_mounted_elsewhere(t):
     """A dead device is mounted in another mount namespace, too: one that ends is waited for, one that stays is named."""
     img, other = (os.path.join(t.mkdir(name), "root.hdd") for name in ("img", "other"))

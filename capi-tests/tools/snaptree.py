@@ -91,6 +91,14 @@ class Disk:
             n, guid = n + 1, self.snaps[guid].parent
         return n
 
+    def ancestors(self, guid):
+        """The snapshots that guid stands on."""
+        out = set()
+        while self.snaps[guid].parent != NONE:
+            guid = self.snaps[guid].parent
+            out.add(guid)
+        return out
+
     def is_raw(self, guid):
         return self.raw and self.snaps[guid].parent == NONE
 
@@ -105,12 +113,13 @@ class Disk:
         parent = self.snaps[guid].parent
         self.snaps[guid].parent = self.snaps.pop(parent).parent
 
-    def sweep(self):
-        """Temporary snapshots that have no need to be there any more."""
+    def sweep(self, mounted=False):
+        """Temporary snapshots that have no need to be there any more; what a mount merges is in the chain of the top."""
         while True:
+            chain = self.ancestors(TOP) if mounted else ()
             for g, s in self.snaps.items():
                 below = self.children(g)
-                if s.temporary and len(below) < 2:
+                if s.temporary and len(below) < 2 and (not mounted or not below or g in chain):
                     if below:
                         self.swallow(below[0])
                     else:

@@ -3,8 +3,9 @@
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use ploop::server::helper;
+use ploop::ops::merge_temporary;
 use ploop::server::supervisor::{attach, resume};
+use ploop::server::{helper, spawn};
 use ploop::sys::process;
 
 fn main() {
@@ -12,6 +13,8 @@ fn main() {
     std::process::exit(match mode.as_str() {
         "start" => spawn_detached("supervise"),
         "adopt" => spawn_detached("adopted"),
+        "merge" => spawn_detached("merging"),
+        "merging" => merge(),
         "supervise" => attach::supervise(),
         "adopted" => resume::adopt(),
         "resumed" => resume::resume(),
@@ -39,6 +42,12 @@ fn spawn_detached(mode: &str) -> i32 {
         .stderr(Stdio::null())
         .spawn();
     i32::from(child.is_err())
+}
+
+/// Has the temporary snapshots of a disk that was just mounted merged by its server.
+fn merge() -> i32 {
+    let merged = spawn::begin_merges().and_then(|descriptor| merge_temporary::run_merges(&descriptor));
+    i32::from(merged.is_err())
 }
 
 /// The worker expects its supervisor's socket as descriptor 3.

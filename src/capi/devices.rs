@@ -20,7 +20,7 @@ pub unsafe extern "C" fn ploop_get_dev(di: *mut ploop_disk_images_data, out: *mu
         // SAFETY: the caller's object, used by this thread alone.
         let mut disk = unsafe { Disk::borrow(di) }?;
         convert::buffer(out, len)?;
-        let found = ops::find::get_dev(disk.descriptor(), disk.component().unwrap_or_default());
+        let found = ops::info::get_dev(disk.descriptor(), disk.component().unwrap_or_default());
         disk.read().map_err(|e| e.as_kind(Kind::Lock))?;
         // SAFETY: the caller's buffer of `len` bytes.
         unsafe { found_text(found?, out, len, Long::Refuse) }

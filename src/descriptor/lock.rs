@@ -47,6 +47,15 @@ impl LockedDescriptor {
 
     /// As [`open`](Self::open) with another limit.
     pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
+        LockedDescriptor::open_while(path, patience, &mut || true)
+    }
+
+    /// As [`open`](Self::open), as long as `wait`, called while another process holds the lock, says that it is to wait.
+    pub fn open_waiting(path: &Path, wait: &mut dyn FnMut() -> bool) -> Result<LockedDescriptor> {
+        LockedDescriptor::open_while(path, PATIENCE, wait)
+    }
+
+    fn open_while(path: &Path, patience: Duration, wait: &mut dyn FnMut() -> bool) -> Result<LockedDescriptor> {
         let place = Descriptor::find(path)?;
         let path = place.path();
         // Checked first, so that no lock file is made beside a folder or a device.
@@ -58,7 +67,7 @@ impl LockedDescriptor {
             Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
         }
         let until = host::now() + patience;
-        let lock = lock_file(&place, until)?;
+        let lock = lock_file(&place, until, wait)?;
         let descriptor = Descriptor::read_at(&place).map_err(|e| e.as_kind(Kind::Lock))?;
         wait_for_ranges(&descriptor, until)?;
         Ok(LockedDescriptor { path, place, descriptor, lock })
@@ -110,7 +119,7 @@ pub fn lock_path(descriptor: &Path) -> PathBuf {
     name.into()
 }
 
-fn lock_file(descriptor: &Place, until: Instant) -> Result<File> {
+fn lock_file(descriptor: &Place, until: Instant, wait: &mut dyn FnMut() -> bool) -> Result<File> {
     let name = descriptor.suffixed(LOCK);
     let file: File = name
         .open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NONBLOCK)
@@ -124,7 +133,7 @@ fn lock_file(descriptor: &Place, until: Instant) -> Result<File> {
             Err(e) => return Err(Error::with(Kind::Lock, format!("cannot lock {}", name.display()), e)),
         }
         let left = until.saturating_duration_since(host::now());
-        if left.is_zero() {
+        if left.is_zero() || !wait() {
             bail!(Lock, "{} is locked: another operation on this disk is running; try again later", name.display());
         }
         host::sleep(pause.min(left));

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::device::model::{Aliases, Device, Partition};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
@@ -95,6 +95,11 @@ pub trait Driver: Sync {
 
     /// Makes a block device of an image chain; it outlives this process. After an error nothing is left behind.
     fn attach(&self, spec: AttachSpec) -> Result<Device>;
+
+    /// Starts a process of its own that has the temporary snapshots of a running disk merged, without waiting for it.
+    fn start_merges(&self, _descriptor: &Path) -> Result<()> {
+        Err(self.unsupported("merging in the background"))
+    }
 
     /// Whether a device of this name (`ploop0` or its node) is this driver's, whatever its state.
     fn has(&self, name: &str) -> Result<bool>;

@@ -17,8 +17,8 @@ pub use driver::{Capabilities, Driver, Freeze, Tracker, Unmerged, Watch};
 pub use model::{Aliases, Device, Image, Partition};
 pub use registry::{
     abort, aliases, attach, base_name, by_base, by_node, clean, detach, driver, freeze, hold_for_space, is_supervised,
-    list, list_of, mount_source, partition_node, partitions, reload, relocate, set_size, switch, switch_prepared,
-    track,
+    list, list_of, mount_source, partition_node, partitions, reload, relocate, set_size, start_merges, switch,
+    switch_prepared, track,
 };
 pub use served::slots_wanted;
 pub use spec::{AttachSpec, CommitFile, Level, NewLevel, SwitchSpec};

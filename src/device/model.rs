@@ -26,6 +26,8 @@ pub struct Device {
     /// `/dev/ploop0`.
     pub node: PathBuf,
     pub state: State,
+    /// Levels of it are being merged: clusters looked at, and all.
+    pub merging: Option<(u64, u64)>,
     /// The chain, base first. Empty: the driver has lost its description.
     pub images: Vec<Image>,
     /// Empty for the main use of an image.

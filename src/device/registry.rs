@@ -95,6 +95,12 @@ pub fn by_base(base: &Path, component: Option<&str>) -> Result<Vec<Device>> {
     list_of(|d| d.base_id() == Some(id) && component.is_none_or(|c| c == d.component))
 }
 
+/// Starts a process of its own that has the temporary snapshots of a running disk merged. It outlives this process, and
+/// this process waits for none of it.
+pub fn start_merges(descriptor: &Path) -> Result<()> {
+    driver()?.start_merges(descriptor)
+}
+
 /// Detaches the device and closes its image cleanly. Busy: error 3, nothing changed. An error of the last flush is
 /// reported; the device is gone then, and the image stays marked in use.
 pub fn detach(name: &str) -> Result<()> {

@@ -1,13 +1,14 @@
 //! Locks on an image file that show other programs its use: those of a worker, and those that qemu and the newer line
 //! check.
 //!
-//! A process that writes to an image holds an exclusive flock on it. A process that only reads a delta of a running
+//! A process that writes to an image holds an exclusive flock on it; of a running device it is on a description that its
+//! supervisor has, too (`server/exclusion.rs`). A process that only reads a delta of a running
 //! chain holds shared locks on bytes of it, so that an operation that changes a lower delta can check that no process
 //! reads it.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::file_id::FileId;
-use crate::sys::file_lock;
+use crate::sys::file_lock::{self, ByteLock};
 use crate::sys::folder::Folder;
 use crate::sys::host;
 
@@ -93,24 +94,34 @@ impl LockedImage {
 
 /// Shows other programs that the file is read, until its description is closed. `WouldBlock` if one of them writes to
 /// it.
-pub fn lock_read(file: &File) -> io::Result<()> {
+pub fn lock_read(file: impl AsFd) -> io::Result<()> {
     share(file, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE], &[USES_WRITE, USES_RESIZE])
 }
 
 /// Shows other programs that the file is written to. `WouldBlock` if one of them uses it in a way that forbids that.
-pub fn lock_write(file: &File) -> io::Result<()> {
+pub fn lock_write(file: impl AsFd) -> io::Result<()> {
     share(file, &WRITING, &WRITING)
 }
 
 /// As [`lock_write`], and no other program may read the file either.
-pub fn lock_exclusive(file: &File) -> io::Result<()> {
-    share(file, &WRITING, &[USES_READ]).and_then(|()| lock_write(file))
+pub fn lock_exclusive(file: impl AsFd) -> io::Result<()> {
+    share(&file, &WRITING, &[USES_READ]).and_then(|()| lock_write(&file))
+}
+
+/// Shows other programs that the file, which was written to, is only read from here on.
+pub fn become_reader(file: impl AsFd) -> io::Result<()> {
+    lock_read(&file)?;
+    unlock(&file, &[USES_WRITE, USES_RESIZE])
 }
 
 /// Releases the locks of [`lock_read`].
-pub fn unlock_read(file: &File) -> io::Result<()> {
-    for byte in [USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE] {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_UNLCK, byte))) {
+pub fn unlock_read(file: impl AsFd) -> io::Result<()> {
+    unlock(&file, &[USES_READ, NO_OTHER_WRITE, NO_OTHER_RESIZE])
+}
+
+fn unlock(file: impl AsFd, bytes: &[i64]) -> io::Result<()> {
+    for byte in bytes {
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&ByteLock::None.on(*byte))) {
             // The file system has no such locks.
             Ok(_) | Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOLCK) => {}
             Err(e) => return Err(e.into()),
@@ -119,17 +130,12 @@ pub fn unlock_read(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-fn byte_lock(kind: i32, byte: i64) -> libc::flock {
-    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
-}
-
 /// Takes shared locks on `bytes`, then checks that no other program has one on `against`: of two that do so at the same
 /// time at least one notices. `WouldBlock`: another program has. Where the file system has no such locks they are left
 /// out: they guard against other programs.
-fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
-    let lock = byte_lock;
+fn share(file: impl AsFd, bytes: &[i64], against: &[i64]) -> io::Result<()> {
     for byte in bytes {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, *byte))) {
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&ByteLock::Shared.on(*byte))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return Err(io::ErrorKind::WouldBlock.into()),
             Err(_) => return Ok(()),
@@ -137,8 +143,8 @@ fn share(file: &File, bytes: &[i64], against: &[i64]) -> io::Result<()> {
     }
     retry(|| {
         for byte in against {
-            let mut found = lock(libc::F_WRLCK, *byte);
-            fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+            let mut found = ByteLock::Exclusive.on(*byte);
+            fcntl(&file, FcntlArg::F_OFD_GETLK(&mut found))?;
             if found.l_type != libc::F_UNLCK as i16 {
                 return Err(io::ErrorKind::WouldBlock.into());
             }

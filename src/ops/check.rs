@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{find, image_set, online, orphans};
+use super::{disk_lock, find, image_set, online, orphans};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::check_file;
 pub use crate::image::check::{CheckOptions, CheckReport};
 use crate::image::open::open_level;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::folder::Folder;
 use crate::sys::reopen::{Access, reopen};
 
@@ -48,7 +48,8 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
+    let disk = disk_lock::open(descriptor)?;
+    image_set::refuse_dead(&disk)?;
     if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
             && let Err(e) = online::check_chain(&disk, running)
@@ -140,6 +141,7 @@ fn tell(found: &CheckReport) {
 
 /// Refuses an image that a device of this machine has open: its worker would not see the change. `InUse`.
 fn refuse_attached(path: &Path) -> Result<()> {
+    image_set::refuse_dead_users(&FileId::at(path).into_iter().collect::<Vec<_>>(), path)?;
     match image_set::users(path)?.first() {
         Some(device) => bail!(
             InUse,

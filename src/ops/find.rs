@@ -139,21 +139,6 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
     )
 }
 
-/// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
-pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
-    let disk = LockedDescriptor::open(descriptor)?;
-    let Some(found) = of_disk(&disk, component)? else { return Ok(None) };
-    if !found.state.runs() {
-        bail!(
-            Sys,
-            "{} has this disk but does not run (state: {}); see ploop doctor",
-            found.node().display(),
-            found.state.as_str()
-        );
-    }
-    Ok(Some(found.node().to_owned()))
-}
-
 /// Nodes of all devices of this disk, whatever their components. No lock is taken.
 pub fn get_devs(descriptor: &Path) -> Result<Vec<PathBuf>> {
     let found = devices(descriptor, None)?;

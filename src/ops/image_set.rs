@@ -143,6 +143,47 @@ pub fn users(path: &Path) -> Result<Vec<Device>> {
     Ok(found)
 }
 
+/// Refuses to change a disk under a device that is still there although its server was killed. It may be mounted; and the
+/// next mount decides what of the last writes is in the images. `InUse`.
+pub fn refuse_dead(disk: &LockedDescriptor) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        // Only root can make devices.
+        return Ok(());
+    }
+    let found = find::devices_of(&disk.place, disk, None)?;
+    found.iter().find(|d| is_dead_writer(d)).map_or(Ok(()), |dead| Err(left_by(dead, &disk.path)))
+}
+
+/// The same for image files: devices with one of them among their levels.
+pub fn refuse_dead_users(files: &[FileId], shown: &Path) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let found = device::list_of(|d| files.iter().any(|id| d.level_of(*id).is_some()))?;
+    found.iter().find(|d| is_dead_writer(d)).map_or(Ok(()), |dead| Err(left_by(dead, shown)))
+}
+
+/// A read-only device that has lost its server loses nothing by a change.
+fn is_dead_writer(device: &Device) -> bool {
+    !device.read_only && device.state == device::State::Dead
+}
+
+fn left_by(dead: &Device, shown: &Path) -> Error {
+    let node = dead.node().display();
+    let mounted = match find::mounts_of(dead).unwrap_or_default().first() {
+        Some(mount) => format!(", and it is still mounted at {}", mount.target.display()),
+        None => String::new(),
+    };
+    Error::new(
+        Kind::InUse,
+        format!(
+            "{} was run by {node}, whose server was killed{mounted}: nothing was changed; end that device first (ploop umount \
+             -d {node}), and mount the disk once, which repairs it",
+            shown.display()
+        ),
+    )
+}
+
 /// Locks an image of the disk. If another process uses it, the error (17) names the device.
 pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
     lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use serde::Serialize;
 
+use super::disk_lock::Disk;
 use super::find;
 use super::mount::{self, MountParams};
 use super::umount;
@@ -42,8 +43,8 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
     {
         return Ok(info);
     }
-    let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
+    let disk = Disk::open(descriptor)?;
+    if let Some(device) = disk.device("")?.filter(|d| d.state.runs()) {
         return match find::mounts_of(&device)?.first() {
             Some(m) => FsInfo::of(&m.target),
             None => bail!(
@@ -57,7 +58,14 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
     if let Some(info) = cached {
         return Ok(info);
     }
-    ask(&disk)
+    match &disk {
+        Disk::Locked(disk) => ask(disk),
+        Disk::Merging { .. } => bail!(
+            DevNotMounted,
+            "snapshots of {} are being merged, and its file system is not mounted: its size is not known",
+            descriptor.display()
+        ),
+    }
 }
 
 fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
@@ -97,13 +105,13 @@ pub struct Spec {
 
 /// What the top of a disk is: from its device if it runs, else from the file.
 pub fn spec(descriptor: &Path) -> Result<Spec> {
-    let disk = LockedDescriptor::open(descriptor)?;
-    if let Some(device) = find::of_disk(&disk, "")?.filter(|d| d.state.runs()) {
+    let disk = Disk::open(descriptor)?;
+    if let Some(device) = disk.device("")?.filter(|d| d.state.runs()) {
         let version = device.version.map_or(0, Version::number);
         return Ok(Spec { sectors: device.sectors, cluster: device.cluster_sectors, version });
     }
     let chain = disk.chain(&disk.top)?;
-    let Some(top) = chain.last() else { bail!(DiskDescr, "{} has no images", disk.path.display()) };
+    let Some(top) = chain.last() else { bail!(DiskDescr, "{} has no images", disk.place().display()) };
     let fd = open::open_level(&top.file, Some(&disk.dir))?;
     let (file, _) =
         reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {}", top.file.display()))?;
@@ -124,9 +132,29 @@ pub fn spec(descriptor: &Path) -> Result<Spec> {
     Ok(Spec { sectors: header.sectors, cluster: header.cluster.sectors(), version: header.version.number() })
 }
 
+/// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
+pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
+    let disk = Disk::open(descriptor)?;
+    let Some(found) = disk.device(component)? else { return Ok(None) };
+    if !found.state.runs() {
+        bail!(
+            Sys,
+            "{} has this disk but does not run (state: {}); see ploop doctor",
+            found.node().display(),
+            found.state.as_str()
+        );
+    }
+    Ok(Some(found.node().to_owned()))
+}
+
 /// Node of the device that runs the disk; empty component.
 pub fn device(descriptor: &Path) -> Result<Option<PathBuf>> {
-    find::get_dev(descriptor, "")
+    get_dev(descriptor, "")
+}
+
+/// How far a merge of the running disk's snapshots is: clusters looked at, and all.
+pub fn merging(descriptor: &Path) -> Result<Option<(u64, u64)>> {
+    Ok(find::devices(descriptor, Some(""))?.into_iter().next().and_then(|d| d.merging))
 }
 
 /// Largest disk with clusters of so many sectors (0: 2048), in sectors.

@@ -20,6 +20,8 @@ pub struct Line {
     pub state: String,
     /// The state, if it is not in order.
     pub trouble: Option<String>,
+    /// Snapshots of it are being merged: clusters looked at, and all.
+    pub merging: Option<(u64, u64)>,
 }
 
 /// Devices by number; their mount points if asked for.
@@ -27,6 +29,7 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
     let devices = device::list()?;
     let mounts = if with_mounts { mounts::read()? } else { Vec::new() };
     let line = |d: Device| Line {
+        merging: d.merging,
         name: d.name().to_owned(),
         base: find::base_of(&d),
         mount_points: if with_mounts { find::mounts_among(&mounts, &d) } else { Vec::new() }

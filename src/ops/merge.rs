@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use super::image_set::{self, Unneeded};
-use super::{online, recovery, temporary_snapshot};
+use super::{disk_lock, online, recovery, temporary_snapshot};
 use nix::fcntl::OFlag;
 
 use crate::bail;
@@ -51,7 +51,7 @@ const WRITE: Access = Access { write: true, direct: false };
 /// Merges snapshots of a disk. The lowest one's file stays and gets the GUID of the highest.
 pub fn merge_snapshot(descriptor: &Path, component: &str, params: &MergeParams) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     image_set::running(&disk, component)?;
     recovery::before_change(&mut disk)?;
     let top = disk.top;
@@ -85,13 +85,13 @@ fn parent(disk: &LockedDescriptor, guid: &Guid) -> Result<Guid> {
 }
 
 /// Whether the image of this snapshot is a level of the device.
-fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
+pub(super) fn on_device(disk: &Descriptor, device: &Device, guid: &Guid) -> Result<bool> {
     let Some(image) = disk.image(guid) else { return Ok(false) };
     let meta = fs::metadata(&image.file).ctx(Kind::Open, || format!("image {}", image.file.display()))?;
     Ok(device.level_of(FileId::from(&meta)).is_some())
 }
 
-fn running(
+pub(super) fn running(
     disk: &mut LockedDescriptor,
     device: &Device,
     descendant: &Guid,
@@ -447,6 +447,7 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
             read_header(image, None).map_err(|e| if e.kind() == Kind::Format { e.as_kind(Kind::Open) } else { e })?;
         }
     }
+    image_set::refuse_dead_users(&ids, target)?;
     if let (None, Some(file)) = (new_delta, ids.last()) {
         image_set::refuse_other_deltas(target, *file, &ids)?;
     }

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::disk_lock::Disk;
 use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
-use super::{find, merge_temporary, partition, recovery};
+use super::{disk_lock, find, image_set, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -62,21 +63,31 @@ pub struct Mounted {
 /// Mounts a disk by its descriptor.
 pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams) -> Result<Mounted> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = match Disk::open(descriptor)? {
+        Disk::Locked(disk) => disk,
+        merging => {
+            if params.guid.is_none() {
+                refuse_found(&merging, merging.device(component)?, component)?;
+            }
+            disk_lock::open(descriptor)?
+        }
+    };
     let guid = wanted(&disk, params.guid.as_deref())?;
     let running = find::of_disk(&disk, component)?.is_some();
     if !running {
         find::refuse_replaced(&disk)?;
+        if !params.read_only {
+            image_set::refuse_dead(&disk)?;
+        }
         recovery::before_mount(&mut disk, &guid, params.read_only)?;
     }
-    if !running && component.is_empty() && !params.read_only && guid == disk.top {
-        // Finishes interrupted merges and removes snapshots that only a backup needed. If that fails the disk is
-        // mounted all the same.
-        if let Err(e) = merge_temporary::merge_unused(&mut disk) {
-            report::warn(format_args!("a temporary snapshot stays: {e}"));
-        }
+    let mounted = mount_locked(&disk, component, params)?;
+    if component.is_empty() && !params.read_only && guid == disk.top {
+        // Interrupted merges are finished, and snapshots that only a backup needed removed, while the disk runs: a mount
+        // takes no longer by them.
+        merge_temporary::start_merges(&mut disk);
     }
-    mount_locked(&disk, component, params)
+    Ok(mounted)
 }
 
 /// Mounts a disk whose descriptor the caller has locked.
@@ -255,7 +266,11 @@ fn beside_running(disk: &LockedDescriptor, guid: &Guid) -> Result<String> {
 
 /// Refuses the mount if a device of the same component runs. What is left of a dead device is removed first.
 fn refuse_running(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    let Some(found) = find::of_disk(disk, component)? else { return Ok(()) };
+    refuse_found(disk, find::of_disk(disk, component)?, component)
+}
+
+fn refuse_found(disk: &Descriptor, found: Option<Device>, component: &str) -> Result<()> {
+    let Some(found) = found else { return Ok(()) };
     let shown = format!("{} as {}", disk.first_image()?.file.display(), found.node().display());
     match found.state {
         State::Dead => {
@@ -312,8 +327,17 @@ fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
         let file = written.or(top.filter(|t| device.level_of(*t).is_some()))?;
         ids.iter().position(|i| *i == file).and_then(|at| levels.get(at))
     };
-    for device in device::list_of(|d| clash(d).is_some())?.iter().filter(|d| d.state != State::Dead) {
+    for device in &device::list_of(|d| clash(d).is_some())? {
         let Some(level) = clash(device) else { continue };
+        if device.state == State::Dead {
+            if !read_only {
+                // What another server left of the same images, by another component or as a list of files.
+                device::clean(device.name()).map_err(|e| {
+                    e.context(format!("left by a dead server: {} as {}", level.path.display(), device.node().display()))
+                })?;
+            }
+            continue;
+        }
         bail!(
             Mount,
             "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",

@@ -21,6 +21,7 @@ use crate::sys::store;
 /// the disk is under way.
 pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     disk.check_storable()?;
+    image_set::refuse_dead(disk)?;
     finish_pending_descriptor(disk)?;
     disk.check_tree()?;
     adopt_size(disk)?;

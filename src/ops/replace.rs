@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::image_copy::copy_of;
-use super::{image_set, online, recovery};
+use super::{disk_lock, image_set, online, recovery};
 use crate::bail;
-use crate::descriptor::{self, Descriptor, Image, LockedDescriptor};
+use crate::descriptor::{self, Descriptor, Image};
 use crate::device::Device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
@@ -34,7 +34,7 @@ const READ: Access = Access { write: false, direct: false };
 /// The old file stays; with `keep_name` it is removed, and the new one takes its name.
 pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, keep_name: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     recovery::before_change(&mut disk)?;
     let device = image_set::running(&disk, component)?;
     let image = find(&disk, device.as_ref(), which)?;

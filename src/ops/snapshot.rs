@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::delete_leaf::delete_leaf;
 use super::find::UNTIL_UMOUNT;
 use super::mount::{self, MountParams};
-use super::{image_set, merge, merge_temporary, online, recovery, umount};
+use super::{disk_lock, image_set, merge, merge_temporary, online, recovery, umount};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
@@ -54,7 +54,7 @@ pub struct TemporarySnapshot {
 /// this component.
 pub fn create(descriptor: &Path, component: &str, params: &SnapshotParams) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     create_locked(&mut disk, component, params)
 }
 
@@ -112,14 +112,14 @@ fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams
 /// own GUID. Several do: the snapshot stays for them and is marked temporary; it is removed when only one is left.
 pub fn delete(descriptor: &Path, guid: &Guid) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     delete_locked(&mut disk, guid)
 }
 
 /// Deletes the top: its parent becomes the top.
 pub fn delete_top(descriptor: &Path) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     let top = disk.top;
     delete_locked(&mut disk, &top)
 }
@@ -161,7 +161,7 @@ pub fn create_temporary(descriptor: &Path, component: &str, params: &TemporaryPa
     if component.is_empty() {
         bail!(Param, "a temporary snapshot needs a component name, by which its device is known");
     }
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     let snapshot = SnapshotParams { guid: params.guid, snap_dir: params.snap_dir.clone(), temporary: true };
     // The disk itself runs, if it does, without a component.
     create_locked(&mut disk, "", &snapshot)?;

@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use super::image_set::{self, Unneeded};
-use super::{mount, recovery};
+use super::{disk_lock, mount, recovery};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
 use crate::error::{Kind, Result};
 use crate::format::guid::{self, Guid};
 use crate::image::lock::Sharing;
@@ -28,7 +27,7 @@ pub struct SwitchParams {
 /// Switches. `Param` while the disk runs.
 pub fn switch(descriptor: &Path, component: &str, params: &SwitchParams) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     if let Some(device) = image_set::running(&disk, component)? {
         bail!(
             Param,

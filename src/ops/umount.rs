@@ -4,6 +4,7 @@
 use std::io;
 use std::path::Path;
 
+use super::disk_lock::Disk;
 use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
@@ -19,17 +20,23 @@ use crate::sys::store;
 /// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
 pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
-    umount_locked(&disk, component)
+    // A merge in the disk's own server ends with the device, and the next mount goes on with it.
+    let disk = Disk::open(descriptor)?;
+    of_place(disk.place(), &disk, component)
 }
 
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    match of_component(|name| find::of_disk(disk, name), component)? {
+    of_place(&disk.place, disk, component)
+}
+
+fn of_place(place: &Place, disk: &Descriptor, component: &str) -> Result<()> {
+    let find = |name: &str| Ok(find::devices_of(place, disk, Some(name))?.into_iter().next());
+    match of_component(find, component)? {
         Some(device) => umount(&device, Some(disk)),
         None => {
             let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
-            bail!(DevNotMounted, "{} is not mounted{of}", disk.path.display())
+            bail!(DevNotMounted, "{} is not mounted{of}", place.display())
         }
     }
 }

@@ -19,7 +19,7 @@ pub struct Descriptors {
     pub witness: OwnedFd,
     pub binary: OwnedFd,
     pub listener: OwnedFd,
-    /// O_PATH, base first.
+    /// Base first; each has the locks that keep other programs away, or is O_PATH: see [`exclusion`](crate::server::exclusion).
     pub levels: Vec<OwnedFd>,
     /// Of a change of the chain that a worker is to make.
     pub commit: Option<CommitFds>,

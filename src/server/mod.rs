@@ -3,6 +3,7 @@
 pub mod control;
 pub mod daemon;
 pub mod descriptors;
+mod exclusion;
 pub mod frame;
 pub mod freeze;
 pub mod greeting;

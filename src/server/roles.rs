@@ -23,7 +23,7 @@ pub enum Role {
     Program,
     /// The listening control socket.
     Listener,
-    /// O_PATH, an image of the running chain; base first.
+    /// An image of the running chain, base first; its locks keep other programs away. Of an earlier version O_PATH.
     Level,
     /// O_PATH, an image that the running chain does not have; base first.
     NewLevel,

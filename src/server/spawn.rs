@@ -7,10 +7,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord};
-use crate::server::{frame, helper, runtime};
+use crate::server::{daemon, frame, helper, runtime};
 use crate::sys::host;
 use crate::sys::process;
 
@@ -19,6 +21,15 @@ const ATTACH: Duration = Duration::from_secs(600);
 
 /// A worker finds another supervisor in much less.
 const RECLAIM: Duration = Duration::from_secs(30);
+
+/// Limit for the first message to a process that was started; it is sent at once.
+const FIRST: Duration = Duration::from_secs(30);
+
+/// The disk whose snapshots are to be merged.
+#[derive(Debug, Serialize, Deserialize)]
+struct Merges {
+    descriptor: PathBuf,
+}
 
 const PROGRAM: &str = "ploop-server";
 
@@ -98,6 +109,28 @@ pub fn start(request: &AttachRequest, levels: &[BorrowedFd]) -> Result<DeviceRec
             Some(record) => Ok(record),
             None => bail!(Sys, "{} ended without an answer", program.display()),
         },
+    }
+}
+
+/// Starts a process that has the temporary snapshots of a running disk merged, apart from the caller's session, control
+/// group and namespaces as a server is.
+pub fn start_merges(descriptor: &Path) -> Result<()> {
+    let program = find_server()?;
+    let (ours, theirs) = frame::pair()?;
+    let started = host::start(&program, "merge", theirs);
+    let mut started = started.ctx(Kind::Sys, || format!("cannot start {}", program.display()))?;
+    let sent = frame::send(&ours, &Merges { descriptor: descriptor.to_owned() }, &[]);
+    // The child only starts the process and ends.
+    let _ = started.wait();
+    sent
+}
+
+/// The first lines of the process that [`start_merges`] starts: leaves the caller's world. Returns the disk's descriptor.
+pub fn begin_merges() -> Result<PathBuf> {
+    let sock = host::take_standard(0).ctx(Kind::Sys, || "no socket is the standard input")?;
+    match frame::recv_within::<Merges>(&sock, FIRST)? {
+        Some((Merges { descriptor }, _)) => daemon::detach_from_caller().map(|()| descriptor),
+        None => bail!(Protocol, "the process that starts the merges sent no disk"),
     }
 }
 

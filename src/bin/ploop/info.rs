@@ -5,8 +5,10 @@ use std::path::Path;
 
 use ploop::ops::info::{self, ImageInfo};
 use ploop::report;
+use serde_json::json;
 
 use crate::getopt::Parsed;
+use crate::list::percent;
 use crate::{Command, Fail, json, misuse, result, write_out};
 
 pub const COMMAND: Command = Command {
@@ -66,6 +68,9 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         line.extend(device.iter().flat_map(|d| d.as_os_str().as_bytes()));
         line.push(b'\n');
         write_out(&line)?;
+        if let Some((done, all)) = info::merging(descriptor)? {
+            result(format_args!("merging:\t{} %", percent(done, all)))?;
+        }
     }
     Ok(())
 }
@@ -99,6 +104,8 @@ fn for_programs(descriptor: &Path, spec: bool, device: bool) -> Result<(), Fail>
     }
     if device {
         found.insert("device".into(), info::device(descriptor)?.map(|d| json::path(&d)).into());
+        let merging = info::merging(descriptor)?;
+        found.insert("merging".into(), merging.map(|(done, all)| json!({ "done": done, "all": all })).into());
     }
     json::show("info", found)
 }

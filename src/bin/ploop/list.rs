@@ -16,13 +16,18 @@ pub const COMMAND: Command = Command {
 Usage: ploop list [-a] [--json]
 
 One line for each device: its name, the base image, the mount point (with -a), the component name.
-A device that is not in order says so in one more column.
+A device that is not in order says so in one more column, one whose snapshots are being merged how far that is.
 
   -a      with mount points
   --json  the same for programs, with mount points
 ",
     run,
 };
+
+/// How much of a merge is done.
+pub fn percent(done: u64, all: u64) -> u64 {
+    done.saturating_mul(100) / all.max(1)
+}
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
     if !parsed.operands.is_empty() {
@@ -38,6 +43,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
                 "mount_points": d.mount_points.iter().map(|m| json::path(m)).collect::<Vec<_>>(),
                 "component": d.component,
                 "state": d.state,
+                "merging": d.merging.map(|(done, all)| json!({ "done": done, "all": all })),
             })
         };
         return json::show("list", json!({ "devices": devices.iter().map(one).collect::<Vec<_>>() }));
@@ -53,6 +59,9 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         line.extend(device.component.as_bytes());
         if let Some(state) = device.trouble {
             line.extend(format!(" {state}").bytes());
+        }
+        if let Some((done, all)) = device.merging {
+            line.extend(format!(" merging:{}%", percent(done, all)).bytes());
         }
         line.push(b'\n');
         write_out(&line)?;

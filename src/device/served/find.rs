@@ -26,7 +26,7 @@ pub(super) fn list_of(wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>> {
         let recorded = State::from_word(&record.state);
         let mut device = device_of(record, recorded);
         if wanted(&device) {
-            device.state = state(super::record(&device));
+            (device.state, device.merging) = state(super::record(&device));
             found.push(device);
         }
     }
@@ -44,8 +44,8 @@ pub(super) fn is_dead(name: &str) -> bool {
 }
 
 fn with_state(record: DeviceRecord) -> Device {
-    let state = state(&record);
-    device_of(record, state)
+    let (state, merging) = state(&record);
+    Device { merging, ..device_of(record, state) }
 }
 
 /// The record of the device of this name; `None`: there is no such device. A folder without a sound record gives one that
@@ -72,21 +72,30 @@ fn lives(record: &DeviceRecord) -> bool {
             || control::has_listener(&runtime::device_dir(&record.name)))
 }
 
-fn state(record: &DeviceRecord) -> State {
+/// What the device is doing, and how far a merge of its levels is.
+fn state(record: &DeviceRecord) -> (State, Option<(u64, u64)>) {
     if !lives(record) {
-        return State::Dead;
+        return (State::Dead, None);
     }
     match State::from_word(&record.state) {
-        State::Running if !runtime::backing_is_ours(record) => State::Stopped,
+        State::Running if !runtime::backing_is_ours(record) => (State::Stopped, None),
         State::Running => match control::ask(&runtime::device_dir(&record.name), &Command::Info, INFO) {
-            Ok((Answer::Info { failed: true, .. }, _)) => State::Failed,
-            Ok((Answer::Info { stalled: Some(_), .. }, _)) => State::Stalled,
-            Ok((Answer::Info { no_space: true, .. }, _)) => State::NoSpace,
-            Err(e) if e.errno() == Some(libc::ETIMEDOUT) && runtime::stands_still(record.supervisor) => State::Stalled,
+            Ok((Answer::Info { failed, stalled, no_space, merging, .. }, _)) => {
+                let state = match (failed, stalled, no_space) {
+                    (true, ..) => State::Failed,
+                    (_, Some(_), _) => State::Stalled,
+                    (_, _, true) => State::NoSpace,
+                    _ => State::Running,
+                };
+                (state, merging)
+            }
+            Err(e) if e.errno() == Some(libc::ETIMEDOUT) && runtime::stands_still(record.supervisor) => {
+                (State::Stalled, None)
+            }
             // The supervisor may have been killed just now; the device works without one.
-            _ => State::Running,
+            _ => (State::Running, None),
         },
-        other => other,
+        other => (other, None),
     }
 }
 

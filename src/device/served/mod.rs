@@ -15,7 +15,7 @@ mod switch;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
@@ -75,6 +75,10 @@ impl Driver for Served {
 
     fn attach(&self, spec: AttachSpec) -> Result<Device> {
         attach::attach(spec)
+    }
+
+    fn start_merges(&self, descriptor: &Path) -> Result<()> {
+        spawn::start_merges(descriptor)
     }
 
     fn has(&self, name: &str) -> Result<bool> {

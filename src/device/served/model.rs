@@ -12,6 +12,7 @@ pub(in crate::device) fn device_of(record: DeviceRecord, state: State) -> Device
         name: record.name.clone(),
         node: record.node.clone(),
         state,
+        merging: None,
         images: images.map(|(l, id)| Image { path: l.path.clone(), id: *id, raw: l.raw }).collect(),
         component: record.component.clone(),
         descriptor: record.descriptor.clone(),

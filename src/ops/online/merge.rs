@@ -80,7 +80,7 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
                 true => unmark(disk, &before),
                 false => report::warn(
                     "the merge was begun and stays so: the disk is as it was, the snapshots that it removes are marked \
-                     as half merged; the next merge or snapshot finishes it",
+                     as half merged; the next merge, snapshot or mount finishes it",
                 ),
             }
             Err(e)

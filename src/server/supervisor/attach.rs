@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::descriptors::Descriptors;
+use crate::server::exclusion;
 use crate::server::helper::{Helper, remote_error};
 use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
@@ -104,6 +105,7 @@ fn prepare(
         _ => "/dev/null".into(),
     };
     let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
+    let levels = exclusion::open_missing(levels, !attach.read_only);
     record.slots = connection.session.recovery() == Recovery::Journal;
     record.connection = connection.number;
     let start = WorkerStart::new(attach, connection.session, record.name.clone());

@@ -8,6 +8,7 @@ use crate::bail;
 use crate::descriptor::commit_by_fd::{self, CommitFds};
 use crate::error::{IoContext, Kind, Result};
 use crate::server::descriptors::{Descriptors, SwitchFds};
+use crate::server::exclusion;
 use crate::server::proto::{ChainSwitch, Marked, Succession, WorkerStart};
 use crate::server::roles::{duplicate, duplicate_commit};
 use crate::sys::file_id::FileId;
@@ -102,7 +103,8 @@ impl Planner<'_> {
     fn planned_levels(&self, switch: &ChainSwitch, new: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
         let mut new = new.iter();
         let mut levels = Vec::with_capacity(switch.levels.len());
-        for level in &switch.levels {
+        let writable = !self.start.attach.read_only;
+        for (at, level) in switch.levels.iter().enumerate() {
             let shown = level.name.path.display();
             match level.from {
                 Some(i) => match (self.fds.levels.get(i), self.start.attach.ids.get(i)) {
@@ -116,7 +118,7 @@ impl Planner<'_> {
                     if !meta.is_file() || FileId::from(&meta) != level.id {
                         bail!(Open, "{shown} is not the regular file that was asked for");
                     }
-                    levels.push(duplicate(fd)?);
+                    levels.push(exclusion::open(duplicate(fd)?, writable && at + 1 == switch.levels.len()));
                 }
             }
         }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::descriptors::{Descriptors, Received};
+use crate::server::exclusion;
 use crate::server::kernel_log::log;
 use crate::server::nodes::Nodes;
 use crate::server::proto::{Answer, DeviceRecord, ProcessId, ToWorker, WorkerStart};
@@ -70,7 +71,9 @@ fn resume_from(handover: Handover, fds: Vec<OwnedFd>) -> Result<()> {
 /// Serves a device as the supervisor of a worker that runs.
 fn take_over(worker: Worker, mut start: WorkerStart, received: Received, client: Option<OwnedFd>) -> Result<()> {
     daemon::lock_memory();
-    let Received { fds, journal, retired: sent } = received;
+    let Received { mut fds, journal, retired: sent } = received;
+    // Those of an earlier version's supervisor carry no locks; the next worker takes them.
+    fds.levels = exclusion::open_missing(fds.levels, !start.attach.read_only);
     let journal = if host::breach("the journal is lost with the supervisor") { Vec::new() } else { journal };
     let retired = start.retired.take();
     let me = runtime::process(host::pid()).unwrap_or_default();

@@ -26,8 +26,9 @@ fn finish(inherited: &Inherited, cluster: ClusterSize, level: usize) -> Result<(
     let (Some(fd), Some(name)) = (inherited.levels().get(level..=level), names.get(level..=level)) else {
         bail!(Protocol, "level {level} of {} is to be finished", names.len());
     };
-    // Until this is closed no other process writes the file, as when it was the top.
+    // Until it is finished no other process writes the file, as when it was the top.
     let file = open_files::open(fd, name, true)?;
-    open_files::lock_exclusive(&file[0])?;
-    chain::finish(&file[0], cluster)
+    let finished = open_files::lock_exclusive(&file[0], &fd[0]).and_then(|()| chain::finish(&file[0], cluster));
+    open_files::release(&fd[0]);
+    finished
 }

@@ -54,7 +54,7 @@ impl Inherited {
         Ok(Inherited { start, fds, commit, journal: Mutex::new(journal) })
     }
 
-    /// O_PATH, base first.
+    /// Base first.
     pub fn levels(&self) -> &[OwnedFd] {
         &self.fds.levels
     }
@@ -101,7 +101,7 @@ pub fn was_closed(inherited: &Inherited) -> Result<bool> {
         return Ok(false);
     }
     let top = open_files::open(std::slice::from_ref(fd), std::slice::from_ref(name), true)?;
-    open_files::lock(&top, true, true, None)?;
+    open_files::lock(&top, std::slice::from_ref(fd), true, true, None, None)?;
     chain::is_closed(&top[0])
 }
 
@@ -120,7 +120,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let mut files = open_files::open(inherited.levels(), &attach.levels, writable)?;
     let (target, mut no_merge) = open_merge_target(inherited, &mut files)?;
     if writable || attach.marked != Marked::Ignore {
-        open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
+        let finish = inherited.start.finish;
+        open_files::lock(&files, inherited.levels(), writable, takeover, target, finish)
+            .map_err(|e| better_reason(e, &files, attach))?;
     }
     if takeover {
         inspect_left(inherited, &shm, &log);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::descriptors::SwitchFds;
+use crate::server::exclusion;
 use crate::server::proto::{ChainSwitch, ProcessId, ToWorker, WorkerStart, own_greeting};
 use crate::server::roles::Role;
 use crate::server::{frame, runtime};
@@ -31,8 +32,17 @@ pub fn try_top_lock(inherited: &Inherited, switch: &ChainSwitch, fds: &SwitchFds
         None => fds.new.last(),
     };
     let Some(fd) = fd else { bail!(Protocol, "the top of the new chain was not sent") };
-    let (file, _) = reopen(fd, Access::default()).ctx(Kind::Open, || format!("{}", top.name.path.display()))?;
-    match file_lock::exclusive(&file, false) {
+    // The successor has its locks as this worker had them.
+    let shared = !inherited.start.attach.read_only
+        && inherited.levels().last().is_some_and(exclusion::is_shared)
+        && exclusion::would_be_shared(fd);
+    let access = Access { write: shared, direct: false };
+    let (file, _) = reopen(fd, access).ctx(Kind::Open, || format!("{}", top.name.path.display()))?;
+    let taken = match shared {
+        true => exclusion::take_barrier_now(&file),
+        false => file_lock::exclusive(&file, false),
+    };
+    match taken {
         Ok(()) => Ok(Some(file)),
         Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
         Err(e) => Err(e).ctx(Kind::Lock, || format!("{}", top.name.path.display())),
