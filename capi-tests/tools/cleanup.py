@@ -148,7 +148,7 @@ def still_bound(rec):
 def drop_device(name, rec):
     """Takes one of our devices away: politely, else by its record. Says what went wrong with the polite way."""
     said = []
-    r = quietly(devlib.PLOOP, "umount", "-d", "/dev/" + name, limit=45)
+    r = quietly(devlib.PLOOP, "umount", "--discard-deleted", "-d", "/dev/" + name, limit=45)
     if r.rc:
         said.append(f"`ploop umount -d /dev/{name}`: {r.rc} {r.err.strip()[-300:]}")
     if not os.path.exists(f"{devlib.RUN}/{name}"):

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use super::deleted;
 use crate::device::{self, Device, State};
 use crate::fs::helper;
 
@@ -210,7 +211,10 @@ fn one(d: &Device) -> Finding {
         State::Running | State::Starting => {
             // A device works without a supervisor, but no process would start a new worker.
             return match device::is_supervised(d) || d.state == State::Starting {
-                true => good(&subject, of),
+                true => match deleted::trouble(d) {
+                    Some((what, remedy)) => bad(Grade::Warning, &subject, format!("{of}, but {what}"), remedy),
+                    None => good(&subject, of),
+                },
                 false => bad(
                     Grade::Warning,
                     &subject,

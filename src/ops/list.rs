@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::find;
+use super::{deleted, find};
 use crate::device::{self, State};
 use crate::error::Result;
 
@@ -17,8 +17,10 @@ pub struct Line {
     pub component: String,
     /// As `running`.
     pub state: String,
-    /// The state, if it is not in order.
+    /// The state, if it is not in order, or that images were deleted.
     pub trouble: Option<String>,
+    /// Images that were deleted while the device runs.
+    pub deleted: Vec<PathBuf>,
 }
 
 /// Devices by number; their mount points if asked for.
@@ -30,13 +32,16 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
                 true => find::mounts_of(&d)?.into_iter().map(|m| m.target).collect(),
                 false => Vec::new(),
             };
+            let deleted: Vec<PathBuf> = deleted::of(&d).into_iter().map(|l| l.path).collect();
+            let state = (d.state != State::Running).then(|| d.state.as_str().to_owned());
             Ok(Line {
                 name: d.name().to_owned(),
                 base: find::base_of(&d),
                 mount_points,
                 state: d.state.as_str().to_owned(),
                 component: d.component().to_owned(),
-                trouble: (d.state != State::Running).then(|| d.state.as_str().to_owned()),
+                trouble: state.or_else(|| (!deleted.is_empty()).then(|| "deleted".to_owned())),
+                deleted,
             })
         })
         .collect()

@@ -5,6 +5,7 @@
 pub mod check;
 pub mod create;
 mod delete_leaf;
+pub mod deleted;
 pub mod device_chain;
 pub mod doctor;
 pub mod find;

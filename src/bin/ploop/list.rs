@@ -16,7 +16,7 @@ pub const COMMAND: Command = Command {
 Usage: ploop list [-a] [--json]
 
 One line for each device: its name, the base image, the mount point (with -a), the component name.
-A device that is not in order says so in one more column.
+A device that is not in order says so in one more column; `deleted`: an image of it, see ploop doctor.
 
   -a      with mount points
   --json  the same for programs, with mount points
@@ -38,6 +38,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
                 "mount_points": d.mount_points.iter().map(|m| json::path(m)).collect::<Vec<_>>(),
                 "component": d.component,
                 "state": d.state,
+                "deleted": d.deleted.iter().map(|f| json::path(f)).collect::<Vec<_>>(),
             })
         };
         return json::show("list", json!({ "devices": devices.iter().map(one).collect::<Vec<_>>() }));
