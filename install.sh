@@ -86,7 +86,7 @@ list() {
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
         "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
-        "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf"
+        "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
 
 # Run by the package's tools, or over them: their next upgrade would bring their files back one by one.
@@ -169,4 +169,5 @@ done
 put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
 put 644 "$(adapted systemd/ploop-shutdown.service)" "$UNITDIR/ploop-shutdown.service"
 put 644 systemd/ploop.tmpfiles "$TMPFILESDIR/ploop.conf"
+put 644 systemd/59-ploop.rules "$UDEVDIR/59-ploop.rules"
 loader

@@ -238,7 +238,7 @@ def leftovers(before, scratch, shared):
             out.append(f"{devlib.RUN}/{n}: {sorted(os.listdir(os.path.join(devlib.RUN, n)))}")
     their_loops = {r["backing"] for r in foreign.values() if r}
     for n, backing in loops().items():
-        if n not in before["loops"] and n not in their_loops and (not shared or below(backing, scratch) or backing == "/"):
+        if n not in before["loops"] and n not in their_loops and (not shared or below(backing.removeprefix("/ploop:"), scratch) or backing == "/"):
             out.append(f"/dev/{n} over {backing}")
     for n in nodes():
         base = os.path.basename(n)

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::{deleted, find};
 use crate::device::{self, State};
 use crate::error::Result;
+use crate::fs::holders;
 
 /// One device.
 #[derive(Clone, Debug)]
@@ -17,7 +18,7 @@ pub struct Line {
     pub component: String,
     /// As `running`.
     pub state: String,
-    /// The state, if it is not in order, or that images were deleted.
+    /// The state, if it is not in order, or that the device ends with its last user, or that images were deleted.
     pub trouble: Option<String>,
     /// Images that were deleted while the device runs.
     pub deleted: Vec<PathBuf>,
@@ -33,7 +34,9 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
                 false => Vec::new(),
             };
             let deleted: Vec<PathBuf> = deleted::of(&d).into_iter().map(|l| l.path).collect();
-            let state = (d.state != State::Running).then(|| d.state.as_str().to_owned());
+            let ending = d.state == State::Running && holders::ends_with_its_last_user(&d.disk);
+            let state = if ending { "ending" } else { d.state.as_str() };
+            let state = (ending || d.state != State::Running).then(|| state.to_owned());
             Ok(Line {
                 name: d.name().to_owned(),
                 base: find::base_of(&d),

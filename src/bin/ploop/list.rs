@@ -16,7 +16,8 @@ pub const COMMAND: Command = Command {
 Usage: ploop list [-a] [--json]
 
 One line for each device: its name, the base image, the mount point (with -a), the component name.
-A device that is not in order says so in one more column; `deleted`: an image of it, see ploop doctor.
+A device that is not in order says so in one more column (`deleted`: an image of it; `ending`: by losetup -d); see
+ploop doctor.
 
   -a      with mount points
   --json  the same for programs, with mount points
