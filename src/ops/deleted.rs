@@ -342,4 +342,26 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"deleted");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
+    #[test]
+    fn a_strangers_link_sends_no_copy_elsewhere() {
+        if !nix::unistd::geteuid().is_root() {
+            crate::testing::skip::skip("files of two users need root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        let (home, root) = (top.join("home"), top.join("root"));
+        for folder in [&home, &root] {
+            fs::create_dir(folder).unwrap();
+        }
+        std::os::unix::fs::symlink(&root, home.join("disk")).unwrap();
+        for path in [&home, &home.join("disk")] {
+            std::os::unix::fs::lchown(path, Some(1000), Some(1000)).unwrap();
+        }
+        fs::write(top.join("image"), "deleted").unwrap();
+        let source = File::open(top.join("image")).unwrap();
+        let e = Saving::begin(source, &home.join("disk/root.hds")).err().unwrap();
+        assert_eq!(e.kind(), Kind::Open, "{e}");
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    }
 }
