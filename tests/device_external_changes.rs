@@ -275,3 +275,92 @@ fn tried_again_when_the_image_is_right() {
     t.assert_gone(&device);
     t.sound(&image);
 }
+
+/// Output and error of a command, and its exit code.
+fn said(args: &[&str], last: &Path) -> (i32, String) {
+    let out = ploop().args(args).arg(last).output().unwrap();
+    let text = [out.stdout, out.stderr].concat();
+    (out.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Renamed or deleted images do not hide the device from its descriptor, and deleted ones are not lost by umount: it copies
+/// them back, or gives them up where the caller says so.
+#[test]
+fn deleted_and_renamed_images_are_named_and_copied_back() {
+    let Some(t) = Bench::new("deleted_and_renamed_images_are_named_and_copied_back") else { return };
+    let folder = t.dir.path().canonicalize().unwrap().join("disk");
+    fs::create_dir(&folder).unwrap();
+    let (base, dd, point) = (folder.join("root.hdd"), folder.join("DiskDescriptor.xml"), folder.join("mnt"));
+    fs::create_dir(&point).unwrap();
+    let node = PathBuf::from(format!("/dev/ploop-test-{}-deleted", std::process::id()));
+    let mount = || run(ploop().args(["mount", "-d"]).arg(&node).arg("-m").arg(&point).arg(&dd));
+    let running = || {
+        let (code, text) = said(&["info", "-d"], &dd);
+        assert_eq!((code, text.contains(node.to_str().unwrap())), (0, true), "{text}");
+    };
+    run(ploop().args(["init", "-s", "64m"]).arg(&base));
+    mount();
+    fs::write(point.join("one"), pattern(1, 300_000)).unwrap();
+    run(ploop().arg("snapshot").arg(&dd));
+    fs::write(point.join("two"), pattern(2, 300_000)).unwrap();
+
+    // Renamed: the device is found, its file is named.
+    let elsewhere = folder.join("elsewhere");
+    fs::rename(&base, &elsewhere).unwrap();
+    running();
+    let (code, text) = said(&["umount"], &dd);
+    assert!(code == 0 && text.contains(&format!("mv {} {}", elsewhere.display(), base.display())), "{code}: {text}");
+    fs::rename(&elsewhere, &base).unwrap();
+
+    // Deleted, base and top.
+    mount();
+    fs::write(point.join("three"), pattern(3, 300_000)).unwrap();
+    let disk = ploop::descriptor::Descriptor::read(&dd).unwrap();
+    let files: Vec<PathBuf> = disk.images.iter().map(|i| i.file.clone()).collect();
+    for file in &files {
+        fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+        std::os::unix::fs::chown(file, Some(12), Some(34)).unwrap();
+        fs::remove_file(file).unwrap();
+    }
+    running();
+    let (_, text) = said(&["list", "-a"], Path::new("--json"));
+    assert!(files.iter().all(|f| text.contains(&format!("\"{}\"", f.display()))), "{text}");
+    let (_, text) = said(&["doctor"], Path::new("--json"));
+    assert!(text.contains("deleted while the disk runs") && text.contains("--save-deleted"), "{text}");
+    for target in [&dd, &node, &point, &base] {
+        let (code, text) = said(&["umount"], target);
+        assert!(
+            code == 22 && text.contains("--save-deleted") && text.contains("nothing was changed"),
+            "{code}: {text}"
+        );
+    }
+    assert_eq!(fs::read(point.join("three")).unwrap(), pattern(3, 300_000));
+    // A name that is taken.
+    fs::write(&base, "another file").unwrap();
+    let (code, text) = said(&["umount", "--save-deleted"], &node);
+    assert!(code == 1 && text.contains("another file has its name"), "{code}: {text}");
+    assert!(fs::read(point.join("three")).is_ok() && !files[1].exists());
+    fs::remove_file(&base).unwrap();
+    let before = fs::read_dir(&folder).unwrap().count();
+    let (code, text) = said(&["umount", "--save-deleted"], &dd);
+    assert!(code == 0 && text.contains("is there again"), "{code}: {text}");
+    // Beside the images: the remembered size of the file system.
+    let now = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+    assert!(now.len() <= before + 3 && !now.iter().any(|n| n.to_string_lossy().ends_with(".saving")), "{now:?}");
+    for file in &files {
+        let meta = fs::metadata(file).unwrap();
+        assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o7777), (12, 34, 0o640));
+        fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(file, Some(0), Some(0)).unwrap();
+    }
+    run(ploop().arg("check").arg(&dd));
+    mount();
+    for (n, name) in [(1, "one"), (2, "two"), (3, "three")] {
+        assert_eq!(fs::read(point.join(name)).unwrap(), pattern(n, 300_000), "{name}");
+    }
+
+    // Given up.
+    fs::remove_file(&files[1]).unwrap();
+    let (code, text) = said(&["umount", "--discard-deleted"], &dd);
+    assert!(code == 0 && !files[1].exists() && !node.exists(), "{code}: {text}");
+}

@@ -365,7 +365,7 @@ fn worker_that_hangs_while_attaching() {
     assert_eq!(e.kind(), Kind::Loop);
     assert!(starting(&image).is_none());
     let loops = run(Command::new("losetup").args(["-l", "-n", "-O", "NAME,BACK-FILE"]));
-    assert!(!loops.contains("ploop"), "{loops}");
+    assert!(!loops.contains(image.to_str().unwrap()), "{loops}");
 }
 
 /// Like `within`, for what lasts only a moment.

@@ -236,3 +236,31 @@ fn failed_attach_leaves_nothing() {
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);
 }
+
+/// losetup and /sys show whose a loop device is; one that losetup was told to end is shown so, and is closed cleanly.
+#[test]
+fn the_loop_device_tells_its_image_and_that_losetup_ends_it() {
+    let _alone = alone();
+    let Some(t) = Bench::new("the_loop_device_tells_its_image") else { return };
+    let image = t.image("a disk.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let file = fs::read_to_string(format!("/sys/block/{}/loop/backing_file", device.disk)).unwrap();
+    assert_eq!(file.trim_end(), format!("/ploop:{}", image.canonicalize().unwrap().display()));
+    let data = pattern(1, 8192);
+    write_at(device.node(), 1 << 20, &data);
+    let user = fs::File::open(device.node()).unwrap();
+    run(Command::new("losetup").arg("-d").arg(Path::new("/dev").join(&device.disk)));
+    let listed = |word: &str| {
+        run(Command::new(env!("CARGO_BIN_EXE_ploop")).arg("list"))
+            .lines()
+            .any(|l| l.starts_with(device.name()) && l.ends_with(word))
+    };
+    assert!(listed(" ending"));
+    assert_eq!(read_at(device.node(), 1 << 20, data.len()), data);
+    drop(user);
+    within(10, "the end of the device", || device::by_node(device.name()).unwrap().is_none().then_some(()));
+    t.sound(&image);
+    let again = t.attach(&image).unwrap();
+    assert_eq!(read_at(again.node(), 1 << 20, data.len()), data);
+    device::detach(again.name()).unwrap();
+}

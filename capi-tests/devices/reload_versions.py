@@ -44,7 +44,7 @@ def reload_between_versions(t):
     name = os.path.basename(dev)
     load = subprocess.Popen([
         "fio", "--name=load", f"--filename={dev}", "--size=192m", "--rw=randrw", "--bs=4k-64k", "--direct=1", "--ioengine=libaio",
-        "--iodepth=8", "--verify=crc32c", "--verify_backlog=64", "--time_based", "--runtime=12", "--output", t.path("fio.log")],
+        "--iodepth=8", "--verify=crc32c", "--verify_backlog=64", "--verify_state_save=0", "--time_based", "--runtime=12", "--output", t.path("fio.log")],
         stdin=subprocess.DEVNULL)
     t.later(lambda: load.poll() is None and (load.kill(), load.wait(30)))
     devlib.wait_for("some load", lambda: load.poll() is not None or os.path.getsize(image) > 16 * MIB, 30, 0.1)

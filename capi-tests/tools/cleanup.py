@@ -148,7 +148,7 @@ def still_bound(rec):
 def drop_device(name, rec):
     """Takes one of our devices away: politely, else by its record. Says what went wrong with the polite way."""
     said = []
-    r = quietly(devlib.PLOOP, "umount", "-d", "/dev/" + name, limit=45)
+    r = quietly(devlib.PLOOP, "umount", "--discard-deleted", "-d", "/dev/" + name, limit=45)
     if r.rc:
         said.append(f"`ploop umount -d /dev/{name}`: {r.rc} {r.err.strip()[-300:]}")
     if not os.path.exists(f"{devlib.RUN}/{name}"):
@@ -238,7 +238,7 @@ def leftovers(before, scratch, shared):
             out.append(f"{devlib.RUN}/{n}: {sorted(os.listdir(os.path.join(devlib.RUN, n)))}")
     their_loops = {r["backing"] for r in foreign.values() if r}
     for n, backing in loops().items():
-        if n not in before["loops"] and n not in their_loops and (not shared or below(backing, scratch) or backing == "/"):
+        if n not in before["loops"] and n not in their_loops and (not shared or below(backing.removeprefix("/ploop:"), scratch) or backing == "/"):
             out.append(f"/dev/{n} over {backing}")
     for n in nodes():
         base = os.path.basename(n)

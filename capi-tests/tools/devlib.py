@@ -499,7 +499,7 @@ class Case:
             except (OSError, ValueError):
                 return
             if was in (None, now):
-                ploop("umount", "-d", dev, rc=None)
+                ploop("umount", "--discard-deleted", "-d", dev, rc=None)
         self.later(drop)
 
     def bare(self, size="64m"):

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::device::model::{Aliases, Device, Partition};
+use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 
@@ -129,6 +129,16 @@ pub trait Driver: Sync {
     /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached.
     fn base_name(&self, _device: &Device) -> Option<PathBuf> {
         None
+    }
+
+    /// Where each image of the chain is now, base first.
+    fn whereabouts(&self, device: &Device) -> Vec<Whereabouts> {
+        vec![Whereabouts::Unknown; device.images.len()]
+    }
+
+    /// Opens an image of the running chain for reading, whatever became of its name.
+    fn open_image(&self, _device: &Device, _level: usize) -> Result<File> {
+        Err(self.unsupported("opening the images of a device"))
     }
 
     /// Gives up a device that no worker can serve any more: its I/O fails from now on.

@@ -18,6 +18,19 @@ pub struct Image {
     pub raw: bool,
 }
 
+/// Where the file of a running chain is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// The name that the device has of it leads to it.
+    InPlace,
+    /// It has this name now.
+    Moved(PathBuf),
+    /// It has no name any more: only the processes that serve the device have it. `was`: its last name.
+    Deleted { was: PathBuf },
+    /// It cannot be found out, or it has a name that is not known.
+    Unknown,
+}
+
 /// A device, as it was when it was looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{Driver, Freeze, Tracker, Unmerged, Watch};
-use crate::device::model::{Aliases, Detail, Device, Partition};
+use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
 use crate::device::served::Served;
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{IoContext, Kind, Result};
@@ -159,6 +159,16 @@ pub fn is_supervised(device: &Device) -> bool {
 /// if it has none, or if that cannot be found out.
 pub fn base_name(device: &Device) -> Option<PathBuf> {
     of(device).base_name(device)
+}
+
+/// Where each image of the chain is now, base first: other programs may have renamed or deleted it.
+pub fn whereabouts(device: &Device) -> Vec<Whereabouts> {
+    of(device).whereabouts(device)
+}
+
+/// Opens an image of the running chain for reading, whatever became of its name.
+pub fn open_image(device: &Device, level: usize) -> Result<File> {
+    of(device).open_image(device, level)
 }
 
 /// Makes a running device serve another chain, whose content must be the same. Requests wait meanwhile; all writes that

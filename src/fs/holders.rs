@@ -28,6 +28,12 @@ pub fn of(rdev: u64) -> Vec<Holder> {
     of_in(Path::new("/sys"), rdev)
 }
 
+/// The kernel ends this block device when its last user closes it: `losetup -d` or `losetup -D` asked for that.
+pub fn ends_with_its_last_user(disk: &str) -> bool {
+    let flag = fs::read_to_string(Path::new("/sys/block").join(disk).join("loop/autoclear"));
+    flag.is_ok_and(|flag| flag.trim() == "1")
+}
+
 fn of_in(sys: &Path, rdev: u64) -> Vec<Holder> {
     let disk = sys.join(format!("dev/block/{}:{}", major(rdev), minor(rdev)));
     let mut parts = vec![disk.clone()];

@@ -199,7 +199,7 @@ impl RequestQueue for SimQueue {
 
     const LIMITS: Limits = Limits { max_io: 64 << 10, in_flight: 16 };
 
-    fn create(dir: &Path, journal: bool) -> Result<Connection<SimSession>> {
+    fn create(dir: &Path, _image: &str, journal: bool) -> Result<Connection<SimSession>> {
         host::step("create the connection").ctx(Kind::Device, || "killed")?;
         let journal = journal || world().journal;
         let (alive, queue) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).ctx(Kind::Sys, || "no pipe")?;

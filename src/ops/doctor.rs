@@ -5,8 +5,9 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use super::deleted;
 use crate::device::{self, Device, State};
-use crate::fs::helper;
+use crate::fs::{helper, holders};
 
 /// Result of one check.
 #[derive(Clone, Debug)]
@@ -210,7 +211,18 @@ fn one(d: &Device) -> Finding {
         State::Running | State::Starting => {
             // A device works without a supervisor, but no process would start a new worker.
             return match device::is_supervised(d) || d.state == State::Starting {
-                true => good(&subject, of),
+                true if holders::ends_with_its_last_user(&d.disk) => bad(
+                    Grade::Warning,
+                    &subject,
+                    format!("{of}, but `losetup -d` or `losetup -D` was called: it ends when its last user closes it"),
+                    format!(
+                        "nothing is lost, its image is closed cleanly then; ploop umount -d {subject}, then mount it again"
+                    ),
+                ),
+                true => match deleted::trouble(d) {
+                    Some((what, remedy)) => bad(Grade::Warning, &subject, format!("{of}, but {what}"), remedy),
+                    None => good(&subject, of),
+                },
                 false => bad(
                     Grade::Warning,
                     &subject,

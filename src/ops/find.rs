@@ -36,9 +36,12 @@ pub fn of_disk(disk: &LockedDescriptor, component: &str) -> Result<Option<Device
 /// The devices that run a disk. A disk is its descriptor and its chain: other disks may stand on the same base file (a
 /// template, hard links), and their devices are not among these.
 pub fn devices_of(place: &Place, disk: &Descriptor, component: Option<&str>) -> Result<Vec<Device>> {
-    let found = device::by_base(&disk.first_image()?.file, component)?;
+    let base = id_of(&disk.first_image()?.file)?;
     let own = Own::of(place, disk);
-    Ok(found.into_iter().filter(|d| own.runs(d)).collect())
+    let stands_on_base = |d: &Device| base.is_some_and(|base| d.base_id() == Some(base));
+    // Of a disk whose images were renamed or deleted the device's record says whose they are.
+    let candidate = |d: &Device| stands_on_base(d) || own.missing && d.top_id().is_some();
+    device::list_of(|d| component.is_none_or(|c| c == d.component()) && candidate(d) && own.runs(d))
 }
 
 /// Whether a device runs, or shows a snapshot of, this disk; see [`devices_of`].
@@ -68,7 +71,7 @@ impl Own<'_> {
         }
     }
 
-    /// A device over the base of this disk runs it if it shows one of its images, or a file that was put on its top, unless
+    /// A device over the base of this disk, or over files that are not there any more, runs it if it shows one of its images, or a file that was put on its top, unless
     /// the device was made by another descriptor that names that image.
     fn runs(&self, device: &Device) -> bool {
         let Some(top) = device.top_id() else { return true };
@@ -89,6 +92,9 @@ impl Own<'_> {
 /// The device of a base image under exactly this component. Of a file with several names (hard links) each name can be the
 /// base of a disk of its own: the device is that of the name by which it was made, as long as that is there.
 pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
+    if id_of(base)?.is_none() {
+        return deleted_base(base, component);
+    }
     let mut found = device::by_base(base, Some(component))?;
     let names = fs::metadata(base).map_or(1, |m| m.nlink());
     if names > 1 {
@@ -97,6 +103,23 @@ pub fn of_base(base: &Path, component: &str) -> Result<Option<Device>> {
         found.retain(|d| !other(d));
     }
     Ok(found.into_iter().next())
+}
+
+/// The device whose base had this name when it was attached; by now the name is free.
+fn deleted_base(base: &Path, component: &str) -> Result<Option<Device>> {
+    let absolute = path::absolute(base).ctx(Kind::Param, || base.display().to_string())?;
+    let folder = absolute.parent().and_then(|f| fs::canonicalize(f).ok());
+    let (Some(folder), Some(name)) = (folder, absolute.file_name()) else { return Ok(None) };
+    let named = folder.join(name);
+    Ok(device::list_of(|d| d.component() == component && d.base() == named)?.into_iter().next())
+}
+
+/// The identity of what a path leads to; none: nothing is there.
+fn id_of(path: &Path) -> Result<Option<FileId>> {
+    match FileId::at(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some).ctx(Kind::Fstat, || format!("cannot look at {}", path.display())),
+    }
 }
 
 fn id(path: &Path) -> Option<FileId> {

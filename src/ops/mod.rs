@@ -6,6 +6,7 @@ pub mod check;
 pub mod compact;
 pub mod create;
 mod delete_leaf;
+pub mod deleted;
 pub mod device_chain;
 mod disk_lock;
 pub mod doctor;

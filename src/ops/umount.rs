@@ -4,6 +4,7 @@
 use std::io;
 use std::path::Path;
 
+use super::deleted::{self, Deleted, Rescue};
 use super::disk_lock::Disk;
 use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
@@ -17,28 +18,95 @@ use crate::report;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
-/// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
+/// How to unmount.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Umount {
+    /// What becomes of images that were deleted while the disk runs.
+    pub deleted: Deleted,
+}
+
+impl Umount {
+    /// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
+    pub fn descriptor(self, descriptor: &Path, component: &str) -> Result<()> {
+        let _operation = report::cancel::begin();
+        // A merge in the disk's own server ends with the device, and the next mount goes on with it.
+        let disk = Disk::open(descriptor)?;
+        self.of_place(disk.place(), &disk, component)
+    }
+
+    fn locked(self, disk: &LockedDescriptor, component: &str) -> Result<()> {
+        self.of_place(&disk.place, disk, component)
+    }
+
+    fn of_place(self, place: &Place, disk: &Descriptor, component: &str) -> Result<()> {
+        let find = |name: &str| Ok(find::devices_of(place, disk, Some(name))?.into_iter().next());
+        match of_component(find, component)? {
+            Some(device) => self.device(&device, Some(disk)),
+            None => {
+                find::refuse_replaced(disk)?;
+                let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
+                bail!(DevNotMounted, "{} is not mounted{of}", place.display())
+            }
+        }
+    }
+
+    /// Unmounts a device by its node or name; with the descriptor of its disk, if there is one, the size of the file
+    /// system is remembered beside the image. `Device` if there is no such device.
+    pub fn node(self, name: &str, descriptor: Option<&Path>) -> Result<()> {
+        let _operation = report::cancel::begin();
+        let Some(device) = device::by_node(name)? else {
+            bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
+        };
+        match descriptor {
+            Some(path) => self.device(&device, Some(&Descriptor::read(path)?)),
+            None => self.device(&device, None),
+        }
+    }
+
+    /// Unmounts the device under a mount point. `Param` if none is mounted there.
+    pub fn mountpoint(self, folder: &Path) -> Result<()> {
+        let _operation = report::cancel::begin();
+        match find::by_mount_point(folder)? {
+            Some((device, _)) => self.device(&device, None),
+            None => bail!(Param, "{} is not the mount point of a ploop device", folder.display()),
+        }
+    }
+
+    /// Unmounts the device over a base image. `Param` if there is none.
+    pub fn base(self, base: &Path, component: &str) -> Result<()> {
+        let _operation = report::cancel::begin();
+        match of_component(|name| find::of_base(base, name), component)? {
+            Some(device) => self.device(&device, None),
+            None => bail!(Param, "{} is not the base image of a device that this machine runs", base.display()),
+        }
+    }
+
+    fn device(self, device: &Device, disk: Option<&Descriptor>) -> Result<()> {
+        if device.state != State::Dead {
+            refuse_held(device)?;
+        }
+        let lost = deleted::of(device);
+        let rescue = match self.deleted {
+            _ if lost.is_empty() => None,
+            Deleted::Refuse => return deleted::refuse(device),
+            Deleted::Save => Some(Rescue::begin(device, &lost)?),
+            Deleted::Discard => None,
+        };
+        if let Some((what, remedy)) = deleted::trouble(device).filter(|_| lost.is_empty()) {
+            report::warn(format_args!("{what}: {remedy}"));
+        }
+        umount(device, disk, rescue)
+    }
+}
+
+/// Unmounts a disk by its descriptor; see [`Umount::descriptor`].
 pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
-    let _operation = report::cancel::begin();
-    // A merge in the disk's own server ends with the device, and the next mount goes on with it.
-    let disk = Disk::open(descriptor)?;
-    of_place(disk.place(), &disk, component)
+    Umount::default().descriptor(descriptor, component)
 }
 
 /// Unmounts a disk whose descriptor the caller has locked.
 pub fn umount_locked(disk: &LockedDescriptor, component: &str) -> Result<()> {
-    of_place(&disk.place, disk, component)
-}
-
-fn of_place(place: &Place, disk: &Descriptor, component: &str) -> Result<()> {
-    let find = |name: &str| Ok(find::devices_of(place, disk, Some(name))?.into_iter().next());
-    match of_component(find, component)? {
-        Some(device) => umount(&device, Some(disk)),
-        None => {
-            let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
-            bail!(DevNotMounted, "{} is not mounted{of}", place.display())
-        }
-    }
+    Umount::default().locked(disk, component)
 }
 
 /// The device of this component; a temporary snapshot that stays until it is unmounted is found by the name that it was
@@ -50,35 +118,14 @@ fn of_component(find: impl Fn(&str) -> Result<Option<Device>>, component: &str) 
     }
 }
 
-/// Unmounts a device by its node or name; with the descriptor of its disk, if there is one, the size of the file system
-/// is remembered beside the image. `Device` if there is no such device.
+/// Unmounts a device by its node or name; see [`Umount::node`].
 pub fn umount_device(name: &str, descriptor: Option<&Path>) -> Result<()> {
-    let _operation = report::cancel::begin();
-    let Some(device) = device::by_node(name)? else {
-        bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
-    };
-    match descriptor {
-        Some(path) => umount(&device, Some(&Descriptor::read(path)?)),
-        None => umount(&device, None),
-    }
+    Umount::default().node(name, descriptor)
 }
 
-/// Unmounts the device under a mount point. `Param` if none is mounted there.
+/// Unmounts the device under a mount point; see [`Umount::mountpoint`].
 pub fn umount_mountpoint(folder: &Path) -> Result<()> {
-    let _operation = report::cancel::begin();
-    match find::by_mount_point(folder)? {
-        Some((device, _)) => umount(&device, None),
-        None => bail!(Param, "{} is not the mount point of a ploop device", folder.display()),
-    }
-}
-
-/// Unmounts the device over a base image. `Param` if there is none.
-pub fn umount_base(base: &Path, component: &str) -> Result<()> {
-    let _operation = report::cancel::begin();
-    match of_component(|name| find::of_base(base, name), component)? {
-        Some(device) => umount(&device, None),
-        None => bail!(Param, "{} is not the base image of a device that this machine runs", base.display()),
-    }
+    Umount::default().mountpoint(folder)
 }
 
 /// Gives up a device that cannot be served any more: waiting I/O fails, its mounts are detached, and the device is
@@ -118,10 +165,7 @@ fn refuse_held(device: &Device) -> Result<()> {
     )
 }
 
-fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
-    if device.state != State::Dead {
-        refuse_held(device)?;
-    }
+fn umount(device: &Device, disk: Option<&Descriptor>, rescue: Option<Rescue>) -> Result<()> {
     let mounts = find::mounts_of(device)?;
     if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
         && let Err(e) = remember(disk, &first.target)
@@ -136,7 +180,10 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         ));
         device::hold_for_space(device.name(), false)?;
     }
-    let ended = mount::umount_all(&find::names(device)).and_then(|()| detach(device));
+    let ended = mount::umount_all(&find::names(device)).and_then(|()| match rescue {
+        Some(rescue) => detach_and_save(device, rescue),
+        None => detach(device),
+    });
     if ended.is_err() && full {
         // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
         // dead.
@@ -153,6 +200,25 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
 /// What is in use is reported by one code, whether processes use the file system or the device.
 fn detach(device: &Device) -> Result<()> {
     device::detach(device.name()).map_err(|e| if e.kind() == Kind::DevIoc { e.as_kind(Kind::Umount) } else { e })
+}
+
+/// The copies of deleted images get their names before the server closes the images, and what closing changed after it.
+fn detach_and_save(device: &Device, mut rescue: Rescue) -> Result<()> {
+    if let Err(e) = rescue.publish(device) {
+        rescue.withdraw();
+        return Err(e.context(format!("{} is unmounted, but still attached", device.node().display())));
+    }
+    match detach(device) {
+        Ok(()) => rescue.finish(),
+        Err(e) => {
+            // Without the device the copies are all that there is.
+            match device::by_node(device.name()) {
+                Ok(None) => rescue.finish()?,
+                _ => rescue.withdraw(),
+            }
+            Err(e)
+        }
+    }
 }
 
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {

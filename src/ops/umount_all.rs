@@ -8,7 +8,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{find, umount};
+use super::find;
+use super::umount::Umount;
 use crate::device::{self, Device, State};
 use crate::error::{Error, Kind, Result};
 use crate::fs::mount;
@@ -37,10 +38,10 @@ pub struct Outcome {
 /// in which they ended.
 ///
 /// What has begun when the limit is over goes on: a server closes its image also if the caller has exited.
-pub fn umount_all(limit: Duration) -> Result<Vec<Outcome>> {
+pub fn umount_all(limit: Duration, how: Umount) -> Result<Vec<Outcome>> {
     let end = Instant::now() + limit;
     let (tell, hear) = channel();
-    let mut work = Work { end, tell, hear, running: HashMap::new(), tried: HashMap::new(), outcomes: Vec::new() };
+    let mut work = Work { how, end, tell, hear, running: HashMap::new(), tried: HashMap::new(), outcomes: Vec::new() };
     loop {
         let devices: Vec<Device> = device::list()?.into_iter().filter(|d| !work.is_settled(d.name())).collect();
         if devices.is_empty() && work.running.is_empty() {
@@ -63,6 +64,7 @@ pub fn umount_all(limit: Duration) -> Result<Vec<Outcome>> {
 }
 
 struct Work {
+    how: Umount,
     end: Instant,
     tell: Sender<(String, Result<()>)>,
     hear: Receiver<(String, Result<()>)>,
@@ -86,9 +88,9 @@ impl Work {
         let (name, base) = (device.name().to_owned(), device.base().to_owned());
         self.running.insert(name.clone(), base);
         let all: Vec<Names> = places.iter().map(|p| p.names.clone()).collect();
-        let (tell, device) = (self.tell.clone(), device.clone());
+        let (how, tell, device) = (self.how, self.tell.clone(), device.clone());
         thread::spawn(move || {
-            let ended = one(&device, &all);
+            let ended = one(how, &device, &all);
             // After the limit the receiver is gone.
             let _ = tell.send((name, ended));
         });
@@ -152,7 +154,7 @@ impl Place {
     }
 }
 
-fn one(device: &Device, all: &[Names]) -> Result<()> {
+fn one(how: Umount, device: &Device, all: &[Names]) -> Result<()> {
     let names = find::names(device);
     if mounts::read()?.iter().any(|m| names.mounted_by(m) && m.target == Path::new("/")) {
         crate::bail!(Umount, "the root file system is mounted from {}, which stays", device.node().display());
@@ -161,7 +163,7 @@ fn one(device: &Device, all: &[Names]) -> Result<()> {
         crate::bail!(Busy, "{} is being attached", device.node().display());
     }
     clear(&names, all)?;
-    umount::umount_device(device.name(), None)
+    how.node(device.name(), None)
 }
 
 /// Unmounts other file systems that are mounted in the file systems of a disk, or over them. Other ploop disks are

@@ -252,9 +252,12 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
 pub fn remove_dir(dir: &Path) -> io::Result<()> {
     host::step("remove the folder")?;
     for file in transport::FILES.into_iter().chain([CONTROL, LOG, "state.new", STATE]) {
-        match fs::remove_file(dir.join(file)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
+        let path = dir.join(file);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // An empty folder is what a transport mounts its file system over.
+            Err(e) => fs::remove_dir(&path).map_err(|_| e)?,
+            Ok(()) => {}
         }
     }
     fs::remove_dir(dir)?;

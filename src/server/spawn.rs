@@ -34,10 +34,10 @@ struct Merges {
 const PROGRAM: &str = "ploop-server";
 
 /// Folders that packages put the server into.
-const FOLDERS: [&str; 2] = ["/usr/libexec/ploop", "/usr/lib/ploop"];
+const FOLDERS: [&str; 3] = ["/usr/libexec/ploop", "/usr/lib/ploop", "/usr/local/libexec/ploop"];
 
-/// Finds the server's program: `$PLOOP_SERVER` (not when privileges were raised at exec), beside the library, beside
-/// the executable, in the packages' folders.
+/// Finds the server's program: `$PLOOP_SERVER` (not when privileges were raised at exec), beside the library or under the
+/// prefix where that is installed, the same for the executable, in the packages' folders.
 pub fn find_server() -> Result<PathBuf> {
     #[cfg(test)]
     if let Some(root) = host::root() {
@@ -81,9 +81,23 @@ fn folders() -> Vec<PathBuf> {
         {
             add(parent.to_path_buf());
         }
+        if let Some(prefix) = prefix(folder) {
+            add(prefix.join("libexec/ploop"));
+        }
     }
     FOLDERS.map(PathBuf::from).into_iter().for_each(add);
     folders
+}
+
+/// The prefix under which a library or program of this folder is installed: that of `lib`, `lib64`, `lib/TRIPLE`, `bin` or
+/// `sbin`.
+fn prefix(folder: &Path) -> Option<&Path> {
+    let named = |folder: &Path, names: &[&str]| names.iter().any(|n| folder.file_name().is_some_and(|f| f == *n));
+    let above = folder.parent()?;
+    match named(folder, &["lib", "lib64", "lib32", "bin", "sbin"]) {
+        true => Some(above),
+        false => above.parent().filter(|_| named(above, &["lib"])),
+    }
 }
 
 fn is_program(path: &Path) -> bool {
@@ -167,5 +181,19 @@ mod tests {
         folders.sort();
         folders.dedup();
         assert_eq!(folders.len(), count, "{folders:?}");
+    }
+    #[test]
+    fn the_prefix_of_an_installation() {
+        for (folder, found) in [
+            ("/usr/lib/x86_64-linux-gnu", Some("/usr")),
+            ("/opt/ploop/lib64", Some("/opt/ploop")),
+            ("/opt/ploop/sbin", Some("/opt/ploop")),
+            ("/lib", Some("/")),
+            ("/srv/target/release", None),
+            ("/tmp", None),
+            ("/", None),
+        ] {
+            assert_eq!(prefix(Path::new(folder)), found.map(Path::new), "{folder}");
+        }
     }
 }

@@ -87,7 +87,7 @@ impl Drop for ServedFile {
 pub fn serve_if_asked<C: Content>(content: impl FnOnce() -> C) {
     let Some(path) = std::env::var_os(SERVE).map(PathBuf::from) else { return };
     let content = Arc::new(content());
-    let dev = connection::open_and_mount(&path).expect("mount");
+    let dev = connection::open_and_mount(&path, "ploop".as_ref()).expect("mount");
     connection::handshake(dev.as_fd(), Duration::from_secs(10), false).expect("handshake");
     let told = content.clone();
     std::thread::spawn(move || listen(&*told, &path));
@@ -161,6 +161,6 @@ fn act(request: &Head, head: &[u8], all: &[u8], content: &impl Content) -> Optio
             }
             Some(Reply::attr(id, content.len()).bytes().to_vec())
         }
-        Op::Unknown => status(Err(io::Error::from_raw_os_error(libc::ENOSYS))),
+        Op::Lookup | Op::Unknown => status(Err(io::Error::from_raw_os_error(libc::ENOSYS))),
     }
 }

@@ -91,7 +91,7 @@ impl Rig {
     /// Mounts a FUSE file at `file` (made here) for the images, base first. No worker runs yet.
     pub fn new(file: &Path, images: &[PathBuf], options: &Options) -> Rig {
         File::create(file).unwrap();
-        let dev = connection::open_and_mount(file).unwrap();
+        let dev = connection::open_and_mount(file, "ploop".as_ref()).unwrap();
         let session =
             connection::handshake(dev.as_fd(), Duration::from_secs(5), SLOTS.load(Ordering::Relaxed)).unwrap();
         let session = Session::FuseLoop(session);

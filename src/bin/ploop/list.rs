@@ -16,7 +16,8 @@ pub const COMMAND: Command = Command {
 Usage: ploop list [-a] [--json]
 
 One line for each device: its name, the base image, the mount point (with -a), the component name.
-A device that is not in order says so in one more column, one whose snapshots are being merged how far that is.
+A device that is not in order says so in one more column (`deleted`: an image of it; `ending`: by losetup -d; see ploop
+doctor), one whose snapshots are being merged how far that is.
 
   -a      with mount points
   --json  the same for programs, with mount points
@@ -44,6 +45,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
                 "component": d.component,
                 "state": d.state,
                 "merging": d.merging.map(|(done, all)| json!({ "done": done, "all": all })),
+                "deleted": d.deleted.iter().map(|f| json::path(f)).collect::<Vec<_>>(),
             })
         };
         return json::show("list", json!({ "devices": devices.iter().map(one).collect::<Vec<_>>() }));

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use ploop::error::{Error, Kind};
+use ploop::ops::deleted::Deleted;
+use ploop::ops::find;
+use ploop::ops::umount::{self, Umount};
 use ploop::ops::umount_all::umount_all;
-use ploop::ops::{find, umount};
 use ploop::report;
 
 use crate::getopt::Parsed;
@@ -15,15 +17,21 @@ use crate::{Command, Fail, disk, mistake, misuse, values};
 pub const COMMAND: Command = Command {
     name: "umount",
     short: "d:m:c:",
-    long: &[("abort", true, ABORT), ("all", false, ALL), ("timeout", true, TIMEOUT)],
+    long: &[
+        ("abort", true, ABORT),
+        ("all", false, ALL),
+        ("timeout", true, TIMEOUT),
+        ("save-deleted", false, SAVE),
+        ("discard-deleted", false, DISCARD),
+    ],
     usage: "\
-Usage: ploop umount -d DEVICE
-       ploop umount -m DIR
-       ploop umount [-c NAME] DiskDescriptor.xml
-       ploop umount [-c NAME] BASE_FILE
-       ploop umount DIR | DEVICE
+Usage: ploop umount [DELETED] -d DEVICE
+       ploop umount [DELETED] -m DIR
+       ploop umount [DELETED] [-c NAME] DiskDescriptor.xml
+       ploop umount [DELETED] [-c NAME] BASE_FILE
+       ploop umount [DELETED] DIR | DEVICE
        ploop umount --abort DEVICE
-       ploop umount --all [--timeout SECONDS]
+       ploop umount [DELETED] --all [--timeout SECONDS]
 
 Unmounts the file system wherever it is mounted, detaches the device, closes the image.
 
@@ -36,6 +44,12 @@ Unmounts the file system wherever it is mounted, detaches the device, closes the
                    images of other disks comes after those; says which are still there at the end, and why
   --timeout SECONDS
                    with --all: how long their users are waited for (60)
+
+A disk with an image that was deleted meanwhile is not unmounted without one of these (DELETED): its server alone has
+the file.
+
+  --save-deleted     copy the image back under its name
+  --discard-deleted  let it go
 ",
     run,
 };
@@ -43,6 +57,8 @@ Unmounts the file system wherever it is mounted, detaches the device, closes the
 const ABORT: char = '\u{11}';
 const ALL: char = '\u{12}';
 const TIMEOUT: char = '\u{13}';
+const SAVE: char = '\u{14}';
+const DISCARD: char = '\u{15}';
 /// Seconds for `--all`.
 const PATIENCE: u64 = 60;
 
@@ -53,6 +69,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     let mut abort = None;
     let mut all = false;
     let mut patience = None;
+    let mut how = Umount::default();
     for (option, value) in parsed.options {
         match option {
             'd' => device = Some(values::text(&value, "device name")?),
@@ -60,6 +77,8 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             'c' => component = values::text(&value, "component name")?,
             ALL => all = true,
             TIMEOUT => patience = Some(values::number(&value, "time limit")?),
+            SAVE => how.deleted = Deleted::Save,
+            DISCARD => how.deleted = Deleted::Discard,
             ABORT => abort = Some(values::text(&value, "device name")?),
             _ => return misuse(),
         }
@@ -69,7 +88,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         if others || !component.is_empty() {
             return misuse();
         }
-        return everything(Duration::from_secs(patience.unwrap_or(PATIENCE)));
+        return everything(Duration::from_secs(patience.unwrap_or(PATIENCE)), how);
     }
     if patience.is_some() {
         return misuse();
@@ -78,19 +97,19 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         return Ok(umount::abort(&device)?);
     }
     if let Some(device) = device {
-        return Ok(umount::umount_device(&device, None)?);
+        return Ok(how.node(&device, None)?);
     }
     if let Some(folder) = folder {
-        return Ok(umount::umount_mountpoint(Path::new(&folder))?);
+        return Ok(how.mountpoint(Path::new(&folder))?);
     }
     let [given] = &parsed.operands[..] else { return misuse() };
     // A mount point or a device, as umount(8) takes them.
     if !values::is_descriptor(given) && component.is_empty() {
         if find::by_mount_point(Path::new(given))?.is_some() {
-            return Ok(umount::umount_mountpoint(Path::new(given))?);
+            return Ok(how.mountpoint(Path::new(given))?);
         }
         if given.as_bytes().starts_with(b"/dev/") {
-            return Ok(umount::umount_device(&values::text(given, "device name")?, None)?);
+            return Ok(how.node(&values::text(given, "device name")?, None)?);
         }
     }
     let disk = disk::meant(given)?;
@@ -101,16 +120,16 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         )));
     }
     match values::is_descriptor(&disk) {
-        true => umount::umount_descriptor(Path::new(&disk), &component)?,
-        false => umount::umount_base(Path::new(&disk), &component)?,
+        true => how.descriptor(Path::new(&disk), &component)?,
+        false => how.base(Path::new(&disk), &component)?,
     }
     Ok(())
 }
 
 /// Unmounts all disks; prints one line for each disk that failed. The error is `Umount` if a disk is still there, else
 /// that of the first disk.
-fn everything(limit: Duration) -> Result<(), Fail> {
-    let outcomes = umount_all(limit)?;
+fn everything(limit: Duration, how: Umount) -> Result<(), Fail> {
+    let outcomes = umount_all(limit, how)?;
     let count = outcomes.len();
     let left = outcomes.iter().filter(|o| !o.gone).count();
     let mut first = None;

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::bail;
@@ -13,7 +13,6 @@ use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{Answer, Command, DeviceRecord};
 use crate::server::{control, nodes, runtime};
-use crate::sys::file_id::FileId;
 
 /// Longest wait for the answer of a supervisor about its state.
 const INFO: Duration = Duration::from_secs(2);
@@ -136,15 +135,4 @@ fn verify_node(device: &Device) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The base may have been moved, perhaps with its folder: the name of the file that the worker has open.
-pub(super) fn base_name(device: &Device) -> Option<PathBuf> {
-    let base = device.base_id()?;
-    let open = fs::read_dir(format!("/proc/{}/fd", super::record(device).worker.pid)).ok()?;
-    let id = |path: &Path| FileId::at(path).ok();
-    open.flatten()
-        .filter(|fd| id(&fd.path()) == Some(base))
-        .filter_map(|fd| fs::read_link(fd.path()).ok())
-        .find(|name| id(name) == Some(base))
 }

@@ -7,6 +7,7 @@ mod attach;
 mod clean;
 mod find;
 mod freeze;
+mod images;
 mod lock;
 mod merge;
 mod model;
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
-use crate::device::model::{Aliases, Device, Partition};
+use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::Result;
 use crate::server::{partitions, runtime, spawn};
@@ -114,7 +115,15 @@ impl Driver for Served {
     }
 
     fn base_name(&self, device: &Device) -> Option<PathBuf> {
-        find::base_name(device)
+        images::base_name(device)
+    }
+
+    fn whereabouts(&self, device: &Device) -> Vec<Whereabouts> {
+        images::whereabouts(device)
+    }
+
+    fn open_image(&self, device: &Device, level: usize) -> Result<File> {
+        images::open(device, level)
     }
 
     fn abort(&self, name: &str) -> Result<()> {

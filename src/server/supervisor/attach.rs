@@ -77,7 +77,7 @@ fn attach(request: AttachRequest, levels: Vec<OwnedFd>) -> Result<Supervisor> {
     let binary = binary.ctx(Kind::Sys, || "cannot open /proc/self/exe")?;
     let (dir, record, listener) = choose_name(&request)?;
     let cleanup = Cleanup { dir: Some(dir.clone()), transport: transport::probe() };
-    let connection = cleanup.transport.create(&dir, request.slots)?;
+    let connection = cleanup.transport.create(&dir, &top_name(&record), request.slots)?;
     let mut supervisor = prepare(&dir, record, request, connection, binary, listener, levels)?;
     cleanup.keep();
     daemon::lock_memory();
@@ -166,6 +166,11 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
     Ok((runtime::device_dir(&record.name), record, listener))
 }
 
+/// By which the kernel's tools tell whose the block device is.
+fn top_name(record: &DeviceRecord) -> String {
+    record.levels.last().map(|l| l.path.display().to_string()).unwrap_or_default()
+}
+
 /// Removes a folder, and what the transport has made in it, unless all went well.
 struct Cleanup {
     dir: Option<PathBuf>,
@@ -224,8 +229,8 @@ impl Supervisor {
     }
 
     fn bind(&mut self) -> Result<()> {
-        let top = self.record.levels.last().map(|l| l.path.display().to_string()).unwrap_or_default();
-        let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name: top };
+        let name = top_name(&self.record);
+        let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name };
         let job = Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted };
         let helper = self.helper(&job)?;
         let mut end = host::now() + BIND;

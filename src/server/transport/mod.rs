@@ -94,11 +94,11 @@ impl Transport {
     }
 
     /// See [`RequestQueue::create`].
-    pub fn create(self, dir: &Path, journal: bool) -> Result<Connection<Session>> {
+    pub fn create(self, dir: &Path, image: &str, journal: bool) -> Result<Connection<Session>> {
         match self {
-            Transport::FuseLoop => FuseQueue::create(dir, journal).map(|c| c.map(Session::FuseLoop)),
+            Transport::FuseLoop => FuseQueue::create(dir, image, journal).map(|c| c.map(Session::FuseLoop)),
             #[cfg(test)]
-            Transport::Simulated => SimQueue::create(dir, journal).map(|c| c.map(Session::Simulated)),
+            Transport::Simulated => SimQueue::create(dir, image, journal).map(|c| c.map(Session::Simulated)),
         }
     }
 
@@ -291,7 +291,7 @@ mod tests {
     fn a_session_has_the_form_it_always_had() {
         let text = r#"{"minor":45,"max_write":1048576,"flags":549755813888}"#;
         let session: Session = serde_json::from_str(text).unwrap();
-        assert_eq!(session, Session::FuseLoop(FuseSession { minor: 45, max_write: 1 << 20, flags: 1 << 39 }));
+        assert_eq!(session, Session::FuseLoop(FuseSession { minor: 45, max_write: 1 << 20, flags: 1 << 39, depth: 0 }));
         assert_eq!(serde_json::to_string(&session).unwrap(), text);
         assert_eq!(session.recovery(), Recovery::Kernel);
     }

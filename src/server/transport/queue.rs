@@ -137,9 +137,9 @@ pub trait RequestQueue: Sized {
 
     const LIMITS: Limits;
 
-    /// Makes the connection for the device whose folder is `dir`. `journal`: requests are to be kept in the journal
+    /// Makes the connection for the device whose folder is `dir`, which shows `image`. `journal`: requests are to be kept in the journal
     /// even where the kernel could give them out again.
-    fn create(dir: &Path, journal: bool) -> Result<Connection<Self::Session>>;
+    fn create(dir: &Path, image: &str, journal: bool) -> Result<Connection<Self::Session>>;
 
     /// Removes from `dir` what [`create`](Self::create) made there for binding the block device: from here on the block
     /// device alone holds the connection, and no process finds it by a name.

@@ -13,7 +13,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::server::transport::binding::{Binding, BlockBinding, Patience, Wanted};
 use crate::sys::loopdev;
 
-use super::{DISK, loop_device};
+use super::{DISK, is_shown, loop_device, shown};
 
 /// Loop devices are numbered from here, out of the way of programs that request the first free one.
 const FIRST_LOOP: u32 = 10_000;
@@ -27,16 +27,19 @@ impl BlockBinding for LoopBinding {
     fn bind(&self, dir: &Path, wanted: &Wanted, chosen: &mut dyn FnMut(&Binding) -> Result<()>) -> Result<Binding> {
         let number = wanted.number.filter(|n| *n < NUMBERED);
         let first = (FIRST_LOOP + number.unwrap_or(NUMBERED), number.is_some());
-        loop_device::attach(&dir.join(DISK), first, wanted.read_only, &wanted.name, chosen)
+        let mut disk = dir.join(DISK);
+        if disk.is_dir() {
+            disk.push(shown(&wanted.name));
+        }
+        loop_device::attach(&disk, first, wanted.read_only, &wanted.name, chosen)
     }
 
     fn is_bound(&self, backing: &str) -> bool {
         loop_device::is_bound(backing)
     }
 
-    /// A file without a name, as the FUSE file is.
     fn may_be_ours(&self, backing: &str) -> bool {
-        loop_device::backing_file(backing) == "/"
+        is_shown(&loop_device::backing_file(backing))
     }
 
     fn open(&self, binding: &Binding, flags: i32) -> io::Result<File> {

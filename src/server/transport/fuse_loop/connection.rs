@@ -45,6 +45,13 @@ pub struct FuseSession {
     pub minor: u32,
     pub max_write: u32,
     pub flags: u64,
+    /// Folders above the file. None: of a version that had none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub depth: u32,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 impl FuseSession {
@@ -64,10 +71,11 @@ pub fn resend(dev: BorrowedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens /dev/fuse and mounts the one-file file system over the regular file `file`, in the mount namespace of the
-/// caller. The descriptor is close-on-exec and does not block. The file can be used after [`handshake`] and when
-/// a worker answers.
-pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
+/// Opens /dev/fuse and mounts the one-file file system at `point`, in the mount namespace of the caller: over a folder, or
+/// over a regular file if its root is to be the file. `source` is what the mount table shows. The descriptor is
+/// close-on-exec and does not block. The file can be used after [`handshake`] and when a worker answers.
+pub fn open_and_mount(point: &Path, source: &Path) -> Result<OwnedFd> {
+    let mode = if point.is_dir() { "40700" } else { "100600" };
     let dev = OpenOptions::new()
         .read(true)
         .write(true)
@@ -75,12 +83,12 @@ pub fn open_and_mount(file: &Path) -> Result<OwnedFd> {
         .open("/dev/fuse")
         .ctx(Kind::Device, || "cannot open /dev/fuse; the kernel needs FUSE (modprobe fuse)")?;
     let options = format!(
-        "fd={},rootmode=100600,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_IO}",
+        "fd={},rootmode={mode},user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_IO}",
         dev.as_raw_fd()
     );
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
-    mount(Some("ploop"), file, Some("fuse"), flags, Some(options.as_str()))
-        .ctx(Kind::Device, || format!("cannot mount a FUSE file at {}", file.display()))?;
+    mount(Some(source), point, Some("fuse"), flags, Some(options.as_str()))
+        .ctx(Kind::Device, || format!("cannot mount a FUSE file at {}", point.display()))?;
     Ok(dev.into())
 }
 
@@ -124,7 +132,7 @@ pub fn handshake(dev: BorrowedFd, limit: Duration, slots: bool) -> Result<FuseSe
     }
     let resend = if slots { 0 } else { HAS_RESEND };
     let flags = needed | offered & (ASYNC_READ | BIG_WRITES | PARALLEL_DIROPS | ABORT_ERROR | INIT_EXT | resend);
-    let session = FuseSession { minor: minor.min(FUSE_MINOR), max_write: MAX_IO as u32, flags };
+    let session = FuseSession { minor: minor.min(FUSE_MINOR), max_write: MAX_IO as u32, flags, depth: 0 };
     let reply = Reply::new(unique, 0, 64)
         .u32(0, FUSE_MAJOR)
         .u32(4, session.minor)

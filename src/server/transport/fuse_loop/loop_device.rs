@@ -310,10 +310,10 @@ pub fn undo_attach(backing: &str, rdev: u64) -> Result<()> {
     Ok(())
 }
 
-/// The file behind is one of our FUSE files: by name while its mount is there, `/` once that is detached.
+/// The file behind is one of our FUSE files: by name while its mount is there, too.
 fn names_our_file(backing: &str) -> bool {
     let file = backing_file(backing);
-    file == "/" || Path::new(&file).starts_with("/run/ploop")
+    super::is_shown(&file) || Path::new(&file).starts_with("/run/ploop")
 }
 
 /// A loop device is bound to a file.
@@ -321,7 +321,7 @@ pub fn is_bound(backing: &str) -> bool {
     Path::new("/sys/block").join(backing).join("loop").exists()
 }
 
-/// What the kernel shows of a loop device's file; `/` for one whose mount was detached.
+/// What the kernel shows of a loop device's file: for one whose mount was detached its path in that.
 pub fn backing_file(backing: &str) -> String {
     let file = fs::read_to_string(format!("/sys/block/{backing}/loop/backing_file")).unwrap_or_default();
     file.trim_end_matches('\n').to_string()

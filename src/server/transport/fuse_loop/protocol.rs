@@ -1,7 +1,9 @@
 //! The kernel's FUSE protocol, as far as a file system of one file needs it: requests and replies.
 //!
-//! The root of the file system is the file itself, mounted over a regular file. It has one fixed node (1) and one
-//! constant handle, so that a process that takes over needs to know nothing but what the handshake agreed on.
+//! The file lies in as many folders as its path has, one in the other, each with the only node of its depth: the kernel shows
+//! that path as the loop device's file. Whatever name is looked up in a folder is the next folder or, in the last one, the
+//! file. Node numbers and the constant handle follow from the depth, so that a process that takes over needs to know nothing
+//! but what the handshake agreed on. File systems of older versions have no folder: their root (node 1) is the file.
 #![forbid(unsafe_code)]
 
 /// Bytes before the data of a WRITE; every other request of interest is not longer than this.
@@ -18,6 +20,7 @@ const FOPEN_NOFLUSH: u32 = 1 << 5;
 const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 
 pub mod opcode {
+    pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
     pub const OPEN: u32 = 14;
@@ -33,6 +36,9 @@ pub mod opcode {
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
 }
+
+/// Seconds; names and folders never change.
+const FOR_EVER: u64 = 1 << 30;
 
 /// What a request asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +58,7 @@ pub enum Op {
         len: u64,
         mode: u32,
     },
+    Lookup,
     GetAttr,
     Open,
     StatFs,
@@ -67,6 +74,8 @@ pub struct Head {
     /// Echoed in the reply as it is.
     pub unique: u64,
     pub opcode: u32,
+    /// What it is about: 1 is the root.
+    pub node: u64,
     pub op: Op,
 }
 
@@ -116,6 +125,7 @@ pub fn parse(head: &[u8; HEAD], len: usize) -> Option<Head> {
             Op::Fallocate { offset: u64_at(head, 48), len: u64_at(head, 56), mode: u32_at(head, 64) }
         }
         opcode::FSYNC => Op::Fsync,
+        opcode::LOOKUP => Op::Lookup,
         opcode::GETATTR => Op::GetAttr,
         opcode::OPEN => Op::Open,
         opcode::STATFS => Op::StatFs,
@@ -123,7 +133,7 @@ pub fn parse(head: &[u8; HEAD], len: usize) -> Option<Head> {
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => Op::NoReply,
         _ => Op::Unknown,
     };
-    Some(Head { unique: u64_at(head, 8), opcode: code, op })
+    Some(Head { unique: u64_at(head, 8), opcode: code, node: u64_at(head, 16), op })
 }
 
 /// The 16 bytes that lead a reply with `data` bytes behind them; `error` is a positive errno or 0.
@@ -138,13 +148,13 @@ pub fn reply_head(unique: u64, error: i32, data: usize) -> [u8; 16] {
 /// A whole small reply, on the stack.
 #[derive(Clone, Copy, Debug)]
 pub struct Reply {
-    bytes: [u8; 128],
+    bytes: [u8; 160],
     len: usize,
 }
 
 impl Reply {
     pub fn new(unique: u64, error: i32, data: usize) -> Reply {
-        let mut bytes = [0; 128];
+        let mut bytes = [0; 160];
         bytes[..16].copy_from_slice(&reply_head(unique, error, data));
         Reply { bytes, len: 16 + data }
     }
@@ -186,15 +196,38 @@ impl Reply {
     /// Answer to GETATTR: a regular file of `size` bytes that root may read and write. Valid for no time, so that a new
     /// size is seen at once.
     pub fn attr(unique: u64, size: u64) -> Reply {
-        // After validity (16 bytes): ino, size, blocks, three times, three parts of nanoseconds, mode, nlink, uid, gid,
-        // rdev, blksize, flags.
-        Reply::new(unique, 0, 104)
-            .u64(16, 1)
-            .u64(24, size)
-            .u64(32, size.div_ceil(512))
-            .u32(76, libc::S_IFREG | 0o600)
-            .u32(80, 1)
-            .u32(96, 4096)
+        // After validity (16 bytes).
+        Reply::new(unique, 0, 104).attributes(16, 1, size, libc::S_IFREG | 0o600)
+    }
+
+    /// Answer to GETATTR: a folder of this node that root may use.
+    pub fn folder_attr(unique: u64, node: u64) -> Reply {
+        Reply::new(unique, 0, 104).u64(0, FOR_EVER).attributes(16, node, 0, libc::S_IFDIR | 0o700)
+    }
+
+    /// Answer to LOOKUP: a folder of this node.
+    pub fn folder(unique: u64, node: u64) -> Reply {
+        Reply::entry(unique, node, FOR_EVER).attributes(40, node, 0, libc::S_IFDIR | 0o700)
+    }
+
+    /// Answer to LOOKUP: the file.
+    pub fn file(unique: u64, node: u64, size: u64) -> Reply {
+        Reply::entry(unique, node, 0).attributes(40, node, size, libc::S_IFREG | 0o600)
+    }
+
+    /// Node, generation, how long name and attributes are valid, attributes.
+    fn entry(unique: u64, node: u64, attributes: u64) -> Reply {
+        Reply::new(unique, 0, 128).u64(0, node).u64(16, FOR_EVER).u64(24, attributes)
+    }
+
+    /// Number, size, blocks, three times, three parts of nanoseconds, mode, nlink, uid, gid, rdev, blksize, flags.
+    fn attributes(self, at: usize, node: u64, size: u64, mode: u32) -> Reply {
+        self.u64(at, node)
+            .u64(at + 8, size)
+            .u64(at + 16, size.div_ceil(512))
+            .u32(at + 60, mode)
+            .u32(at + 64, 1)
+            .u32(at + 80, 4096)
     }
 
     /// Answer to STATFS. The loop device takes `bsize` as its discard granularity.
@@ -254,6 +287,12 @@ mod tests {
         assert_eq!(r.bytes().len(), 16 + 104);
         assert_eq!(u64_at(r.bytes(), 16 + 24), 1 << 20);
         assert_eq!(u32_at(r.bytes(), 16 + 76), 0o100600);
+        let r = Reply::file(1, 7, 1 << 20);
+        assert_eq!((r.bytes().len(), u64_at(r.bytes(), 16), u64_at(r.bytes(), 16 + 24)), (16 + 128, 7, 0));
+        assert_eq!((u64_at(r.bytes(), 16 + 48), u32_at(r.bytes(), 16 + 100)), (1 << 20, 0o100600));
+        let r = Reply::folder(1, 7);
+        assert_eq!((u64_at(r.bytes(), 16 + 16), u32_at(r.bytes(), 16 + 100)), (FOR_EVER, 0o40700));
+        assert_eq!(u32_at(Reply::folder_attr(1, 7).bytes(), 16 + 76), 0o40700);
         let r = Reply::statfs(1, 10 << 20, 1 << 20);
         assert_eq!((r.bytes().len(), u64_at(r.bytes(), 16), u32_at(r.bytes(), 16 + 40)), (96, 10, 1 << 20));
     }

@@ -1,7 +1,6 @@
 //! /dev/fuse as the worker's queue.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -18,9 +17,9 @@ use crate::server::transport::queue::{
 use crate::sys::arena::{Arena, Span};
 use crate::sys::ring::Ring;
 
-use super::DISK;
 use super::connection::{self, FuseSession};
 use super::protocol::{self, opcode};
+use super::{DISK, shown};
 
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
@@ -36,6 +35,8 @@ const _: () = assert!(protocol::HEAD == HEAD);
 #[derive(Debug)]
 pub struct FuseQueue {
     dev: OwnedFd,
+    /// Folders above the file: nodes from 1 to this number.
+    depth: u64,
 }
 
 impl AsFd for FuseQueue {
@@ -74,11 +75,13 @@ impl RequestQueue for FuseQueue {
     /// The kernel's loop device keeps 128 requests in flight.
     const LIMITS: Limits = Limits { max_io: protocol::MAX_IO, in_flight: 128 };
 
-    fn create(dir: &Path, journal: bool) -> Result<Connection<FuseSession>> {
+    fn create(dir: &Path, image: &str, journal: bool) -> Result<Connection<FuseSession>> {
         let disk = dir.join(DISK);
-        File::create_new(&disk).ctx(Kind::Creat, || format!("cannot make {}", disk.display()))?;
-        let queue = connection::open_and_mount(&disk)?;
-        let session = connection::handshake(queue.as_fd(), HANDSHAKE, journal)?;
+        std::fs::create_dir(&disk).ctx(Kind::Creat, || format!("cannot make {}", disk.display()))?;
+        let path = shown(image);
+        let queue = connection::open_and_mount(&disk, &path)?;
+        let mut session = connection::handshake(queue.as_fd(), HANDSHAKE, journal)?;
+        session.depth = path.components().count() as u32;
         let number = mounts::anonymous_number(&disk).unwrap_or(0);
         Ok(Connection { queue, session, number })
     }
@@ -86,7 +89,7 @@ impl RequestQueue for FuseQueue {
     fn hide(dir: &Path) -> Result<()> {
         let disk = dir.join(DISK);
         umount2(&disk, MntFlags::MNT_DETACH).ctx(Kind::Umount, || format!("cannot detach {}", disk.display()))?;
-        let _ = std::fs::remove_file(disk);
+        let _ = std::fs::remove_dir(disk);
         Ok(())
     }
 
@@ -106,8 +109,8 @@ impl RequestQueue for FuseQueue {
         if session.resends() { Recovery::Kernel } else { Recovery::Journal }
     }
 
-    fn open(queue: OwnedFd, _: FuseSession) -> FuseQueue {
-        FuseQueue { dev: queue }
+    fn open(queue: OwnedFd, session: FuseSession) -> FuseQueue {
+        FuseQueue { dev: queue, depth: session.depth.into() }
     }
 
     fn read(&self, arena: &Arena, head: &mut [u8; HEAD], data: Span) -> std::result::Result<usize, ReadError> {
@@ -120,17 +123,24 @@ impl RequestQueue for FuseQueue {
 
     fn parse(&self, head: &[u8; HEAD], len: usize) -> Option<KernelRequest> {
         let request = protocol::parse(head, len)?;
+        let folder = (1..=self.depth).contains(&request.node);
         let op = match request.op {
+            protocol::Op::Lookup if folder => Op::Own,
+            protocol::Op::Lookup => Op::Unsupported(libc::ENOTDIR),
+            protocol::Op::GetAttr | protocol::Op::StatFs | protocol::Op::Nothing if folder => Op::Own,
+            protocol::Op::NoReply => Op::NoReply,
+            _ if folder => Op::Unsupported(libc::ENOSYS),
             protocol::Op::Read { offset, len } => Op::Read { offset, len },
             protocol::Op::Write { offset, len } => Op::Write { offset, len },
             protocol::Op::Fallocate { offset, len, mode: PUNCH | ZERO } => Op::Zero { offset, len },
             protocol::Op::Fallocate { .. } => Op::Unsupported(libc::EOPNOTSUPP),
             protocol::Op::Fsync => Op::Flush,
             protocol::Op::GetAttr | protocol::Op::Open | protocol::Op::StatFs | protocol::Op::Nothing => Op::Own,
-            protocol::Op::NoReply => Op::NoReply,
             protocol::Op::Unknown => Op::Unsupported(libc::ENOSYS),
         };
-        Some(KernelRequest { unique: request.unique, code: request.opcode, op, resent: request.resent() })
+        // The folder comes with the number of the operation: there are fewer of them than a byte can tell.
+        let code = if folder { request.opcode | (request.node as u32) << 8 } else { request.opcode };
+        Some(KernelRequest { unique: request.unique, code, op, resent: request.resent() })
     }
 
     fn parse_kept(&self, head: &[u8; HEAD]) -> Option<KernelRequest> {
@@ -155,7 +165,11 @@ impl RequestQueue for FuseQueue {
 
     fn answer_own(&self, request: &KernelRequest, geometry: &Geometry) -> io::Result<()> {
         let unique = request.unique;
-        self.send(&match request.code {
+        let folder = u64::from(request.code >> 8);
+        self.send(&match request.code & 0xff {
+            opcode::LOOKUP if folder == self.depth => protocol::Reply::file(unique, folder + 1, geometry.bytes),
+            opcode::LOOKUP => protocol::Reply::folder(unique, folder + 1),
+            opcode::GETATTR if folder != 0 => protocol::Reply::folder_attr(unique, folder),
             opcode::GETATTR => protocol::Reply::attr(unique, geometry.bytes),
             opcode::OPEN => protocol::Reply::open(unique),
             opcode::STATFS => protocol::Reply::statfs(unique, geometry.bytes, geometry.block_bytes),
@@ -208,7 +222,7 @@ mod tests {
 
     use super::*;
 
-    const SESSION: FuseSession = FuseSession { minor: 45, max_write: 1 << 20, flags: 0 };
+    const SESSION: FuseSession = FuseSession { minor: 45, max_write: 1 << 20, flags: 0, depth: 0 };
 
     fn queue() -> (OwnedFd, FuseQueue) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -265,6 +279,34 @@ mod tests {
             let len = nix::unistd::read(&kernel, &mut got).unwrap();
             assert_eq!(got[..len], wanted);
         }
+    }
+
+    #[test]
+    fn folders_lead_to_the_file() {
+        let (kernel, dev) = queue();
+        let queue = FuseQueue::open(dev.dev, FuseSession { depth: 2, ..SESSION });
+        let ask = |opcode, node: u64| {
+            let mut head = head(opcode, 56, 0);
+            head[16..24].copy_from_slice(&node.to_le_bytes());
+            let request = queue.parse_kept(&head).unwrap();
+            if request.op != Op::Own {
+                return (request.op, Vec::new());
+            }
+            queue.answer_own(&request, &Geometry { bytes: 10 << 20, block_bytes: 1 << 20 }).unwrap();
+            let mut got = [0; 256];
+            let len = nix::unistd::read(&kernel, &mut got).unwrap();
+            (request.op, got[..len].to_vec())
+        };
+        let unique = 6 | protocol::RESENT;
+        let own = |reply: protocol::Reply| (Op::Own, reply.bytes().to_vec());
+        assert_eq!(ask(opcode::LOOKUP, 1), own(protocol::Reply::folder(unique, 2)));
+        assert_eq!(ask(opcode::LOOKUP, 2), own(protocol::Reply::file(unique, 3, 10 << 20)));
+        assert_eq!(ask(opcode::LOOKUP, 3).0, Op::Unsupported(libc::ENOTDIR));
+        assert_eq!(ask(opcode::GETATTR, 2), own(protocol::Reply::folder_attr(unique, 2)));
+        assert_eq!(ask(opcode::GETATTR, 3), own(protocol::Reply::attr(unique, 10 << 20)));
+        assert_eq!(ask(opcode::OPEN, 3), own(protocol::Reply::open(unique)));
+        assert_eq!(ask(opcode::FSYNC, 1).0, Op::Unsupported(libc::ENOSYS));
+        assert_eq!(ask(opcode::FSYNC, 3).0, Op::Flush);
     }
 
     /// A successor gets every request that comes after the end of the reading.

@@ -48,7 +48,7 @@ fn data(unique: u64, len: u32) -> Vec<u8> {
 }
 
 /// The requests in these tests are those of a FUSE file, without resend by the kernel.
-const SESSION: Session = Session::FuseLoop(FuseSession { minor: 45, max_write: 1 << 20, flags: 0 });
+const SESSION: Session = Session::FuseLoop(FuseSession { minor: 45, max_write: 1 << 20, flags: 0, depth: 0 });
 
 fn dev(queue: &Queue) -> BorrowedFd<'_> {
     let Queue::FuseLoop(queue) = queue else { panic!("another transport") };

@@ -1,0 +1,173 @@
+#!/bin/sh
+# Installs what `cargo build --release` built: library, command, server, headers, manual page, units.
+#
+#   ./install.sh [--uninstall] [--force] [NAME=VALUE...]
+#
+#   PREFIX=/usr         DESTDIR=        root of a package's tree, before all other paths
+#   LIBDIR              PREFIX/lib/TRIPLE on Debian and the like, PREFIX/lib64 where that is a folder of its own, else PREFIX/lib
+#   SBINDIR=PREFIX/sbin LIBEXECDIR=PREFIX/libexec      INCLUDEDIR=PREFIX/include   MANDIR=PREFIX/share/man
+#   UNITDIR, TMPFILESDIR, UDEVDIR       systemd/system, tmpfiles.d and udev/rules.d below PREFIX/lib
+#   TARGET              the folder with the built files ($CARGO_TARGET_DIR/release, else target/release)
+#   STRIP=strip         `STRIP=:` keeps the names of functions
+#
+#   --uninstall   removes what the same call without it installs
+#   --force       also over files that belong to a package of the distribution (Debian's ploop and libploop)
+#
+# The same names are read from the environment. mount(8) looks for mount.ploop in /sbin alone, and systemd and udev for their
+# files below /usr/lib, /usr/local/lib and /etc: with another PREFIX name SBINDIR, UNITDIR and UDEVDIR.
+set -eu
+umask 022
+
+fail() {
+    echo "install.sh: $*" >&2
+    exit 1
+}
+
+cd "$(dirname "$0")"
+uninstall= force=
+for argument; do
+    case $argument in
+    --uninstall) uninstall=1 ;;
+    --force) force=1 ;;
+    -h | --help)
+        sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+    PREFIX=* | DESTDIR=* | LIBDIR=* | SBINDIR=* | LIBEXECDIR=* | INCLUDEDIR=* | MANDIR=* | UNITDIR=* | TMPFILESDIR=* | UDEVDIR=* | TARGET=* | STRIP=*)
+        # The value is not looked at by the shell again.
+        eval "${argument%%=*}=\${argument#*=}"
+        ;;
+    *) fail "unknown argument $argument; --help shows them" ;;
+    esac
+done
+
+# Where the distribution has its libraries.
+libdir() {
+    case $PREFIX in
+    /usr | /usr/local)
+        triple=$(${CC:-cc} -print-multiarch 2>/dev/null || dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || :)
+        if [ -n "$triple" ] && [ -d "/usr/lib/$triple" ]; then
+            echo "$PREFIX/lib/$triple"
+            return
+        fi
+        if [ -d /usr/lib64 ] && [ ! -L /usr/lib64 ] && [ "$(getconf LONG_BIT 2>/dev/null || echo 64)" = 64 ]; then
+            echo "$PREFIX/lib64"
+            return
+        fi
+        ;;
+    esac
+    echo "$PREFIX/lib"
+}
+
+DESTDIR=${DESTDIR:-} PREFIX=${PREFIX:-/usr}
+PREFIX=${PREFIX%/}
+LIBDIR=${LIBDIR:-$(libdir)}
+SBINDIR=${SBINDIR:-$PREFIX/sbin}
+LIBEXECDIR=${LIBEXECDIR:-$PREFIX/libexec}
+INCLUDEDIR=${INCLUDEDIR:-$PREFIX/include}
+MANDIR=${MANDIR:-$PREFIX/share/man}
+UNITDIR=${UNITDIR:-$PREFIX/lib/systemd/system}
+TMPFILESDIR=${TMPFILESDIR:-$PREFIX/lib/tmpfiles.d}
+UDEVDIR=${UDEVDIR:-$PREFIX/lib/udev/rules.d}
+TARGET=${TARGET:-${CARGO_TARGET_DIR:-target}/release}
+STRIP=${STRIP:-strip}
+version=$(sed -n 's/^version = "\([0-9]*\.[0-9]*\).*"/\1/p' Cargo.toml | head -n 1)
+
+for dir in "$PREFIX" "$LIBDIR" "$SBINDIR" "$LIBEXECDIR" "$INCLUDEDIR" "$MANDIR" "$UNITDIR" "$TMPFILESDIR" "$UDEVDIR"; do
+    case $dir in
+    /*) ;;
+    *) fail "$dir: want an absolute path" ;;
+    esac
+done
+
+# All that is installed, one path a line.
+list() {
+    so=$LIBDIR/libploop.so
+    printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
+        "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
+        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
+        "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
+}
+
+# Run by the package's tools, or over them: their next upgrade would bring their files back one by one.
+refuse_packages() {
+    [ -z "$DESTDIR$force" ] && command -v dpkg-query >/dev/null || return 0
+    owner=$(list | xargs dpkg-query -S 2>/dev/null | sed 's/: .*//' | sort -u | tr '\n' ' ')
+    [ -z "$owner" ] || fail "files of the package ${owner% } are in the way: remove it, choose another PREFIX, or give --force"
+}
+
+loader() {
+    if [ -z "$DESTDIR" ] && [ "$(id -u)" = 0 ] && command -v ldconfig >/dev/null; then
+        ldconfig
+    fi
+}
+
+if [ -n "$uninstall" ]; then
+    refuse_packages
+    list | while IFS= read -r path; do
+        rm -f "$DESTDIR$path"
+        # Folders that only this package has; in a tree of its own all that are empty.
+        dir=${path%/*}
+        while [ -n "$dir" ]; do
+            case $DESTDIR:$dir in
+            :*/ploop | ?*:*) rmdir "$DESTDIR$dir" 2>/dev/null || break ;;
+            *) break ;;
+            esac
+            dir=${dir%/*}
+        done
+    done
+    loader
+    exit 0
+fi
+
+for file in libploop.so libploop.a ploop ploop-server; do
+    [ -e "$TARGET/$file" ] || fail "there is no $TARGET/$file; cargo build --release --locked makes it"
+done
+refuse_packages
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# put MODE SOURCE PATH: a new file takes the place of an old one, which programs may be running.
+put() {
+    mkdir -p "$DESTDIR${3%/*}"
+    cp "$2" "$DESTDIR$3.new"
+    chmod "$1" "$DESTDIR$3.new"
+    mv -f "$DESTDIR$3.new" "$DESTDIR$3"
+}
+
+# stripped FLAG FILE: the path of a copy without what only debuggers need.
+stripped() {
+    cp "$TARGET/$2" "$scratch/$2"
+    "$STRIP" "$1" "$scratch/$2" || fail "$STRIP failed; install binutils, or give STRIP=:"
+    echo "$scratch/$2"
+}
+
+# Paths in text files are those of this installation.
+adapted() {
+    sed -e "s|@prefix@|$PREFIX|g; s|@libdir@|$LIBDIR|g; s|@includedir@|$INCLUDEDIR|g; s|@version@|$version|g" \
+        -e "s|/usr/sbin/ploop|$SBINDIR/ploop|g" "$1" >"$scratch/${1##*/}"
+    echo "$scratch/${1##*/}"
+}
+
+link() {
+    ln -sf "$1" "$DESTDIR$2"
+}
+
+put 644 "$(stripped --strip-unneeded libploop.so)" "$LIBDIR/libploop.so.$version"
+link "libploop.so.$version" "$LIBDIR/libploop.so.1"
+link libploop.so.1 "$LIBDIR/libploop.so"
+put 644 "$(stripped --strip-debug libploop.a)" "$LIBDIR/libploop.a"
+put 644 "$(adapted pkgconfig/ploop.pc.in)" "$LIBDIR/pkgconfig/ploop.pc"
+put 755 "$(stripped --strip-all ploop-server)" "$LIBEXECDIR/ploop/ploop-server"
+put 755 "$(stripped --strip-all ploop)" "$SBINDIR/ploop"
+for name in mount.ploop umount.ploop ploop-balloon; do
+    link ploop "$SBINDIR/$name"
+done
+for header in libploop.h dynload.h; do
+    put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
+done
+put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
+put 644 "$(adapted systemd/ploop-shutdown.service)" "$UNITDIR/ploop-shutdown.service"
+put 644 systemd/ploop.tmpfiles "$TMPFILESDIR/ploop.conf"
+put 644 systemd/59-ploop.rules "$UDEVDIR/59-ploop.rules"
+loader
