@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use crate::device::model::{Aliases, Device, Partition};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
+use crate::sys::file_id::FileId;
 
 /// What a driver can do beyond attaching, finding and detaching. An operation that is not offered here fails with
 /// [`Kind::Param`] before anything has changed.
@@ -105,6 +106,13 @@ pub trait Driver: Sync {
 
     /// Detaches the device and closes its image cleanly. Busy: an error of kind `DevIoc`, nothing changed.
     fn detach(&self, name: &str) -> Result<()>;
+
+    /// The first of these files for which changes wait that were answered and not flushed when the processes of its
+    /// device were killed, and the folder in which they wait: the next device that writes to it takes them over. None: a
+    /// driver in the kernel leaves none.
+    fn unflushed(&self, _files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
+        Ok(None)
+    }
 
     /// The numbers and nodes of the disk and its partitions; none if the device has another disk by now.
     fn aliases(&self, device: &Device) -> Aliases;

@@ -273,8 +273,10 @@ impl<'a> Life<'a> {
             let d = self.descriptor();
             d.images.first().is_some_and(|i| d.is_raw(i))
         };
-        // A list refuses an image that a crash has left marked.
-        self.by_list &= !self.model.lock().expect("a lock").marked;
+        // A list refuses an image that a crash has left marked, but not one for which changes wait.
+        let top = files.last().and_then(|f| FileId::at(f).ok());
+        let waits = device::unflushed(top.as_slice()).is_ok_and(|left| left.is_some());
+        self.by_list &= waits || !self.model.lock().expect("a lock").marked;
         let by_list = self.by_list;
         let (result, killed) = self.operate(format!("mount, by list {by_list}"), calm, move || {
             let params = MountParams { cluster: raw.then(small), ..MountParams::default() };
@@ -332,12 +334,11 @@ impl<'a> Life<'a> {
         matches!(info, Ok((crate::server::proto::Answer::Info { failed: false, .. }, _)))
     }
 
-    /// The device has lost its processes: what was not flushed may be lost.
+    /// The device has lost its processes: the next mount shows all that was answered.
     pub(super) fn dead(&mut self) {
         self.say("the device is dead".into());
         self.follow_list();
         self.stop_app();
-        self.model.lock().expect("a lock").crash();
         let Some(device) = self.device() else { return };
         let name = device.name().to_owned();
         let (result, _) = self.operate("umount the dead device".into(), true, move || umount_device(&name, None));

@@ -156,7 +156,22 @@ impl Life<'_> {
         self.after(&result, &killed, "reload");
     }
 
+    /// Supervisor and worker are killed at once.
+    fn kill_both(&mut self) {
+        let Some(device) = self.device().filter(|d| d.state == crate::device::State::Running) else { return };
+        let record = crate::device::served::record(&device);
+        self.say("supervisor and worker are killed".into());
+        self.world.kill(record.worker.pid);
+        self.world.kill(record.supervisor.pid);
+        self.settle(&["worker".into(), "supervise".into()]);
+        // The program has seen the end of its device.
+        self.model.lock().expect("a lock").error = None;
+    }
+
     pub(super) fn pause(&mut self) {
+        if self.plan.kills > 0 && self.rng.coin() {
+            return self.kill_both();
+        }
         let (_, killed) = self.operate("pause".into(), false, move || {
             host::sleep(Duration::from_secs(2));
             Ok(())

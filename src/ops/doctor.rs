@@ -230,7 +230,7 @@ fn one(d: &Device) -> Finding {
         ),
         State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
         State::Dead => format!(
-            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; the next mount by descriptor repairs the image"
+            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; after the next mount all that was written is there"
         ),
     };
     let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };

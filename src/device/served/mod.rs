@@ -12,6 +12,7 @@ mod merge;
 mod model;
 mod mount_source;
 mod switch;
+mod unflushed;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
@@ -23,6 +24,7 @@ use crate::device::model::{Aliases, Device, Partition};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::Result;
 use crate::server::{partitions, runtime, spawn};
+use crate::sys::file_id::FileId;
 
 pub use attach::slots_wanted;
 #[cfg(test)]
@@ -75,6 +77,10 @@ impl Driver for Served {
 
     fn attach(&self, spec: AttachSpec) -> Result<Device> {
         attach::attach(spec)
+    }
+
+    fn unflushed(&self, files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
+        unflushed::waiting(files)
     }
 
     fn has(&self, name: &str) -> Result<bool> {

@@ -47,7 +47,9 @@ fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
     // The files of a chain can be on different file systems.
     let mut strategies: Vec<ZeroStrategy> = core.levels.iter().map(|_| ZeroStrategy::default()).collect();
     loop {
-        let (op, result) = match jobs.pop() {
+        let job = jobs.pop();
+        core.shm.note_alive();
+        let (op, result) = match job {
             AuxJob::Fallocate { op, level, file_off, len } => {
                 (op, grow(&core.levels[usize::from(level)], file_off, len))
             }

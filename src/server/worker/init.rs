@@ -21,6 +21,8 @@ use crate::server::roles::duplicate;
 use crate::server::runtime;
 use crate::server::shm::Shm;
 use crate::server::transport::{Geometry, Queue, Recovery};
+use crate::server::unflushed;
+use crate::sys::file_id::FileId;
 use crate::sys::{host, process_hardening};
 use crate::units::ClusterSize;
 
@@ -89,7 +91,7 @@ pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
 pub fn was_closed(inherited: &Inherited) -> Result<bool> {
     let start = &inherited.start;
     let (Some(fd), Some(name)) = (inherited.levels().last(), start.attach.levels.last()) else { return Ok(false) };
-    if !start.takeover || start.succeed.is_some() || start.attach.read_only || name.raw {
+    if !start.takeover || start.adopts || start.succeed.is_some() || start.attach.read_only || name.raw {
         return Ok(false);
     }
     if !Shm::map(inherited.fds.shm.as_fd())?.is_closing() {
@@ -115,8 +117,10 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let mut files = open_files::open(inherited.levels(), &attach.levels, writable)?;
     let (target, mut no_merge) = open_merge_target(inherited, &mut files)?;
     if writable || attach.marked != Marked::Ignore {
-        open_files::lock(&files, writable, takeover, target).map_err(|e| better_reason(e, &files, attach))?;
+        let waits = takeover && !inherited.start.adopts;
+        open_files::lock(&files, writable, waits, target).map_err(|e| better_reason(e, &files, attach))?;
     }
+    adopt(inherited, &files, &shm, &log)?;
     if takeover {
         inspect_left(inherited, &shm, &log);
     }
@@ -157,6 +161,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         drop(fds);
         linger::pause(linger);
     }
+    if writable {
+        shm.set_origin(unflushed::origin_of(&ids_of(&files)?));
+    }
     let config = config_of(&chain, writable, failed, background);
     let ready = ready_of(&chain, &files);
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
@@ -196,6 +203,7 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
         raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
         marked: if own_mark { Marked::Recover } else { attach.marked },
         carried: takeover.then(|| shm.carried()),
+        adopts: inherited.start.adopts,
         failed,
         known_below: inherited.start.succeed.is_some(),
         ..OpenOptions::default()
@@ -213,6 +221,31 @@ fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) {
         shm.set_sync_state(SyncState::Failed);
     }
     shm.count_marked_requests();
+}
+
+/// Whether the changes that a killed device has left still belong to these files, now that they are locked; and what is
+/// known of its last sync.
+fn adopt(inherited: &Inherited, files: &[LevelFile], shm: &Shm, log: &log::Log) -> Result<()> {
+    let Some(top) = files.last().filter(|_| inherited.start.adopts) else { return Ok(()) };
+    if let Some(why) = unflushed::why_stale(shm, &top.file, top.raw)? {
+        bail!(Busy, "image {} changed while it was being opened: {why}; try again", top.name.display());
+    }
+    log.line(format!("takes over {} changes of a device that was killed", shm.carried().len()));
+    if shm.sync_state() == SyncState::Running && !unflushed::file_system_is_sound(&top.file) {
+        log.line(
+            "a sync was under way, and the file system has failed to write something since: it counts as failed".into(),
+        );
+        shm.set_sync_state(SyncState::Failed);
+    }
+    Ok(())
+}
+
+fn ids_of(files: &[LevelFile]) -> Result<Vec<FileId>> {
+    files
+        .iter()
+        .map(|f| FileId::of(&f.file))
+        .collect::<std::io::Result<_>>()
+        .ctx(Kind::Fstat, || "cannot look at the images")
 }
 
 /// Opens the target of the merge under way, in its place among `files`; and why it cannot go on.
