@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use crate::bail;
 use crate::engine::api::{PROGRESS_WORDS, Shared, Status, SyncState};
@@ -46,10 +46,14 @@ const AT_PROGRESS: usize = 1672;
 const AT_ORIGIN: usize = 1800;
 const AT_ALIVE: usize = 1808;
 const AT_CLOCK: usize = 1809;
+const AT_ASKED: usize = 1810;
 const AT_SLOTS: usize = 2048;
 
 /// Where the top of [`Origin`] stands, in bytes.
 pub const TOP_OFFSET: u64 = (AT_ORIGIN * 8) as u64;
+
+/// At [`AT_ASKED`].
+const ASKED_FILE_SYSTEM: u64 = u64::MAX;
 
 /// SharedWords of the whole.
 const WORDS: usize = AT_SLOTS + SLOTS;
@@ -255,6 +259,32 @@ impl Shm {
     pub fn origin(&self) -> Origin {
         let [dev, ino, chain, boot] = [0, 1, 2, 3].map(|i| self.words[AT_ORIGIN + i].load(Acquire));
         Origin { top: FileId { dev, ino }, chain, boot }
+    }
+
+    /// A witness is about to be asked whether write-back has failed: which one, of `count`. The kernel tells each of them
+    /// once, so that a worker that is killed before [`Shm::end_asking`] takes the report with it; its successor asks the
+    /// next one. None: all of them may have been told, and the outcome is unknown.
+    pub fn begin_asking(&self, count: usize) -> Option<usize> {
+        let asked = self.words[AT_ASKED].load(Acquire) as usize;
+        // A server of an earlier version had a single one.
+        let next = if count == 1 { 0 } else { asked };
+        self.words[AT_ASKED].store(asked.saturating_add(1).min(count) as u64, Release);
+        Some(next).filter(|next| *next < count)
+    }
+
+    /// That witness was told of no error since all of them were opened, so that no report is lost.
+    pub fn end_asking(&self) {
+        self.words[AT_ASKED].store(0, Release);
+    }
+
+    /// A worker was killed while it asked a witness.
+    pub fn is_asking(&self) -> bool {
+        self.words[AT_ASKED].load(Acquire) != 0
+    }
+
+    /// The file system is about to be asked, which tells an error once, too. False: a worker was killed while it did that.
+    pub fn begin_asking_file_system(&self) -> bool {
+        self.words[AT_ASKED].swap(ASKED_FILE_SYSTEM, AcqRel) != ASKED_FILE_SYSTEM
     }
 
     /// For a new device that takes the changes over: what concerned the requests and workers of the former one is void.

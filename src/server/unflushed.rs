@@ -145,7 +145,7 @@ pub fn take(top: FileId, dir: &Path) -> Result<OwnedFd> {
 impl Left {
     /// The next device is to be told something by it.
     fn matters(&self) -> bool {
-        self.shm.failed() || self.shm.sync_state() != SyncState::Idle || self.changes() > 0
+        self.shm.failed() || self.shm.is_asking() || self.shm.sync_state() != SyncState::Idle || self.changes() > 0
     }
 
     /// How many entries of the BAT wait.

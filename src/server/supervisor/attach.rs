@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -98,12 +98,7 @@ fn prepare(
     listener: OwnedFd,
     levels: Vec<OwnedFd>,
 ) -> Result<Supervisor> {
-    // A description of the top that nothing is read from or written to: it sees errors of write-back from now on.
-    let witness = match levels.last() {
-        Some(top) if !attach.read_only => format!("/proc/self/fd/{}", top.as_raw_fd()),
-        _ => "/dev/null".into(),
-    };
-    let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
+    let witnesses = Descriptors::witnesses_of(levels.last().filter(|_| !attach.read_only))?;
     record.slots = connection.session.recovery() == Recovery::Journal;
     record.connection = connection.number;
     let shm = match levels.last() {
@@ -115,7 +110,7 @@ fn prepare(
     let fds = Descriptors {
         queue: connection.queue,
         shm,
-        witness: witness.into(),
+        witnesses,
         binary: binary.into(),
         listener,
         levels,

@@ -24,8 +24,7 @@ type Outcome = Result<(), Errno>;
 
 /// The sync thread.
 pub fn sync_thread(core: &Core) -> ! {
-    let witness = core.witness.as_ref().and_then(|w| w.try_clone().ok());
-    let mut top = TopSync::new(witness);
+    let mut top = TopSync::new(&core.witnesses, &core.shm);
     loop {
         let op = core.syncs.pop();
         let result = top.sync(&core.top().file).map_err(|e| e as i32);

@@ -1,11 +1,9 @@
 //! From the supervisor's first message to a core that can serve: files, locks, chain, engine, memory.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 
-use nix::errno::Errno;
 use nix::unistd::fdatasync;
 
 use crate::bail;
@@ -29,7 +27,7 @@ use crate::units::ClusterSize;
 use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, BOUNCES, Memory};
 use super::request_journal::{PriorJournal, RequestJournal};
-use super::{linger, locked, log, open_files, replay};
+use super::{linger, locked, log, open_files, replay, top_sync};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -175,7 +173,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         journal,
         engine,
         levels: files,
-        witness: inherited.fds.witness.try_clone().ok().map(File::from),
+        witnesses: inherited.fds.witnesses.iter().map(duplicate).collect::<Result<_>>()?,
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
         writable,
         shm,
@@ -216,7 +214,9 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
 fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) {
     // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit
     // of it, after which only the witness still knows.
-    if !inherited.start.attach.read_only && !synced(inherited.fds.witness.as_fd()) {
+    let asked =
+        inherited.start.attach.read_only || top_sync::ask(shm, &inherited.fds.witnesses, |w| fdatasync(w)).is_ok();
+    if !asked {
         log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
         shm.set_sync_state(SyncState::Failed);
     }
@@ -231,11 +231,15 @@ fn adopt(inherited: &Inherited, files: &[LevelFile], shm: &Shm, log: &log::Log) 
         bail!(Busy, "image {} changed while it was being opened: {why}; try again", top.name.display());
     }
     log.line(format!("takes over {} changes of a device that was killed", shm.carried().len()));
-    if shm.sync_state() == SyncState::Running && !unflushed::file_system_is_sound(&top.file) {
-        log.line(
-            "a sync was under way, and the file system has failed to write something since: it counts as failed".into(),
-        );
-        shm.set_sync_state(SyncState::Failed);
+    if shm.sync_state() == SyncState::Running || shm.is_asking() {
+        if shm.begin_asking_file_system() && unflushed::file_system_is_sound(&top.file) {
+            shm.end_asking();
+        } else {
+            log.line(
+                "a sync was under way, and the file system has failed to write something: it counts as failed".into(),
+            );
+            shm.set_sync_state(SyncState::Failed);
+        }
     }
     Ok(())
 }
@@ -362,17 +366,5 @@ fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> 
     match chain::open(files, &OpenOptions { raw_cluster, ..OpenOptions::default() }) {
         Err(e) if e.kind() == Kind::InUse => e,
         _ => locked,
-    }
-}
-
-/// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
-/// opened is reported to its description once, whichever process caused it.
-fn synced(witness: BorrowedFd) -> bool {
-    let Ok(file) = witness.try_clone_to_owned().map(File::from) else { return false };
-    loop {
-        match fdatasync(&file) {
-            Err(Errno::EINTR) => {}
-            other => return other.is_ok(),
-        }
     }
 }
