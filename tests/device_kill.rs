@@ -3,7 +3,7 @@
 mod device_common;
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -12,13 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use device_common::load::{Load, check_lanes, kill_process};
 use device_common::*;
 use ploop::Kind;
-use ploop::device::{self, AttachSpec, Device, State, served};
-use ploop::ops::check::{CheckOptions, check_image};
-use ploop::ops::merge::merge_files;
-use ploop::server::proto::{Marked, ProcessId};
-use ploop::server::{runtime, shm};
-use ploop::sys::aligned::AlignedBuf;
-use ploop::sys::file_id::FileId;
+use ploop::device::{self, State, served};
+use ploop::server::proto::ProcessId;
+use ploop::server::runtime;
 
 /// Rewrites blocks and reads them back until told to stop; returns how many it wrote.
 fn writer(node: &Path, lane: u64, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<std::io::Result<u64>> {
@@ -195,128 +191,6 @@ fn both_killed() {
     assert_eq!(read_at(device.node(), 0, data.len()), data);
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);
-    t.sound(&image);
-}
-
-/// Kills supervisor and worker; the worker is stopped first, so that it has no time for a new supervisor.
-fn kill_both(device: &Device) {
-    let record = record(device.name());
-    let pid = nix::unistd::Pid::from_raw(record.worker.pid);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    kill(record.supervisor);
-    kill(record.worker);
-}
-
-/// Writes a block past the page cache, without a flush.
-fn write_unflushed(node: &Path, at: u64, seed: u64) {
-    let mut buf = AlignedBuf::new(BLOCK);
-    buf.copy_from_slice(&pattern(seed, BLOCK));
-    let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(node).unwrap();
-    file.write_all_at(&buf, at).unwrap();
-}
-
-const BLOCK: usize = 4096;
-
-/// Blocks in clusters of their own, each of which the device has as new. Then supervisor and worker are killed, and what
-/// is left of the device is removed.
-fn left_unflushed(t: &Bench, image: &Path) -> FileId {
-    let device = t.attach(image).unwrap();
-    (0..20).for_each(|n| write_unflushed(device.node(), n << 20, n + 1));
-    kill_both(&device);
-    device::clean(device.name()).unwrap();
-    t.assert_gone(&device);
-    FileId::at(image).unwrap()
-}
-
-fn waits(top: FileId) -> bool {
-    device::unflushed(&[top]).unwrap().is_some()
-}
-
-#[test]
-fn both_killed_before_a_flush() {
-    let Some(t) = Bench::new("both_killed_before_a_flush") else { return };
-    let image = t.image("a.hdd", "64M");
-    let top = left_unflushed(&t, &image);
-    assert!(waits(top));
-    // The file alone is older than what was answered.
-    let e = check_image(&image, &CheckOptions { drop_inuse: true, ..CheckOptions::default() }).unwrap_err();
-    assert!(e.kind() == Kind::Busy && e.to_string().contains("ploop mount"), "{e}");
-    let e = merge_files(&[t.image("b.hdd", "64M"), image.clone()], false, None).unwrap_err();
-    assert!(e.kind() == Kind::Busy && e.to_string().contains("ploop mount"), "{e}");
-    // Read only it is shown as it is, and nothing is lost by that.
-    let device = device::attach(AttachSpec { read_only: true, marked: Marked::Recover, ..t.spec(&image) }).unwrap();
-    device::detach(device.name()).unwrap();
-    // As a level of another chain it is refused.
-    let mut other = t.spec(&image);
-    other.levels.splice(..0, t.spec(&t.image("base.hdd", "64M")).levels);
-    let e = device::attach(other).unwrap_err();
-    assert!(e.kind() == Kind::Busy && e.to_string().contains("20 changes"), "{e}");
-    assert!(waits(top));
-    // Killed again, before and after what was written anew is flushed.
-    for round in 1..=2 {
-        let device = t.attach(&image).unwrap();
-        assert!(!waits(top));
-        for n in 0..20 {
-            assert_eq!(read_at(device.node(), n << 20, BLOCK), pattern(n + 1, BLOCK), "round {round}, block {n}");
-        }
-        write_unflushed(device.node(), (20 + round) << 20, 20 + round);
-        if round == 2 {
-            OpenOptions::new().write(true).open(device.node()).unwrap().sync_all().unwrap();
-        }
-        kill_both(&device);
-    }
-    let mut spec = t.spec(&image);
-    spec.marked = Marked::Recover;
-    let device = device::attach(spec).unwrap();
-    for n in (0..20).chain(21..23) {
-        let seed = if n < 20 { n + 1 } else { n };
-        assert_eq!(read_at(device.node(), n << 20, BLOCK), pattern(seed, BLOCK), "block {n}");
-    }
-    device::detach(device.name()).unwrap();
-    t.assert_gone(&device);
-    t.sound(&image);
-}
-
-#[test]
-fn changes_of_an_image_that_was_closed_since_are_dropped() {
-    let Some(t) = Bench::new("changes_of_an_image_that_was_closed_since_are_dropped") else { return };
-    let image = t.image("a.hdd", "64M");
-    let top = left_unflushed(&t, &image);
-    // As another program's check leaves it.
-    OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[0; 4], 44).unwrap();
-    let device = t.attach(&image).unwrap();
-    assert!(!waits(top));
-    assert_eq!(read_at(device.node(), 0, BLOCK), vec![0; BLOCK]);
-    device::detach(device.name()).unwrap();
-    t.sound(&image);
-}
-
-#[test]
-fn a_failed_sync_stays_failed_when_both_are_killed() {
-    let Some(t) = Bench::new("a_failed_sync_stays_failed_when_both_are_killed") else { return };
-    let image = t.image("a.hdd", "64M");
-    let flush = |device: &Device| OpenOptions::new().write(true).open(device.node()).and_then(|f| f.sync_all());
-    let device = t.attach(&image).unwrap();
-    write_unflushed(device.node(), 0, 1);
-    flush(&device).unwrap();
-    kill_both(&device);
-    // As a worker leaves it whose sync has failed.
-    let memory = runtime::device_dir(device.name()).join(runtime::MEMORY);
-    shm::open_file(&memory).unwrap().1.set_failed();
-    let device = t.attach(&image).unwrap();
-    assert_eq!(read_at(device.node(), 0, BLOCK), pattern(1, BLOCK));
-    write_unflushed(device.node(), 1 << 20, 2);
-    for _ in 0..2 {
-        assert_eq!(flush(&device).unwrap_err().raw_os_error(), Some(libc::EIO));
-    }
-    // It is told when the device ends, and is over with that.
-    assert_eq!(device::detach(device.name()).unwrap_err().kind(), Kind::Fsync);
-    t.assert_gone(&device);
-    assert!(!waits(FileId::at(&image).unwrap()));
-    let device = device::attach(AttachSpec { marked: Marked::Recover, ..t.spec(&image) }).unwrap();
-    assert_eq!(read_at(device.node(), 0, BLOCK), pattern(1, BLOCK));
-    flush(&device).unwrap();
-    device::detach(device.name()).unwrap();
     t.sound(&image);
 }
 
