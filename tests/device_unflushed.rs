@@ -57,6 +57,11 @@ fn both_killed_before_a_flush() {
     let image = t.image("a.hdd", "64M");
     let top = left_unflushed(&t, &image);
     assert!(waits(top));
+    let shown = ploop::ops::doctor::devices();
+    assert!(
+        shown.iter().any(|f| f.text.contains(&image.display().to_string()) && f.text.contains("wait")),
+        "{shown:?}"
+    );
     // The file alone is older than what was answered.
     let e = check_image(&image, &CheckOptions { drop_inuse: true, ..CheckOptions::default() }).unwrap_err();
     assert!(e.kind() == Kind::Busy && e.to_string().contains("ploop mount"), "{e}");

@@ -114,6 +114,11 @@ pub trait Driver: Sync {
         Ok(None)
     }
 
+    /// All folders in which such changes wait, each with the images of its chain, base first.
+    fn all_unflushed(&self) -> Vec<(PathBuf, Vec<PathBuf>)> {
+        Vec::new()
+    }
+
     /// The numbers and nodes of the disk and its partitions; none if the device has another disk by now.
     fn aliases(&self, device: &Device) -> Aliases;
 

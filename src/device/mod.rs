@@ -16,9 +16,9 @@ pub use crate::chain::Marked;
 pub use driver::{Capabilities, Driver, Freeze, Tracker, Unmerged, Watch};
 pub use model::{Aliases, Device, Image, Partition};
 pub use registry::{
-    abort, aliases, attach, base_name, by_base, by_node, clean, detach, driver, freeze, hold_for_space, is_supervised,
-    list, list_of, mount_source, partition_node, partitions, reload, relocate, set_size, switch, switch_prepared,
-    track, unflushed,
+    abort, aliases, all_unflushed, attach, base_name, by_base, by_node, clean, detach, driver, freeze, hold_for_space,
+    is_supervised, list, list_of, mount_source, partition_node, partitions, reload, relocate, set_size, switch,
+    switch_prepared, track, unflushed,
 };
 pub use served::slots_wanted;
 pub use spec::{AttachSpec, CommitFile, Level, NewLevel, SwitchSpec};

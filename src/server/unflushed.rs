@@ -105,9 +105,22 @@ pub fn left_of(top: FileId) -> Result<Option<Left>> {
     left_in(&place_of(top))
 }
 
+/// All that waits, for whichever file.
+pub fn all() -> Vec<Left> {
+    let entries = fs::read_dir(runtime::run_dir()).into_iter().flatten().flatten();
+    let left = entries.filter(|e| e.file_name().to_str().is_some_and(|n| n.starts_with(runtime::LEFT_PREFIX)));
+    left.filter_map(|e| left_in(&e.path()).ok().flatten()).collect()
+}
+
 /// Removes what waits for this file.
 pub fn forget(top: FileId) {
     let _ = runtime::remove_dir(&place_of(top));
+}
+
+/// Whether the folder holds the memory and nothing else.
+pub fn is_all_there_is(dir: &Path) -> bool {
+    let names = |d: fs::ReadDir| d.map(|e| e.map(|e| e.file_name())).collect::<io::Result<Vec<_>>>();
+    fs::read_dir(dir).and_then(names).is_ok_and(|names| names == [MEMORY])
 }
 
 /// Removes the folder of a device that has no process any more; if changes wait in it, it stays for the next device.
@@ -163,9 +176,9 @@ impl Left {
     }
 
     /// The names of the chain's images, for messages.
-    pub fn images(&self) -> Vec<String> {
+    pub fn images(&self) -> Vec<PathBuf> {
         let record = runtime::read_record(&self.dir).ok().flatten().unwrap_or_default();
-        record.levels.iter().map(|l| l.path.display().to_string()).collect()
+        record.levels.into_iter().map(|l| l.path).collect()
     }
 }
 

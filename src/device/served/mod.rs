@@ -23,7 +23,7 @@ use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::Result;
-use crate::server::{partitions, runtime, spawn};
+use crate::server::{partitions, runtime, spawn, unflushed as server_unflushed};
 use crate::sys::file_id::FileId;
 
 pub use attach::slots_wanted;
@@ -81,6 +81,10 @@ impl Driver for Served {
 
     fn unflushed(&self, files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
         unflushed::waiting(files)
+    }
+
+    fn all_unflushed(&self) -> Vec<(PathBuf, Vec<PathBuf>)> {
+        server_unflushed::all().into_iter().map(|left| (left.dir.clone(), left.images())).collect()
     }
 
     fn has(&self, name: &str) -> Result<bool> {

@@ -64,7 +64,7 @@ pub(super) fn before_attach(levels: &[Level], ids: &[FileId], read_only: bool) -
             "image {image} has {} changes that were not flushed when its server was killed; mount the chain that they are \
              of ({}), or remove {} to give them up",
             left.changes(),
-            left.images().join(", "),
+            left.images().iter().map(|i| i.display().to_string()).collect::<Vec<_>>().join(", "),
             left.dir.display()
         ),
         None => Ok(true),
