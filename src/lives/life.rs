@@ -274,9 +274,7 @@ impl<'a> Life<'a> {
             d.images.first().is_some_and(|i| d.is_raw(i))
         };
         // A list refuses an image that a crash has left marked, but not one for which changes wait.
-        let top = files.last().and_then(|f| FileId::at(f).ok());
-        let waits = device::unflushed(top.as_slice()).is_ok_and(|left| left.is_some());
-        self.by_list &= waits || !self.model.lock().expect("a lock").marked;
+        self.by_list &= self.waits() || !self.model.lock().expect("a lock").marked;
         let by_list = self.by_list;
         let (result, killed) = self.operate(format!("mount, by list {by_list}"), calm, move || {
             let params = MountParams { cluster: raw.then(small), ..MountParams::default() };
@@ -298,6 +296,13 @@ impl<'a> Life<'a> {
         if self.device().is_some() {
             self.start_app();
         }
+    }
+
+    /// Changes wait for the next mount.
+    pub(super) fn waits(&self) -> bool {
+        let d = self.descriptor();
+        let top = d.image(&d.top).and_then(|i| FileId::at(&i.file).ok());
+        device::unflushed(top.as_slice()).is_ok_and(|left| left.is_some())
     }
 
     /// Waits until the device runs again, if it can after these kills.
@@ -390,10 +395,7 @@ impl<'a> Life<'a> {
         loop {
             self.check();
             match self.device() {
-                None => {
-                    self.model.lock().expect("a lock").crash();
-                    return;
-                }
+                None => return,
                 Some(d) if d.state == State::Running && self.answers(&d) => return,
                 Some(d) if d.state == State::Dead => {
                     self.dead();

@@ -208,12 +208,13 @@ impl Life<'_> {
                 if let Some(d) = self.device() {
                     self.fail(format!("unmounted, and the device is {:?}", d.state));
                 }
-                // With supervisor and worker killed, umount removes what is left; the image is not closed.
+                // With supervisor and worker killed, umount removes what is left; the image is not closed, and lacks what
+                // waits for the next mount.
                 let certain = killed.len() < 2;
-                if !certain {
-                    self.model.lock().expect("a lock").crash();
+                match !certain && self.waits() {
+                    true => self.model.lock().expect("a lock").marked = true,
+                    false => self.closed(certain),
                 }
-                self.closed(certain);
             }
             Some(Err(e)) if killed.is_empty() => self.fail(format!("umount failed: {e}")),
             _ => {
