@@ -56,6 +56,9 @@ pub struct OpenOptions {
     pub marked: Marked,
     /// Set at a takeover: the entries in the shared table of the killed worker, as (slot, cluster, image cluster or 0).
     pub carried: Option<Vec<(usize, u32, u32)>>,
+    /// At a takeover: the worker before was one of another device, which has ended; other programs may have been at the
+    /// images since.
+    pub adopts: bool,
     /// At a takeover: a sync has failed before, so that the BAT that is read need not be the durable one.
     pub failed: bool,
     /// The levels below the top were scanned by an earlier worker of the same device; no program has written them
@@ -72,6 +75,7 @@ impl Default for OpenOptions {
             raw_cluster: None,
             marked: Marked::Refuse,
             carried: None,
+            adopts: false,
             failed: false,
             known_below: false,
             ahead: 64 << 20,

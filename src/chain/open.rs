@@ -78,6 +78,9 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
                 if !takeover {
                     check_reach(header, scan.end).map_err(|e| at_image(e, top))?;
                 }
+                if !takeover || options.adopts {
+                    reserve_table(top, header)?;
+                }
                 chain.header = prepare_top(top, header, takeover)?;
                 chain.alloc = alloc_config(header, &scan, options.ahead);
                 if sync_failed || options.failed {
@@ -121,9 +124,9 @@ fn configure(
                         Some(scan)
                     }
                     // The first worker scanned it, and it is frozen since: users wait.
-                    (Some(_), false) => None,
-                    (None, false) if options.known_below => None,
-                    (None, _) => Some(scan_level(level, header, *len)?),
+                    (Some(_), false) if !options.adopts => None,
+                    (_, false) if options.known_below => None,
+                    _ => Some(scan_level(level, header, *len)?),
                 };
                 configs.push(LevelConfig::Ploop {
                     v1: header.version == Version::V1,
@@ -271,9 +274,6 @@ fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; 
             top.name.display(),
             header.in_use
         );
-    }
-    if !takeover {
-        reserve_table(top, header)?;
     }
     if marked != *header {
         write_header(top, &marked)?;

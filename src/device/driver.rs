@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::{Error, Kind, Result};
+use crate::sys::file_id::FileId;
 
 /// What a driver can do beyond attaching, finding and detaching. An operation that is not offered here fails with
 /// [`Kind::Param`] before anything has changed.
@@ -113,6 +114,18 @@ pub trait Driver: Sync {
 
     /// Detaches the device and closes its image cleanly. Busy: an error of kind `DevIoc`, nothing changed.
     fn detach(&self, name: &str) -> Result<()>;
+
+    /// The first of these files for which changes wait that were answered and not flushed when the processes of its
+    /// device were killed, and the folder in which they wait: the next device that writes to it takes them over. None: a
+    /// driver in the kernel leaves none.
+    fn unflushed(&self, _files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
+        Ok(None)
+    }
+
+    /// All folders in which such changes wait, each with the images of its chain, base first.
+    fn all_unflushed(&self) -> Vec<(PathBuf, Vec<PathBuf>)> {
+        Vec::new()
+    }
 
     /// The numbers and nodes of the disk and its partitions; none if the device has another disk by now.
     fn aliases(&self, device: &Device) -> Aliases;

@@ -123,6 +123,23 @@ pub fn clean(name: &str) -> Result<()> {
     of_name(name)?.clean(name)
 }
 
+/// The first of these files for which changes wait that were answered and not flushed when its server was killed, and
+/// where they wait.
+pub fn unflushed(files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
+    for driver in DRIVERS {
+        if let Some(found) = driver.unflushed(files)? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// All folders in which changes wait that were answered and not flushed when their server was killed, each with the images
+/// of its chain, base first. The device is gone; the next mount for writing takes them over.
+pub fn all_unflushed() -> Vec<(PathBuf, Vec<PathBuf>)> {
+    DRIVERS.into_iter().flat_map(|d| d.all_unflushed()).collect()
+}
+
 /// Replaces the processes that serve a device by those of the program that is installed now. I/O waits meanwhile. A
 /// device that no worker could serve gets a new worker.
 pub fn reload(name: &str) -> Result<()> {

@@ -273,8 +273,8 @@ impl<'a> Life<'a> {
             let d = self.descriptor();
             d.images.first().is_some_and(|i| d.is_raw(i))
         };
-        // A list refuses an image that a crash has left marked.
-        self.by_list &= !self.model.lock().expect("a lock").marked;
+        // A list refuses an image that a crash has left marked, but not one for which changes wait.
+        self.by_list &= self.waits() || !self.model.lock().expect("a lock").marked;
         let by_list = self.by_list;
         let (result, killed) = self.operate(format!("mount, by list {by_list}"), calm, move || {
             let params = MountParams { cluster: raw.then(small), ..MountParams::default() };
@@ -296,6 +296,13 @@ impl<'a> Life<'a> {
         if self.device().is_some() {
             self.start_app();
         }
+    }
+
+    /// Changes wait for the next mount.
+    pub(super) fn waits(&self) -> bool {
+        let d = self.descriptor();
+        let top = d.image(&d.top).and_then(|i| FileId::at(&i.file).ok());
+        device::unflushed(top.as_slice()).is_ok_and(|left| left.is_some())
     }
 
     /// Waits until the device runs again, if it can after these kills.
@@ -332,12 +339,11 @@ impl<'a> Life<'a> {
         matches!(info, Ok((crate::server::proto::Answer::Info { failed: false, .. }, _)))
     }
 
-    /// The device has lost its processes: what was not flushed may be lost.
+    /// The device has lost its processes: the next mount shows all that was answered.
     pub(super) fn dead(&mut self) {
         self.say("the device is dead".into());
         self.follow_list();
         self.stop_app();
-        self.model.lock().expect("a lock").crash();
         let Some(device) = self.device() else { return };
         let name = device.name().to_owned();
         let (result, _) = self.operate("umount the dead device".into(), true, move || umount_device(&name, None));
@@ -389,10 +395,7 @@ impl<'a> Life<'a> {
         loop {
             self.check();
             match self.device() {
-                None => {
-                    self.model.lock().expect("a lock").crash();
-                    return;
-                }
+                None => return,
                 Some(d) if d.state == State::Running && self.answers(&d) => return,
                 Some(d) if d.state == State::Dead => {
                     self.dead();

@@ -156,7 +156,22 @@ impl Life<'_> {
         self.after(&result, &killed, "reload");
     }
 
+    /// Supervisor and worker are killed at once.
+    fn kill_both(&mut self) {
+        let Some(device) = self.device().filter(|d| d.state == crate::device::State::Running) else { return };
+        let record = crate::device::served::record(&device);
+        self.say("supervisor and worker are killed".into());
+        self.world.kill(record.worker.pid);
+        self.world.kill(record.supervisor.pid);
+        self.settle(&["worker".into(), "supervise".into()]);
+        // The program has seen the end of its device.
+        self.model.lock().expect("a lock").error = None;
+    }
+
     pub(super) fn pause(&mut self) {
+        if self.plan.kills > 0 && self.rng.coin() {
+            return self.kill_both();
+        }
         let (_, killed) = self.operate("pause".into(), false, move || {
             host::sleep(Duration::from_secs(2));
             Ok(())
@@ -193,12 +208,13 @@ impl Life<'_> {
                 if let Some(d) = self.device() {
                     self.fail(format!("unmounted, and the device is {:?}", d.state));
                 }
-                // With supervisor and worker killed, umount removes what is left; the image is not closed.
+                // With supervisor and worker killed, umount removes what is left; the image is not closed, and lacks what
+                // waits for the next mount.
                 let certain = killed.len() < 2;
-                if !certain {
-                    self.model.lock().expect("a lock").crash();
+                match !certain && self.waits() {
+                    true => self.model.lock().expect("a lock").marked = true,
+                    false => self.closed(certain),
                 }
-                self.closed(certain);
             }
             Some(Err(e)) if killed.is_empty() => self.fail(format!("umount failed: {e}")),
             _ => {

@@ -26,7 +26,9 @@ pub fn check_image(path: &Path, options: &CheckOptions) -> Result<CheckReport> {
         true => None,
         false => {
             refuse_attached(path)?;
-            hold(path, None)?
+            let held = hold(path, None)?;
+            image_set::refuse_unflushed([path], None)?;
+            held
         }
     };
     let found = check_file(path, None, options)?;
@@ -80,6 +82,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         let options =
             CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: read_only, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
+        image_set::refuse_unflushed([&*image.file], Some(&disk.path))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);
         tell(&found);

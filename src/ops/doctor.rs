@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::deleted;
 use crate::device::{self, Device, State};
@@ -198,7 +198,18 @@ pub fn devices() -> Vec<Finding> {
         Ok(devices) => devices,
         Err(e) => return vec![bad(Grade::Warning, "devices", e.to_string(), "run it as root")],
     };
-    devices.iter().map(one).collect()
+    devices.iter().map(one).chain(device::all_unflushed().iter().map(unflushed)).collect()
+}
+
+/// Changes that wait for the next mount.
+fn unflushed((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
+    let image = images.last().map_or("an image".into(), |i| i.display().to_string());
+    bad(
+        Grade::Warning,
+        &folder.display().to_string(),
+        format!("the last changes of {image}, whose server was killed, wait for the next mount"),
+        format!("mount it for writing; if the image is gone for good: rm -r {}", folder.display()),
+    )
 }
 
 fn one(d: &Device) -> Finding {
@@ -242,7 +253,7 @@ fn one(d: &Device) -> Finding {
         ),
         State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
         State::Dead => format!(
-            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; the next mount by descriptor repairs the image"
+            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; after the next mount all that was written is there"
         ),
     };
     let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };

@@ -186,7 +186,33 @@ fn left_by(dead: &Device, shown: &Path) -> Error {
 
 /// Locks an image of the disk. If another process uses it, the error (17) names the device.
 pub fn lock_image(disk: &Descriptor, path: &Path, access: Access, others: Sharing) -> Result<LockedImage> {
-    lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))
+    let held = lock::lock_image(path, Some(&disk.dir), access, others).map_err(|e| named(e, path))?;
+    // A worker that had the lock until now may have been killed.
+    refuse_unflushed([path], Some(&disk.dir.join(descriptor::FILE_NAME)))?;
+    Ok(held)
+}
+
+/// Refuses images whose last changes wait for the next mount, since their server was killed before they were flushed: what
+/// the file holds is older than what was answered. `Busy`.
+pub fn refuse_unflushed<'a>(images: impl IntoIterator<Item = &'a Path>, descriptor: Option<&Path>) -> Result<()> {
+    for image in images {
+        let Ok(id) = FileId::at(image) else { continue };
+        // A user without rights cannot look, nor mount.
+        let found =
+            device::unflushed(&[id]).or_else(|e| if nix::unistd::geteuid().is_root() { Err(e) } else { Ok(None) })?;
+        let Some((_, waits)) = found.filter(|_| users(image).is_ok_and(|users| users.is_empty())) else {
+            continue;
+        };
+        let disk = descriptor.unwrap_or(image).display();
+        bail!(
+            Busy,
+            "image {} lacks changes that were answered, but not flushed when its server was killed ({}): mount it once \
+             (ploop mount {disk}; ploop umount {disk}), and it has them",
+            image.display(),
+            waits.display()
+        );
+    }
+    Ok(())
 }
 
 /// The descriptor beside an image that names this file, and the snapshot whose image it is.

@@ -453,7 +453,9 @@ pub fn merge_files(images: &[PathBuf], raw: bool, new_delta: Option<&Path>) -> R
     }
     let hold = |path: &Path, access, others| {
         let path = fs::canonicalize(path).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
-        lock::lock_image(&path, None, access, others).map_err(|e| image_set::named(e, &path))
+        let held = lock::lock_image(&path, None, access, others).map_err(|e| image_set::named(e, &path))?;
+        image_set::refuse_unflushed([&*path], None)?;
+        Ok::<_, Error>(held)
     };
     let (access, others) = match new_delta {
         None => (WRITE, Sharing::Exclusive),

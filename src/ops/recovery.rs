@@ -20,6 +20,7 @@ use crate::sys::store;
 /// tree, and clears marks that a crash left on lower deltas. The caller holds the disk's lock, so no other operation on
 /// the disk is under way.
 pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
+    image_set::refuse_unflushed(disk.images.iter().map(|i| &*i.file), Some(&disk.path))?;
     disk.check_storable()?;
     image_set::refuse_dead(disk)?;
     finish_pending_descriptor(disk)?;

@@ -2,12 +2,13 @@
 //! worker that loses its supervisor gives them to the next one.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use crate::bail;
 use crate::descriptor::commit_by_fd::CommitFds;
-use crate::error::Result;
+use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{ChainSwitch, WorkerStart};
 use crate::server::roles::{ByRole, Outgoing, Role};
 
@@ -16,7 +17,8 @@ use crate::server::roles::{ByRole, Outgoing, Role};
 pub struct Descriptors {
     pub queue: OwnedFd,
     pub shm: OwnedFd,
-    pub witness: OwnedFd,
+    /// Descriptions of the top that were opened at the same time; at least one.
+    pub witnesses: Vec<OwnedFd>,
     pub binary: OwnedFd,
     pub listener: OwnedFd,
     /// Base first; each has the locks that keep other programs away, or is O_PATH: see [`exclusion`](crate::server::exclusion).
@@ -47,7 +49,18 @@ pub struct SwitchFds {
     pub commit: Option<CommitFds>,
 }
 
+/// A worker that is killed can take the report of one with it.
+const WITNESSES: usize = 6;
+
 impl Descriptors {
+    /// Descriptions of a top that nothing is read from or written to: each of them is told of errors of write-back from
+    /// now on. None: of a read-only device.
+    pub fn witnesses_of(top: Option<&OwnedFd>) -> Result<Vec<OwnedFd>> {
+        let path = top.map_or("/dev/null".into(), |top| format!("/proc/self/fd/{}", top.as_raw_fd()));
+        let open = || File::open(&path).map(OwnedFd::from).ctx(Kind::Open, || "cannot open the top image");
+        (0..if top.is_some() { WITNESSES } else { 1 }).map(|_| open()).collect()
+    }
+
     /// All of them, in the order in which versions without roles expect them.
     pub fn outgoing(&self) -> Outgoing<'_> {
         let mut out = self.without_merge();
@@ -60,10 +73,11 @@ impl Descriptors {
         let mut out = Outgoing::default();
         out.add(Role::Queue, [&self.queue])
             .add(Role::SharedMemory, [&self.shm])
-            .add(Role::Witness, [&self.witness])
+            .add(Role::Witness, self.witnesses.iter().take(1))
             .add(Role::Program, [&self.binary])
             .add(Role::Listener, [&self.listener])
-            .add(Role::Level, &self.levels);
+            .add(Role::Level, &self.levels)
+            .add(Role::SpareWitness, self.witnesses.iter().skip(1));
         out
     }
 
@@ -93,7 +107,7 @@ impl Descriptors {
         let fds = Descriptors {
             queue: by.one(Role::Queue)?,
             shm: by.one(Role::SharedMemory)?,
-            witness: by.one(Role::Witness)?,
+            witnesses: std::iter::once(by.one(Role::Witness)?).chain(by.all(Role::SpareWitness)).collect(),
             binary: by.one(Role::Program)?,
             listener: by.one(Role::Listener)?,
             levels: by.some(Role::Level, levels)?,

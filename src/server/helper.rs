@@ -13,7 +13,7 @@ use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::own_greeting;
 use crate::server::remote_error::RemoteError;
 use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport};
-use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime};
+use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime, unflushed};
 use crate::sys::host::{self, Process};
 use crate::sys::process;
 
@@ -182,6 +182,10 @@ fn clean(name: &str, wait: bool) -> Result<()> {
         return Ok(());
     }
     let Some(record) = runtime::read_record(&dir)? else {
+        // A version that does not know the memory has removed all the rest.
+        if unflushed::is_all_there_is(&dir) {
+            return unflushed::retire(&dir).ctx(Kind::Unlink, || format!("cannot remove {}", dir.display()));
+        }
         bail!(Device, "{} holds no record of a device; look at it and remove it", dir.display());
     };
     if record.name != name {
@@ -220,7 +224,8 @@ fn clean(name: &str, wait: bool) -> Result<()> {
     }
     remove_nodes(name, record.rdev);
     transport::clean(&dir)?;
-    runtime::remove_dir(&dir).ctx(Kind::Unlink, || format!("cannot remove {}", dir.display()))
+    let removed = if this_boot { unflushed::retire(&dir) } else { runtime::remove_dir(&dir) };
+    removed.ctx(Kind::Unlink, || format!("cannot remove {}", dir.display()))
 }
 
 /// The disk's node must have the recorded number; partitions' nodes of a name that was ours are ours.

@@ -23,5 +23,6 @@ pub mod supervisor;
 pub mod sysfs;
 pub mod transport;
 pub mod uevents;
+pub mod unflushed;
 pub mod worker;
 pub mod worker_process;

@@ -51,6 +51,9 @@ pub struct AttachRequest {
     /// Made up by the library, to know the device by if the answer gets lost.
     #[serde(default)]
     pub token: String,
+    /// Changes of the top wait that a killed device has left: this one takes them over.
+    #[serde(default)]
+    pub unflushed: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -126,6 +129,9 @@ pub struct ProcessId {
 pub struct WorkerStart {
     pub attach: AttachRequest,
     pub takeover: bool,
+    /// The first worker of a device takes over from one of a device whose processes were all killed.
+    #[serde(default)]
+    pub adopts: bool,
     #[serde(rename = "fuse")]
     pub session: Session,
     pub device_name: String,
@@ -175,6 +181,7 @@ impl WorkerStart {
         WorkerStart {
             attach,
             takeover: false,
+            adopts: false,
             session,
             device_name,
             succeed: None,

@@ -19,6 +19,8 @@ pub enum Role {
     /// A description of the top, opened at attach and used only to find out, after a worker's exit, whether write-back
     /// failed; for a read-only device /dev/null.
     Witness,
+    /// More of them, opened at the same time: see [`shm::Shm::begin_asking`](super::shm::Shm::begin_asking).
+    SpareWitness,
     /// O_PATH, the server's program.
     Program,
     /// The listening control socket.

@@ -22,9 +22,16 @@ pub const RECORD_VERSION: u32 = 1;
 pub const STATE: &str = "state";
 pub const CONTROL: &str = "control";
 pub const LOG: &str = "worker.log";
+/// What workers leave to each other: see [`unflushed`](super::unflushed).
+pub const MEMORY: &str = "unflushed";
+
+/// The files that are of no use without the device's processes.
+pub const FILES_OF_PROCESSES: [&str; 4] = [transport::FILES[0], CONTROL, LOG, "state.new"];
 
 /// Names of new folders before they are complete.
 const NEW_PREFIX: &str = ".new-";
+/// Names of folders in which changes wait that a killed device has left.
+pub const LEFT_PREFIX: &str = ".left-";
 
 /// Our mount namespace is that of process 1 (a chroot does not matter), or cannot be compared.
 pub fn in_host_namespace(kind: &str) -> bool {
@@ -251,15 +258,9 @@ pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
 /// Removes a device's folder with what we put there; anything else keeps it.
 pub fn remove_dir(dir: &Path) -> io::Result<()> {
     host::step("remove the folder")?;
-    for file in transport::FILES.into_iter().chain([CONTROL, LOG, "state.new", STATE]) {
-        let path = dir.join(file);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            // An empty folder is what a transport mounts its file system over.
-            Err(e) => fs::remove_dir(&path).map_err(|_| e)?,
-            Ok(()) => {}
-        }
-    }
+    // The memory before the record, which names the images of what waits in it.
+    remove_files(dir, &FILES_OF_PROCESSES)?;
+    remove_files(dir, &[MEMORY, STATE])?;
     fs::remove_dir(dir)?;
     let all = run_dir();
     if dir.parent() == Some(&all) {
@@ -267,6 +268,16 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
         let _ = fs::remove_dir(all);
     }
     Ok(())
+}
+
+/// Removes files of a device's folder; those that are not there are none.
+pub fn remove_files(dir: &Path, files: &[&str]) -> io::Result<()> {
+    files.iter().try_for_each(|file| match fs::remove_file(dir.join(file)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        // An empty folder is what a transport mounts its file system over.
+        Err(e) => fs::remove_dir(dir.join(file)).map_err(|_| e),
+        Ok(()) => Ok(()),
+    })
 }
 
 /// Makes an empty folder that no device has yet; [`publish`] gives it its name.
@@ -310,6 +321,17 @@ pub fn remove_unborn() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|n| n.strip_prefix(NEW_PREFIX)?.parse().ok());
         if pid.is_some_and(|pid| !may_live(ProcessId { pid, start_time: 0 }) && process(pid).is_none()) {
+            let _ = remove_dir(&entry.path());
+        }
+    }
+}
+
+/// Removes what devices of earlier boots have left, where /run outlives the boot. Call under the global lock.
+pub fn remove_earlier_boots() {
+    let Ok(entries) = fs::read_dir(run_dir()) else { return };
+    for entry in entries.flatten().filter(|e| e.file_name().to_str().is_some_and(|n| n.starts_with(LEFT_PREFIX))) {
+        let record = read_record(&entry.path()).ok().flatten();
+        if record.is_some_and(|r| !is_this_boot(&r.boot)) {
             let _ = remove_dir(&entry.path());
         }
     }

@@ -1,4 +1,5 @@
-//! What a worker leaves to its successor: a sealed memfd of atomic 64-bit words that the supervisor keeps.
+//! What a worker leaves to its successor: atomic 64-bit words in memory that the supervisor keeps, a file in the device's
+//! folder ([`unflushed`](super::unflushed)) or, where that cannot be, a sealed memfd.
 //!
 //! The layout has a version; a worker that finds another one does not touch it. Every change is one atomic store, so
 //! that a kill at any instant leaves either the old or the new word.
@@ -6,12 +7,15 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use crate::bail;
 use crate::engine::api::{PROGRESS_WORDS, Shared, Status, SyncState};
 use crate::error::{IoContext, Kind, Result};
+use crate::sys::clock;
+use crate::sys::file_id::FileId;
 use crate::sys::shared_words::{self, SharedWords};
 
 /// "ploopshm"
@@ -39,7 +43,17 @@ const AT_CLOSING: usize = 1665;
 const AT_SERVING: usize = 1666;
 const AT_HEARTBEAT: usize = 1667;
 const AT_PROGRESS: usize = 1672;
+const AT_ORIGIN: usize = 1800;
+const AT_ALIVE: usize = 1808;
+const AT_CLOCK: usize = 1809;
+const AT_ASKED: usize = 1810;
 const AT_SLOTS: usize = 2048;
+
+/// Where the top of [`Origin`] stands, in bytes.
+pub const TOP_OFFSET: u64 = (AT_ORIGIN * 8) as u64;
+
+/// At [`AT_ASKED`].
+const ASKED_FILE_SYSTEM: u64 = u64::MAX;
 
 /// SharedWords of the whole.
 const WORDS: usize = AT_SLOTS + SLOTS;
@@ -57,12 +71,25 @@ pub const MAX_WORKER_EXITS: u64 = 3;
 
 /// Makes the memory for a new device: no change, nothing failed.
 pub fn create() -> Result<OwnedFd> {
-    create_words().ctx(Kind::Malloc, || format!("cannot make shared memory of {SIZE} bytes"))
+    let made = shared_words::create(c"ploop-worker", WORDS).and_then(begin);
+    made.ctx(Kind::Malloc, || format!("cannot make shared memory of {SIZE} bytes"))
 }
 
-fn create_words() -> io::Result<OwnedFd> {
+/// The same in a file, which must not exist yet.
+pub fn create_file(path: &Path) -> io::Result<OwnedFd> {
+    shared_words::create_file(path, WORDS).and_then(begin)
+}
+
+/// Opens what [`create_file`] has made.
+pub fn open_file(path: &Path) -> Result<(OwnedFd, Shm)> {
     use std::os::fd::AsFd;
-    let fd = shared_words::create(c"ploop-worker", WORDS)?;
+    let fd = shared_words::open_file(path, WORDS).ctx(Kind::Open, || format!("cannot use {}", path.display()))?;
+    let shm = Shm::map(fd.as_fd())?;
+    Ok((fd, shm))
+}
+
+fn begin(fd: OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::AsFd;
     let w = SharedWords::map(fd.as_fd(), WORDS)?;
     for slot in &w[AT_SLOTS..] {
         slot.store(Shm::FREE, Relaxed);
@@ -76,6 +103,17 @@ fn create_words() -> io::Result<OwnedFd> {
 #[derive(Clone, Debug)]
 pub struct Shm {
     words: Arc<SharedWords>,
+}
+
+/// What the changes in the table belong to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Origin {
+    /// The file that they change; the default: no worker has opened it yet.
+    pub top: FileId,
+    /// Of all files of the chain.
+    pub chain: u64,
+    /// Of the host's boot.
+    pub boot: u64,
 }
 
 /// What identifies a request over all the workers that are given it.
@@ -194,6 +232,67 @@ impl Shm {
     pub fn beat(&self) {
         let word = &self.words[AT_HEARTBEAT];
         word.store(word.load(Relaxed).wrapping_add(1), Release);
+        self.words[AT_CLOCK].store(clock::wall_offset() as u64, Relaxed);
+        self.note_alive();
+    }
+
+    /// The worker is about to change the images: their times are not much later than the last call of this.
+    pub fn note_alive(&self) {
+        self.words[AT_ALIVE].store(clock::wall(), Release);
+    }
+
+    /// When the worker has shown the last sign of life, in nanoseconds of the wall clock, and how far that clock was
+    /// ahead of the one since boot.
+    pub fn last_alive(&self) -> (u64, i64) {
+        (self.words[AT_ALIVE].load(Acquire), self.words[AT_CLOCK].load(Relaxed) as i64)
+    }
+
+    /// The table belongs to these files from now on. Where they are others than before, it is empty.
+    pub fn set_origin(&self, origin: Origin) {
+        let words = [origin.top.dev, origin.top.ino, origin.chain, origin.boot];
+        for (i, v) in words.into_iter().enumerate() {
+            self.words[AT_ORIGIN + i].store(v, Release);
+        }
+        self.beat();
+    }
+
+    pub fn origin(&self) -> Origin {
+        let [dev, ino, chain, boot] = [0, 1, 2, 3].map(|i| self.words[AT_ORIGIN + i].load(Acquire));
+        Origin { top: FileId { dev, ino }, chain, boot }
+    }
+
+    /// A witness is about to be asked whether write-back has failed: which one, of `count`. The kernel tells each of them
+    /// once, so that a worker that is killed before [`Shm::end_asking`] takes the report with it; its successor asks the
+    /// next one. None: all of them may have been told, and the outcome is unknown.
+    pub fn begin_asking(&self, count: usize) -> Option<usize> {
+        let asked = self.words[AT_ASKED].load(Acquire) as usize;
+        // A server of an earlier version had a single one.
+        let next = if count == 1 { 0 } else { asked };
+        self.words[AT_ASKED].store(asked.saturating_add(1).min(count) as u64, Release);
+        Some(next).filter(|next| *next < count)
+    }
+
+    /// That witness was told of no error since all of them were opened, so that no report is lost.
+    pub fn end_asking(&self) {
+        self.words[AT_ASKED].store(0, Release);
+    }
+
+    /// A worker was killed while it asked a witness.
+    pub fn is_asking(&self) -> bool {
+        self.words[AT_ASKED].load(Acquire) != 0
+    }
+
+    /// The file system is about to be asked, which tells an error once, too. False: a worker was killed while it did that.
+    pub fn begin_asking_file_system(&self) -> bool {
+        self.words[AT_ASKED].swap(ASKED_FILE_SYSTEM, AcqRel) != ASKED_FILE_SYSTEM
+    }
+
+    /// For a new device that takes the changes over: what concerned the requests and workers of the former one is void.
+    pub fn begin_device(&self) {
+        let former = [AT_PANICKED, AT_NO_SPACE, AT_SWITCHED, AT_READING, AT_CLOSING, AT_SERVING];
+        let counts = (AT_MARKS..AT_MARKS + MARKS * MARK_WORDS).chain(AT_POISON..AT_BACKGROUND);
+        former.into_iter().chain(counts).for_each(|word| self.words[word].store(0, Release));
+        self.begin_background(0);
     }
 
     /// Changes as long as a worker runs.
@@ -363,70 +462,4 @@ impl Shared for Shm {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::fd::AsFd;
-
-    fn key(unique: u64) -> RequestKey {
-        RequestKey::new(unique, 16, 4096, 512)
-    }
-
-    #[test]
-    fn a_successor_finds_what_was_left() {
-        let fd = create().unwrap();
-        let a = Shm::map(fd.as_fd()).unwrap();
-        assert!(a.carried().is_empty());
-        a.store(7, 5 << 32 | 9);
-        a.store(SLOTS - 1, 6 << 32);
-        a.set_sync_state(SyncState::Running);
-        a.publish(&Status { no_space: true, writes: 11, allocated: 3, ..Status::default() });
-        drop(a);
-        let b = Shm::map(fd.as_fd()).unwrap();
-        assert_eq!(b.carried(), [(7, 5, 9), (SLOTS - 1, 6, 0)]);
-        assert_eq!(b.sync_state(), SyncState::Running);
-        assert!(!b.failed());
-        assert_eq!(b.status(), Status { no_space: true, writes: 11, allocated: 3, ..Status::default() });
-        b.set_sync_state(SyncState::Failed);
-        assert!(Shm::map(fd.as_fd()).unwrap().failed());
-    }
-
-    #[test]
-    fn other_layouts_are_left_alone() {
-        let fd = shared_words::create(c"other", WORDS).unwrap();
-        assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Protocol);
-        let fd = shared_words::create(c"other", 8).unwrap();
-        assert_eq!(Shm::map(fd.as_fd()).unwrap_err().kind(), Kind::Malloc);
-    }
-
-    #[test]
-    fn three_strikes_and_out() {
-        let fd = create().unwrap();
-        let (guilty, innocent) = (key(40), key(42));
-        for death in 1..=3 {
-            let shm = Shm::map(fd.as_fd()).unwrap();
-            shm.mark(1, Some(innocent));
-            shm.mark(1, None);
-            shm.mark(0, Some(guilty));
-            assert!(shm.is_request_marked());
-            shm.count_marked_requests();
-            assert!(!shm.is_request_marked());
-            assert_eq!(shm.is_poisoned(key(40)), death == 3);
-            assert!(!shm.is_poisoned(innocent));
-        }
-        let shm = Shm::map(fd.as_fd()).unwrap();
-        shm.clear_poison(guilty);
-        assert!(!shm.is_poisoned(guilty));
-    }
-
-    #[test]
-    fn a_panic_without_a_name_makes_no_request_suspect() {
-        let fd = create().unwrap();
-        let shm = Shm::map(fd.as_fd()).unwrap();
-        for _ in 0..5 {
-            shm.set_panicked();
-            shm.count_marked_requests();
-            assert!((1..=300).all(|unique| !shm.is_poisoned(key(unique))));
-            assert!(shm.take_panicked() && !shm.take_panicked());
-        }
-    }
-}
+mod tests;

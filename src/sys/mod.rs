@@ -5,6 +5,7 @@ pub mod arena;
 pub mod cache;
 pub mod calendar;
 pub mod cancel;
+pub mod clock;
 pub mod console;
 pub mod fiemap;
 pub mod file_id;

@@ -127,6 +127,7 @@ impl Rig {
             no_space_timeout: None,
             slots: false,
             token: String::new(),
+            unflushed: false,
         };
         Rig { file: file.into(), attach, fds, session, slots: Vec::new(), worker: None, ready: None }
     }

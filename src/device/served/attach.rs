@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use crate::bail;
 use crate::device::model::Device;
 use crate::device::served::model::device_of;
-use crate::device::served::{clean, find};
+use crate::device::served::{clean, find, unflushed};
 use crate::device::spec::AttachSpec;
 use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
@@ -58,7 +58,9 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         slots: spec.slots,
         ids,
         token: uuid::Uuid::new_v4().to_string(),
+        unflushed: false,
     };
+    request.unflushed = unflushed::before_attach(&spec.levels, &request.ids, request.read_only)?;
     let fds: Vec<BorrowedFd> = spec.levels.iter().map(|l| l.fd.as_fd()).collect();
     for _ in 0..NAMES {
         match spawn::start(&request, &fds) {

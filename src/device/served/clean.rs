@@ -111,6 +111,7 @@ pub(super) fn clean_dead() -> Result<()> {
     }
     let _lock = lock::global()?;
     runtime::remove_unborn();
+    runtime::remove_earlier_boots();
     for name in runtime::names()? {
         if find::is_dead(&name) {
             // Without waiting: there may be hundreds of dead devices that are mounted in containers.

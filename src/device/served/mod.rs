@@ -13,6 +13,7 @@ mod merge;
 mod model;
 mod mount_source;
 mod switch;
+mod unflushed;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
@@ -23,7 +24,8 @@ use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::error::Result;
-use crate::server::{partitions, runtime, spawn};
+use crate::server::{partitions, runtime, spawn, unflushed as server_unflushed};
+use crate::sys::file_id::FileId;
 
 pub use attach::slots_wanted;
 #[cfg(test)]
@@ -80,6 +82,14 @@ impl Driver for Served {
 
     fn start_merges(&self, descriptor: &Path) -> Result<()> {
         spawn::start_merges(descriptor)
+    }
+
+    fn unflushed(&self, files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
+        unflushed::waiting(files)
+    }
+
+    fn all_unflushed(&self) -> Vec<(PathBuf, Vec<PathBuf>)> {
+        server_unflushed::all().into_iter().map(|left| (left.dir.clone(), left.images())).collect()
     }
 
     fn has(&self, name: &str) -> Result<bool> {

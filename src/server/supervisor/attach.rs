@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
-use crate::server::{control, daemon, frame, runtime, shm};
+use crate::server::{control, daemon, frame, runtime, shm, unflushed};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 
@@ -99,20 +99,20 @@ fn prepare(
     listener: OwnedFd,
     levels: Vec<OwnedFd>,
 ) -> Result<Supervisor> {
-    // A description of the top that nothing is read from or written to: it sees errors of write-back from now on.
-    let witness = match levels.last() {
-        Some(top) if !attach.read_only => format!("/proc/self/fd/{}", top.as_raw_fd()),
-        _ => "/dev/null".into(),
-    };
-    let witness = File::open(&witness).ctx(Kind::Open, || "cannot open the top image")?;
     let levels = exclusion::open_missing(levels, !attach.read_only);
+    let witnesses = Descriptors::witnesses_of(levels.last().filter(|_| !attach.read_only))?;
     record.slots = connection.session.recovery() == Recovery::Journal;
     record.connection = connection.number;
+    let shm = match levels.last() {
+        Some(_) if attach.unflushed => unflushed::take(attach.ids.last().copied().unwrap_or_default(), dir)?,
+        Some(top) if !attach.read_only => unflushed::create(dir, &record.name, top)?,
+        _ => shm::create()?,
+    };
     let start = WorkerStart::new(attach, connection.session, record.name.clone());
     let fds = Descriptors {
         queue: connection.queue,
-        shm: shm::create()?,
-        witness: witness.into(),
+        shm,
+        witnesses,
         binary: binary.into(),
         listener,
         levels,
@@ -188,7 +188,7 @@ impl Drop for Cleanup {
         if let Some(dir) = &self.dir {
             // No block device is bound yet, and the connection is closed, so this does not wait.
             self.transport.discard(dir);
-            let _ = runtime::remove_dir(dir);
+            let _ = unflushed::retire(dir);
         }
     }
 }
@@ -196,8 +196,11 @@ impl Drop for Cleanup {
 impl Supervisor {
     /// From an empty folder to a running device.
     fn bring_up(&mut self) -> Result<()> {
-        self.start_worker(false);
+        let adopts = self.chain.attach().unflushed;
+        self.chain.set_adopts(adopts);
+        self.start_worker(adopts);
         self.wait_ready(host::now() + OPEN)?;
+        self.chain.set_adopts(false);
         self.bind()?;
         self.chain.transport().hide(&self.dir)?;
         self.names.create(self.record.rdev)?;
@@ -309,7 +312,8 @@ impl Supervisor {
         {
             self.poll_once(end, None);
         }
+        let closed = self.slot.worker().is_some_and(|w| w.closed == Some(None));
         self.give_up();
-        let _ = runtime::remove_dir(&self.dir);
+        let _ = if closed { runtime::remove_dir(&self.dir) } else { unflushed::retire(&self.dir) };
     }
 }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use crate::bail;
 use crate::descriptor::commit_by_fd::{self, CommitFds};
@@ -58,13 +58,10 @@ impl Planner<'_> {
         if new_top && attach.read_only {
             bail!(Param, "{name} is read-only: it gets no new top");
         }
-        let witness = match new_top {
-            true => {
-                let path = format!("/proc/self/fd/{}", levels[top].as_raw_fd());
-                let shown = switch.levels[top].name.path.display();
-                File::open(path).ctx(Kind::Open, || format!("cannot open {shown}"))?.into()
-            }
-            false => duplicate(&fds.witness)?,
+        let witnesses = match new_top {
+            true => Descriptors::witnesses_of(Some(&levels[top]))
+                .map_err(|e| e.context(switch.levels[top].name.path.display()))?,
+            false => fds.witnesses.iter().map(duplicate).collect::<Result<_>>()?,
         };
         let mut start = self.start.clone();
         let (merge, ended) = self.planned_merge(switch, &mut start)?;
@@ -89,7 +86,7 @@ impl Planner<'_> {
         let fds = Descriptors {
             queue: duplicate(&fds.queue)?,
             shm: duplicate(&fds.shm)?,
-            witness,
+            witnesses,
             binary: program.map_or_else(|| duplicate(&fds.binary), Ok)?,
             listener: duplicate(&fds.listener)?,
             levels,

@@ -75,6 +75,11 @@ impl ChainState {
         self.start.takeover = takeover;
     }
 
+    /// The first worker takes over what a killed device has left; later ones succeed that worker.
+    pub fn set_adopts(&mut self, adopts: bool) {
+        self.start.adopts = adopts;
+    }
+
     /// The chain that `start` describes is served from here on.
     pub fn install(&mut self, start: WorkerStart) {
         self.start = WorkerStart { succeed: None, ..start };

@@ -8,10 +8,11 @@ use crate::server::control::refusal;
 use crate::server::helper::remote_error;
 use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{Answer, ToWorker, WorkerReady};
+use crate::server::shm::Shm;
 use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::transport::Patience;
-use crate::server::{frame, runtime};
+use crate::server::{frame, runtime, unflushed};
 use crate::sys::host;
 
 /// How long other processes may keep the device busy.
@@ -178,9 +179,13 @@ impl Supervisor {
         self.give_up();
         self.record.state = "failed".into();
         self.save();
+        if self.shm.as_ref().is_some_and(Shm::failed) {
+            // A failed sync counts as long as the device is used.
+            let _ = runtime::remove_files(&self.dir, &[runtime::MEMORY]);
+        }
         let aborting = self.clients.take(Awaited::Abort);
         if !self.record.backing.is_empty() && self.detach_failed(&detach) {
-            let _ = runtime::remove_dir(&self.dir);
+            let _ = unflushed::retire(&self.dir);
         }
         let stopped = Error::new(Kind::Abort, format!("{} was given up", self.record.name));
         self.clients.answer(Awaited::Stop, &refusal(&stopped));

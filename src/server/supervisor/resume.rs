@@ -76,6 +76,8 @@ fn take_over(worker: Worker, mut start: WorkerStart, received: Received, client:
     fds.levels = exclusion::open_missing(fds.levels, !start.attach.read_only);
     let journal = if host::breach("the journal is lost with the supervisor") { Vec::new() } else { journal };
     let retired = start.retired.take();
+    // The worker has done that.
+    start.adopts = false;
     let me = runtime::process(host::pid()).unwrap_or_default();
     let name = start.device_name.clone();
     runtime::check_name(&name)?;

@@ -24,8 +24,7 @@ type Outcome = Result<(), Errno>;
 
 /// The sync thread.
 pub fn sync_thread(core: &Core) -> ! {
-    let witness = core.witness.as_ref().and_then(|w| w.try_clone().ok());
-    let mut top = TopSync::new(witness);
+    let mut top = TopSync::new(&core.witnesses, &core.shm);
     loop {
         let op = core.syncs.pop();
         let result = top.sync(&core.top().file).map_err(|e| e as i32);
@@ -47,7 +46,9 @@ fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
     // The files of a chain can be on different file systems.
     let mut strategies: Vec<ZeroStrategy> = core.levels.iter().map(|_| ZeroStrategy::default()).collect();
     loop {
-        let (op, result) = match jobs.pop() {
+        let job = jobs.pop();
+        core.shm.note_alive();
+        let (op, result) = match job {
             AuxJob::Fallocate { op, level, file_off, len } => {
                 (op, grow(&core.levels[usize::from(level)], file_off, len))
             }

@@ -1,7 +1,7 @@
 //! What all threads of the worker share: the engine, the requests, the buffers, and how actions are carried out.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -134,8 +134,8 @@ pub struct Core {
     pub notices: Inbox<Notice>,
     /// Base first.
     pub levels: Vec<LevelFile>,
-    /// Another open description of the top's file, on which the kernel reports failed write-back.
-    pub witness: Option<File>,
+    /// Other open descriptions of the top's file, on which the kernel reports failed write-back.
+    pub witnesses: Vec<OwnedFd>,
     pub geometry: Geometry,
     pub writable: bool,
     /// The block device is gone: no more requests for data.
@@ -161,7 +161,7 @@ pub struct CoreConfig {
     pub journal: Option<RequestJournal>,
     pub engine: Engine<Shm>,
     pub levels: Vec<LevelFile>,
-    pub witness: Option<File>,
+    pub witnesses: Vec<OwnedFd>,
     pub geometry: Geometry,
     pub writable: bool,
     pub shm: Shm,
@@ -183,7 +183,7 @@ impl Core {
             background: Jobs::new(),
             notices: Inbox::new()?,
             levels: p.levels,
-            witness: p.witness,
+            witnesses: p.witnesses,
             geometry: p.geometry,
             writable: p.writable,
             closing: AtomicBool::new(false),

@@ -1,11 +1,9 @@
 //! From the supervisor's first message to a core that can serve: files, locks, chain, engine, memory.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 
-use nix::errno::Errno;
 use nix::unistd::fdatasync;
 
 use crate::bail;
@@ -21,13 +19,15 @@ use crate::server::roles::duplicate;
 use crate::server::runtime;
 use crate::server::shm::Shm;
 use crate::server::transport::{Geometry, Queue, Recovery};
+use crate::server::unflushed;
+use crate::sys::file_id::FileId;
 use crate::sys::{host, process_hardening};
 use crate::units::ClusterSize;
 
 use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, Memory, bounces};
 use super::request_journal::{PriorJournal, RequestJournal};
-use super::{linger, locked, log, open_files, replay};
+use super::{linger, locked, log, open_files, replay, top_sync};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -94,7 +94,7 @@ pub fn allocate_memory(inherited: &Inherited) -> Result<Memory> {
 pub fn was_closed(inherited: &Inherited) -> Result<bool> {
     let start = &inherited.start;
     let (Some(fd), Some(name)) = (inherited.levels().last(), start.attach.levels.last()) else { return Ok(false) };
-    if !start.takeover || start.succeed.is_some() || start.attach.read_only || name.raw {
+    if !start.takeover || start.adopts || start.succeed.is_some() || start.attach.read_only || name.raw {
         return Ok(false);
     }
     if !Shm::map(inherited.fds.shm.as_fd())?.is_closing() {
@@ -121,9 +121,11 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let (target, mut no_merge) = open_merge_target(inherited, &mut files)?;
     if writable || attach.marked != Marked::Ignore {
         let finish = inherited.start.finish;
-        open_files::lock(&files, inherited.levels(), writable, takeover, target, finish)
+        let waits = takeover && !inherited.start.adopts;
+        open_files::lock(&files, inherited.levels(), writable, waits, target, finish)
             .map_err(|e| better_reason(e, &files, attach))?;
     }
+    adopt(inherited, &files, &shm, &log)?;
     if takeover {
         inspect_left(inherited, &shm, &log);
     }
@@ -164,6 +166,9 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         drop(fds);
         linger::pause(linger);
     }
+    if writable {
+        shm.set_origin(unflushed::origin_of(&ids_of(&files)?));
+    }
     let config = config_of(&chain, writable, failed, background);
     let ready = ready_of(&chain, &files);
     let mut engine = Engine::new(config, chain.carried.clone(), shm.clone());
@@ -175,7 +180,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         journal,
         engine,
         levels: files,
-        witness: inherited.fds.witness.try_clone().ok().map(File::from),
+        witnesses: inherited.fds.witnesses.iter().map(duplicate).collect::<Result<_>>()?,
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
         writable,
         shm,
@@ -203,6 +208,7 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
         raw_cluster: attach.raw_cluster.map(|s| ClusterSize::from_sectors(u64::from(s))).transpose()?,
         marked: if own_mark { Marked::Recover } else { attach.marked },
         carried: takeover.then(|| shm.carried()),
+        adopts: inherited.start.adopts,
         failed,
         known_below: inherited.start.succeed.is_some(),
         ..OpenOptions::default()
@@ -215,11 +221,42 @@ fn options(inherited: &Inherited, shm: &Shm, (takeover, merges, failed): (bool, 
 fn inspect_left(inherited: &Inherited, shm: &Shm, log: &log::Log) {
     // Always checked: write-back can fail without a sync by this worker, and the first process to see the error may exit
     // of it, after which only the witness still knows.
-    if !inherited.start.attach.read_only && !synced(inherited.fds.witness.as_fd()) {
+    let asked =
+        inherited.start.attach.read_only || top_sync::ask(shm, &inherited.fds.witnesses, |w| fdatasync(w)).is_ok();
+    if !asked {
         log.line("what the last worker wrote has not reached the disk: a sync or write-back has failed".into());
         shm.set_sync_state(SyncState::Failed);
     }
     shm.count_marked_requests();
+}
+
+/// Whether the changes that a killed device has left still belong to these files, now that they are locked; and what is
+/// known of its last sync.
+fn adopt(inherited: &Inherited, files: &[LevelFile], shm: &Shm, log: &log::Log) -> Result<()> {
+    let Some(top) = files.last().filter(|_| inherited.start.adopts) else { return Ok(()) };
+    if let Some(why) = unflushed::why_stale(shm, &top.file, top.raw)? {
+        bail!(Busy, "image {} changed while it was being opened: {why}; try again", top.name.display());
+    }
+    log.line(format!("takes over {} changes of a device that was killed", shm.carried().len()));
+    if shm.sync_state() == SyncState::Running || shm.is_asking() {
+        if shm.begin_asking_file_system() && unflushed::file_system_is_sound(&top.file) {
+            shm.end_asking();
+        } else {
+            log.line(
+                "a sync was under way, and the file system has failed to write something: it counts as failed".into(),
+            );
+            shm.set_sync_state(SyncState::Failed);
+        }
+    }
+    Ok(())
+}
+
+fn ids_of(files: &[LevelFile]) -> Result<Vec<FileId>> {
+    files
+        .iter()
+        .map(|f| FileId::of(&f.file))
+        .collect::<std::io::Result<_>>()
+        .ctx(Kind::Fstat, || "cannot look at the images")
 }
 
 /// Opens the target of the merge under way, in its place among `files`; and why it cannot go on.
@@ -336,17 +373,5 @@ fn better_reason(locked: Error, files: &[LevelFile], attach: &AttachRequest) -> 
     match chain::open(files, &OpenOptions { raw_cluster, ..OpenOptions::default() }) {
         Err(e) if e.kind() == Kind::InUse => e,
         _ => locked,
-    }
-}
-
-/// Whether all that was written to the file of the witness is on stable storage: an error of write-back since it was
-/// opened is reported to its description once, whichever process caused it.
-fn synced(witness: BorrowedFd) -> bool {
-    let Ok(file) = witness.try_clone_to_owned().map(File::from) else { return false };
-    loop {
-        match fdatasync(&file) {
-            Err(Errno::EINTR) => {}
-            other => return other.is_ok(),
-        }
     }
 }

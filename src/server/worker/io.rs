@@ -81,6 +81,7 @@ impl<'a> IoThread<'a> {
                 self.core.step(self.number, &mut self.pending, &mut actions);
                 self.files.seen();
             }
+            self.core.shm.note_alive();
             self.core.execute(&mut actions, &mut self.files);
             self.files.end_round(self.core)?;
             if self.files.freed && self.core.starving.load(Ordering::Acquire) {

@@ -15,13 +15,16 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::fdatasync;
 
+use crate::server::shm::Shm;
+
 /// Whether the file's file system reports each failed write-back once to every open description of it.
-fn records_write_back_errors(file: &File) -> bool {
+fn records_write_back_errors(file: &OwnedFd) -> bool {
     let known = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
     fstatfs(file).is_ok_and(|s| known.contains(&s.filesystem_type()))
 }
@@ -31,17 +34,19 @@ fn lacks_space(e: Errno) -> bool {
 }
 
 /// The syncs of one file; see the module.
-pub struct TopSync {
-    /// A description that is not synced otherwise; none where it would tell nothing.
-    witness: Option<File>,
+pub struct TopSync<'a> {
+    /// Descriptions that are not synced otherwise; none where they would tell nothing.
+    witnesses: &'a [OwnedFd],
+    shm: &'a Shm,
     /// A sync has found no space, and none of the witness has succeeded since.
     in_doubt: bool,
 }
 
-impl TopSync {
-    /// `witness`: another open description of the file.
-    pub fn new(witness: Option<File>) -> TopSync {
-        TopSync { witness: witness.filter(records_write_back_errors), in_doubt: false }
+impl<'a> TopSync<'a> {
+    /// `witnesses`: other open descriptions of the file.
+    pub fn new(witnesses: &'a [OwnedFd], shm: &'a Shm) -> TopSync<'a> {
+        let tells = witnesses.first().is_some_and(records_write_back_errors);
+        TopSync { witnesses: if tells { witnesses } else { &[] }, shm, in_doubt: false }
     }
 
     /// Syncs the file. ENOSPC and EDQUOT say that nothing is lost, as far as is known by now; any other error is final.
@@ -52,22 +57,32 @@ impl TopSync {
     fn judge(
         &mut self,
         sync: impl Fn() -> nix::Result<()>,
-        sync_witness: impl Fn(&File) -> nix::Result<()>,
+        sync_witness: impl Fn(&OwnedFd) -> nix::Result<()>,
     ) -> Result<(), Errno> {
-        match (retried(sync), &self.witness) {
-            (Err(e), Some(_)) if lacks_space(e) => {
+        match (retried(sync), self.witnesses) {
+            (Err(e), []) if lacks_space(e) => Err(Errno::EIO),
+            (Err(e), _) if lacks_space(e) => {
                 self.in_doubt = true;
                 Err(e)
             }
-            (Err(e), None) if lacks_space(e) => Err(Errno::EIO),
-            (Ok(()), Some(witness)) if self.in_doubt => {
-                retried(|| sync_witness(witness)).map_err(|_| Errno::EIO)?;
+            (Ok(()), [_, ..]) if self.in_doubt => {
+                ask(self.shm, self.witnesses, sync_witness)?;
                 self.in_doubt = false;
                 Ok(())
             }
             (other, _) => other,
         }
     }
+}
+
+/// Asks a witness whether all that was written to its file is on stable storage: the kernel tells each open description
+/// once of an error of write-back since it was opened, whichever process caused it. An error: it is not, or that is not
+/// known, since workers were killed while they asked.
+pub fn ask(shm: &Shm, witnesses: &[OwnedFd], sync: impl Fn(&OwnedFd) -> nix::Result<()>) -> Result<(), Errno> {
+    let next = shm.begin_asking(witnesses.len()).and_then(|next| witnesses.get(next)).ok_or(Errno::EIO)?;
+    retried(|| sync(next)).map_err(|_| Errno::EIO)?;
+    shm.end_asking();
+    Ok(())
 }
 
 fn retried(call: impl Fn() -> nix::Result<()>) -> nix::Result<()> {
@@ -82,19 +97,30 @@ fn retried(call: impl Fn() -> nix::Result<()>) -> nix::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::os::fd::{AsFd, AsRawFd};
 
     use super::*;
+    use crate::server::shm;
 
-    fn with_witness() -> TopSync {
-        TopSync { witness: Some(tempfile::tempfile().unwrap()), in_doubt: false }
+    fn witnesses(count: usize) -> Vec<OwnedFd> {
+        (0..count).map(|_| tempfile::tempfile().unwrap().into()).collect()
+    }
+
+    fn memory() -> Shm {
+        Shm::map(shm::create().unwrap().as_fd()).unwrap()
+    }
+
+    fn with<'a>(witnesses: &'a [OwnedFd], shm: &'a Shm) -> TopSync<'a> {
+        TopSync { witnesses, shm, in_doubt: false }
     }
 
     #[test]
     fn a_sync_without_space_counts_when_the_witness_has_seen_no_error() {
+        let (shm, all) = (memory(), witnesses(1));
         for full in [Errno::ENOSPC, Errno::EDQUOT] {
-            let mut top = with_witness();
+            let mut top = with(&all, &shm);
             let asked = Cell::new(0);
-            let witness = |_: &File| {
+            let witness = |_: &OwnedFd| {
                 asked.set(asked.get() + 1);
                 Ok(())
             };
@@ -110,8 +136,9 @@ mod tests {
 
     #[test]
     fn write_back_that_failed_for_want_of_space_is_final() {
+        let (shm, all) = (memory(), witnesses(2));
         for reported in [Errno::ENOSPC, Errno::EIO] {
-            let mut top = with_witness();
+            let mut top = with(&all, &shm);
             assert_eq!(top.judge(|| Err(Errno::ENOSPC), |_| Ok(())), Err(Errno::ENOSPC));
             assert_eq!(top.judge(|| Ok(()), |_| Err(reported)), Err(Errno::EIO));
         }
@@ -119,8 +146,47 @@ mod tests {
 
     #[test]
     fn where_the_witness_tells_nothing_a_sync_without_space_is_final() {
-        let mut top = TopSync::new(None);
+        let shm = memory();
+        let mut top = TopSync::new(&[], &shm);
         assert_eq!(top.judge(|| Err(Errno::EDQUOT), |_| Ok(())), Err(Errno::EIO));
         assert_eq!(top.judge(|| Err(Errno::EIO), |_| Ok(())), Err(Errno::EIO));
+    }
+
+    /// As the kernel does it: each description is told of an error once.
+    #[test]
+    fn a_report_that_a_killed_worker_took_with_it_is_had_from_another_witness() {
+        let (shm, all) = (memory(), witnesses(3));
+        let told = Cell::new(Vec::new());
+        let sync = |w: &OwnedFd| {
+            let mut seen = told.take();
+            let first = !seen.contains(&w.as_raw_fd());
+            seen.push(w.as_raw_fd());
+            told.set(seen);
+            if first { Err(Errno::EIO) } else { Ok(()) }
+        };
+        // Killed behind the system call, twice.
+        for _ in 0..2 {
+            let next = shm.begin_asking(all.len()).unwrap();
+            assert_eq!(sync(&all[next]), Err(Errno::EIO));
+        }
+        assert!(shm.is_asking());
+        assert_eq!(ask(&shm, &all, sync), Err(Errno::EIO));
+        // Once more: no witness is left that could tell.
+        assert_eq!(ask(&shm, &all, sync), Err(Errno::EIO));
+        assert_eq!(ask(&shm, &all, |_| Ok(())), Err(Errno::EIO));
+    }
+
+    #[test]
+    fn kills_without_an_error_use_up_no_witness() {
+        let (shm, all) = (memory(), witnesses(3));
+        for _ in 0..5 {
+            shm.begin_asking(all.len()).unwrap();
+            shm.begin_asking(all.len()).unwrap();
+            assert_eq!(ask(&shm, &all, |_| Ok(())), Ok(()));
+            assert!(!shm.is_asking());
+        }
+        // The server of an earlier version has opened one.
+        shm.begin_asking(1);
+        assert_eq!(ask(&shm, &all[..1], |_| Ok(())), Ok(()));
     }
 }

@@ -249,7 +249,7 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         journal: Some(journal),
         engine: Engine::new(config, chain.carried.clone(), shm.clone()),
         levels: files,
-        witness: None,
+        witnesses: Vec::new(),
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: 1 << 20 },
         writable: true,
         shm: shm.clone(),
