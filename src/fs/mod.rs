@@ -11,3 +11,4 @@ pub mod mount;
 pub mod mounts;
 pub mod probe;
 pub mod stat;
+pub mod utab;

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::helper;
-use super::mounts::{self, Names};
+use super::mounts::{self, Mount, Names};
 use super::probe::{self, Found};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
@@ -27,7 +27,7 @@ pub struct MountSpec {
 }
 
 /// Options of `-o` that are flags for the kernel, not text for the file system: the flag, and whether it is set.
-const WORDS: [(&str, MsFlags, bool); 19] = [
+const WORDS: [(&str, MsFlags, bool); 25] = [
     ("ro", MsFlags::MS_RDONLY, true),
     ("rw", MsFlags::MS_RDONLY, false),
     ("noatime", MsFlags::MS_NOATIME, true),
@@ -47,6 +47,12 @@ const WORDS: [(&str, MsFlags, bool); 19] = [
     ("async", MsFlags::MS_SYNCHRONOUS, false),
     ("dirsync", MsFlags::MS_DIRSYNC, true),
     ("mand", MsFlags::MS_MANDLOCK, true),
+    ("nomand", MsFlags::MS_MANDLOCK, false),
+    ("norelatime", MsFlags::MS_RELATIME, false),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
+    ("nolazytime", MsFlags::MS_LAZYTIME, false),
+    ("silent", MsFlags::MS_SILENT, true),
+    ("loud", MsFlags::MS_SILENT, false),
 ];
 
 /// Options that mean something to mount(8) or to fstab only.
@@ -54,8 +60,7 @@ fn for_fstab_only(word: &str) -> bool {
     matches!(
         word,
         "" | "defaults" | "auto" | "noauto" | "user" | "nouser" | "users" | "owner" | "group" | "_netdev" | "nofail"
-    ) || word.starts_with("x-")
-        || word.starts_with("X-")
+    ) || ["x-", "X-", "comment=", "helper=", "uhelper="].iter().any(|prefix| word.starts_with(prefix))
 }
 
 /// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone.
@@ -130,6 +135,25 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Changes the options of what is mounted at a mount point: those given, and the usual ones for the rest.
+pub fn remount(mount: &Mount, options: &str) -> Result<()> {
+    let rest: Vec<&str> = options.split(',').filter(|w| *w != "remount").collect();
+    let rest = rest.join(",");
+    let (flags, mut data) = split(&rest);
+    drop_foreign(&mut data, &mount.fstype);
+    call(&mount.source, &mount.target, &mount.fstype, flags | MsFlags::MS_REMOUNT, &data).map_err(|errno| {
+        let hint = match errno {
+            Errno::EROFS | Errno::EACCES if !flags.contains(MsFlags::MS_RDONLY) => {
+                "; the device is read-only: unmount it, then mount it for writing"
+            }
+            Errno::EBUSY => "; files are open for writing there",
+            _ => "",
+        };
+        let what = format!("cannot remount {} with options \"{options}\"{hint}", mount.target.display());
+        Error::with(Kind::Mount, what, std::io::Error::from_raw_os_error(errno as i32))
+    })
 }
 
 fn call(device: &Path, target: &Path, fstype: &str, flags: MsFlags, data: &[&str]) -> nix::Result<()> {

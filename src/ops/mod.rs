@@ -8,6 +8,7 @@ mod delete_leaf;
 pub mod device_chain;
 pub mod doctor;
 pub mod find;
+pub mod fstab;
 mod image_copy;
 mod image_set;
 pub mod info;

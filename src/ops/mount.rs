@@ -33,6 +33,8 @@ pub struct MountParams {
     pub force: bool,
     /// Log every request.
     pub trace: bool,
+    /// The device ends with its last mount.
+    pub until_unmounted: bool,
     /// Check the file system first (ext).
     pub fsck: bool,
     pub quota: bool,
@@ -118,6 +120,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         descriptor: Some(disk.path.clone()),
         device: params.device.clone(),
         trace: trace(params),
+        until_unmounted: params.until_unmounted,
         slots: device::slots_wanted()?,
     })?;
     let mounted = finish(device, params)?;
@@ -168,6 +171,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         descriptor: None,
         device: params.device.clone(),
         trace: trace(params),
+        until_unmounted: params.until_unmounted,
         slots: device::slots_wanted()?,
     })
     .map_err(|e| match e.kind() {
@@ -374,6 +378,11 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
         mount::mount_device(&source, target, &spec)?;
     }
     Ok(fsck_rc)
+}
+
+/// What of a device is mounted.
+pub(super) fn source_of(device: &Device, params: &MountParams) -> Result<PathBuf> {
+    partition::source(device, params.partition)
 }
 
 /// What to mount of a read-only device by hand, and the option that it may need.
