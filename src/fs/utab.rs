@@ -56,7 +56,8 @@ fn change(folder: &Path, target: &Path, more: &[u8]) -> io::Result<()> {
         other => other?,
     };
     let target = escape(target).into_vec();
-    let mut new: Vec<u8> = old.split_inclusive(|b| *b == b'\n').filter(|l| !ours(l, &target)).flatten().copied().collect();
+    let mut new: Vec<u8> =
+        old.split_inclusive(|b| *b == b'\n').filter(|l| !ours(l, &target)).flatten().copied().collect();
     new.extend_from_slice(more);
     if new == old {
         return Ok(());

@@ -48,7 +48,10 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
+    let disk = match remove_orphans {
+        true => LockedDescriptor::open(descriptor)?,
+        false => LockedDescriptor::open_to_look(descriptor)?,
+    };
     if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
             && let Err(e) = online::check_chain(&disk, running)
@@ -75,9 +78,10 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             ..CheckOptions::default()
         };
         // Another disk may stand on the same file, and its worker knows the file as it is.
-        let read_only = !image_set::users(&image.file)?.is_empty();
+        let used = !image_set::users(&image.file)?.is_empty();
+        let read_only = used || disk.is_unlocked();
         let options =
-            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: read_only, ..options };
+            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: used, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);

@@ -141,7 +141,7 @@ pub fn refuse_replaced(disk: &Descriptor) -> Result<()> {
 
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
-    let disk = LockedDescriptor::open(descriptor)?;
+    let disk = LockedDescriptor::open_to_look(descriptor)?;
     let Some(found) = of_disk(&disk, component)? else { return Ok(None) };
     if !found.state.runs() {
         bail!(

@@ -64,12 +64,17 @@ pub struct Mounted {
 /// Mounts a disk by its descriptor.
 pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams) -> Result<Mounted> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = match params.read_only {
+        true => LockedDescriptor::open_to_look(descriptor)?,
+        false => LockedDescriptor::open(descriptor)?,
+    };
     let guid = wanted(&disk, params.guid.as_deref())?;
     let running = find::of_disk(&disk, component)?.is_some();
     if !running {
         find::refuse_replaced(&disk)?;
-        recovery::before_mount(&mut disk, &guid, params.read_only)?;
+        if !disk.is_unlocked() {
+            recovery::before_mount(&mut disk, &guid, params.read_only)?;
+        }
     }
     if !running && component.is_empty() && !params.read_only && guid == disk.top {
         // Finishes interrupted merges and removes snapshots that only a backup needed. If that fails the disk is

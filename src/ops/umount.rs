@@ -1,7 +1,7 @@
 //! Unmounting: every mount of the device in the caller's mount namespace, then the device itself, its image closed
 //! cleanly.
 
-use std::io;
+use std::io::ErrorKind::{NotADirectory, NotFound, ReadOnlyFilesystem};
 use std::path::Path;
 
 use super::find::{self, UNTIL_UMOUNT};
@@ -19,7 +19,7 @@ use crate::sys::store;
 /// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
 pub fn umount_descriptor(descriptor: &Path, component: &str) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = LockedDescriptor::open(descriptor)?;
+    let disk = LockedDescriptor::open_to_look(descriptor)?;
     umount_locked(&disk, component)
 }
 
@@ -118,6 +118,7 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     let mounts = find::mounts_of(device)?;
     if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
         && let Err(e) = remember(disk, &first.target)
+        && e.errno() != Some(libc::EROFS)
     {
         report::warn(format_args!("the file system's size is not remembered: {e}"));
     }
@@ -163,7 +164,7 @@ pub fn temporary_mount_point(disk: &Descriptor) -> Result<Place> {
 /// Removes that folder if it is there and empty.
 pub(super) fn remove_mount_point(place: &Place) {
     match store::remove_dir(place) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound && e.kind() != io::ErrorKind::NotADirectory => {
+        Err(e) if !matches!(e.kind(), NotFound | NotADirectory | ReadOnlyFilesystem) => {
             report::say(1, format_args!("{} stays: {e}", place.display()));
         }
         _ => {}
