@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Disks whose files lie where not everything is possible, and file systems inside that the kernel knows already."""
 import os
+import subprocess
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tools"))
@@ -45,6 +46,82 @@ def case_read_only_host(t):
     for rc, args in (((0, 4), ("info", "-s", other)), ((23,), ("snapshot", other))):
         r = run(sys.executable, "-c", user, devlib.PLOOP, *args, rc=None)
         check(r.rc in rc, f"ploop {args} as another user: {r.rc}, {rc} wanted: {r.text}")
+
+
+def disk(t, name, *options):
+    """A new disk in a folder of its own: its descriptor and a mount point."""
+    folder = t.mkdir(name)
+    dd = os.path.join(folder, "DiskDescriptor.xml")
+    ploop("init", "-s", "200m", *options, os.path.join(folder, "root.hdd"))
+    t.later(lambda: ploop("umount", dd, rc=None))
+    return dd, t.mkdir(name + "-m")
+
+
+def case_other_namespace(t):
+    """Mounted in a mount namespace of its own: its server does not keep that, and umount reaches what is left there."""
+    dd, m = disk(t, "a")
+    first = os.stat("/proc/2/ns/mnt").st_ino if os.path.exists("/proc/2/ns/mnt") else None
+    if first != os.stat("/proc/self/ns/mnt").st_ino:
+        raise devlib.Skip("these tests do not run in the first mount namespace")
+    run("unshare", "-m", devlib.PLOOP, "mount", "-m", m, dd)
+    name = os.path.basename(t.device_of(dd))
+    for who in ("supervisor", "worker"):
+        pid = devlib.record(name)[who]["pid"]
+        check(os.stat(f"/proc/{pid}/ns/mnt").st_ino == first, f"the {who} keeps the caller's namespace")
+        comm = open(f"/proc/{pid}/comm").read().strip()
+        line = open(f"/proc/{pid}/cmdline").read().split("\0")
+        check(comm == "ploop-server:" + name[5:] and line[0] == "ploop-server" and name in line, f"{who}: {comm!r}, {line}")
+    r = t.umount(dd)
+    check(r.seconds < 3, f"umount took {r.seconds} s")
+    # A process lives there, and uses the mount or not.
+    p = subprocess.Popen(["unshare", "-m", "sh", "-c", f"{devlib.PLOOP} mount -m {m} {dd} && exec 5>{m}/used && echo up; read x; exec 5>&-; echo closed; read x"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    t.later(p.kill)
+    while "up" not in p.stdout.readline():
+        check(p.poll() is None, "the process in the namespace ended")
+    r = t.umount(dd, rc=22)
+    name = os.path.basename(t.device_of(dd))
+    for part in (f"/dev/{name}", m, f"process {p.pid} (", "nsenter"):
+        check(part in r.err, f"{part} is not named: {r.err}")
+    check("loop1" not in r.err, r.err)
+    p.stdin.write("\n")
+    p.stdin.flush()
+    while "closed" not in p.stdout.readline():
+        check(p.poll() is None, "the process in the namespace ended")
+    t.umount(dd)
+
+
+def case_lazily_unmounted(t):
+    """Unmounted lazily and in use: umount names device, process and the way out after some seconds."""
+    dd, m = disk(t, "a")
+    dev = t.mount("-m", m, dd)
+    p = subprocess.Popen(["sleep", "100"], cwd=m)
+    t.later(p.kill)
+    run("umount", "-l", m)
+    r = t.umount(dd, rc=22)
+    check(r.seconds < 12, f"umount took {r.seconds} s")
+    for part in (dev, f"process {p.pid} (sleep)", "umount -l", "end these processes"):
+        check(part in r.err, f"{part} is not named: {r.err}")
+    check("loop1" not in r.err, r.err)
+    p.kill()
+    p.wait()
+    t.umount(dd)
+
+
+def case_nested(t):
+    """A disk inside a mounted disk is named, and nothing is changed."""
+    dd, m = disk(t, "a")
+    dev = t.mount("-m", m, dd)
+    inner = os.path.join(m, "inner")
+    os.mkdir(inner)
+    ploop("init", "-s", "64m", "-t", "none", os.path.join(inner, "root.hdd"))
+    inside = t.mount(os.path.join(inner, "DiskDescriptor.xml"))
+    r = t.umount(dd, rc=22)
+    for part in (dev, inside, os.path.join(inner, "root.hdd"), f"ploop umount -d {inside}"):
+        check(part in r.err, f"{part} is not named: {r.err}")
+    check(r.seconds < 2 and "process" not in r.err and devlib.is_mounted(m), r.err)
+    t.umount("-d", inside)
+    t.umount(dd)
 
 
 if __name__ == "__main__":

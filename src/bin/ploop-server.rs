@@ -34,7 +34,7 @@ fn spawn_detached(mode: &str) -> i32 {
     process::close_from(3);
     let child = Command::new("/proc/self/exe")
         .arg0("ploop-server")
-        .arg(mode)
+        .args([mode, process::ROOM_FOR_NAME])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();

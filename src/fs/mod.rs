@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balloon;
+pub mod elsewhere;
 pub mod helper;
 pub mod holders;
 pub mod mkfs;

@@ -1,6 +1,6 @@
 //! Mounting and unmounting the inner file system.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use super::mounts::{self, Mount, Names};
 use super::probe::{self, Found};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
+use crate::sys::{processes, statx};
 
 /// How to mount.
 #[derive(Clone, Debug, Default)]
@@ -215,7 +216,7 @@ pub fn umount(target: &Path) -> Result<()> {
             Err(Errno::EBUSY) => {
                 return Err(Error::new(
                     Kind::Umount,
-                    format!("{} is in use{}; end these processes and try again", target.display(), users(target)),
+                    format!("{} is in use{}; end these processes and try again", target.display(), users_at(target)),
                 ));
             }
             Err(errno) => return Err(errno).ctx(Kind::Umount, || format!("cannot unmount {}", target.display())),
@@ -232,33 +233,29 @@ pub fn umount_lazily(target: &Path) -> Result<()> {
     }
 }
 
+/// What keeps a mount of this namespace busy.
+fn users_at(target: &Path) -> String {
+    let table = mounts::read().unwrap_or_default();
+    if let Some(m) = table.iter().rev().find(|m| m.target != target && m.target.starts_with(target)) {
+        return format!(": {} is mounted in it", m.target.display());
+    }
+    // Of btrfs files have other numbers than the mount.
+    let mounted = table.iter().rev().find(|m| m.target == target).map(|m| m.dev);
+    let devs: Vec<u64> = mounted.into_iter().chain(statx::cached_dev(target)).collect();
+    users(&devs)
+}
+
 fn still_mounted(target: &Path) -> Result<bool> {
     Ok(mounts::read()?.iter().any(|m| m.target == target))
 }
 
-/// The processes that keep a mount busy, for the message: ` by process 12 (bash), ...`.
-fn users(target: &Path) -> String {
-    let Ok(meta) = target.metadata() else { return String::new() };
-    let dev = std::os::unix::fs::MetadataExt::dev(&meta);
-    let on_it = |path: PathBuf| path.metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::dev(&m) == dev);
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-        let process = entry.path();
-        let files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|f| f.path());
-        if ["cwd", "root", "exe"].map(|l| process.join(l)).into_iter().chain(files).any(on_it) {
-            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
-            found.push(format!("{pid} ({})", name.trim()));
-        }
-    }
-    found.truncate(8);
-    let below = mounts::read().unwrap_or_default();
-    if let Some(m) = below.iter().rev().find(|m| m.target != target && m.target.starts_with(target)) {
-        return format!(": {} is mounted in it", m.target.display());
-    }
-    match found.is_empty() {
+/// The processes that use a file system, for a message: ` by process 12 (bash), ...`.
+pub(super) fn users(devs: &[u64]) -> String {
+    let found = processes::using(devs);
+    let named: Vec<String> = found.iter().take(8).map(|pid| processes::shown(pid)).collect();
+    match named.is_empty() {
         true => ", by no process that /proc shows".into(),
-        false => format!(" by process {}", found.join(", ")),
+        false => format!(" by process {}", named.join(", ")),
     }
 }
 

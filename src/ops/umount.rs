@@ -7,12 +7,14 @@ use std::path::Path;
 use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::device::{self, Device, State};
+use crate::device::{self, Device, Image, State};
 use crate::error::{Error, Kind, Result};
+use crate::fs::mounts::Mount;
 use crate::fs::stat::FsInfo;
-use crate::fs::{holders, mount};
+use crate::fs::{elsewhere, holders, mount};
 use crate::image::open;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
@@ -111,11 +113,36 @@ fn refuse_held(device: &Device) -> Result<()> {
     )
 }
 
+/// Before anything is changed: the server of a disk that lies in the file system would keep it.
+fn refuse_nested(device: &Device, mounts: &[Mount]) -> Result<()> {
+    let names = find::names(device);
+    let lies_in = |image: &Image| {
+        names.devs.contains(&image.id.dev)
+            || mounts.iter().any(|m| image.path.starts_with(&m.target))
+                && FileId::at(&image.path).is_ok_and(|id| id == image.id)
+    };
+    let inner = device::list_of(|d| d.name() != device.name() && d.images.iter().any(lies_in))?;
+    let inner: Vec<&Device> = inner.iter().filter(|d| d.state != State::Dead).collect();
+    if inner.is_empty() {
+        return Ok(());
+    }
+    let one = |d: &&Device| format!("{} ({})", d.node().display(), d.base().display());
+    let end = |d: &&Device| format!("ploop umount -d {}", d.node().display());
+    bail!(
+        Umount,
+        "{} has images of other disks that run: {}; unmount them first ({}); nothing was changed",
+        device.node().display(),
+        inner.iter().map(one).collect::<Vec<_>>().join(", "),
+        inner.iter().map(end).collect::<Vec<_>>().join("; ")
+    )
+}
+
 fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
     if device.state != State::Dead {
         refuse_held(device)?;
     }
     let mounts = find::mounts_of(device)?;
+    refuse_nested(device, &mounts)?;
     if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
         && let Err(e) = remember(disk, &first.target)
         && e.errno() != Some(libc::EROFS)
@@ -130,7 +157,8 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         ));
         device::hold_for_space(device.name(), false)?;
     }
-    let ended = mount::umount_all(&find::names(device)).and_then(|()| detach(device));
+    let names = find::names(device);
+    let ended = mount::umount_all(&names).and_then(|()| elsewhere::umount_all(&names)).and_then(|()| detach(device));
     if ended.is_err() && full {
         // The device is still in use: its writes wait for space as before. If even that fails the device is detached or
         // dead.

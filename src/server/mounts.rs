@@ -11,6 +11,7 @@ use nix::sys::stat::makedev;
 
 use crate::server::partitions;
 use crate::server::sysfs::parse_dev;
+use crate::sys::processes;
 
 /// Where a device is mounted. Octal escapes are not decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,7 +25,7 @@ impl fmt::Display for Mounted {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(&self.point)?;
         match self.elsewhere {
-            Some(pid) => write!(f, " in the mount namespace of process {pid}"),
+            Some(pid) => write!(f, " in the mount namespace of process {}", processes::shown(&pid.to_string())),
             None => Ok(()),
         }
     }

@@ -86,7 +86,11 @@ impl Supervisor {
                         }
                     }
                     Some(JobEvent::Done) => break Ok(()),
-                    Some(JobEvent::Error { code, message }) => break Err(remote_error(code, message)),
+                    // The block device behind has no meaning to users.
+                    Some(JobEvent::Error { code, message }) => {
+                        let node = self.record.node.display().to_string();
+                        break Err(remote_error(code, message.replace(&self.record.backing, &node)));
+                    }
                     Some(_) => {}
                     None if self.is_aborted() || self.failed.is_some() => {
                         let why = self.failed.clone().unwrap_or("it was given up".into());

@@ -129,6 +129,7 @@ impl Supervisor {
 
     /// Serves until the device has ended.
     fn run(mut self) {
+        host::show_device(&self.record.name);
         loop {
             self.poll_once(host::now() + TICK, None);
             if self.is_aborted() {
