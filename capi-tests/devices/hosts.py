@@ -124,5 +124,79 @@ def case_nested(t):
     t.umount(dd)
 
 
+def two_copies(t, fstype, *mkfs):
+    """A disk of that file system with a file in it, its descriptor, and a copy of its files."""
+    devlib.have(f"mkfs.{fstype}")
+    if fstype not in open("/proc/filesystems").read():
+        raise devlib.Skip(f"this kernel has no {fstype}")
+    size = "400m"
+    folder = t.mkdir("a")
+    dd, m = os.path.join(folder, "DiskDescriptor.xml"), t.mkdir("a-m")
+    ploop("init", "-s", size, "-t", "none", os.path.join(folder, "root.hdd"))
+    t.later(lambda: ploop("umount", dd, rc=None))
+    dev = t.mount(dd)
+    run(f"mkfs.{fstype}", *mkfs, dev)
+    t.umount(dd)
+    t.mount("-m", m, dd)
+    with open(os.path.join(m, "file"), "w") as f:
+        f.write("before")
+    t.umount(dd)
+    copy = t.mkdir("b")
+    for n in ("root.hdd", "DiskDescriptor.xml"):
+        run("cp", "--sparse=always", os.path.join(folder, n), copy)
+    t.mount("-m", m, dd)
+    return dd, m, os.path.join(copy, "DiskDescriptor.xml")
+
+
+def beside(t, dd, m):
+    """The snapshot of a running disk is mounted beside it, shows what was there then, and does not stand in the disk's way."""
+    guid, s = "{11111111-2222-4333-8444-555555555555}", t.mkdir("s")
+    ploop("snapshot", "-u", guid, dd)
+    with open(os.path.join(m, "file"), "w") as f:
+        f.write("after")
+    run("sync", "-f", m)
+    shown = lambda: open(os.path.join(s, "file")).read()
+    t.mount("-r", "-u", guid, "-m", s, dd)
+    check(shown() == "before", shown())
+    t.umount("-m", m)
+    check(shown() == "before", shown())
+    t.mount("-m", m, dd)
+    check(open(os.path.join(m, "file")).read() == "after", "the disk shows the snapshot")
+    t.umount("-m", s)
+    guid = guid.replace("1111", "2222", 1)
+    r = ploop("tsnapshot", "-u", guid, "-c", "bk", "-m", s, "-o", "noatime", dd)
+    check(shown() == "after" and f" {s} " in open("/proc/self/mounts").read(), shown())
+    check("noatime" in next(x for x in open("/proc/self/mounts") if f" {s} " in x), "noatime")
+    t.umount("-m", s)
+
+
+def case_xfs_beside_its_copies(t):
+    """A snapshot beside the disk; a copy of the disk beside it, read-only or refused by name."""
+    dd, m, copy = two_copies(t, "xfs", "-q", "-f")
+    beside(t, dd, m)
+    c = t.mkdir("c")
+    t.mount("-r", "-m", c, copy)
+    check(open(os.path.join(c, "file")).read() == "before", "the copy shows something else")
+    t.umount(copy)
+    r = t.mount("-m", c, copy, rc=21)
+    check("xfs_admin -U generate" in r.err and m in r.err, r.err)
+    t.mount("-m", c, "-o", "nouuid", copy)
+    t.umount(copy)
+
+
+def case_btrfs_beside_its_copies(t):
+    """The same where the kernel tells copies of a btrfs apart (6.7); elsewhere they are refused."""
+    dd, m, copy = two_copies(t, "btrfs", "-q", "-f")
+    c = t.mkdir("c")
+    if not os.path.exists("/sys/fs/btrfs/features/temp_fsid"):
+        r = t.mount("-r", "-m", c, copy, rc=21)
+        check("UUID" in r.err and "btrfstune" in r.err, r.err)
+        return
+    beside(t, dd, m)
+    t.mount("-r", "-m", c, copy)
+    check(open(os.path.join(c, "file")).read() == "before", "the copy shows something else")
+    t.umount(copy)
+
+
 if __name__ == "__main__":
     devlib.main()

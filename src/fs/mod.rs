@@ -12,4 +12,5 @@ pub mod mount;
 pub mod mounts;
 pub mod probe;
 pub mod stat;
+mod twins;
 pub mod utab;

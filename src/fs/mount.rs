@@ -10,6 +10,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::helper;
 use super::mounts::{self, Mount, Names};
 use super::probe::{self, Found};
+use super::twins;
+use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
 use crate::sys::{processes, statx};
@@ -115,6 +117,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
         report::say(0, format_args!("The journal on {} has to be replayed; mounting with {option}", device.display()));
         data.push(option);
     }
+    beside_twin(device, fstype, flags, spec.read_only, &mut data)?;
     let shown = format!("{} at {} as {fstype}, options \"{}\"", device.display(), target.display(), data.join(","));
     report::say(0, format_args!("Mounting {shown}{}", if spec.read_only { ", read-only" } else { "" }));
     let mut result = call(device, target, fstype, flags, &data);
@@ -136,6 +139,40 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
         }
     }
     Ok(())
+}
+
+/// A copy of a file system that may be mounted at the same time. A read-only XFS is told not to be known by its UUID; what
+/// the kernel would take for the other one is refused. `Mount`.
+fn beside_twin(device: &Path, fstype: &str, flags: MsFlags, look: bool, data: &mut Vec<&str>) -> Result<()> {
+    match fstype {
+        "xfs" if !data.contains(&"nouuid") => {
+            // What is mounted of a read-only device is left out of the kernel's list: the disk itself can be mounted later.
+            let twin = if look { None } else { twins::of_xfs(device) };
+            if look || (twin.is_some() && flags.contains(MsFlags::MS_RDONLY)) {
+                data.push("nouuid");
+            } else if let Some(target) = twin {
+                bail!(
+                    Mount,
+                    "the XFS on {} has the UUID of the one that is mounted at {}: mount it read-only (-r), with -o nouuid, or give \
+                     it a UUID of its own (xfs_admin -U generate {0})",
+                    device.display(),
+                    target.display()
+                );
+            }
+            Ok(())
+        }
+        "btrfs" => match twins::of_btrfs(device) {
+            Some(devices) => bail!(
+                Mount,
+                "the btrfs on {} has the UUID of one that is mounted (from {}), for which this kernel would take it: unmount that \
+                 first, or give this one a UUID of its own (btrfstune -u {0})",
+                device.display(),
+                devices.join(", ")
+            ),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
 }
 
 /// Changes the options of what is mounted at a mount point: those given, and the usual ones for the rest.

@@ -397,6 +397,7 @@ pub fn source_and_option(device: &Device, number: Option<u32>) -> Result<(PathBu
     let option = match found {
         // Never wrong on a device that cannot be written.
         Some(Found::Ext { .. }) => Some("noload"),
+        Some(Found::Xfs) => Some("norecovery,nouuid"),
         other => other.and_then(Found::without_replay),
     };
     Ok((source, option))
