@@ -124,6 +124,45 @@ def case_nested(t):
     t.umount(dd)
 
 
+def case_cut_off(t):
+    """An image whose end is missing: the way out is named, what is there can be read, and reading the rest fails."""
+    folder = t.mkdir("a")
+    img, dd = os.path.join(folder, "root.hdd"), os.path.join(folder, "DiskDescriptor.xml")
+    ploop("init", "-s", "64m", "-t", "none", img)
+    dev = t.mount(dd)
+    data = os.urandom(6 << 20)
+    # One cluster after the other, so that they lie in this order.
+    for i in range(6):
+        with open(dev, "r+b") as f:
+            f.seek(i << 20)
+            f.write(data[i << 20:(i + 1) << 20])
+            f.flush()
+            os.fsync(f.fileno())
+    t.umount(dd)
+    os.truncate(img, os.path.getsize(img) - (3 << 20) + 5)
+    for args in (("-r",), ()):
+        r = t.mount(*args, dd, rc=11)
+        check(f"ploop mount -r --force {img}" in r.err, r.err)
+    before = devlib.sha(img)
+    r = ploop("mount", "-r", "--force", img)
+    check("3 clusters" in r.err, r.err)
+    dev = t.device_of(img)
+    t.drop_later(dev)
+    with open(dev, "rb") as f:
+        check(f.read(3 << 20) == data[:3 << 20], "what is there differs")
+        for at in (4, 5):
+            try:
+                f.seek(at << 20)
+                f.read(4096)
+            except OSError:
+                continue
+            raise devlib.Failure(f"MiB {at}, which is missing, can be read")
+        f.seek(20 << 20)
+        check(f.read(4096) == bytes(4096), "what was never written is no zero")
+    t.umount("-d", dev)
+    check(devlib.sha(img) == before, "the image was changed")
+
+
 def two_copies(t, fstype, *mkfs):
     """A disk of that file system with a file in it, its descriptor, and a copy of its files."""
     devlib.have(f"mkfs.{fstype}")

@@ -66,20 +66,21 @@ fn for_fstab_only(word: &str) -> bool {
     ) || ["x-", "X-", "comment=", "helper=", "uhelper="].iter().any(|prefix| word.starts_with(prefix))
 }
 
-/// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone.
-fn for_openvz_only(word: &str, fstype: &str) -> bool {
+/// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone, and
+/// means nothing where nothing is written.
+fn for_openvz_only(word: &str, fstype: &str, read_only: bool) -> bool {
     let name = word.split('=').next().unwrap_or_default();
     match name {
         "balloon_ino" | "pfcache" | "pfcache_csum" | "nopfcache_csum" => true,
-        "usrjquota" | "grpjquota" | "jqfmt" => !fstype.starts_with("ext"),
+        "usrjquota" | "grpjquota" | "jqfmt" => read_only || !fstype.starts_with("ext"),
         _ => false,
     }
 }
 
 /// Leaves those out, with a warning.
-fn drop_foreign(data: &mut Vec<&str>, fstype: &str) {
+fn drop_foreign(data: &mut Vec<&str>, fstype: &str, read_only: bool) {
     data.retain(|word| {
-        let foreign = for_openvz_only(word, fstype);
+        let foreign = for_openvz_only(word, fstype, read_only);
         if foreign {
             report::warn(format_args!("mount option {word} is of OpenVZ's kernel, not of {fstype} here: left out"));
         }
@@ -105,7 +106,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
     let found = probe::device(device).ctx(Kind::Mount, || format!("{} cannot be read", device.display()))?;
     let fstype = spec.fstype.as_deref().or(found.map(Found::name)).unwrap_or("ext4");
     let (mut flags, mut data) = split(spec.options.as_deref().unwrap_or_default());
-    drop_foreign(&mut data, fstype);
+    drop_foreign(&mut data, fstype, spec.read_only);
     flags.set(MsFlags::MS_RDONLY, spec.read_only || flags.contains(MsFlags::MS_RDONLY));
     flags.set(MsFlags::MS_NOATIME, spec.noatime || flags.contains(MsFlags::MS_NOATIME));
 
@@ -180,7 +181,7 @@ pub fn remount(mount: &Mount, options: &str) -> Result<()> {
     let rest: Vec<&str> = options.split(',').filter(|w| *w != "remount").collect();
     let rest = rest.join(",");
     let (flags, mut data) = split(&rest);
-    drop_foreign(&mut data, &mount.fstype);
+    drop_foreign(&mut data, &mount.fstype, false);
     call(&mount.source, &mount.target, &mount.fstype, flags | MsFlags::MS_REMOUNT, &data).map_err(|errno| {
         let hint = match errno {
             Errno::EROFS | Errno::EACCES if !flags.contains(MsFlags::MS_RDONLY) => {
@@ -332,13 +333,14 @@ mod tests {
     #[test]
     fn options_of_openvz_are_left_out_where_they_cannot_matter() {
         let all = ["balloon_ino=12", "data=ordered", "pfcache_csum", "usrjquota=aquota.user", "usrquota"];
-        let left = |fstype| {
+        let left = |fstype, read_only| {
             let mut data = all.to_vec();
-            drop_foreign(&mut data, fstype);
+            drop_foreign(&mut data, fstype, read_only);
             data
         };
-        assert_eq!(left("ext4"), ["data=ordered", "usrjquota=aquota.user", "usrquota"]);
-        assert_eq!(left("xfs"), ["data=ordered", "usrquota"]);
+        assert_eq!(left("ext4", false), ["data=ordered", "usrjquota=aquota.user", "usrquota"]);
+        assert_eq!(left("ext4", true), ["data=ordered", "usrquota"]);
+        assert_eq!(left("xfs", false), ["data=ordered", "usrquota"]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
+use super::mount_images::{advise_cut_off, host_checks, raw_cluster, refuse_frozen, tell_cut_off};
 use super::{find, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
@@ -166,6 +166,9 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         false => None,
     };
     host_checks(&levels)?;
+    if only_look {
+        tell_cut_off(&levels);
+    }
     let top = levels.last().map(|l| l.path.clone()).unwrap_or_default();
     let device = attach(AttachSpec {
         levels,
@@ -336,8 +339,11 @@ fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
 
 fn attach(spec: AttachSpec) -> Result<Device> {
     let mode = if spec.read_only { "ro" } else { "rw" };
+    // Kept for messages; the server gets the others.
+    let kept = |l: &Level| Ok(Level { path: l.path.clone(), raw: l.raw, fd: l.fd.try_clone()? });
+    let kept: Vec<Level> = spec.levels.iter().map(kept).collect::<std::io::Result<_>>().ctx(Kind::Open, || "images")?;
     let levels: Vec<PathBuf> = spec.levels.iter().map(|l| l.path.clone()).collect();
-    let device = device::attach(spec)?;
+    let device = device::attach(spec).map_err(|e| advise_cut_off(e, &kept))?;
     for (i, path) in levels.iter().enumerate() {
         let mode = if i + 1 == levels.len() { mode } else { "ro" };
         // Scripts take the device's name from these lines.

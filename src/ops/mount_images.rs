@@ -11,11 +11,12 @@ use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 use super::image_set;
 use crate::bail;
 use crate::device::Level;
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
-use crate::format::header;
+use crate::format::header::{self, Header};
 use crate::fs::mounts;
 use crate::image::open::{self, Access};
+use crate::image::scan;
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::inode_flags;
@@ -94,6 +95,49 @@ pub fn refuse_frozen(top: &Level, read_only: bool, force: bool) -> Result<()> {
         ),
     }
     Ok(())
+}
+
+/// Levels whose files end before their last clusters, with how many of these are missing and there.
+fn cut_off(levels: &[Level]) -> Vec<(&Level, u64, u64)> {
+    let one = |level: &Level| -> Result<(u64, u64)> {
+        let (file, _) =
+            open::reopen(&level.fd, Access::default()).ctx(Kind::Open, || level.path.display().to_string())?;
+        let mut head = [0; header::SIZE];
+        file.read_exact_at(&mut head, 0).ctx(Kind::Read, || level.path.display().to_string())?;
+        let header = Header::parse(&head)?;
+        header.check_layout()?;
+        let len = file.metadata().ctx(Kind::Fstat, || level.path.display().to_string())?.len();
+        scan::cut_off(&file, &header, len)
+    };
+    // What is wrong otherwise the server reports.
+    let found =
+        levels.iter().filter(|l| !l.raw).filter_map(|l| one(l).ok().map(|(missing, there)| (l, missing, there)));
+    found.filter(|(_, missing, _)| *missing > 0).collect()
+}
+
+/// Says which images are cut off, before what is there is shown.
+pub fn tell_cut_off(levels: &[Level]) {
+    for (level, missing, there) in cut_off(levels) {
+        report::warn(format_args!(
+            "image {} is cut off: {missing} clusters of the disk lie behind its end, and reading them fails; {there} are there",
+            level.path.display()
+        ));
+    }
+}
+
+/// Adds to the error of an attach what can be done about images that are cut off.
+pub fn advise_cut_off(e: Error, levels: &[Level]) -> Error {
+    if e.kind() != Kind::Format || cut_off(levels).is_empty() {
+        return e;
+    }
+    let files: Vec<String> = levels.iter().map(|l| l.path.display().to_string()).collect();
+    let files = files.join(" ");
+    Error::new(
+        e.kind(),
+        format!(
+            "{e}; the file was cut off, restore it from a backup; to read what is there: ploop mount -r --force {files}"
+        ),
+    )
 }
 
 /// Whether the host's file system suits the images.
