@@ -64,6 +64,11 @@ def case_remount(t):
     w.run((f"mount {m}", 0), (f"mount -o remount,ro {m}", 0), (f"touch {m}/no 2>/dev/null", 1),
           (f"mount -o remount,rw,noatime {m}", 0), (f"touch {m}/yes", 0), (f"grep -q ' {m} ext4 rw,noatime' /proc/self/mounts", 0),
           (f"umount {m}", 0), (f"mount -o ro {m}", 0), (f"mount -o remount,rw {m} 2>/dev/null", 32), (f"umount {m}", 0))
+    # Where fstab has no line.
+    m = t.mkdir("other")
+    w.run((f"mount -t ploop {w.dd} {m}", 0), (f"mount -o remount,ro {m}", 0), (f"touch {m}/no 2>/dev/null", 1), (f"mount -o remount,rw {m}", 0),
+          (f"touch {m}/yes", 0), (f"umount $(findmnt -n -o SOURCE {m})", 0), (f"mount -t ploop {os.path.join(w.folder, 'root.hdd')} {m}", 0),
+          (f"{devlib.PLOOP} umount -m {m}", 0), ("grep -q ploop /run/mount/utab", 1))
 
 
 def case_last_mount_ends_it(t):
@@ -73,7 +78,7 @@ def case_last_mount_ends_it(t):
     beside = t.mkdir("beside")
     gone = f"for i in $(seq 60); do {devlib.PLOOP} list -a | grep -q {w.folder} || break; sleep 0.1; done; {devlib.PLOOP} list -a | grep -q {w.folder}"
     list_ = f"{devlib.PLOOP} list -a | grep -q {w.folder}"
-    w.run((f"mount {m}", 0), ("sleep 2.1", 0), (f"mount --bind {m} {beside}", 0), (f"umount {m}", 0), (list_, 0), (f"umount -i {beside}", 0),
+    w.run((f"mount {m}", 0), (f"mount --bind {m} {beside}", 0), (f"umount {m}", 0), (list_, 0), (f"umount -i {beside}", 0),
           # At once mounted again, whether the device has ended or not.
           (f"mount {m}", 0), (f"exec 5> {m}/held", 0), (f"umount -l {m}", 0), (f"mount {m}", 0), (f"[ -e {m}/held ]", 0), ("sleep 2.1", 0),
           (f"umount -i {m}", 0), (list_, 0), ("exec 5>&-", 0), (gone, 1))

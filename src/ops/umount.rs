@@ -11,7 +11,7 @@ use crate::device::{self, Device, Image, State};
 use crate::error::{Error, Kind, Result};
 use crate::fs::mounts::Mount;
 use crate::fs::stat::FsInfo;
-use crate::fs::{elsewhere, holders, mount};
+use crate::fs::{elsewhere, holders, mount, utab};
 use crate::image::open;
 use crate::report;
 use crate::sys::file_id::FileId;
@@ -165,6 +165,10 @@ fn umount(device: &Device, disk: Option<&Descriptor>) -> Result<()> {
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;
+    for mount in &mounts {
+        // What is left there of a mount by mount(8) would only be out of date.
+        let _ = utab::remove(&mount.target);
+    }
     if let Some(Ok(place)) = disk.map(temporary_mount_point) {
         remove_mount_point(&place);
     }
