@@ -8,6 +8,7 @@ use ploop::server::supervisor::{attach, resume};
 use ploop::sys::process;
 
 fn main() {
+    process::show_short("ploop-server");
     let mode = std::env::args().nth(1).unwrap_or_default();
     std::process::exit(match mode.as_str() {
         "start" => spawn_detached("supervise"),

@@ -98,8 +98,13 @@ fn join_kernel() {
     let (Ok(own), Ok(first)) = (File::open("/proc/self/ns/mnt"), File::open("/proc/2/ns/mnt")) else { return };
     let seen = || ["/run", "/dev", runtime::RUN].map(inode);
     let before = seen();
+    let root = File::open("/");
     if setns(first, CloneFlags::CLONE_NEWNS).is_ok() && seen() != before {
         let _ = setns(own, CloneFlags::CLONE_NEWNS);
+        if let Ok(root) = root {
+            // Of a process in a chroot the way back leads to the root of the namespace.
+            let _ = nix::unistd::fchdir(&root).and_then(|()| nix::unistd::chroot("."));
+        }
     }
 }
 

@@ -51,14 +51,19 @@ pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
 /// An argument that programs which name themselves later are started with: its place in memory takes the name.
 pub const ROOM_FOR_NAME: &str = "                                                                ";
 
-/// What ps, top and the kernel's messages show of this process: its short name (15 bytes), and, if it was started with
-/// [`ROOM_FOR_NAME`] as its last argument, `name` in place of that.
-pub fn show_as(short: &str, name: &str) {
+/// The short name of this process (15 bytes). That of a program that was started by the number of a descriptor is this number.
+pub fn show_short(short: &str) {
     let short: String = short.chars().take(15).collect();
     if let Ok(short) = std::ffi::CString::new(short) {
         // SAFETY: `short` is a string that ends with a zero byte; the kernel copies it.
         unsafe { libc::prctl(libc::PR_SET_NAME, short.as_ptr() as libc::c_ulong, 0, 0, 0) };
     }
+}
+
+/// What ps, top and the kernel's messages show of this process: its short name (15 bytes), and, if it was started with
+/// [`ROOM_FOR_NAME`] as its last argument, `name` in place of that.
+pub fn show_as(short: &str, name: &str) {
+    show_short(short);
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
     // Fields 48 and 49, of which the first two come before.
