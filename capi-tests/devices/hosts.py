@@ -142,6 +142,7 @@ def case_cut_off(t):
     for args in (("-r",), ()):
         r = t.mount(*args, dd, rc=11)
         check(f"ploop mount -r --force {img}" in r.err, r.err)
+    check("3 clusters" in ploop("check", dd, rc=11).err, "check")
     before = devlib.sha(img)
     r = ploop("mount", "-r", "--force", img)
     check("3 clusters" in r.err, r.err)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::mount_images::refuse_cut_off;
 use super::{find, image_set, online, orphans};
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
@@ -86,6 +87,10 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);
         tell(&found);
+        if found.skipped {
+            // Of a clean image the BAT was not read; a mount reads it.
+            refuse_cut_off(&image.file, &disk.dir)?;
+        }
         if found.cluster != disk.blocksize {
             bail!(
                 Param,

@@ -19,6 +19,7 @@ use crate::image::open::{self, Access};
 use crate::image::scan;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -125,11 +126,28 @@ pub fn tell_cut_off(levels: &[Level]) {
     }
 }
 
+/// Refuses an image whose file ends before its last clusters. `Format`.
+pub fn refuse_cut_off(path: &Path, dir: &Folder) -> Result<()> {
+    let level = Level { path: path.to_owned(), raw: false, fd: open::open_level(path, Some(dir))? };
+    let levels = std::slice::from_ref(&level);
+    match cut_off(levels).first() {
+        Some((_, missing, _)) => {
+            let text = format!("image {}: {missing} clusters of the disk lie behind its end", path.display());
+            Err(advise(&Error::new(Kind::Format, text), levels))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Adds to the error of an attach what can be done about images that are cut off.
 pub fn advise_cut_off(e: Error, levels: &[Level]) -> Error {
-    if e.kind() != Kind::Format || cut_off(levels).is_empty() {
-        return e;
+    match e.kind() == Kind::Format && !cut_off(levels).is_empty() {
+        true => advise(&e, levels),
+        false => e,
     }
+}
+
+fn advise(e: &Error, levels: &[Level]) -> Error {
     let files: Vec<String> = levels.iter().map(|l| l.path.display().to_string()).collect();
     let files = files.join(" ");
     Error::new(
