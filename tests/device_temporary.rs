@@ -65,7 +65,7 @@ fn held_snapshots_go_after_their_holder() {
     write_at(&disk.node, 5 << 20, &old);
     run(std::process::Command::new("sync").arg("-d").arg(&disk.node));
     let guid = Guid::generate();
-    let params = TemporaryParams { guid, target: None, snap_dir: None, with_holder: true };
+    let params = TemporaryParams { guid, target: None, options: None, snap_dir: None, with_holder: true };
     assert_eq!(snapshot::create_temporary(&disk.dd, "", &params).unwrap_err().kind(), Kind::Param);
     let taken = snapshot::create_temporary(&disk.dd, "backup", &params).unwrap();
     assert!(taken.holder.is_some());

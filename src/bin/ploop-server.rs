@@ -9,6 +9,7 @@ use ploop::server::{helper, spawn};
 use ploop::sys::process;
 
 fn main() {
+    process::show_short("ploop-server");
     let mode = std::env::args().nth(1).unwrap_or_default();
     std::process::exit(match mode.as_str() {
         "start" => spawn_detached("supervise"),
@@ -37,7 +38,7 @@ fn spawn_detached(mode: &str) -> i32 {
     process::close_from(3);
     let child = Command::new("/proc/self/exe")
         .arg0("ploop-server")
-        .arg(mode)
+        .args([mode, process::ROOM_FOR_NAME])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();

@@ -163,7 +163,7 @@ unsafe fn delta_fname(
 
 /// Locks the disk's descriptor, reads it again and shows it in the object's visible fields.
 pub(super) fn lock(disk: &mut Disk) -> Result<LockedDescriptor> {
-    let locked = LockedDescriptor::open(disk.descriptor()).inspect_err(|_| disk.clear())?;
+    let locked = LockedDescriptor::open_to_look(disk.descriptor()).inspect_err(|_| disk.clear())?;
     disk.fill(&locked)?;
     Ok(locked)
 }

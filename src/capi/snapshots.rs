@@ -71,7 +71,7 @@ pub unsafe extern "C" fn ploop_create_temporary_snapshot(
         let (Some(guid), Some(component)) = (guid, component) else {
             bail!(Param, "ploop_create_temporary_snapshot: guid and component_name must be given");
         };
-        let params = TemporaryParams { guid, snap_dir, target, with_holder: !holder_fd.is_null() };
+        let params = TemporaryParams { guid, snap_dir, target, options: None, with_holder: !holder_fd.is_null() };
         let taken = snapshot::create_temporary(disk.descriptor(), &component, &params);
         show(&mut disk);
         let taken = taken?;

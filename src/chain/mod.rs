@@ -30,7 +30,8 @@ pub enum Marked {
     Refuse,
     /// Check and go on (mounts by descriptor); read-only mounts write nothing.
     Recover,
-    /// Read-only look at an image that another host may be writing (`-r --force`).
+    /// Read-only look at an image that another host may be writing, or that was cut off (`-r --force`): what lies behind
+    /// the end of the file cannot be read.
     Ignore,
 }
 

@@ -13,7 +13,7 @@ use crate::sys::aligned::{AlignedBuf, read_full, write_all};
 use crate::sys::store;
 use crate::units::{ClusterSize, MAX_CHAIN, SECTOR};
 
-use super::table::{scan_carried, scan_level};
+use super::table::{scan_carried, scan_level, scan_what_is_there};
 use super::{Carried, Chain, LevelFile, Marked, OpenOptions};
 
 /// The part of a file that its header is read and written with: direct I/O needs whole sectors of up to this size.
@@ -126,13 +126,16 @@ fn configure(
                     // The first worker scanned it, and it is frozen since: users wait.
                     (Some(_), false) if !options.adopts => None,
                     (_, false) if options.known_below => None,
+                    _ if options.marked == Marked::Ignore => Some(scan_what_is_there(level, header, *len)?),
                     _ => Some(scan_level(level, header, *len)?),
                 };
+                let held = (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32;
                 configs.push(LevelConfig::Ploop {
                     v1: header.version == Version::V1,
                     clusters: header.clusters(),
                     first_data: header.first_data(),
-                    file_clusters: (len / cluster.bytes()).min(u64::from(u32::MAX)) as u32,
+                    // Of an image that was cut off each read behind its end fails by itself.
+                    file_clusters: if options.marked == Marked::Ignore { u32::MAX } else { held },
                 });
                 if is_top {
                     top_scan = scan;

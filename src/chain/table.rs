@@ -16,6 +16,8 @@ use super::LevelFile;
 struct Strict<'a> {
     header: &'a Header,
     file_len: u64,
+    /// Clusters may lie behind the end of the file: what is read of them is an error.
+    may_be_cut: bool,
     /// Clusters whose entries on disk are wanted.
     wanted: HashMap<u32, u32>,
 }
@@ -32,16 +34,28 @@ impl Visitor for Strict<'_> {
     fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
         // Left by a shrunk disk or an older program. It is never read, and its cluster is not allocated while it is
         // there.
-        if problem == Problem::BeyondDisk {
+        if problem == Problem::BeyondDisk || (problem == Problem::BeyondFile && self.may_be_cut) {
             return Ok(());
         }
         bail!(Format, "{}", describe(self.header, self.file_len, found, problem))
     }
 }
 
+impl<'a> Strict<'a> {
+    fn new(header: &'a Header, file_len: u64) -> Strict<'a> {
+        Strict { header, file_len, may_be_cut: false, wanted: HashMap::new() }
+    }
+}
+
 /// Scans one image.
 pub fn scan_level(level: &LevelFile, header: &Header, file_len: u64) -> Result<Scan> {
-    let mut visitor = Strict { header, file_len, wanted: HashMap::new() };
+    let mut visitor = Strict::new(header, file_len);
+    scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
+}
+
+/// Scans one image of which the user wants to read what is there.
+pub fn scan_what_is_there(level: &LevelFile, header: &Header, file_len: u64) -> Result<Scan> {
+    let mut visitor = Strict { may_be_cut: true, ..Strict::new(header, file_len) };
     scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))
 }
 
@@ -84,7 +98,7 @@ pub fn scan_pages(level: &LevelFile, header: &Header, file_len: u64, top: bool, 
             self.strict.problem(found, problem)
         }
     }
-    let mut visitor = Pages { strict: Strict { header, file_len, wanted: HashMap::new() }, pages, top };
+    let mut visitor = Pages { strict: Strict::new(header, file_len), pages, top };
     scan(&level.file, header, file_len, &mut visitor).map(drop).map_err(|e| name_it(e, &level.name))
 }
 
@@ -97,7 +111,7 @@ pub fn scan_carried(
     carried: &[(usize, u32, u32)],
 ) -> Result<(Scan, Vec<Carried>)> {
     let wanted = carried.iter().map(|&(_, cluster, _)| (cluster, 0)).collect();
-    let mut visitor = Strict { header, file_len, wanted };
+    let mut visitor = Strict { wanted, ..Strict::new(header, file_len) };
     let mut found = scan(&level.file, header, file_len, &mut visitor).map_err(|e| name_it(e, &level.name))?;
     let file_clusters = file_len / header.cluster.bytes();
     let mut out = Vec::with_capacity(carried.len());

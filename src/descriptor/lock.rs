@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{AccessFlags, faccessat};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -35,7 +36,8 @@ pub struct LockedDescriptor {
     pub descriptor: Descriptor,
     /// The lock file; it stays on disk.
     /// Only closing it releases the lock: a process that has a duplicate keeps the disk locked.
-    lock: File,
+    /// None: there is none, since nothing can be written in that folder.
+    lock: Option<File>,
 }
 
 impl LockedDescriptor {
@@ -47,15 +49,36 @@ impl LockedDescriptor {
 
     /// As [`open`](Self::open) with another limit.
     pub fn open_within(path: &Path, patience: Duration) -> Result<LockedDescriptor> {
-        LockedDescriptor::open_while(path, patience, &mut || true)
+        LockedDescriptor::open_while(path, patience, &mut || true, lock_to_change)
     }
 
     /// As [`open`](Self::open), as long as `wait`, called while another process holds the lock, says that it is to wait.
     pub fn open_waiting(path: &Path, wait: &mut dyn FnMut() -> bool) -> Result<LockedDescriptor> {
-        LockedDescriptor::open_while(path, PATIENCE, wait)
+        LockedDescriptor::open_while(path, PATIENCE, wait, lock_to_change)
     }
 
-    fn open_while(path: &Path, patience: Duration, wait: &mut dyn FnMut() -> bool) -> Result<LockedDescriptor> {
+    /// As [`open`](Self::open), for operations that write nothing there: without a lock file where none can be made (a
+    /// read-only file system, a folder that the caller may not change, no space).
+    pub fn open_to_look(path: &Path) -> Result<LockedDescriptor> {
+        LockedDescriptor::look_waiting(path, &mut || true)
+    }
+
+    /// As [`open_to_look`](Self::open_to_look), as long as `wait` says that it is to wait.
+    pub fn look_waiting(path: &Path, wait: &mut dyn FnMut() -> bool) -> Result<LockedDescriptor> {
+        LockedDescriptor::open_while(path, PATIENCE, wait, lock_to_look)
+    }
+
+    /// Nothing can be written beside the descriptor, so that not even a lock file was made.
+    pub fn is_unlocked(&self) -> bool {
+        self.lock.is_none()
+    }
+
+    fn open_while(
+        path: &Path,
+        patience: Duration,
+        wait: &mut dyn FnMut() -> bool,
+        take: Take,
+    ) -> Result<LockedDescriptor> {
         let place = Descriptor::find(path)?;
         let path = place.path();
         // Checked first, so that no lock file is made beside a folder or a device.
@@ -67,7 +90,7 @@ impl LockedDescriptor {
             Descriptor::read(&path).map_err(|e| e.as_kind(Kind::Lock))?;
         }
         let until = host::now() + patience;
-        let lock = lock_file(&place, until, wait)?;
+        let lock = take(&place, until, wait)?;
         let descriptor = Descriptor::read_at(&place).map_err(|e| e.as_kind(Kind::Lock))?;
         wait_for_ranges(&descriptor, until)?;
         Ok(LockedDescriptor { path, place, descriptor, lock })
@@ -76,21 +99,32 @@ impl LockedDescriptor {
     /// Replaces the descriptor by `next`, on disk first. After an error the old one stays in memory; the file may be
     /// the old or the new one.
     pub fn commit_as(&mut self, mut next: Descriptor) -> Result<()> {
+        self.taken()?;
         next.normalise_top()?;
         next.commit(&self.place)?;
         self.descriptor = next;
         Ok(())
     }
 
+    fn taken(&self) -> Result<&File> {
+        self.lock.as_ref().ok_or_else(|| {
+            Error::new(
+                Kind::Lock,
+                format!("{} cannot be changed: no lock file can be made beside it", self.path.display()),
+            )
+        })
+    }
+
     /// A duplicate of the open lock file, for a process that goes on with the operation if this process exits: the disk
     /// stays locked until that process has closed it, too.
     pub fn share_lock(&self) -> Result<OwnedFd> {
-        let lock = self.lock.try_clone().ctx(Kind::Lock, || "cannot duplicate the lock")?;
+        let lock = self.taken()?.try_clone().ctx(Kind::Lock, || "cannot duplicate the lock")?;
         Ok(lock.into())
     }
 
     /// Stores the descriptor as it is in memory.
     pub fn commit(&self) -> Result<()> {
+        self.taken()?;
         self.descriptor.commit(&self.place)
     }
 }
@@ -119,12 +153,46 @@ pub fn lock_path(descriptor: &Path) -> PathBuf {
     name.into()
 }
 
-fn lock_file(descriptor: &Place, until: Instant, wait: &mut dyn FnMut() -> bool) -> Result<File> {
+/// How the lock file is opened and locked: until then, as long as the last one says that it is to wait.
+type Take = fn(&Place, Instant, &mut dyn FnMut() -> bool) -> Result<Option<File>>;
+
+const MADE: OFlag = OFlag::O_RDWR.union(OFlag::O_CREAT).union(OFlag::O_NONBLOCK);
+
+fn lock_to_change(descriptor: &Place, until: Instant, wait: &mut dyn FnMut() -> bool) -> Result<Option<File>> {
     let name = descriptor.suffixed(LOCK);
-    let file: File = name
-        .open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NONBLOCK)
-        .ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?
-        .into();
+    let file = name.open(MADE).ctx(Kind::Lock, || format!("cannot open lock file {}", name.display()))?;
+    locked(file.into(), &name, until, wait).map(Some)
+}
+
+/// The lock file, made, or opened as it is; none where it is not there and cannot be made.
+fn lock_to_look(descriptor: &Place, until: Instant, wait: &mut dyn FnMut() -> bool) -> Result<Option<File>> {
+    let name = descriptor.suffixed(LOCK);
+    let refused = match name.open(MADE) {
+        Ok(file) => return locked(file.into(), &name, until, wait).map(Some),
+        Err(e) => e,
+    };
+    let nothing_can_be_made = match refused.raw_os_error() {
+        Some(libc::EROFS | libc::ENOSPC | libc::EDQUOT) => true,
+        // Where the caller may write in the folder the operation has to exclude other ones.
+        Some(libc::EACCES | libc::EPERM) => {
+            let folder = descriptor.folder.fd().ctx(Kind::Lock, || descriptor.folder.display().to_string())?;
+            let flags = AtFlags::AT_EACCESS;
+            faccessat(folder, ".", AccessFlags::W_OK, flags).is_err()
+        }
+        _ => false,
+    };
+    if nothing_can_be_made {
+        match name.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
+            Ok(file) => return locked(file.into(), &name, until, wait).map(Some),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EACCES)) => return Ok(None),
+            Err(_) => {}
+        }
+    }
+    Err(Error::with(Kind::Lock, format!("cannot open lock file {}", name.display()), refused))
+}
+
+/// Waits for the lock of an open lock file.
+fn locked(file: File, name: &Place, until: Instant, wait: &mut dyn FnMut() -> bool) -> Result<File> {
     let mut pause = Duration::from_millis(5);
     loop {
         match file_lock::exclusive(&file, false) {

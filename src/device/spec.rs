@@ -38,6 +38,8 @@ pub struct AttachSpec {
     /// `/dev/NAME` if the user asks for one; else the smallest free `/dev/ploopN`.
     pub device: Option<String>,
     pub trace: bool,
+    /// The device ends with its last mount, as soon as there was one.
+    pub until_unmounted: bool,
     /// Takeover by slots, as on kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
     pub slots: bool,
 }

@@ -73,6 +73,10 @@ fn shown(bytes: &[u8]) -> String {
     bytes.iter().map(one).collect()
 }
 
+/// What to do with an image of version 1 whose clusters are not aligned.
+pub const OLD_PARALLELS: &str = "; old images of Parallels are not aligned so: `qemu-img convert -f parallels -O parallels OLD NEW` \
+                                 makes one that is";
+
 /// The error for a file that is no ploop1 image; it names the format if that is known.
 fn foreign(b: &[u8; SIZE]) -> Error {
     let shown = shown(&b[..16]);
@@ -163,10 +167,11 @@ impl Header {
             .map_err(|e| e.as_kind(Kind::Format).context("offset 28 of the header"))?;
         let first_data_sector = u32_at(b, 48);
         if first_data_sector == 0 || !first_data_sector.is_multiple_of(cluster.sectors()) {
+            let old = if version == Version::V1 { OLD_PARALLELS } else { "" };
             bail!(
                 Format,
                 "first data sector {first_data_sector} at offset 48 of the header: must be a multiple of the cluster \
-                 size, {} sectors, and not 0",
+                 size, {} sectors, and not 0{old}",
                 cluster.sectors()
             );
         }

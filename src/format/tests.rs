@@ -135,6 +135,9 @@ fn bad_headers_name_place_and_value() {
     }
     assert!(broken(48, 0).contains("offset 48"));
     assert!(broken(48, 65).contains("offset 48"));
+    let mut old = Header::new(Version::V1, cluster(64), 64 * 100).unwrap().encode();
+    old[48..52].fill(0);
+    assert!(Header::parse(&old).unwrap_err().to_string().contains("qemu-img convert -f parallels"));
     // The table of a larger disk would reach into the data.
     assert!(broken(36, 64 * 8177).contains("must be at least 128"));
     assert!(broken(36, 0).contains("disk size 0"));

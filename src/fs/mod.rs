@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balloon;
+pub mod elsewhere;
 pub mod helper;
 pub mod holders;
 pub mod mkfs;
@@ -12,3 +13,5 @@ pub mod mounts;
 pub mod probe;
 pub mod resize;
 pub mod stat;
+mod twins;
+pub mod utab;

@@ -1,6 +1,6 @@
 //! Mounting and unmounting the inner file system.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -8,10 +8,13 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::helper;
-use super::mounts::{self, Names};
+use super::mounts::{self, Mount, Names};
 use super::probe::{self, Found};
+use super::twins;
+use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
+use crate::sys::{processes, statx};
 
 /// How to mount.
 #[derive(Clone, Debug, Default)]
@@ -27,7 +30,7 @@ pub struct MountSpec {
 }
 
 /// Options of `-o` that are flags for the kernel, not text for the file system: the flag, and whether it is set.
-const WORDS: [(&str, MsFlags, bool); 19] = [
+const WORDS: [(&str, MsFlags, bool); 25] = [
     ("ro", MsFlags::MS_RDONLY, true),
     ("rw", MsFlags::MS_RDONLY, false),
     ("noatime", MsFlags::MS_NOATIME, true),
@@ -47,6 +50,12 @@ const WORDS: [(&str, MsFlags, bool); 19] = [
     ("async", MsFlags::MS_SYNCHRONOUS, false),
     ("dirsync", MsFlags::MS_DIRSYNC, true),
     ("mand", MsFlags::MS_MANDLOCK, true),
+    ("nomand", MsFlags::MS_MANDLOCK, false),
+    ("norelatime", MsFlags::MS_RELATIME, false),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
+    ("nolazytime", MsFlags::MS_LAZYTIME, false),
+    ("silent", MsFlags::MS_SILENT, true),
+    ("loud", MsFlags::MS_SILENT, false),
 ];
 
 /// Options that mean something to mount(8) or to fstab only.
@@ -54,24 +63,24 @@ fn for_fstab_only(word: &str) -> bool {
     matches!(
         word,
         "" | "defaults" | "auto" | "noauto" | "user" | "nouser" | "users" | "owner" | "group" | "_netdev" | "nofail"
-    ) || word.starts_with("x-")
-        || word.starts_with("X-")
+    ) || ["x-", "X-", "comment=", "helper=", "uhelper="].iter().any(|prefix| word.starts_with(prefix))
 }
 
-/// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone.
-fn for_openvz_only(word: &str, fstype: &str) -> bool {
+/// Options of OpenVZ's kernel that ask for nothing which a disk needs elsewhere; quota in files is known to ext alone, and
+/// means nothing where nothing is written.
+fn for_openvz_only(word: &str, fstype: &str, read_only: bool) -> bool {
     let name = word.split('=').next().unwrap_or_default();
     match name {
         "balloon_ino" | "pfcache" | "pfcache_csum" | "nopfcache_csum" => true,
-        "usrjquota" | "grpjquota" | "jqfmt" => !fstype.starts_with("ext"),
+        "usrjquota" | "grpjquota" | "jqfmt" => read_only || !fstype.starts_with("ext"),
         _ => false,
     }
 }
 
 /// Leaves those out, with a warning.
-fn drop_foreign(data: &mut Vec<&str>, fstype: &str) {
+fn drop_foreign(data: &mut Vec<&str>, fstype: &str, read_only: bool) {
     data.retain(|word| {
-        let foreign = for_openvz_only(word, fstype);
+        let foreign = for_openvz_only(word, fstype, read_only);
         if foreign {
             report::warn(format_args!("mount option {word} is of OpenVZ's kernel, not of {fstype} here: left out"));
         }
@@ -97,7 +106,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
     let found = probe::device(device).ctx(Kind::Mount, || format!("{} cannot be read", device.display()))?;
     let fstype = spec.fstype.as_deref().or(found.map(Found::name)).unwrap_or("ext4");
     let (mut flags, mut data) = split(spec.options.as_deref().unwrap_or_default());
-    drop_foreign(&mut data, fstype);
+    drop_foreign(&mut data, fstype, spec.read_only);
     flags.set(MsFlags::MS_RDONLY, spec.read_only || flags.contains(MsFlags::MS_RDONLY));
     flags.set(MsFlags::MS_NOATIME, spec.noatime || flags.contains(MsFlags::MS_NOATIME));
 
@@ -109,6 +118,7 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
         report::say(0, format_args!("The journal on {} has to be replayed; mounting with {option}", device.display()));
         data.push(option);
     }
+    beside_twin(device, fstype, flags, spec.read_only, &mut data)?;
     let shown = format!("{} at {} as {fstype}, options \"{}\"", device.display(), target.display(), data.join(","));
     report::say(0, format_args!("Mounting {shown}{}", if spec.read_only { ", read-only" } else { "" }));
     let mut result = call(device, target, fstype, flags, &data);
@@ -130,6 +140,59 @@ pub fn mount_device(device: &Path, target: &Path, spec: &MountSpec) -> Result<()
         }
     }
     Ok(())
+}
+
+/// A copy of a file system that may be mounted at the same time. A read-only XFS is told not to be known by its UUID; what
+/// the kernel would take for the other one is refused. `Mount`.
+fn beside_twin(device: &Path, fstype: &str, flags: MsFlags, look: bool, data: &mut Vec<&str>) -> Result<()> {
+    match fstype {
+        "xfs" if !data.contains(&"nouuid") => {
+            // What is mounted of a read-only device is left out of the kernel's list: the disk itself can be mounted later.
+            let twin = if look { None } else { twins::of_xfs(device) };
+            if look || (twin.is_some() && flags.contains(MsFlags::MS_RDONLY)) {
+                data.push("nouuid");
+            } else if let Some(target) = twin {
+                bail!(
+                    Mount,
+                    "the XFS on {} has the UUID of the one that is mounted at {}: mount it read-only (-r), with -o nouuid, or give \
+                     it a UUID of its own (xfs_admin -U generate {0})",
+                    device.display(),
+                    target.display()
+                );
+            }
+            Ok(())
+        }
+        "btrfs" => match twins::of_btrfs(device) {
+            Some(devices) => bail!(
+                Mount,
+                "the btrfs on {} has the UUID of one that is mounted (from {}), for which this kernel would take it: unmount that \
+                 first, or give this one a UUID of its own (btrfstune -u {0})",
+                device.display(),
+                devices.join(", ")
+            ),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// Changes the options of what is mounted at a mount point: those given, and the usual ones for the rest.
+pub fn remount(mount: &Mount, options: &str) -> Result<()> {
+    let rest: Vec<&str> = options.split(',').filter(|w| *w != "remount").collect();
+    let rest = rest.join(",");
+    let (flags, mut data) = split(&rest);
+    drop_foreign(&mut data, &mount.fstype, false);
+    call(&mount.source, &mount.target, &mount.fstype, flags | MsFlags::MS_REMOUNT, &data).map_err(|errno| {
+        let hint = match errno {
+            Errno::EROFS | Errno::EACCES if !flags.contains(MsFlags::MS_RDONLY) => {
+                "; the device is read-only: unmount it, then mount it for writing"
+            }
+            Errno::EBUSY => "; files are open for writing there",
+            _ => "",
+        };
+        let what = format!("cannot remount {} with options \"{options}\"{hint}", mount.target.display());
+        Error::with(Kind::Mount, what, std::io::Error::from_raw_os_error(errno as i32))
+    })
 }
 
 fn call(device: &Path, target: &Path, fstype: &str, flags: MsFlags, data: &[&str]) -> nix::Result<()> {
@@ -191,7 +254,7 @@ pub fn umount(target: &Path) -> Result<()> {
             Err(Errno::EBUSY) => {
                 return Err(Error::new(
                     Kind::Umount,
-                    format!("{} is in use{}; end these processes and try again", target.display(), users(target)),
+                    format!("{} is in use{}; end these processes and try again", target.display(), users_at(target)),
                 ));
             }
             Err(errno) => return Err(errno).ctx(Kind::Umount, || format!("cannot unmount {}", target.display())),
@@ -208,33 +271,29 @@ pub fn umount_lazily(target: &Path) -> Result<()> {
     }
 }
 
+/// What keeps a mount of this namespace busy.
+fn users_at(target: &Path) -> String {
+    let table = mounts::read().unwrap_or_default();
+    if let Some(m) = table.iter().rev().find(|m| m.target != target && m.target.starts_with(target)) {
+        return format!(": {} is mounted in it", m.target.display());
+    }
+    // Of btrfs files have other numbers than the mount.
+    let mounted = table.iter().rev().find(|m| m.target == target).map(|m| m.dev);
+    let devs: Vec<u64> = mounted.into_iter().chain(statx::cached_dev(target)).collect();
+    users(&devs)
+}
+
 fn still_mounted(target: &Path) -> Result<bool> {
     Ok(mounts::read()?.iter().any(|m| m.target == target))
 }
 
-/// The processes that keep a mount busy, for the message: ` by process 12 (bash), ...`.
-fn users(target: &Path) -> String {
-    let Ok(meta) = target.metadata() else { return String::new() };
-    let dev = std::os::unix::fs::MetadataExt::dev(&meta);
-    let on_it = |path: PathBuf| path.metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::dev(&m) == dev);
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-        let process = entry.path();
-        let files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|f| f.path());
-        if ["cwd", "root", "exe"].map(|l| process.join(l)).into_iter().chain(files).any(on_it) {
-            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
-            found.push(format!("{pid} ({})", name.trim()));
-        }
-    }
-    found.truncate(8);
-    let below = mounts::read().unwrap_or_default();
-    if let Some(m) = below.iter().rev().find(|m| m.target != target && m.target.starts_with(target)) {
-        return format!(": {} is mounted in it", m.target.display());
-    }
-    match found.is_empty() {
+/// The processes that use a file system, for a message: ` by process 12 (bash), ...`.
+pub(super) fn users(devs: &[u64]) -> String {
+    let found = processes::using(devs);
+    let named: Vec<String> = found.iter().take(8).map(|pid| processes::shown(pid)).collect();
+    match named.is_empty() {
         true => ", by no process that /proc shows".into(),
-        false => format!(" by process {}", found.join(", ")),
+        false => format!(" by process {}", named.join(", ")),
     }
 }
 
@@ -274,13 +333,14 @@ mod tests {
     #[test]
     fn options_of_openvz_are_left_out_where_they_cannot_matter() {
         let all = ["balloon_ino=12", "data=ordered", "pfcache_csum", "usrjquota=aquota.user", "usrquota"];
-        let left = |fstype| {
+        let left = |fstype, read_only| {
             let mut data = all.to_vec();
-            drop_foreign(&mut data, fstype);
+            drop_foreign(&mut data, fstype, read_only);
             data
         };
-        assert_eq!(left("ext4"), ["data=ordered", "usrjquota=aquota.user", "usrquota"]);
-        assert_eq!(left("xfs"), ["data=ordered", "usrquota"]);
+        assert_eq!(left("ext4", false), ["data=ordered", "usrjquota=aquota.user", "usrquota"]);
+        assert_eq!(left("ext4", true), ["data=ordered", "usrquota"]);
+        assert_eq!(left("xfs", false), ["data=ordered", "usrquota"]);
     }
 
     #[test]

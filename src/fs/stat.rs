@@ -86,7 +86,8 @@ impl FsInfo {
 /// Removes the cache in `folder`: its numbers are not valid any more.
 pub fn drop_cache(folder: &Folder) -> io::Result<()> {
     match store::unlink(&folder.entry(FILE)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        // On a read-only file system neither the cache nor the disk changes.
+        Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem) => Err(e),
         _ => Ok(()),
     }
 }

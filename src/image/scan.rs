@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat::{self, Entry};
-use crate::format::header::Header;
+use crate::format::header::{Header, OLD_PARALLELS};
 use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_exact};
 use crate::sys::fiemap;
@@ -233,6 +233,20 @@ impl Work<'_> {
     }
 }
 
+/// How many clusters of the disk lie behind the end of the file, and how many there are in it.
+pub fn cut_off(file: &File, header: &Header, file_len: u64) -> Result<(u64, u64)> {
+    struct Missing(u64);
+    impl Visitor for Missing {
+        fn problem(&mut self, _: Found, problem: Problem) -> Result<()> {
+            self.0 += u64::from(problem == Problem::BeyondFile);
+            Ok(())
+        }
+    }
+    let mut missing = Missing(0);
+    let found = scan(file, header, file_len, &mut missing)?;
+    Ok((missing.0, found.mapped))
+}
+
 /// Refuses an image whose data lie further behind than its disk can need (`Format`); `end`: of [`Scan::end`]. What writes
 /// to an image, or fills its holes, asks this first.
 pub fn check_reach(header: &Header, end: ImageCluster) -> Result<()> {
@@ -259,7 +273,10 @@ pub fn describe(header: &Header, file_len: u64, found: Found, problem: Problem) 
             format!("{head}: the disk has {} clusters, entries behind them must be 0", header.clusters())
         }
         Problem::Misaligned => {
-            format!("{head}: must be a multiple of the cluster size, {} sectors", header.cluster.sectors())
+            format!(
+                "{head}: must be a multiple of the cluster size, {} sectors{OLD_PARALLELS}",
+                header.cluster.sectors()
+            )
         }
         Problem::BeyondFile => format!(
             "{head}: must lie inside the file, which has {} whole clusters ({file_len} bytes)",

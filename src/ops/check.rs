@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::mount_images::refuse_cut_off;
 use super::{disk_lock, find, image_set, online, orphans};
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
@@ -50,7 +51,10 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = disk_lock::open(descriptor)?;
+    let disk = match remove_orphans {
+        true => disk_lock::open(descriptor)?,
+        false => disk_lock::open_to_look(descriptor)?,
+    };
     image_set::refuse_dead(&disk)?;
     if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
         if running.component().is_empty()
@@ -78,14 +82,19 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             ..CheckOptions::default()
         };
         // Another disk may stand on the same file, and its worker knows the file as it is.
-        let read_only = !image_set::users(&image.file)?.is_empty();
+        let used = !image_set::users(&image.file)?.is_empty();
+        let read_only = used || disk.is_unlocked();
         let options =
-            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: read_only, ..options };
+            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: used, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
         image_set::refuse_unflushed([&*image.file], Some(&disk.path))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
         drop(lock);
         tell(&found);
+        if found.skipped {
+            // Of a clean image the BAT was not read; a mount reads it.
+            refuse_cut_off(&image.file, &disk.dir)?;
+        }
         if found.cluster != disk.blocksize {
             bail!(
                 Param,

@@ -18,6 +18,9 @@ use crate::sys::host;
 /// Between two looks at the devices of a disk whose lock is held.
 const LOOK: Duration = Duration::from_millis(300);
 
+/// Locks a descriptor, as long as the function says that it is to wait.
+type Lock = fn(&Path, &mut dyn FnMut() -> bool) -> Result<LockedDescriptor>;
+
 /// A disk: locked, or with a merge in its own server, which holds the lock.
 pub enum Disk {
     Locked(LockedDescriptor),
@@ -27,9 +30,17 @@ pub enum Disk {
 impl Disk {
     /// Locks a disk, unless its own server merges it.
     pub fn open(path: &Path) -> Result<Disk> {
+        Disk::unless_merging(path, LockedDescriptor::open_waiting)
+    }
+
+    /// The same for operations that write nothing there; see [`LockedDescriptor::open_to_look`].
+    pub fn look(path: &Path) -> Result<Disk> {
+        Disk::unless_merging(path, LockedDescriptor::look_waiting)
+    }
+
+    fn unless_merging(path: &Path, lock: Lock) -> Result<Disk> {
         let mut looks = Looks::default();
-        let locked = LockedDescriptor::open_waiting(path, &mut || looks.merging(path).is_none());
-        match locked {
+        match lock(path, &mut || looks.merging(path).is_none()) {
             Err(_) if looks.found.is_some() => {
                 let place = Descriptor::find(path)?;
                 let descriptor = Descriptor::read_at(&place).map_err(|e| e.as_kind(Kind::Lock))?;
@@ -66,7 +77,16 @@ impl Deref for Disk {
 /// Locks a disk for an operation that changes it. Waits for another operation as [`LockedDescriptor::open`] does; if that
 /// is a merge in the disk's own server, the error says so.
 pub fn open(path: &Path) -> Result<LockedDescriptor> {
-    LockedDescriptor::open(path).map_err(|e| match (e.kind(), Looks::default().merging(path)) {
+    told(path, LockedDescriptor::open(path))
+}
+
+/// The same for an operation that may find that it cannot write there; see [`LockedDescriptor::open_to_look`].
+pub fn open_to_look(path: &Path) -> Result<LockedDescriptor> {
+    told(path, LockedDescriptor::open_to_look(path))
+}
+
+fn told(path: &Path, locked: Result<LockedDescriptor>) -> Result<LockedDescriptor> {
+    locked.map_err(|e| match (e.kind(), Looks::default().merging(path)) {
         (Kind::Lock, Some(device)) => {
             let (done, all) = device.merging.unwrap_or_default();
             Error::new(

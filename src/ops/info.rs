@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
+use nix::unistd::mkdtemp;
 use serde::Serialize;
 
 use super::disk_lock::Disk;
@@ -25,6 +26,7 @@ pub use crate::fs::stat::FsInfo;
 use crate::image::open;
 use crate::image::scan::{self, Problem, Visitor};
 use crate::report;
+use crate::sys::folder::Place;
 use crate::sys::reopen::{Access, reopen};
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
@@ -43,7 +45,7 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
     {
         return Ok(info);
     }
-    let disk = Disk::open(descriptor)?;
+    let disk = Disk::look(descriptor)?;
     if let Some(device) = disk.device("")?.filter(|d| d.state.runs()) {
         return match find::mounts_of(&device)?.first() {
             Some(m) => FsInfo::of(&m.target),
@@ -68,8 +70,18 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
     }
 }
 
+/// A mount point for a disk beside which no folder can be made.
+fn elsewhere() -> Result<Place> {
+    let folder = mkdtemp(&Path::new("/run").join("ploop-info.XXXXXX"))
+        .ctx(Kind::Mkdir, || "no temporary folder can be made in /run")?;
+    Place::named(&folder).ctx(Kind::Mkdir, || folder.display().to_string())
+}
+
 fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
-    let target = umount::temporary_mount_point(disk)?;
+    let target = match disk.is_unlocked() {
+        true => elsewhere()?,
+        false => umount::temporary_mount_point(disk)?,
+    };
     match store::make_dir(&target, 0o700) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
             return Err(e).ctx(Kind::Mkdir, || format!("cannot make {}", target.display()));
@@ -90,6 +102,9 @@ fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
     };
     let undone = umount::umount_locked(disk, "");
     drop(mounted);
+    if disk.is_unlocked() {
+        umount::remove_mount_point(&target);
+    }
     undone.and(info)
 }
 
@@ -105,7 +120,7 @@ pub struct Spec {
 
 /// What the top of a disk is: from its device if it runs, else from the file.
 pub fn spec(descriptor: &Path) -> Result<Spec> {
-    let disk = Disk::open(descriptor)?;
+    let disk = Disk::look(descriptor)?;
     if let Some(device) = disk.device("")?.filter(|d| d.state.runs()) {
         let version = device.version.map_or(0, Version::number);
         return Ok(Spec { sectors: device.sectors, cluster: device.cluster_sectors, version });
@@ -134,7 +149,7 @@ pub fn spec(descriptor: &Path) -> Result<Spec> {
 
 /// Node of the device that runs this disk under this component. `Sys` if it is there but not running.
 pub fn get_dev(descriptor: &Path, component: &str) -> Result<Option<PathBuf>> {
-    let disk = Disk::open(descriptor)?;
+    let disk = Disk::look(descriptor)?;
     let Some(found) = disk.device(component)? else { return Ok(None) };
     if !found.state.runs() {
         bail!(

@@ -11,6 +11,7 @@ pub mod device_chain;
 mod disk_lock;
 pub mod doctor;
 pub mod find;
+pub mod fstab;
 pub mod grow;
 mod image_copy;
 mod image_set;

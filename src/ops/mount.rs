@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::disk_lock::Disk;
-use super::mount_images::{host_checks, raw_cluster, refuse_frozen};
+use super::mount_images::{advise_cut_off, host_checks, raw_cluster, refuse_frozen, tell_cut_off};
 use super::{disk_lock, find, image_set, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
@@ -34,6 +34,8 @@ pub struct MountParams {
     pub force: bool,
     /// Log every request.
     pub trace: bool,
+    /// The device ends with its last mount.
+    pub until_unmounted: bool,
     /// Check the file system first (ext).
     pub fsck: bool,
     pub quota: bool,
@@ -63,7 +65,8 @@ pub struct Mounted {
 /// Mounts a disk by its descriptor.
 pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams) -> Result<Mounted> {
     let _operation = report::cancel::begin();
-    let mut disk = match Disk::open(descriptor)? {
+    let opened = if params.read_only { Disk::look(descriptor)? } else { Disk::open(descriptor)? };
+    let mut disk = match opened {
         Disk::Locked(disk) => disk,
         merging => {
             if params.guid.is_none() {
@@ -79,7 +82,9 @@ pub fn mount_descriptor(descriptor: &Path, component: &str, params: &MountParams
         if !params.read_only {
             image_set::refuse_dead(&disk)?;
         }
-        recovery::before_mount(&mut disk, &guid, params.read_only)?;
+        if !disk.is_unlocked() {
+            recovery::before_mount(&mut disk, &guid, params.read_only)?;
+        }
     }
     let mounted = mount_locked(&disk, component, params)?;
     if component.is_empty() && !params.read_only && guid == disk.top {
@@ -129,6 +134,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         descriptor: Some(disk.path.clone()),
         device: params.device.clone(),
         trace: trace(params),
+        until_unmounted: params.until_unmounted,
         slots: device::slots_wanted()?,
     })?;
     let mounted = finish(device, params)?;
@@ -169,6 +175,9 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         false => None,
     };
     host_checks(&levels)?;
+    if only_look {
+        tell_cut_off(&levels);
+    }
     let top = levels.last().map(|l| l.path.clone()).unwrap_or_default();
     let device = attach(AttachSpec {
         levels,
@@ -179,6 +188,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         descriptor: None,
         device: params.device.clone(),
         trace: trace(params),
+        until_unmounted: params.until_unmounted,
         slots: device::slots_wanted()?,
     })
     .map_err(|e| match e.kind() {
@@ -351,8 +361,11 @@ fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
 
 fn attach(spec: AttachSpec) -> Result<Device> {
     let mode = if spec.read_only { "ro" } else { "rw" };
+    // Kept for messages; the server gets the others.
+    let kept = |l: &Level| Ok(Level { path: l.path.clone(), raw: l.raw, fd: l.fd.try_clone()? });
+    let kept: Vec<Level> = spec.levels.iter().map(kept).collect::<std::io::Result<_>>().ctx(Kind::Open, || "images")?;
     let levels: Vec<PathBuf> = spec.levels.iter().map(|l| l.path.clone()).collect();
-    let device = device::attach(spec)?;
+    let device = device::attach(spec).map_err(|e| advise_cut_off(e, &kept))?;
     for (i, path) in levels.iter().enumerate() {
         let mode = if i + 1 == levels.len() { mode } else { "ro" };
         // Scripts take the device's name from these lines.
@@ -400,6 +413,11 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     Ok(fsck_rc)
 }
 
+/// What of a device is mounted.
+pub(super) fn source_of(device: &Device, params: &MountParams) -> Result<PathBuf> {
+    partition::source(device, params.partition)
+}
+
 /// What to mount of a read-only device by hand, and the option that it may need.
 pub fn source_and_option(device: &Device, number: Option<u32>) -> Result<(PathBuf, Option<&'static str>)> {
     let source = partition::source(device, number)?;
@@ -407,6 +425,7 @@ pub fn source_and_option(device: &Device, number: Option<u32>) -> Result<(PathBu
     let option = match found {
         // Never wrong on a device that cannot be written.
         Some(Found::Ext { .. }) => Some("noload"),
+        Some(Found::Xfs) => Some("norecovery,nouuid"),
         other => other.and_then(Found::without_replay),
     };
     Ok((source, option))

@@ -11,13 +11,15 @@ use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 use super::image_set;
 use crate::bail;
 use crate::device::Level;
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::guid::Guid;
-use crate::format::header;
+use crate::format::header::{self, Header};
 use crate::fs::mounts;
 use crate::image::open::{self, Access};
+use crate::image::scan;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Folder;
 use crate::sys::inode_flags;
 use crate::units::ClusterSize;
 
@@ -94,6 +96,66 @@ pub fn refuse_frozen(top: &Level, read_only: bool, force: bool) -> Result<()> {
         ),
     }
     Ok(())
+}
+
+/// Levels whose files end before their last clusters, with how many of these are missing and there.
+fn cut_off(levels: &[Level]) -> Vec<(&Level, u64, u64)> {
+    let one = |level: &Level| -> Result<(u64, u64)> {
+        let (file, _) =
+            open::reopen(&level.fd, Access::default()).ctx(Kind::Open, || level.path.display().to_string())?;
+        let mut head = [0; header::SIZE];
+        file.read_exact_at(&mut head, 0).ctx(Kind::Read, || level.path.display().to_string())?;
+        let header = Header::parse(&head)?;
+        header.check_layout()?;
+        let len = file.metadata().ctx(Kind::Fstat, || level.path.display().to_string())?.len();
+        scan::cut_off(&file, &header, len)
+    };
+    // What is wrong otherwise the server reports.
+    let found =
+        levels.iter().filter(|l| !l.raw).filter_map(|l| one(l).ok().map(|(missing, there)| (l, missing, there)));
+    found.filter(|(_, missing, _)| *missing > 0).collect()
+}
+
+/// Says which images are cut off, before what is there is shown.
+pub fn tell_cut_off(levels: &[Level]) {
+    for (level, missing, there) in cut_off(levels) {
+        report::warn(format_args!(
+            "image {} is cut off: {missing} clusters of the disk lie behind its end, and reading them fails; {there} are there",
+            level.path.display()
+        ));
+    }
+}
+
+/// Refuses an image whose file ends before its last clusters. `Format`.
+pub fn refuse_cut_off(path: &Path, dir: &Folder) -> Result<()> {
+    let level = Level { path: path.to_owned(), raw: false, fd: open::open_level(path, Some(dir))? };
+    let levels = std::slice::from_ref(&level);
+    match cut_off(levels).first() {
+        Some((_, missing, _)) => {
+            let text = format!("image {}: {missing} clusters of the disk lie behind its end", path.display());
+            Err(advise(&Error::new(Kind::Format, text), levels))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Adds to the error of an attach what can be done about images that are cut off.
+pub fn advise_cut_off(e: Error, levels: &[Level]) -> Error {
+    match e.kind() == Kind::Format && !cut_off(levels).is_empty() {
+        true => advise(&e, levels),
+        false => e,
+    }
+}
+
+fn advise(e: &Error, levels: &[Level]) -> Error {
+    let files: Vec<String> = levels.iter().map(|l| l.path.display().to_string()).collect();
+    let files = files.join(" ");
+    Error::new(
+        e.kind(),
+        format!(
+            "{e}; the file was cut off, restore it from a backup; to read what is there: ploop mount -r --force {files}"
+        ),
+    )
 }
 
 /// Whether the host's file system suits the images.

@@ -37,6 +37,8 @@ pub struct TemporaryParams {
     pub snap_dir: Option<PathBuf>,
     /// Where to mount its file system; none: only the device is made.
     pub target: Option<PathBuf>,
+    /// Options for that mount.
+    pub options: Option<String>,
     /// The snapshot stays while the returned `holder` is open; else until it is unmounted.
     pub with_holder: bool,
 }
@@ -187,6 +189,7 @@ fn mount_temporary(
     let how = MountParams {
         read_only: true,
         target: params.target.clone(),
+        options: params.options.clone(),
         guid: Some(params.guid.to_string()),
         ..MountParams::default()
     };

@@ -1,7 +1,7 @@
 //! Unmounting: every mount of the device in the caller's mount namespace, then the device itself, its image closed
 //! cleanly.
 
-use std::io;
+use std::io::ErrorKind::{NotADirectory, NotFound, ReadOnlyFilesystem};
 use std::path::Path;
 
 use super::deleted::{self, Deleted, Rescue};
@@ -9,12 +9,14 @@ use super::disk_lock::Disk;
 use super::find::{self, UNTIL_UMOUNT};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
-use crate::device::{self, Device, State};
+use crate::device::{self, Device, Image, State};
 use crate::error::{Error, Kind, Result};
+use crate::fs::mounts::Mount;
 use crate::fs::stat::FsInfo;
-use crate::fs::{holders, mount};
+use crate::fs::{elsewhere, holders, mount, utab};
 use crate::image::open;
 use crate::report;
+use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
@@ -30,7 +32,7 @@ impl Umount {
     pub fn descriptor(self, descriptor: &Path, component: &str) -> Result<()> {
         let _operation = report::cancel::begin();
         // A merge in the disk's own server ends with the device, and the next mount goes on with it.
-        let disk = Disk::open(descriptor)?;
+        let disk = Disk::look(descriptor)?;
         self.of_place(disk.place(), &disk, component)
     }
 
@@ -165,10 +167,36 @@ fn refuse_held(device: &Device) -> Result<()> {
     )
 }
 
+/// Before anything is changed: the server of a disk that lies in the file system would keep it.
+fn refuse_nested(device: &Device, mounts: &[Mount]) -> Result<()> {
+    let names = find::names(device);
+    let lies_in = |image: &Image| {
+        names.devs.contains(&image.id.dev)
+            || mounts.iter().any(|m| image.path.starts_with(&m.target))
+                && FileId::at(&image.path).is_ok_and(|id| id == image.id)
+    };
+    let inner = device::list_of(|d| d.name() != device.name() && d.images.iter().any(lies_in))?;
+    let inner: Vec<&Device> = inner.iter().filter(|d| d.state != State::Dead).collect();
+    if inner.is_empty() {
+        return Ok(());
+    }
+    let one = |d: &&Device| format!("{} ({})", d.node().display(), d.base().display());
+    let end = |d: &&Device| format!("ploop umount -d {}", d.node().display());
+    bail!(
+        Umount,
+        "{} has images of other disks that run: {}; unmount them first ({}); nothing was changed",
+        device.node().display(),
+        inner.iter().map(one).collect::<Vec<_>>().join(", "),
+        inner.iter().map(end).collect::<Vec<_>>().join("; ")
+    )
+}
+
 fn umount(device: &Device, disk: Option<&Descriptor>, rescue: Option<Rescue>) -> Result<()> {
     let mounts = find::mounts_of(device)?;
+    refuse_nested(device, &mounts)?;
     if let (Some(disk), Some(first)) = (disk.filter(|_| device.component().is_empty()), mounts.first())
         && let Err(e) = remember(disk, &first.target)
+        && e.errno() != Some(libc::EROFS)
     {
         report::warn(format_args!("the file system's size is not remembered: {e}"));
     }
@@ -180,7 +208,8 @@ fn umount(device: &Device, disk: Option<&Descriptor>, rescue: Option<Rescue>) ->
         ));
         device::hold_for_space(device.name(), false)?;
     }
-    let ended = mount::umount_all(&find::names(device)).and_then(|()| match rescue {
+    let names = find::names(device);
+    let ended = mount::umount_all(&names).and_then(|()| elsewhere::umount_all(&names)).and_then(|()| match rescue {
         Some(rescue) => detach_and_save(device, rescue),
         None => detach(device),
     });
@@ -190,6 +219,10 @@ fn umount(device: &Device, disk: Option<&Descriptor>, rescue: Option<Rescue>) ->
         let _ = device::hold_for_space(device.name(), true);
     }
     ended?;
+    for mount in &mounts {
+        // What is left there of a mount by mount(8) would only be out of date.
+        let _ = utab::remove(&mount.target);
+    }
     if let Some(Ok(place)) = disk.map(temporary_mount_point) {
         remove_mount_point(&place);
     }
@@ -236,7 +269,7 @@ pub fn temporary_mount_point(disk: &Descriptor) -> Result<Place> {
 /// Removes that folder if it is there and empty.
 pub(super) fn remove_mount_point(place: &Place) {
     match store::remove_dir(place) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound && e.kind() != io::ErrorKind::NotADirectory => {
+        Err(e) if !matches!(e.kind(), NotFound | NotADirectory | ReadOnlyFilesystem) => {
             report::say(1, format_args!("{} stays: {e}", place.display()));
         }
         _ => {}

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -66,7 +67,11 @@ pub fn enter_host() -> Result<()> {
     if host::is_simulated() {
         return Ok(());
     }
-    join_first("mnt", CloneFlags::CLONE_NEWNS)?;
+    match fs::metadata("/proc/1/ns/mnt") {
+        Ok(_) => join_first("mnt", CloneFlags::CLONE_NEWNS)?,
+        // Process 1 may not be looked at.
+        Err(_) => join_kernel(),
+    }
     // Events of block devices reach the first network namespace only; without them a slower way works too.
     let _ = join_first("net", CloneFlags::CLONE_NEWNET);
     nix::unistd::chdir("/").ctx(Kind::Sys, || "cannot change to /")
@@ -79,6 +84,28 @@ pub fn lock_memory() {
     }
     // Refused only without privileges; then the device works, but not under memory pressure that it causes itself.
     let _ = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE);
+}
+
+/// The kernel's own threads are in the first mount namespace, that of process 1 on a host (a container does not see them).
+/// It is entered if /run and /dev are the same there, since the caller looks for the device in those. Else this process stays
+/// where it is: then the device works, and keeps the caller's namespace.
+fn join_kernel() {
+    let kernel = fs::read_to_string("/proc/2/stat").is_ok_and(|stat| stat.starts_with("2 (kthreadd) S 0 "));
+    let inode = |path: &str| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    if !kernel || inode("/proc/2/ns/mnt") == inode("/proc/self/ns/mnt") {
+        return;
+    }
+    let (Ok(own), Ok(first)) = (File::open("/proc/self/ns/mnt"), File::open("/proc/2/ns/mnt")) else { return };
+    let seen = || ["/run", "/dev", runtime::RUN].map(inode);
+    let before = seen();
+    let root = File::open("/");
+    if setns(first, CloneFlags::CLONE_NEWNS).is_ok() && seen() != before {
+        let _ = setns(own, CloneFlags::CLONE_NEWNS);
+        if let Ok(root) = root {
+            // Of a process in a chroot the way back leads to the root of the namespace.
+            let _ = nix::unistd::fchdir(&root).and_then(|()| nix::unistd::chroot("."));
+        }
+    }
 }
 
 fn join_first(kind: &str, flag: CloneFlags) -> Result<()> {

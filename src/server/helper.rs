@@ -213,10 +213,15 @@ fn clean(name: &str, wait: bool) -> Result<()> {
                 }
                 host::sleep(Duration::from_millis(20));
             }
-            block_device(&binding).unbind(&binding, patience, &mut || {
-                remove_nodes(name, record.rdev);
-                Ok(())
-            })?;
+            block_device(&binding)
+                .unbind(&binding, patience, &mut || {
+                    remove_nodes(name, record.rdev);
+                    Ok(())
+                })
+                // The block device behind has no meaning to users.
+                .map_err(|e| {
+                    remote_error(e.code(), e.to_string().replace(&binding.backing, &format!("/dev/{name}")))
+                })?;
             block_device(&binding).remove(&binding.backing, binding.rdev);
         } else if record.state == "starting" {
             Transport::of(&record.backing).binding().undo(&record.backing, record.rdev)?;

@@ -11,6 +11,7 @@ use nix::sys::stat::makedev;
 
 use crate::server::partitions;
 use crate::server::sysfs::parse_dev;
+use crate::sys::processes;
 
 /// Where a device is mounted. Octal escapes are not decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,7 +25,7 @@ impl fmt::Display for Mounted {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(&self.point)?;
         match self.elsewhere {
-            Some(pid) => write!(f, " in the mount namespace of process {pid}"),
+            Some(pid) => write!(f, " in the mount namespace of process {}", processes::shown(&pid.to_string())),
             None => Ok(()),
         }
     }
@@ -99,8 +100,9 @@ mod tests {
         assert_eq!(find(text, &[makedev(7, 10000)]), Some("/a\\040b".into()));
         assert_eq!(find(text, &[makedev(7, 1)]), None);
         assert!(mounted_anywhere(&[makedev(511, 3)]).is_none());
-        let there = Mounted { point: "/a".into(), elsewhere: Some(7) };
-        assert_eq!(there.to_string(), "/a in the mount namespace of process 7");
+        // No process has this number.
+        let there = Mounted { point: "/a".into(), elsewhere: Some(u32::MAX) };
+        assert_eq!(there.to_string(), format!("/a in the mount namespace of process {}", u32::MAX));
         assert!(anonymous_number(Path::new("/proc")).is_some());
     }
 }

@@ -41,6 +41,9 @@ pub struct AttachRequest {
     /// `/dev/NAME` asked for by the user.
     pub device: Option<String>,
     pub trace: bool,
+    /// The device ends with its last mount, as soon as there was one.
+    #[serde(default)]
+    pub until_unmounted: bool,
     /// Seconds after which a write that finds no space fails; none: never.
     pub no_space_timeout: Option<u64>,
     /// Unanswered requests are kept in slots even where the kernel could give them out again.

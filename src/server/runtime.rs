@@ -18,6 +18,8 @@ use crate::sys::host;
 /// Layout of the record that this version writes.
 pub const RECORD_VERSION: u32 = 1;
 
+/// State of running devices.
+pub const RUN: &str = "/run/ploop";
 /// Names of the files in a device's folder.
 pub const STATE: &str = "state";
 pub const CONTROL: &str = "control";
@@ -56,7 +58,7 @@ fn as_host(path: &str) -> PathBuf {
 
 /// /run/ploop of process 1's mount namespace.
 pub fn run_dir() -> PathBuf {
-    as_host("/run/ploop")
+    as_host(RUN)
 }
 
 /// /dev of process 1's mount namespace.

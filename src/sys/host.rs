@@ -122,6 +122,18 @@ pub fn exit_with_parent(enable: bool) -> io::Result<()> {
     process::exit_with_parent(enable)
 }
 
+/// Lets ps, top and the kernel's messages show that this process serves the device of that name.
+pub fn show_device(device: &str) {
+    if is_simulated() {
+        return;
+    }
+    let short = device.strip_prefix("ploop").unwrap_or(device);
+    // A number that is cut off would name another device.
+    let fitting = ["ploop-server:", "ploop-srv:", "ploop:"].map(|p| format!("{p}{short}"));
+    let short = fitting.iter().find(|f| f.len() <= 15).unwrap_or(&fitting[1]);
+    process::show_as(short, device);
+}
+
 /// How a process has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Exit {
@@ -154,7 +166,7 @@ fn command(program: &Path, mode: &str, socket: OwnedFd) -> Command {
     let mut command = Command::new(program);
     command
         .arg0("ploop-server")
-        .arg(mode)
+        .args([mode, process::ROOM_FOR_NAME])
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(socket)

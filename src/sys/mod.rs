@@ -19,6 +19,7 @@ pub mod partition;
 pub mod pidfd;
 pub mod process;
 pub mod process_hardening;
+pub mod processes;
 pub mod reopen;
 pub mod ring;
 pub mod scm;

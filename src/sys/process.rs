@@ -48,6 +48,43 @@ pub fn take_standard(fd: RawFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// An argument that programs which name themselves later are started with: its place in memory takes the name.
+pub const ROOM_FOR_NAME: &str = "                                                                ";
+
+/// The short name of this process (15 bytes). That of a program that was started by the number of a descriptor is this number.
+pub fn show_short(short: &str) {
+    let short: String = short.chars().take(15).collect();
+    if let Ok(short) = std::ffi::CString::new(short) {
+        // SAFETY: `short` is a string that ends with a zero byte; the kernel copies it.
+        unsafe { libc::prctl(libc::PR_SET_NAME, short.as_ptr() as libc::c_ulong, 0, 0, 0) };
+    }
+}
+
+/// What ps, top and the kernel's messages show of this process: its short name (15 bytes), and, if it was started with
+/// [`ROOM_FOR_NAME`] as its last argument, `name` in place of that.
+pub fn show_as(short: &str, name: &str) {
+    show_short(short);
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    // Fields 48 and 49, of which the first two come before.
+    let mut ends = after_name.split(' ').skip(45).map(|n| n.parse::<usize>().unwrap_or(0));
+    let (Some(start), Some(end)) = (ends.next(), ends.next()) else { return };
+    if start == 0 || end.saturating_sub(start) <= ROOM_FOR_NAME.len() + 1 || name.len() > ROOM_FOR_NAME.len() {
+        return;
+    }
+    let room = (end - 1 - ROOM_FOR_NAME.len()) as *mut u8;
+    // SAFETY: the kernel put the arguments there when the program was started, `start` to `end`, in memory of this process
+    // that can be written; the standard library reads them only while it makes copies, which this program does not ask for
+    // from another thread. What is not the expected argument is left alone.
+    unsafe {
+        let place = std::slice::from_raw_parts_mut(room, ROOM_FOR_NAME.len());
+        if place.iter().all(|b| *b == b' ') {
+            place[..name.len()].copy_from_slice(name.as_bytes());
+            place[name.len()..].fill(0);
+        }
+    }
+}
+
 /// Makes `fd` known under the number `to`, close-on-exec; what was there is closed. For the first lines of a program.
 pub fn move_to(fd: OwnedFd, to: RawFd) -> io::Result<()> {
     // SAFETY: `fd` is ours; `to` has, by contract, no owner.

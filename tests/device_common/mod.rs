@@ -63,6 +63,7 @@ impl Bench {
             // Nobody else who uses devices at the same time takes this name after us.
             device: Some(format!("ploop-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))),
             trace: false,
+            until_unmounted: false,
             slots: self.slots,
         }
     }

@@ -124,6 +124,7 @@ impl Rig {
             descriptor: None,
             device: None,
             trace: options.trace,
+            until_unmounted: false,
             no_space_timeout: None,
             slots: false,
             token: String::new(),

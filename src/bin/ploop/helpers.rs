@@ -1,6 +1,6 @@
 //! `mount.ploop` and `umount.ploop`: what mount(8) and umount(8) call for `mount -t ploop DD DIR`.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 
 use ploop::error::{Error, Kind, Result};
 use ploop::fs::mounts;
-use ploop::ops::mount::{self, MountParams};
-use ploop::ops::umount;
+use ploop::ops::fstab;
 use ploop::report;
 
 /// Exit status of mount(8) helpers when the mount failed.
@@ -18,48 +17,82 @@ const MTAB: &str = "/etc/mtab";
 /// Log file for messages at boot, when no user is logged in.
 const LOG: &str = "/var/log/ploop_mount.log";
 
+/// What mount(8) and umount(8) give their helpers.
+#[derive(Default)]
+struct Given {
+    places: Vec<PathBuf>,
+    options: String,
+    verbose: bool,
+    fake: bool,
+    lazy: bool,
+    help: bool,
+}
+
+impl Given {
+    /// Letters can stand together; what is not known is ignored.
+    fn parse(args: &[OsString]) -> Given {
+        let mut given = Given::default();
+        let mut rest = args.iter();
+        while let Some(arg) = rest.next() {
+            let [b'-', letters @ ..] = arg.as_bytes() else {
+                given.places.push(PathBuf::from(arg));
+                continue;
+            };
+            for (i, letter) in letters.iter().enumerate() {
+                match letter {
+                    b'v' => given.verbose = true,
+                    b'f' => given.fake = true,
+                    b'l' => given.lazy = true,
+                    b'h' => given.help = true,
+                    // With a value: options, a type, a namespace.
+                    b'o' | b't' | b'N' => {
+                        let value = match &letters[i + 1..] {
+                            [] => rest.next().map(|v| v.as_bytes()).unwrap_or_default(),
+                            attached => attached,
+                        };
+                        if *letter == b'o' {
+                            given.options = String::from_utf8_lossy(value).into_owned();
+                        }
+                        break;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        given
+    }
+}
+
 /// `mount.ploop DD DIR [-o OPTIONS] [-v] [-f] [-n] [-s]`.
 pub fn mount(args: &[OsString]) -> u8 {
-    let mut places = Vec::new();
-    let mut options = String::new();
-    let (mut verbose, mut fake) = (false, false);
-    let mut rest = args.iter();
-    while let Some(arg) = rest.next() {
-        match arg.as_bytes() {
-            b"-h" => {
-                println!("Usage: mount.ploop DiskDescriptor.xml DIR [-o OPTIONS] [-v] [-f]");
-                return 1;
-            }
-            b"-v" => verbose = true,
-            b"-f" => fake = true,
-            b"-o" => options = rest.next().map(|o| o.to_string_lossy().into_owned()).unwrap_or_default(),
-            [b'-', ..] => {}
-            _ => places.push(PathBuf::from(arg)),
-        }
+    let given = Given::parse(args);
+    if given.help {
+        println!("Usage: mount.ploop DiskDescriptor.xml DIR [-o OPTIONS] [-v] [-f]");
+        return 1;
     }
-    start(verbose);
-    let [disk, folder] = &places[..] else {
+    start(given.verbose);
+    let [disk, folder] = &given.places[..] else {
         return failed(&wrong("mount.ploop needs a DiskDescriptor.xml and a folder"));
     };
-    match try_mount(disk, folder, &options, fake) {
+    match try_mount(disk, folder, &given.options, given.fake) {
         Ok(()) => 0,
         Err(e) => failed(&e),
     }
 }
 
-/// `umount.ploop DIR`; other arguments of umount(8) are ignored.
+/// `umount.ploop DIR [-l] [-v]`; other arguments of umount(8) are ignored.
 pub fn umount(args: &[OsString]) -> u8 {
-    if args.iter().any(|a| a == "-h") {
-        println!("Usage: umount.ploop DIR");
+    let given = Given::parse(args);
+    if given.help {
+        println!("Usage: umount.ploop DIR [-l] [-v]");
         return 1;
     }
-    start(args.iter().any(|a| a == "-v"));
-    let Some(folder) = args.iter().find(|a| !a.as_bytes().starts_with(b"-")) else {
+    start(given.verbose);
+    let [folder, ..] = &given.places[..] else {
         return failed(&wrong("umount.ploop needs a folder"));
     };
-    let folder = PathBuf::from(folder);
-    let shown = fs::canonicalize(&folder).unwrap_or_else(|_| folder.clone());
-    match umount::umount_mountpoint(&folder).and_then(|()| remove_from_mtab(&shown)) {
+    let shown = fs::canonicalize(folder).unwrap_or_else(|_| folder.clone());
+    match fstab::umount(folder, given.lazy).and_then(|()| remove_from_mtab(&shown)) {
         Ok(()) => 0,
         Err(e) => failed(&e),
     }
@@ -84,38 +117,11 @@ fn failed(e: &Error) -> u8 {
 }
 
 fn try_mount(disk: &Path, folder: &Path, options: &str, fake: bool) -> Result<()> {
-    let resolve = |p: &Path| fs::canonicalize(p).map_err(|e| Error::with(Kind::Param, p.display().to_string(), e));
-    let (disk, folder) = (resolve(disk)?, resolve(folder)?);
-    if !disk.is_file() {
-        return Err(wrong(&format!("{} is not a file: a DiskDescriptor.xml is wanted", disk.display())));
-    }
-    if !folder.is_dir() {
-        return Err(wrong(&format!("{} is not a folder", folder.display())));
-    }
-    if mounts::is_mount_point(&folder)? {
-        return Err(wrong(&format!("{} is a mount point already", folder.display())));
-    }
-    if fake {
+    if !fstab::mount(disk, folder, options, fake)? {
         return Ok(());
     }
-    let read_only = options.split(',').fold(false, |ro, word| match word {
-        "ro" => true,
-        "rw" => false,
-        _ => ro,
-    });
-    // Options for fstab only are dropped where the file system is mounted.
-    let passed: Vec<&str> = options.split(',').filter(|w| !matches!(*w, "ro" | "rw" | "")).collect();
-    let params = MountParams {
-        read_only,
-        target: Some(folder.clone()),
-        options: (!passed.is_empty()).then(|| passed.join(",")),
-        ..MountParams::default()
-    };
-    match disk.extension().and_then(OsStr::to_str) {
-        Some("xml") => mount::mount_descriptor(&disk, "", &params)?,
-        _ => mount::mount_list(std::slice::from_ref(&disk), false, &params)?,
-    };
-    add_to_mtab(&disk, &folder, options)
+    let resolve = |p: &Path| fs::canonicalize(p).map_err(|e| Error::with(Kind::Param, p.display().to_string(), e));
+    add_to_mtab(&resolve(disk)?, &resolve(folder)?, options)
 }
 
 /// An mtab that is a link to the kernel's table needs nothing, and must not be replaced.
@@ -159,4 +165,22 @@ fn remove_from_mtab(folder: &Path) -> Result<()> {
         fs::rename(&new, MTAB)
     };
     edit().map_err(|e: std::io::Error| Error::with(Kind::Write, format!("{MTAB} cannot be changed"), e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_as_mount_and_umount_give_them() {
+        let parse = |line: &str| Given::parse(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        let places = |given: &Given| given.places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" ");
+        let g = parse("/d/DiskDescriptor.xml /m -sfnv -o rw,noatime -N /proc/1/ns/mnt -t ploop.ext4");
+        assert_eq!((places(&g).as_str(), g.options.as_str()), ("/d/DiskDescriptor.xml /m", "rw,noatime"));
+        assert!(g.verbose && g.fake && !g.lazy && !g.help);
+        let g = parse("/m -flnrv -t ploop");
+        assert!(places(&g) == "/m" && g.lazy && !g.help);
+        assert_eq!(parse("-oro /d /m").options, "ro");
+        assert!(parse("-h").help && parse("-o").places.is_empty());
+    }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use ploop::descriptor::ImageMode;
 use ploop::ops::mount::{self, MountParams, Mounted};
+use ploop::report;
 
 use crate::getopt::Parsed;
 use crate::{Command, Fail, mistake, misuse, result, values};
@@ -32,7 +33,7 @@ Makes a block device of a disk, or of image files, base first, and mounts its fi
   -c NAME       component: a name for an additional mount of the same disk
   -f FORMAT     raw: the base is a raw image
   -b CLUSTER    its cluster size in sectors
-  --force       with -r and image files: look at an image that is in use elsewhere
+  --force       with -r and image files: look at an image that is in use elsewhere, or cut off
                 without -r: write to an image on which deltas stand, which changes what they show
   --trace       log every request of the device
 ",
@@ -86,9 +87,18 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     Ok(())
 }
 
-/// Prints the command that mounts the device.
+/// Prints the command that mounts the device, which is there whatever can be read of it.
 fn show_command(mounted: &Mounted, partition: Option<u32>) -> Result<(), Fail> {
-    let (source, option) = mount::source_and_option(&mounted.device, partition)?;
+    let (source, option) = match mount::source_and_option(&mounted.device, partition) {
+        Ok(found) => found,
+        Err(e) => {
+            report::warn(format_args!(
+                "{} is there, but what it holds is not known: {e}",
+                mounted.device.node().display()
+            ));
+            return Ok(());
+        }
+    };
     let option = option.map(|o| format!("-o {o} ")).unwrap_or_default();
     result(format_args!("mount -r {option}{} /mnt", source.display()))
 }

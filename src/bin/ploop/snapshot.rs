@@ -30,10 +30,10 @@ The second one puts a new image FILE on top of a running device; no descriptor i
 
 pub const TSNAPSHOT: Command = Command {
     name: "tsnapshot",
-    short: "u:c:m:",
+    short: "u:c:m:o:",
     long: &[],
     usage: "\
-Usage: ploop tsnapshot -u UUID -c NAME [-m DIR] DiskDescriptor.xml
+Usage: ploop tsnapshot -u UUID -c NAME [-m DIR [-o OPTIONS]] DiskDescriptor.xml
 
 Takes a snapshot and mounts it read-only, for backups. After it is unmounted, the next mount of the disk or operation on
 its snapshots removes it.
@@ -41,6 +41,8 @@ its snapshots removes it.
   -u UUID  of the snapshot
   -c NAME  component: a name for this additional mount, given again to umount
   -m DIR   mount its file system here; without it only the device is made
+  -o OPTIONS
+           mount options
 ",
     run: take_temporary,
 };
@@ -105,16 +107,18 @@ fn take_temporary(parsed: Parsed) -> Result<(), Fail> {
     let mut guid = None;
     let mut component = None;
     let mut target = None;
+    let mut options = None;
     for (option, value) in &parsed.options {
         match option {
             'u' => guid = Some(values::guid(value)?),
             'c' => component = Some(values::text(value, "component name")?),
             'm' => target = Some(PathBuf::from(value)),
+            'o' => options = Some(values::text(value, "mount options")?),
             _ => return misuse(),
         }
     }
     let (Some(guid), Some(component)) = (guid, component) else { return misuse() };
-    let params = TemporaryParams { guid, snap_dir: None, target, with_holder: false };
+    let params = TemporaryParams { guid, snap_dir: None, target, options, with_holder: false };
     let taken = snapshot::create_temporary(descriptor(&parsed.operands)?, &component, &params)?;
     result(format_args!("{guid} is mounted as {}", taken.device))
 }

@@ -54,6 +54,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         descriptor: spec.descriptor,
         device: wanted,
         trace: spec.trace,
+        until_unmounted: spec.until_unmounted,
         no_space_timeout: no_space_timeout()?,
         slots: spec.slots,
         ids,

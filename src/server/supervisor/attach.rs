@@ -39,6 +39,7 @@ pub fn supervise() -> i32 {
     };
     let reply = match attach(request, levels) {
         Ok(supervisor) => {
+            host::show_device(&supervisor.record.name);
             let reply = AttachReply::Ready(supervisor.record.clone());
             if frame::send(&sock, &reply, &[]).is_ok() {
                 drop(sock);

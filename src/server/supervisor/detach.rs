@@ -17,6 +17,8 @@ use crate::sys::host;
 
 /// How long other processes may keep the device busy.
 const BUSY: Duration = Duration::from_secs(60);
+/// The same where no client has asked: the supervisor tries again later.
+const UNASKED: Duration = Duration::from_millis(500);
 /// A mount does not go by waiting, except one that is being unmounted right now.
 const MOUNTED: Duration = Duration::from_secs(2);
 /// Detaching flushes the device's page cache; if nothing comes of it, another worker may do better.
@@ -30,7 +32,8 @@ impl Supervisor {
     /// The clean end. True: the device is gone (the image's own error, if any, was reported); false: it stays as it
     /// was.
     pub(super) fn stop(&mut self) -> bool {
-        let result = match self.unbind() {
+        let asked = self.clients.is_awaited(Awaited::Stop);
+        let result = match self.unbind(if asked { BUSY } else { UNASKED }) {
             Ok(()) => self.close(),
             Err(e) => Err(e),
         };
@@ -41,6 +44,10 @@ impl Supervisor {
             return false;
         }
         let gone = self.record.state == "stopped" && self.failed.is_none();
+        if !asked && !gone && self.failed.is_none() {
+            // Clients that asked meanwhile are ready to wait longer.
+            return false;
+        }
         if gone {
             let why = Error::new(Kind::Abort, format!("the merge was ended, since {} was detached", self.record.name));
             self.refuse_merging(&why);
@@ -59,12 +66,12 @@ impl Supervisor {
     }
 
     /// Takes the block device away from under its name. Busy: error 3, nothing changed.
-    fn unbind(&mut self) -> Result<()> {
+    fn unbind(&mut self, busy: Duration) -> Result<()> {
         if self.record.state == "stopped" {
             return Ok(());
         }
         if !self.record.backing.is_empty() {
-            let patience = Patience { busy: BUSY, mounted: MOUNTED };
+            let patience = Patience { busy, mounted: MOUNTED.min(busy) };
             let helper = self.helper(&Job::Detach { binding: self.binding(), patience })?;
             let mut opened = false;
             let mut again = true;
@@ -80,7 +87,11 @@ impl Supervisor {
                         }
                     }
                     Some(JobEvent::Done) => break Ok(()),
-                    Some(JobEvent::Error { code, message }) => break Err(remote_error(code, message)),
+                    // The block device behind has no meaning to users.
+                    Some(JobEvent::Error { code, message }) => {
+                        let node = self.record.node.display().to_string();
+                        break Err(remote_error(code, message.replace(&self.record.backing, &node)));
+                    }
                     Some(_) => {}
                     None if self.is_aborted() || self.failed.is_some() => {
                         let why = self.failed.clone().unwrap_or("it was given up".into());

@@ -12,6 +12,7 @@ mod chain_switch;
 mod clients;
 mod commands;
 mod detach;
+mod last_mount;
 mod merge;
 mod names;
 mod registration;
@@ -37,6 +38,7 @@ use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
 use crate::server::supervisor::chain_state::ChainState;
 use crate::server::supervisor::clients::{Awaited, Clients};
+use crate::server::supervisor::last_mount::LastMount;
 use crate::server::supervisor::names::{Followed, Names};
 use crate::server::supervisor::worker_slot::{Exit, WorkerSlot};
 use crate::server::transport::Binding;
@@ -78,6 +80,9 @@ pub struct Supervisor {
     failed: Option<String>,
     /// Another process has detached the block device.
     lost: bool,
+    last_mount: LastMount,
+    /// The last mount has gone, and the device ends with it.
+    unmounted: bool,
     /// They are reaped when they exit.
     released_helpers: Vec<Helper>,
     last_log: String,
@@ -100,6 +105,7 @@ impl Supervisor {
         let shm = Shm::map(fds.shm.as_fd()).ok();
         // The record may be the one of an older supervisor.
         let record = DeviceRecord { greeting: own_greeting(), ..record };
+        let last_mount = LastMount::new(start.attach.until_unmounted);
         Ok(Supervisor {
             dir,
             record,
@@ -114,6 +120,8 @@ impl Supervisor {
             flush_sent: false,
             failed: None,
             lost: false,
+            last_mount,
+            unmounted: false,
             released_helpers: Vec::new(),
             last_log: String::new(),
         })
@@ -121,6 +129,7 @@ impl Supervisor {
 
     /// Serves until the device has ended.
     fn run(mut self) {
+        host::show_device(&self.record.name);
         loop {
             self.poll_once(host::now() + TICK, None);
             if self.is_aborted() {
@@ -130,9 +139,12 @@ impl Supervisor {
                 self.change(change);
                 continue;
             }
-            let wanted = self.clients.is_awaited(Awaited::Stop) || self.lost;
+            let wanted = self.clients.is_awaited(Awaited::Stop) || self.lost || self.unmounted;
             if self.failed.is_none() && wanted && self.stop() {
                 return;
+            }
+            if std::mem::take(&mut self.unmounted) {
+                self.last_mount.busy();
             }
         }
     }
@@ -216,6 +228,7 @@ impl Supervisor {
                 self.stay_registered();
             }
             self.watch_worker();
+            self.unmounted |= self.last_mount.has_gone(&self.binding());
             if self.names.take_table_due() {
                 let scan = self.helper(&Job::Scan { binding: self.binding() }).ok();
                 self.names.set_scan(scan);

@@ -70,6 +70,7 @@ pub fn worker_main() -> ! {
     }
     let Ok(socket) = host::take_standard(SOCKET) else { host::exit(2) };
     let Ok(Some((link, inherited))) = SupervisorLink::start(socket) else { host::exit(2) };
+    host::show_device(&inherited.start.device_name);
     let inherited = Arc::new(inherited);
     let mut link = link;
     let succeeds = inherited.start.succeed.is_some();

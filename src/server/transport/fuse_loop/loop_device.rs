@@ -17,7 +17,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::sysfs::disk_identity;
 use crate::server::transport::binding::{Binding, Patience};
 use crate::server::{mounts, partitions};
-use crate::sys::{loopdev, partition};
+use crate::sys::{loopdev, partition, processes};
 
 /// How many numbers above the first choice are tried.
 const TRIES: u32 = 1000;
@@ -27,6 +27,8 @@ const CONTROL: (u64, u64) = (10, 237);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long a detached device of the wanted number may take to disappear, until the next number is taken.
 const REMOVAL: Duration = Duration::from_millis(300);
+/// How long files of a file system that was unmounted lazily may be in use.
+const LAZY: Duration = Duration::from_secs(6);
 /// How long the kernel may take to unbind a device that no process holds any more.
 const UNBIND: Duration = Duration::from_secs(20);
 
@@ -271,6 +273,7 @@ pub fn remove_unbound(backing: &str, rdev: u64) {
 
 /// The device opened exclusively; `None`: it serves us no more.
 fn open_alone(binding: &Binding, start: Instant, patience: Patience) -> Result<Option<File>> {
+    let mut looked = Duration::ZERO;
     loop {
         if !still_bound(binding) {
             return Ok(None);
@@ -279,9 +282,19 @@ fn open_alone(binding: &Binding, start: Instant, patience: Patience) -> Result<O
             Ok(device) => return Ok(Some(device)),
             Err(e) if matches!(e.raw_os_error(), Some(libc::ESTALE | libc::ENXIO | libc::ENODEV)) => return Ok(None),
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-                let mounted = mounts::mounted_anywhere(&mounts::numbers(&binding.backing, binding.rdev));
+                let numbers = mounts::numbers(&binding.backing, binding.rdev);
+                let mounted = mounts::mounted_anywhere(&numbers);
                 let limit = if mounted.is_some() { patience.mounted } else { patience.busy };
-                if start.elapsed() >= limit {
+                let elapsed = start.elapsed();
+                // A file system without a mount, in use by a process, does not go by waiting either.
+                let held = mounted.is_none() && elapsed >= LAZY.min(limit) && elapsed >= looked;
+                if held && let Some(text) = used_without_mount(&numbers) {
+                    return Err(Error::with(Kind::DevIoc, format!("{} {text}", binding.backing), e));
+                }
+                if held {
+                    looked = elapsed + Duration::from_secs(1);
+                }
+                if elapsed >= limit {
                     let where_ = mounted.map_or("in use by another process".into(), |m| format!("mounted at {m}"));
                     return Err(Error::with(Kind::DevIoc, format!("{} is {where_}", binding.backing), e));
                 }
@@ -290,6 +303,18 @@ fn open_alone(binding: &Binding, start: Instant, patience: Patience) -> Result<O
             Err(e) => return Err(Error::with(Kind::DevIoc, format!("cannot open {}", binding.backing), e)),
         }
     }
+}
+
+/// Which processes use a file system on the device that is mounted nowhere any more (`umount -l`), for a message.
+fn used_without_mount(numbers: &[u64]) -> Option<String> {
+    let users = processes::using(numbers);
+    let named: Vec<String> = users.iter().take(8).map(|pid| processes::shown(pid)).collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "has no mount any more (umount -l), but files of it are in use by process {}; end these processes, then unmount it",
+            named.join(", ")
+        )
+    })
 }
 
 /// Undoes an attach of unknown fate: whatever is bound to the device of number `rdev` came from the killed attach.
