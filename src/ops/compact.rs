@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{image_set, partition, recovery};
+use super::{disk_lock, image_set, partition, recovery};
 use crate::bail;
 use crate::descriptor::{Image, ImageMode, LockedDescriptor};
 use crate::device::{self, Device};
@@ -40,7 +40,7 @@ pub struct Compacted {
 /// of the disk do not change, at no instant; an interrupted run is repaired by the next mount or run.
 pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     if let Some(device) = image_set::writer(&disk)? {
         bail!(
             Param,

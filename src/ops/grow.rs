@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{image_set, mount, recovery};
+use super::{disk_lock, image_set, mount, recovery};
 use crate::bail;
 use crate::descriptor::{Image, LockedDescriptor};
 use crate::error::{IoContext, Kind, Result};
@@ -25,7 +25,7 @@ const RAW_SECTORS: u64 = 8;
 /// is rounded up to 4 KiB.
 pub fn grow_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     grow_locked(&mut disk, sectors)
 }
 
@@ -68,6 +68,9 @@ fn grow_top(disk: &LockedDescriptor, top: &Image, sectors: u64) -> Result<u64> {
 pub fn grow_image(image: &Path, raw: bool, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
     let held = lock::lock_image(image, None, WRITE, Sharing::Exclusive).map_err(|e| image_set::named(e, image))?;
+    image_set::refuse_dead_users(&[held.id()?], image)?;
+    // A worker that had the lock until now may have been killed.
+    image_set::refuse_unflushed([image], None)?;
     if let Some((descriptor, disk, guid)) = image_set::named_beside(&held.path, held.id()?)
         && disk.has_children(&guid)
     {

@@ -7,9 +7,8 @@ use std::path::Path;
 
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{grow, image_set};
+use super::{disk_lock, grow, image_set};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::gpt::{Gpt, Partition, Piece};
@@ -23,7 +22,7 @@ use crate::units::SECTOR;
 /// one has left. Smaller than the disk is: `Param`. Needs root.
 pub fn resize_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
-    let mut disk = LockedDescriptor::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     if let Some(device) = image_set::writer(&disk)? {
         bail!(
             Param,

@@ -133,12 +133,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     let options = options(inherited, &shm, (takeover, target.is_some(), failed))?;
     // Before the chain is opened: that marks the image.
     let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
-    let journal = match inherited.start.session.recovery() {
-        Recovery::Journal => {
-            Some(RequestJournal::create(&memory).ctx(Kind::Malloc, || "cannot get memory for requests")?)
-        }
-        Recovery::Kernel => None,
-    };
+    let journal = own_journal(inherited, &memory)?;
     let left = std::mem::take(&mut *locked(&inherited.journal));
     let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
     if left.is_some() {
@@ -197,6 +192,16 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         core.log.line(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
+}
+
+/// Where a successor finds this worker's requests, if the kernel does not send them again.
+fn own_journal(inherited: &Inherited, memory: &Memory) -> Result<Option<RequestJournal>> {
+    match inherited.start.session.recovery() {
+        Recovery::Journal => {
+            RequestJournal::create(memory).map(Some).ctx(Kind::Malloc, || "cannot get memory for requests")
+        }
+        Recovery::Kernel => Ok(None),
+    }
 }
 
 /// How the chain is opened; `merges`: into a target that is marked, too.
