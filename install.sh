@@ -23,7 +23,6 @@ fail() {
     exit 1
 }
 
-cd "$(dirname "$0")"
 uninstall= force=
 for argument; do
     case $argument in
@@ -40,6 +39,12 @@ for argument; do
     *) fail "unknown argument $argument; --help shows them" ;;
     esac
 done
+
+case ${DESTDIR:-/} in
+/*) ;;
+*) fail "DESTDIR=$DESTDIR: want an absolute path" ;;
+esac
+cd "$(dirname "$0")"
 
 # Where the distribution has its libraries.
 libdir() {
@@ -102,8 +107,20 @@ loader() {
     fi
 }
 
+# Without the program and the unit disks would not be closed at shutdown.
+refuse_running() {
+    [ -z "$DESTDIR$force" ] || return 0
+    for device in /run/ploop/*/state; do
+        [ ! -e "$device" ] || fail "disks are mounted (ploop list -a): ploop umount --all first, or give --force"
+    done
+}
+
 if [ -n "$uninstall" ]; then
     refuse_packages
+    refuse_running
+    if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null; then
+        systemctl disable ploop-shutdown >/dev/null 2>&1 || :
+    fi
     list | while IFS= read -r path; do
         rm -f "$DESTDIR$path"
         # Folders that only this package has; in a tree of its own all that are empty.

@@ -26,6 +26,7 @@ logs=${CARGO_TARGET_DIR:-$root/target}/test-logs/xfstests
 rm -rf "$logs" && mkdir -p "$logs" || exit 1
 scratch=$(mktemp -d "${PLOOP_TEST_TMP:-/var/tmp}/ploop-xfstests.XXXXXX") || exit 1
 mkdir "$scratch/test" "$scratch/scratch"
+saved=$tree/local.config.before-ploop
 loops=()
 
 finish() {
@@ -37,12 +38,14 @@ finish() {
         losetup -d "$loop"
     done
     rm -f "$tree/local.config"
-    [ ! -e "$scratch/local.config" ] || mv "$scratch/local.config" "$tree/local.config"
+    [ ! -e "$saved" ] || mv "$saved" "$tree/local.config"
     rm -rf "$scratch"
 }
+# The user's own settings come back at the end; what an interrupted run has left is never overwritten.
+[ ! -e "$saved" ] || { echo "$saved: of an earlier run, move it to local.config or away first" >&2; rm -rf "$scratch"; exit 1; }
+[ ! -e "$tree/local.config" ] || mv "$tree/local.config" "$saved" || exit 1
 trap finish EXIT
 trap 'exit 130' INT TERM
-[ ! -e "$tree/local.config" ] || mv "$tree/local.config" "$scratch/local.config"
 
 # suite NAME TEST_DEV SCRATCH_DEV CHECK_ARGUMENT...: the result of each test in $logs/NAME, one a line.
 suite() {

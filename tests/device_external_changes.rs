@@ -341,6 +341,13 @@ fn deleted_and_renamed_images_are_named_and_copied_back() {
     assert!(code == 1 && text.contains("another file has its name"), "{code}: {text}");
     assert!(fs::read(point.join("three")).is_ok() && !files[1].exists());
     fs::remove_file(&base).unwrap();
+    // In use: nothing of the copies stays, and the next try makes them again.
+    let user = fs::File::open(point.join("one")).unwrap();
+    let (code, text) = said(&["umount", "--save-deleted"], &dd);
+    let left: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(code == 22 && !left.iter().any(|n| n.to_string_lossy().ends_with(".saving")), "{code}: {text}: {left:?}");
+    assert!(files.iter().all(|f| !f.exists()), "{left:?}");
+    drop(user);
     let before = fs::read_dir(&folder).unwrap().count();
     let (code, text) = said(&["umount", "--save-deleted"], &dd);
     assert!(code == 0 && text.contains("is there again"), "{code}: {text}");

@@ -13,7 +13,6 @@ use device_common::load::{Load, check_lanes, kill_process};
 use device_common::*;
 use ploop::Kind;
 use ploop::device::{self, State, served};
-use ploop::server::proto::ProcessId;
 use ploop::server::runtime;
 
 /// Rewrites blocks and reads them back until told to stop; returns how many it wrote.
@@ -75,15 +74,6 @@ fn kill_workers(t: &Bench) {
     device::detach(device.name()).unwrap();
     t.assert_gone(&device);
     t.sound(&image);
-}
-
-/// The worker that a supervisor has started, this one aside.
-fn next_worker(supervisor: ProcessId, but: ProcessId) -> Option<ProcessId> {
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", supervisor.pid)).ok()?;
-    let others = children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid != but.pid);
-    let workers =
-        others.filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0worker\0")));
-    workers.filter_map(runtime::process).find(|id| runtime::alive(*id))
 }
 
 /// Whoever takes over dies, too, somewhere on the way.

@@ -209,7 +209,7 @@ impl Disk {
             Victim::Worker => (hit(r.worker), false),
             Victim::Supervisor => (hit(r.supervisor), worker_is_dead),
             Victim::Both => (hit(r.supervisor) + hit(r.worker), true),
-            Victim::Helper => (helpers(r.supervisor).into_iter().map(hit).sum(), false),
+            Victim::Helper => (children(r.supervisor, "helper").into_iter().map(hit).sum(), false),
             Victim::Caller => (caller.map_or(0, |c| usize::from(c.kill().is_ok())), false),
         };
         // Until then the device looks like one that serves.
@@ -220,14 +220,6 @@ impl Disk {
         }
         struck
     }
-}
-
-/// Short-lived processes of a supervisor.
-fn helpers(supervisor: ProcessId) -> Vec<ProcessId> {
-    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let is_helper = |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0helper\0"));
-    text.split_whitespace().filter_map(|p| p.parse().ok()).filter(is_helper).filter_map(runtime::process).collect()
 }
 
 fn number(name: &str) -> Option<u64> {

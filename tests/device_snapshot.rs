@@ -290,18 +290,6 @@ fn merged_in_random_order() {
     println!("{n} snapshots merged in {rounds} rounds of fio, each took {times:?} ms");
 }
 
-/// Processes that the supervisor has started, by what they do.
-fn children(supervisor: ProcessId, mode: &str) -> Vec<ProcessId> {
-    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let ends = format!("\0{mode}\0");
-    text.split_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .filter(|pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(ends.as_bytes())))
-        .filter_map(runtime::process)
-        .collect()
-}
-
 fn kill_process(id: ProcessId) -> bool {
     runtime::alive(id)
         && nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.pid), nix::sys::signal::Signal::SIGKILL).is_ok()

@@ -17,7 +17,7 @@ use ploop::error::Kind;
 use ploop::format::header::Version;
 use ploop::image::check::read_header;
 use ploop::image::create::create_delta;
-use ploop::server::proto::{ChainSwitch, Command, CommitNames, LevelName, Marked, ProcessId, SwitchLevel};
+use ploop::server::proto::{ChainSwitch, Command, CommitNames, LevelName, Marked, SwitchLevel};
 use ploop::server::{control, runtime};
 use ploop::sys::file_id::FileId;
 use ploop::units::ClusterSize;
@@ -184,17 +184,6 @@ fn what_cannot_be_served_changes_nothing() {
     t.sound(&image);
 }
 
-/// The worker that a supervisor started last.
-fn successor(supervisor: ProcessId, but: ProcessId) -> Option<ProcessId> {
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", supervisor.pid)).ok()?;
-    children
-        .split_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .filter(|pid| *pid != but.pid)
-        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.ends_with(b"\0worker\0")))
-        .find_map(runtime::process)
-}
-
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Victim {
     Worker,
@@ -249,7 +238,7 @@ fn kill_at_each_step(t: &Bench, victims: &[Victim], step: usize) {
                     }
                 });
                 pause(offset as u64);
-                let next = successor(before.supervisor, before.worker);
+                let next = next_worker(before.supervisor, before.worker);
                 match (victim, next) {
                     (Worker, _) => kill_process(before.worker),
                     (Supervisor, _) => kill_process(before.supervisor),
@@ -337,7 +326,7 @@ fn both_of_the_new_chain_killed_with_slots() {
         std::thread::scope(|s| {
             let asked = s.spawn(|| device::switch(&device, &spec, &mut |_| {}));
             pause(offset as u64);
-            let next = successor(before.supervisor, before.worker);
+            let next = next_worker(before.supervisor, before.worker);
             kill_process(before.supervisor);
             next.into_iter().for_each(kill_process);
             retired = runtime::alive(before.worker);

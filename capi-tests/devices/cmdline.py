@@ -428,7 +428,7 @@ def case_json(t):
 
     line = [d for d in object_of("ploop-list-1", "list")["devices"] if d["node"] == dev]
     check(line == [{"name": dev[5:], "node": dev, "base": os.path.join(folder, "root.hds"), "mount_points": [point], "component": "",
-                    "state": "running"}], f"list: {line}")
+                    "state": "running", "deleted": [], "merging": None}], f"list: {line}")
     check(object_of("ploop-info-1", "info", "-d", dd)["device"] == dev, "info -d")
     fs = object_of("ploop-info-1", "info", dd)
     check(fs["blocks"] * fs["block_size"] < 64 * MIB and 0 < fs["free_inodes"] < fs["inodes"], f"info: {fs}")

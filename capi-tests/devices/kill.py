@@ -448,7 +448,7 @@ def case_both_mounted_elsewhere(t):
     point = t.mkdir("mnt")
     dev = t.mount("-m", point, os.path.join(os.path.dirname(img), "DiskDescriptor.xml"))
     name = os.path.basename(dev)
-    keeper = subprocess.Popen(["unshare", "-m", "sleep", "300"], start_new_session=True)
+    keeper = subprocess.Popen(["unshare", "-m", "sh", "-c", 'cd "$0" && exec sleep 300', point], start_new_session=True)
     t.later(lambda: (devlib.kill(keeper.pid), keeper.wait(30)))
     own = os.readlink("/proc/self/ns/mnt")
     devlib.wait_for("a mount namespace", lambda: os.readlink(f"/proc/{keeper.pid}/ns/mnt") != own, 10)

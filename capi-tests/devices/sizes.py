@@ -81,7 +81,7 @@ def case_resize(t):
 
 @devlib.limit(900)
 def case_killed(t):
-    """Whoever resizes is killed at any time: the same command finishes it, and nothing is lost."""
+    """A resize is killed at any time: the same command finishes it, and nothing is lost."""
     rounds = devlib.pick(4, 100)
     seed = int(os.environ.get("PLOOP_SEED", time.time_ns() % 100000))
     log(f"replay: PLOOP_SEED={seed}")
@@ -103,11 +103,11 @@ def case_killed(t):
             os.kill(p.pid, signal.SIGKILL)
             killed += 1
         p.wait(60)
-        # What the killed one has attached stays, and what it has started to resize the file system with may still run.
+        # The device of the killed command stays, and the program that resizes the file system may still run.
         devlib.wait_for("the end of resize2fs", lambda: not busy(dd), 30)
 
         def again():
-            # The device of the killed one may only just appear.
+            # The device of the killed command may only just appear.
             ploop("umount", dd, rc=None, quiet=True)
             return ploop("resize", "-s", f"{size}m", dd, rc=None).rc == 0
         devlib.wait_for("a resize that succeeds", again, 20)
@@ -171,7 +171,7 @@ def case_compact(t):
 
 
 def busy(dd):
-    """A program that the killed one has started works on the disk's partition."""
+    """A program that the killed command has started works on the disk's partition."""
     words = ploop("info", "-d", dd, rc=None, quiet=True).text.split()
     node = next((w for w in words if w.startswith("/dev/ploop")), None)
     if not node:

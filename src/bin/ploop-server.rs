@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use ploop::ops::merge_temporary;
 use ploop::server::supervisor::{attach, resume};
-use ploop::server::{helper, spawn};
+use ploop::server::{helper, kernel_log, spawn};
 use ploop::sys::process;
 
 fn main() {
@@ -48,6 +48,9 @@ fn spawn_detached(mode: &str) -> i32 {
 /// Has the temporary snapshots of a disk that was just mounted merged by its server.
 fn merge() -> i32 {
     let merged = spawn::begin_merges().and_then(|descriptor| merge_temporary::run_merges(&descriptor));
+    if let Err(e) = &merged {
+        kernel_log::log("merges after a mount", &e.to_string());
+    }
     i32::from(merged.is_err())
 }
 

@@ -7,7 +7,7 @@ use crate::ops::resize;
 use std::ffi::c_int;
 
 /// Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
-/// file system (ext, xfs, btrfs) on it. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
+/// file system (ext, xfs, btrfs) on it; needs root. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
 /// SYSEXIT_PARAM.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {

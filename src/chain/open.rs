@@ -39,9 +39,14 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
         bail!(Param, "image {}: an in-use mark can be ignored only for reading", top.name.display());
     }
     let takeover = options.carried.is_some();
+    let mut kinds = Vec::with_capacity(levels.len());
+    for (i, level) in levels.iter().enumerate() {
+        kinds.push(identify(level, i)?);
+    }
     let mut sync_failed = false;
-    if options.writable {
-        // What an earlier process wrote and did not sync must not be relied upon before it is durable.
+    // What an earlier process wrote and did not sync must not be relied upon before it is durable. Where the mark is set
+    // now, the sync that makes it durable comes before anything is written that relies on the file.
+    if options.writable && (takeover || !is_marked_now(kinds.last())) {
         match store::sync_data(&top.file) {
             Err(e) if takeover => {
                 report::warn(format_args!("cannot sync image {}: {e}", top.name.display()));
@@ -49,10 +54,6 @@ pub fn open(levels: &[LevelFile], options: &OpenOptions) -> Result<Chain> {
             }
             other => other.ctx(Kind::Fsync, || format!("cannot sync image {}", top.name.display()))?,
         }
-    }
-    let mut kinds = Vec::with_capacity(levels.len());
-    for (i, level) in levels.iter().enumerate() {
-        kinds.push(identify(level, i)?);
     }
     let cluster = check_together(levels, &kinds, options.raw_cluster)?;
     let was_marked = check_marks(levels, &kinds, options)?;
@@ -261,15 +262,25 @@ fn check_marks(levels: &[LevelFile], kinds: &[Kinds], options: &OpenOptions) -> 
     Ok(top_marked)
 }
 
-/// Marks the top in use, durably; returns its header. At a takeover the mark must be there already.
-fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; header::SIZE]> {
-    let marked = Header {
+/// Whether [`prepare_top`] writes the header of a top that is to be written.
+fn is_marked_now(top: Option<&Kinds>) -> bool {
+    matches!(top, Some(Kinds::Ploop { header, .. }) if in_use(header) != *header)
+}
+
+/// The header of an image while it is written.
+fn in_use(header: &Header) -> Header {
+    Header {
         in_use: header::IN_USE,
         flags: header.flags & !header::FLAG_EMPTY,
         // The extension is not valid after the first write, and qemu refuses an image with a stale offset.
         extension: 0,
         ..*header
-    };
+    }
+}
+
+/// Marks the top in use, durably; returns its header. At a takeover the mark must be there already.
+fn prepare_top(top: &LevelFile, header: &Header, takeover: bool) -> Result<[u8; header::SIZE]> {
+    let marked = in_use(header);
     if takeover && header.in_use != header::IN_USE {
         bail!(
             Protocol,

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -14,6 +15,10 @@ use super::mounts::{self, Mount, Names};
 use crate::error::{Error, Kind, Result};
 use crate::report;
 use crate::sys::{host, processes};
+
+/// How long a process that uses a mount there is waited for, and the time between two tries.
+const MOMENT: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A mount namespace, by a process in it, with its mounts of a device.
 struct Elsewhere {
@@ -30,7 +35,7 @@ pub fn umount_all(names: &Names) -> Result<()> {
     }
     for there in find(names) {
         for mount in there.mounts.iter().rev() {
-            let outcome = umount(&there.process, &mount.target);
+            let outcome = umount_within_a_moment(&there.process, &mount.target);
             let at = format!(
                 "{} in the mount namespace of process {}",
                 mount.target.display(),
@@ -84,6 +89,17 @@ fn find(names: &Names) -> Vec<Elsewhere> {
     found
 }
 
+/// A process that uses the mount may be about to end.
+fn umount_within_a_moment(process: &Path, target: &Path) -> nix::Result<()> {
+    let end = host::now() + MOMENT;
+    loop {
+        match umount(process, target) {
+            Err(Errno::EBUSY) if host::now() < end && !report::cancel::requested() => host::sleep(LOOK),
+            other => return other,
+        }
+    }
+}
+
 /// Unmounts `target` as the process of that folder in /proc sees it. In a thread of its own, which enters the namespace and
 /// ends.
 fn umount(process: &Path, target: &Path) -> nix::Result<()> {
@@ -99,5 +115,6 @@ fn umount(process: &Path, target: &Path) -> nix::Result<()> {
         nix::unistd::chroot(".")?;
         umount2(&target, MntFlags::UMOUNT_NOFOLLOW)
     };
-    thread::spawn(enter).join().unwrap_or(Err(Errno::EIO))
+    let entered = thread::Builder::new().spawn(enter).map_err(|_| Errno::EAGAIN)?;
+    entered.join().unwrap_or(Err(Errno::EIO))
 }

@@ -155,7 +155,7 @@ fn beside_twin(device: &Path, fstype: &str, flags: MsFlags, look: bool, data: &m
                 bail!(
                     Mount,
                     "the XFS on {} has the UUID of the one that is mounted at {}: mount it read-only (-r), with -o nouuid, or give \
-                     it a UUID of its own (xfs_admin -U generate {0})",
+                     it a UUID of its own: ploop mount it without -m, then xfs_admin -U generate on its partition",
                     device.display(),
                     target.display()
                 );
@@ -166,7 +166,7 @@ fn beside_twin(device: &Path, fstype: &str, flags: MsFlags, look: bool, data: &m
             Some(devices) => bail!(
                 Mount,
                 "the btrfs on {} has the UUID of one that is mounted (from {}), for which this kernel would take it: unmount that \
-                 first, or give this one a UUID of its own (btrfstune -u {0})",
+                 first, or give this one a UUID of its own: ploop mount it without -m, then btrfstune -u on its partition",
                 device.display(),
                 devices.join(", ")
             ),

@@ -35,7 +35,7 @@ pub fn pack(
     below: &dyn Fn(VirtCluster) -> bool,
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<Packed> {
-    let mut target = Target::open_sparse(file, name)?;
+    let mut target = Target::open(file, name)?;
     target.mark()?;
     match pack_marked(&mut target, below, progress) {
         Ok(packed) => {
@@ -62,6 +62,7 @@ fn pack_marked(
             zeroes.push(*cluster);
         }
     }
+    target.clear_beyond()?;
     target.clear(&zeroes)?;
     // The places of these are free only from here on.
     target.reread()?;
@@ -98,6 +99,7 @@ fn is_zero(target: &Target<'_>, at: ImageCluster) -> Result<bool> {
 pub fn pull_in(file: &File, name: &Path) -> Result<(u64, u64)> {
     let mut target = Target::open_sparse(file, name)?;
     target.mark()?;
+    target.clear_beyond()?;
     if target.header.first_data() > target.header.table_clusters() {
         // What lay between the BAT and the data is free.
         let first_data_sector = target.header.table_clusters() * target.cluster().sectors();

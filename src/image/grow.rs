@@ -6,7 +6,6 @@ use std::path::Path;
 
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
-use crate::format::bat;
 use crate::format::header::{self, Header};
 use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
 use crate::sys::store;
@@ -37,14 +36,7 @@ pub fn grow(target: &mut Target<'_>, sectors: u64) -> Result<()> {
     let new = Header { in_use: old.in_use, flags: old.flags, first_data_sector, ..sized };
     let (old_first, first) = (old.first_data(), new.first_data());
     // Entries behind the old disk's last cluster become those of clusters.
-    let stale: Vec<u64> = target.table.beyond.drain(..).collect();
-    for index in &stale {
-        write_all(target.file, &[0; 4], bat::offset_of(*index))
-            .ctx(Kind::Write, || format!("cannot write the BAT of {name}"))?;
-    }
-    if !stale.is_empty() {
-        target.sync()?;
-    }
+    target.clear_beyond()?;
     // What lay between the BAT and the data becomes a part of the BAT.
     let size = old.cluster.bytes();
     let between = u64::from(old.table_clusters()) * size..u64::from(new.table_clusters().min(old_first)) * size;

@@ -144,6 +144,18 @@ impl<'a> Target<'a> {
         self.sync()
     }
 
+    /// Clears the slots behind the disk's last cluster, durably: clusters that they name are free from then on.
+    pub fn clear_beyond(&mut self) -> Result<()> {
+        if self.table.beyond.is_empty() {
+            return Ok(());
+        }
+        for index in std::mem::take(&mut self.table.beyond) {
+            write_all(self.file, &[0; 4], bat::offset_of(index))
+                .ctx(Kind::Write, || format!("cannot write the BAT of {}", self.name.display()))?;
+        }
+        self.sync()
+    }
+
     /// Makes the entries of these clusters name nothing, durably.
     pub fn clear(&mut self, clusters: &[VirtCluster]) -> Result<()> {
         if clusters.is_empty() {
@@ -209,6 +221,8 @@ impl<'a> Target<'a> {
         let end = u64::from(self.table.end) * self.cluster().bytes();
         let len = self.file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
         if len > end {
+            // No entry on disk may name what is cut.
+            self.sync()?;
             store::set_len(self.file, end)
                 .ctx(Kind::Ftruncate, || format!("cannot cut image {name} to {end} bytes"))?;
         }

@@ -120,7 +120,12 @@ fn trim_device(device: &Device) -> Result<()> {
     mounting::mount_device(&source, folder.path(), &MountSpec::default())?;
     let trimmed = File::open(folder.path()).and_then(|root| freeze::trim(&root));
     mounting::umount(folder.path())?;
-    let bytes = trimmed.ctx(Kind::Sys, || format!("the file system on {} cannot discard", source.display()))?;
+    let bytes = trimmed.ctx(Kind::Sys, || {
+        format!(
+            "the file system on {} cannot discard; ploop compact --no-trim frees what is zero already",
+            source.display()
+        )
+    })?;
     report::say(0, format_args!("{} MiB inside are not used", bytes >> 20));
     Ok(())
 }

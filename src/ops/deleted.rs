@@ -10,7 +10,7 @@ use nix::sys::stat::fstat;
 use crate::bail;
 use crate::descriptor::{self, Descriptor};
 use crate::device::{self, Device, State, Whereabouts};
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
 use crate::sys::fiemap::{each_data, next_data, next_hole};
 use crate::sys::file_id::FileId;
@@ -31,22 +31,22 @@ pub enum Deleted {
 
 /// A deleted image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lost {
+pub struct DeletedImage {
     level: usize,
     /// Its last name.
     pub path: PathBuf,
 }
 
 /// The deleted images of a device, base first. What the disk's descriptor does not name any more was removed by a merge.
-pub fn of(device: &Device) -> Vec<Lost> {
+pub fn of(device: &Device) -> Vec<DeletedImage> {
     let found = device::whereabouts(device).into_iter().enumerate();
     let deleted = found.filter_map(|(level, now)| match now {
         Whereabouts::Deleted { was } => {
-            Some(Lost { level, path: last_name(device.images.get(level)?.path.as_path(), was) })
+            Some(DeletedImage { level, path: last_name(device.images.get(level)?.path.as_path(), was) })
         }
         _ => None,
     });
-    let deleted: Vec<Lost> = deleted.collect();
+    let deleted: Vec<DeletedImage> = deleted.collect();
     if deleted.is_empty() {
         return deleted;
     }
@@ -83,17 +83,9 @@ pub fn moved(device: &Device) -> Vec<(PathBuf, PathBuf)> {
 
 /// What to say of the images of a device that are not where its descriptor names them, and what to do.
 pub fn trouble(device: &Device) -> Option<(String, String)> {
-    let names = |paths: &[&Path]| paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
     let lost = of(device);
     if !lost.is_empty() {
-        let paths: Vec<&Path> = lost.iter().map(|l| l.path.as_path()).collect();
-        return Some((
-            format!("{} was deleted while the disk runs; its content is there until it is unmounted", names(&paths)),
-            format!(
-                "ploop umount --save-deleted -d {} copies it back (the folder needs the space); --discard-deleted gives it up",
-                device.node().display()
-            ),
-        ));
+        return Some(advice(device, &lost));
     }
     let moved = moved(device);
     let (old, new) = moved.first()?;
@@ -103,10 +95,21 @@ pub fn trouble(device: &Device) -> Option<(String, String)> {
     ))
 }
 
-/// Before anything is changed: unmounting would end what is left of deleted images. `Umount`.
-pub fn refuse(device: &Device) -> Result<()> {
-    let Some((what, remedy)) = trouble(device).filter(|_| !of(device).is_empty()) else { return Ok(()) };
-    bail!(Umount, "{what}: {remedy}; nothing was changed")
+fn advice(device: &Device, lost: &[DeletedImage]) -> (String, String) {
+    let names: Vec<String> = lost.iter().map(|l| l.path.display().to_string()).collect();
+    (
+        format!("{} was deleted while the disk runs; its content is there until it is unmounted", names.join(", ")),
+        format!(
+            "ploop umount --save-deleted -d {} copies it back (the folder needs the space); --discard-deleted gives it up",
+            device.node().display()
+        ),
+    )
+}
+
+/// Before anything is changed: unmounting would end what is left of these images. `Umount`.
+pub fn refusal(device: &Device, lost: &[DeletedImage]) -> Error {
+    let (what, remedy) = advice(device, lost);
+    Error::new(Kind::Umount, format!("{what}: {remedy}; nothing was changed"))
 }
 
 /// Copies of deleted images, made while their device is unmounted.
@@ -114,7 +117,8 @@ pub fn refuse(device: &Device) -> Result<()> {
 /// A first copy is made while the disk may still be in use: it takes the space, so that what may fail has not yet changed
 /// anything. When no file system is mounted and the device is flushed, [`publish`](Self::publish) brings the copies up to
 /// date and gives them their names: from then on they are as good as the images after a crash. When the server has closed
-/// the images, [`finish`](Self::finish) takes over what that changed.
+/// the images, [`finish`](Self::finish) takes over what that changed. Dropped before that, the copies are removed: the
+/// device runs on.
 pub struct Rescue {
     saving: Vec<Saving>,
 }
@@ -126,11 +130,21 @@ struct Saving {
     /// Where the copy is.
     now: Place,
     target: Place,
+    /// The copy is all that there is.
+    kept: bool,
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = store::unlink_file(&self.now, self.id);
+        }
+    }
 }
 
 impl Rescue {
     /// The first copies.
-    pub fn begin(device: &Device, lost: &[Lost]) -> Result<Rescue> {
+    pub fn begin(device: &Device, lost: &[DeletedImage]) -> Result<Rescue> {
         if device.state != State::Running {
             bail!(
                 Umount,
@@ -156,7 +170,15 @@ impl Rescue {
                 .and_then(|f| f.sync_all())
                 .ctx(Kind::Fsync, || format!("cannot flush {}", node.display()))?;
         }
-        self.saving.iter_mut().try_for_each(Saving::publish)
+        self.saving.iter_mut().try_for_each(Saving::publish)?;
+        // What is removed from here on may be all that there is.
+        self.saving.iter_mut().for_each(|one| one.kept = true);
+        Ok(())
+    }
+
+    /// The device runs on with its images: the copies are removed.
+    pub fn withdraw(mut self) {
+        self.saving.iter_mut().for_each(|one| one.kept = false);
     }
 
     /// The server has closed the images.
@@ -171,13 +193,6 @@ impl Rescue {
             report::say(0, format_args!("{} is there again", one.target.display()));
         }
         Ok(())
-    }
-
-    /// The device runs on: the copies would only be in the way.
-    pub fn withdraw(self) {
-        for one in &self.saving {
-            let _ = store::unlink_file(&one.now, one.id);
-        }
     }
 }
 
@@ -201,12 +216,10 @@ impl Saving {
         let copy = store::create_new(&now, 0o600)
             .ctx(Kind::Creat, || format!("cannot make {} (one of an interrupted try can be removed)", now.display()))?;
         let id = FileId::of(&copy).ctx(Kind::Fstat, || now.display())?;
-        let saving = Saving { source, copy, id, now, target };
-        let made = saving.own().and_then(|()| saving.update());
-        if made.is_err() {
-            let _ = store::unlink_file(&saving.now, saving.id);
-        }
-        made.map(|()| saving)
+        let saving = Saving { source, copy, id, now, target, kept: false };
+        saving.own()?;
+        saving.update()?;
+        Ok(saving)
     }
 
     /// Owner and mode of the deleted file.
@@ -338,10 +351,16 @@ mod tests {
         assert_eq!(saving.publish().unwrap_err().kind(), Kind::Rename);
         fs::remove_file(&path).unwrap();
         saving.publish().unwrap();
+        saving.kept = true;
         Rescue { saving: vec![saving] }.finish().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"deleted");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        // A try that ends before the copy has its name leaves nothing.
+        fs::remove_file(&path).unwrap();
+        drop(try_it().unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
+
     #[test]
     fn a_strangers_link_sends_no_copy_elsewhere() {
         if !nix::unistd::geteuid().is_root() {

@@ -93,7 +93,7 @@ fn told(path: &Path, locked: Result<LockedDescriptor>) -> Result<LockedDescripto
                 Kind::Lock,
                 format!(
                     "{e}; snapshots of it are being merged while {} runs ({done} of {all} clusters): wait for the end \
-                     (ploop list shows it), or unmount the disk, and the next mount goes on with the merge",
+                     (ploop list shows it), or unmount the disk, and the next mount begins the merge anew",
                     device.node().display()
                 ),
             )

@@ -208,7 +208,10 @@ fn unflushed((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
         Grade::Warning,
         &folder.display().to_string(),
         format!("the last changes of {image}, whose server was killed, wait for the next mount"),
-        format!("mount it for writing; if the image is gone for good: rm -r {}", folder.display()),
+        format!(
+            "mount it for writing before the host is rebooted; if the image is gone for good: rm -r {}",
+            folder.display()
+        ),
     )
 }
 
@@ -253,7 +256,7 @@ fn one(d: &Device) -> Finding {
         ),
         State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
         State::Dead => format!(
-            "its server was killed or the host crashed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}; after the next mount all that was written is there"
+            "its processes were killed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}, and mount it again before the host is rebooted: then what was answered is there (where the image lies on a network file system: what was flushed)"
         ),
     };
     let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };

@@ -29,7 +29,10 @@ pub fn mount(disk: &Path, folder: &Path, options: &str, fake: bool) -> Result<bo
         bail!(Param, "{} is not a folder", folder.display());
     }
     let disk = match fs::canonicalize(disk) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && word("nofail") => return Ok(false),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && word("nofail") => {
+            report::say(0, format_args!("{} is not there: left out (nofail)", disk.display()));
+            return Ok(false);
+        }
         other => other.ctx(Kind::Param, || disk.display().to_string())?,
     };
     if !disk.is_file() {

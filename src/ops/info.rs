@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
-use nix::unistd::mkdtemp;
 use serde::Serialize;
 
 use super::disk_lock::Disk;
 use super::find;
 use super::mount::{self, MountParams};
+use super::private_folder::PrivateFolder;
 use super::umount;
 use crate::bail;
 use crate::descriptor::LockedDescriptor;
@@ -70,17 +70,12 @@ pub fn fs_info(descriptor: &Path) -> Result<FsInfo> {
     }
 }
 
-/// A mount point for a disk beside which no folder can be made.
-fn elsewhere() -> Result<Place> {
-    let folder = mkdtemp(&Path::new("/run").join("ploop-info.XXXXXX"))
-        .ctx(Kind::Mkdir, || "no temporary folder can be made in /run")?;
-    Place::named(&folder).ctx(Kind::Mkdir, || folder.display().to_string())
-}
-
 fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
-    let target = match disk.is_unlocked() {
-        true => elsewhere()?,
-        false => umount::temporary_mount_point(disk)?,
+    // Beside some disks no folder can be made.
+    let private = if disk.is_unlocked() { Some(PrivateFolder::make()?) } else { None };
+    let target = match &private {
+        Some(folder) => Place::named(folder.path()).ctx(Kind::Mkdir, || folder.path().display().to_string())?,
+        None => umount::temporary_mount_point(disk)?,
     };
     match store::make_dir(&target, 0o700) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
@@ -102,9 +97,6 @@ fn ask(disk: &LockedDescriptor) -> Result<FsInfo> {
     };
     let undone = umount::umount_locked(disk, "");
     drop(mounted);
-    if disk.is_unlocked() {
-        umount::remove_mount_point(&target);
-    }
     undone.and(info)
 }
 

@@ -1,8 +1,9 @@
 //! A folder in which a command mounts a disk's file system for itself.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs;
 use std::path::{Path, PathBuf};
+
+use nix::unistd::mkdtemp;
 
 use crate::error::{IoContext, Kind, Result};
 
@@ -11,11 +12,8 @@ pub struct PrivateFolder(PathBuf);
 
 impl PrivateFolder {
     pub fn make() -> Result<PrivateFolder> {
-        let folder = PathBuf::from(format!("/run/.ploop-private-{}", std::process::id()));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&folder)
-            .ctx(Kind::Creat, || format!("cannot make folder {}", folder.display()))?;
+        let name = Path::new("/run/ploop-private.XXXXXX");
+        let folder = mkdtemp(name).ctx(Kind::Mkdir, || "no temporary folder can be made in /run")?;
         Ok(PrivateFolder(folder))
     }
 

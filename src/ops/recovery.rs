@@ -56,13 +56,14 @@ fn adopt_size(disk: &mut LockedDescriptor) -> Result<()> {
     if header.sectors <= known {
         return Ok(());
     }
+    let said = disk.size_sectors;
     let mut next = disk.descriptor.clone();
     next.size_sectors = header.sectors;
     disk.commit_as(next)?;
     report::say(
         0,
         format_args!(
-            "the top image has {} sectors, {} said {known}: corrected, as after an interrupted grow",
+            "the top image has {} sectors, {} said {said}: corrected, as after an interrupted grow",
             header.sectors,
             disk.path.display()
         ),

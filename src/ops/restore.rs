@@ -49,7 +49,7 @@ fn ploop_disk(image: &Path) -> Result<Descriptor> {
 
 fn raw_disk(image: &Path, cluster: Option<ClusterSize>) -> Result<Descriptor> {
     let shown = image.display();
-    // Shared: what only names the image does not care for its readers.
+    // Shared: other programs may read the image meanwhile.
     let held = lock::lock_image(image, None, READ, Sharing::Readers)?;
     let mut head = [0; header::SIZE];
     let got = read_full(&held.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read image {shown}"))?;
@@ -86,8 +86,8 @@ fn warn_of_others(image: &Path) {
         .collect();
     if !others.is_empty() {
         report::warn(format_args!(
-            "beside {} there are other ploop images ({}): if it had snapshots, the new descriptor does not know them, and \
-             the disk must not be mounted for writing before they are in it",
+            "beside {} there are other ploop images ({}): if it had snapshots, the new descriptor does not know them: \
+             then bring the old one back from a backup, and do not mount the disk for writing",
             image.display(),
             others.join(", ")
         ));

@@ -31,7 +31,7 @@ impl Umount {
     /// Unmounts a disk by its descriptor. `DevNotMounted` if it is not running under this component.
     pub fn descriptor(self, descriptor: &Path, component: &str) -> Result<()> {
         let _operation = report::cancel::begin();
-        // A merge in the disk's own server ends with the device, and the next mount goes on with it.
+        // A merge in the disk's own server ends with the device, and the next mount begins it anew.
         let disk = Disk::look(descriptor)?;
         self.of_place(disk.place(), &disk, component)
     }
@@ -90,8 +90,11 @@ impl Umount {
         let lost = deleted::of(device);
         let rescue = match self.deleted {
             _ if lost.is_empty() => None,
-            Deleted::Refuse => return deleted::refuse(device),
-            Deleted::Save => Some(Rescue::begin(device, &lost)?),
+            Deleted::Refuse => return Err(deleted::refusal(device, &lost)),
+            Deleted::Save => {
+                refuse_nested(device, &find::mounts_of(device)?)?;
+                Some(Rescue::begin(device, &lost)?)
+            }
             Deleted::Discard => None,
         };
         if let Some((what, remedy)) = deleted::trouble(device).filter(|_| lost.is_empty()) {
@@ -238,20 +241,29 @@ fn detach(device: &Device) -> Result<()> {
 /// The copies of deleted images get their names before the server closes the images, and what closing changed after it.
 fn detach_and_save(device: &Device, mut rescue: Rescue) -> Result<()> {
     if let Err(e) = rescue.publish(device) {
-        rescue.withdraw();
         return Err(e.context(format!("{} is unmounted, but still attached", device.node().display())));
     }
     match detach(device) {
         Ok(()) => rescue.finish(),
+        // Nothing has changed: the device has its images, and the copies would only be in the way.
+        Err(e) if e.kind() == Kind::Umount && runs_on(device) => {
+            rescue.withdraw();
+            Err(e)
+        }
         Err(e) => {
-            // Without the device the copies are all that there is.
-            match device::by_node(device.name()) {
-                Ok(None) => rescue.finish()?,
-                _ => rescue.withdraw(),
+            // The server ends the device in spite of the error, perhaps later: the copies are all that there is then.
+            if let Err(more) = rescue.finish() {
+                report::warn(more);
             }
             Err(e)
         }
     }
+}
+
+/// The device is there as it was, with the same images.
+fn runs_on(device: &Device) -> bool {
+    let now = device::by_node(device.name()).ok().flatten();
+    now.is_some_and(|now| now.state == State::Running && now.rdev == device.rdev && now.top_id() == device.top_id())
 }
 
 fn remember(disk: &Descriptor, mount_point: &Path) -> Result<()> {

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::deleted::Deleted;
 use super::find;
 use super::umount::Umount;
 use crate::device::{self, Device, State};
@@ -20,6 +21,8 @@ use crate::report;
 const AT_ONCE: usize = 16;
 /// Pause before a disk that was busy is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The same where each try copies deleted images.
+const PAUSE_WITH_COPIES: Duration = Duration::from_secs(20);
 
 /// The result for one disk.
 #[derive(Debug)]
@@ -81,7 +84,9 @@ impl Work {
     }
 
     fn may_begin(&self, name: &str) -> bool {
-        self.running.len() < AT_ONCE && self.tried.get(name).is_none_or(|(when, _)| when.elapsed() >= PAUSE)
+        // Each try with deleted images copies them.
+        let pause = if self.how.deleted == Deleted::Save { PAUSE_WITH_COPIES } else { PAUSE };
+        self.running.len() < AT_ONCE && self.tried.get(name).is_none_or(|(when, _)| when.elapsed() >= pause)
     }
 
     fn begin(&mut self, device: &Device, places: &[Place]) {
@@ -89,11 +94,15 @@ impl Work {
         self.running.insert(name.clone(), base);
         let all: Vec<Names> = places.iter().map(|p| p.names.clone()).collect();
         let (how, tell, device) = (self.how, self.tell.clone(), device.clone());
-        thread::spawn(move || {
+        let (of, teller) = (name.clone(), tell.clone());
+        let started = thread::Builder::new().spawn(move || {
             let ended = one(how, &device, &all);
             // After the limit the receiver is gone.
-            let _ = tell.send((name, ended));
+            let _ = teller.send((of, ended));
         });
+        if let Err(e) = started {
+            let _ = tell.send((name, Err(Error::with(Kind::Sys, "cannot start a thread", e))));
+        }
     }
 
     /// Waits until an unmount has ended, or for at most `PAUSE`.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 /// One line for the host's administrator, into the kernel's log: no file of ours could be on a device of ours.
-pub(super) fn log(name: &str, text: &str) {
+pub fn log(name: &str, text: &str) {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     #[cfg(test)]

@@ -9,7 +9,7 @@ pub mod freeze;
 pub mod greeting;
 pub mod helper;
 pub mod jobs;
-mod kernel_log;
+pub mod kernel_log;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;

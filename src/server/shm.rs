@@ -47,6 +47,7 @@ const AT_ORIGIN: usize = 1800;
 const AT_ALIVE: usize = 1808;
 const AT_CLOCK: usize = 1809;
 const AT_ASKED: usize = 1810;
+const AT_SEEN: usize = 1811;
 const AT_SLOTS: usize = 2048;
 
 /// Where the top of [`Origin`] stands, in bytes.
@@ -247,12 +248,23 @@ impl Shm {
         (self.words[AT_ALIVE].load(Acquire), self.words[AT_CLOCK].load(Relaxed) as i64)
     }
 
+    /// When the top image was changed last, as the kernel notes it: the content of the image is not older.
+    pub fn note_changed(&self, ctime: u64) {
+        self.words[AT_SEEN].store(ctime, Release);
+    }
+
+    /// The last of these times, in nanoseconds; 0: none was noted.
+    pub fn last_changed(&self) -> u64 {
+        self.words[AT_SEEN].load(Acquire)
+    }
+
     /// The table belongs to these files from now on. Where they are others than before, it is empty.
     pub fn set_origin(&self, origin: Origin) {
         let words = [origin.top.dev, origin.top.ino, origin.chain, origin.boot];
         for (i, v) in words.into_iter().enumerate() {
             self.words[AT_ORIGIN + i].store(v, Release);
         }
+        self.note_changed(0);
         self.beat();
     }
 

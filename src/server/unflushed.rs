@@ -8,7 +8,8 @@
 //!
 //! Entries are of use only to the very content that they were made for. What proves it: the same boot of the host; the
 //! same file, and below it the same files; the file carries its in-use mark; the last change of the file, as the kernel
-//! notes it in its ctime, is not later than the last sign of life of the server, by a clock that was not set meanwhile.
+//! notes it in its ctime, is not later than the last time that a worker noted before it changed the file, nor earlier than
+//! the last change that a worker saw, by a clock that was not set meanwhile.
 //! The worker looks once more when it has the file locked. What does not belong to the content any more is never applied.
 #![forbid(unsafe_code)]
 
@@ -31,7 +32,7 @@ use crate::sys::clock;
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 
-/// A killed worker's last operations take effect after its last sign of life; nanoseconds.
+/// A killed worker's last operations take effect after the last time that it noted; nanoseconds.
 const TOLERANCE: u64 = if cfg!(test) { 50_000_000 } else { 2_000_000_000 };
 
 /// The part of an image that its header is read with.
@@ -128,16 +129,23 @@ pub fn retire(dir: &Path) -> io::Result<()> {
     let left = match left_in(dir) {
         Ok(Some(left)) if !host::breach("changes are dropped with the device") => left,
         Ok(_) => return runtime::remove_dir(dir),
+        // It is kept for a program that can use it.
         Err(e) => {
             let name = dir.file_name().unwrap_or_default().to_string_lossy();
-            log(&name, &format!("what was not flushed is dropped: {e}"));
-            return runtime::remove_dir(dir);
+            log(&name, &format!("what was not flushed cannot be looked at: {e}"));
+            match top_in(dir) {
+                Some(top) => return keep(dir, &place_of(top)),
+                None => return runtime::remove_dir(dir),
+            }
         }
     };
-    let place = place_of(left.shm.origin().top);
+    keep(dir, &place_of(left.shm.origin().top))
+}
+
+fn keep(dir: &Path, place: &Path) -> io::Result<()> {
     host::step("keep the changes")?;
     // Only what is void: a device that wrote to the file has taken over what waited, or dropped it.
-    let _ = runtime::remove_dir(&place);
+    let _ = runtime::remove_dir(place);
     runtime::remove_files(dir, &runtime::FILES_OF_PROCESSES)?;
     fs::rename(dir, place)
 }
@@ -206,7 +214,10 @@ pub fn why_stale(shm: &Shm, top: &File, raw: bool) -> Result<Option<String>> {
             set / 1_000_000_000
         )));
     }
-    let changed = (meta.ctime() as u64).saturating_mul(1_000_000_000).saturating_add(meta.ctime_nsec() as u64);
+    let changed = changed_at(&meta);
+    if shm.last_changed().saturating_sub(changed) > TOLERANCE {
+        return Ok(Some("the image was put back to an earlier content, as by a snapshot of its file system".into()));
+    }
     let later = changed.saturating_sub(alive);
     if later > TOLERANCE {
         return Ok(Some(format!(
@@ -215,6 +226,11 @@ pub fn why_stale(shm: &Shm, top: &File, raw: bool) -> Result<Option<String>> {
         )));
     }
     Ok(None)
+}
+
+/// The file's ctime in nanoseconds.
+pub fn changed_at(meta: &fs::Metadata) -> u64 {
+    (meta.ctime() as u64).saturating_mul(1_000_000_000).saturating_add(meta.ctime_nsec() as u64)
 }
 
 fn is_marked(top: &File) -> Result<bool> {
@@ -267,7 +283,11 @@ mod tests {
         assert!(why(true).contains("changed the image"), "{}", why(true));
         // The server itself does.
         shm.note_alive();
+        shm.note_changed(changed_at(&file.metadata().unwrap()));
         assert_eq!(why(true), "");
+        // An earlier content has the file's place.
+        shm.note_changed(changed_at(&file.metadata().unwrap()) + 2 * TOLERANCE);
+        assert!(why(true).contains("earlier content"), "{}", why(true));
     }
 
     #[test]

@@ -70,7 +70,13 @@ pub fn open_file(path: &Path, count: usize) -> io::Result<OwnedFd> {
         )));
     }
     // Space that is missing, in a file that was not made here, must show now.
-    fallocate(&file, FallocateFlags::empty(), 0, (count * 8) as i64)?;
+    loop {
+        match fallocate(&file, FallocateFlags::empty(), 0, (count * 8) as i64) {
+            // A signal of the calling program.
+            Err(nix::errno::Errno::EINTR) => {}
+            other => break other?,
+        }
+    }
     Ok(file.into())
 }
 

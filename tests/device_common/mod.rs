@@ -206,6 +206,27 @@ pub fn kill(id: ploop::server::proto::ProcessId) {
     within(10, "the end of a killed process", || (!runtime::alive(id)).then_some(()));
 }
 
+/// Processes that a supervisor has started, by what they do (`worker`, `helper`), and that have not exited.
+pub fn children(supervisor: ploop::server::proto::ProcessId, mode: &str) -> Vec<ploop::server::proto::ProcessId> {
+    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
+    let text = fs::read_to_string(path).unwrap_or_default();
+    // Behind the mode stands the name of the device.
+    let does = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|b| *b == 0).nth(1) == Some(mode.as_bytes())
+    };
+    let pids = text.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(does);
+    pids.filter_map(runtime::process).filter(|id| runtime::alive(*id)).collect()
+}
+
+/// The worker that a supervisor started last, this one aside.
+pub fn next_worker(
+    supervisor: ploop::server::proto::ProcessId,
+    but: ploop::server::proto::ProcessId,
+) -> Option<ploop::server::proto::ProcessId> {
+    children(supervisor, "worker").into_iter().find(|id| id.pid != but.pid)
+}
+
 /// The record as it stands now.
 pub fn record(name: &str) -> ploop::server::proto::DeviceRecord {
     let dir = runtime::device_dir(name);

@@ -18,9 +18,10 @@ Usage: ploop compact [--no-trim] DiskDescriptor.xml
 
 Gives space that the file system inside does not use back to the host, of a disk that is not mounted: the file system
 discards what it does not use, clusters of zeroes are freed, the clusters at the end of the top image move into their
-places, and the file is cut. What is in the disk does not change. It can be interrupted at any time.
+places, and the file is cut. What is in the disk does not change. It can be interrupted at any time. Needs root; not for
+preallocated disks and raw images.
 
-  --no-trim    do not mount the file system; free only what is zero already
+  --no-trim    do not mount the file system (then root is not needed); free only what is zero already
 
 For example:
   ploop compact /vz/1/DiskDescriptor.xml

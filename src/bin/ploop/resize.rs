@@ -15,7 +15,7 @@ pub const COMMAND: Command = Command {
 Usage: ploop resize -s SIZE DiskDescriptor.xml
 
 Makes a disk that is not mounted larger, with its partition table, its last partition, and the file system on it (ext,
-xfs, btrfs). Interrupted, it is finished by the same command.
+xfs, btrfs), whose programs it needs. Interrupted, it is finished by the same command. Needs root.
 
   -s, --size SIZE    the new size: a number and K, M, G or T (without: sectors); rounded up to whole clusters
 

@@ -38,8 +38,8 @@ Unmounts the file system wherever it is mounted, detaches the device, closes the
   -d DEVICE        by device, like /dev/ploop0
   -m DIR           by mount point
   -c NAME          the mount of this component
-  --abort DEVICE   give up a device whose server cannot serve it any more: waiting I/O fails, what was not flushed is
-                   lost. The image stays marked in use; mounting it by its descriptor repairs it
+  --abort DEVICE   give up a device whose server cannot serve it any more: waiting I/O fails. Writes that were answered
+                   are kept for the next mount, unless a sync of the image had failed
   --all            all disks of this machine, with all that is mounted inside them; a disk whose file system has
                    images of other disks comes after those; says which are still there at the end, and why
   --timeout SECONDS

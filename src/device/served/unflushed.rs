@@ -33,22 +33,30 @@ pub(super) fn before_attach(levels: &[Level], ids: &[FileId], read_only: bool) -
             ));
             return Ok(false);
         }
-        Err(e) => {
-            report::warn(format_args!(
-                "image {image}: what was not flushed when its server was killed is dropped: {e}"
-            ));
-            unflushed::forget(top);
-            return Ok(false);
-        }
+        Err(e) => bail!(
+            Busy,
+            "image {image} has changes that were not flushed when its server was killed, and this version cannot use them: {e}; \
+             mount it with the version that left them, or remove that folder to give them up"
+        ),
     };
     let (file, _) = reopen(&level.fd, Access::default()).ctx(Kind::Open, || format!("cannot open {image}"))?;
     match left.why_stale(&file, level.raw)? {
-        _ if read_only => {
+        Some(why) if read_only => {
             report::warn(format_args!(
-                "image {image}: {} clusters written last are not shown, since its server was killed before a flush; the \
-                 next mount for writing has them",
+                "image {image}: {} changes that were not flushed when its server was killed are not shown, and the next \
+                 mount for writing drops them: {why}",
                 left.changes()
             ));
+            Ok(false)
+        }
+        None if read_only => {
+            if left.changes() > 0 {
+                report::warn(format_args!(
+                    "image {image}: {} clusters written last are not shown, since its server was killed before a flush; \
+                     the next mount for writing has them",
+                    left.changes()
+                ));
+            }
             Ok(false)
         }
         Some(why) => {
@@ -88,7 +96,7 @@ pub(super) fn waiting(files: &[FileId]) -> Result<Option<(FileId, PathBuf)>> {
         if let Some(name) = dead_device(*file)? {
             return Ok(Some((*file, runtime::device_dir(&name))));
         }
-        if let Ok(Some(left)) = unflushed::left_of(*file) {
+        if let Some(left) = unflushed::left_of(*file)? {
             return Ok(Some((*file, left.dir)));
         }
     }

@@ -95,15 +95,15 @@ impl Supervisor {
             false => {
                 let initiator = client.as_ref().filter(|_| switch.ask).and_then(|c| c.try_clone().ok());
                 self.chain.set_initiator(initiator);
-                let result = self.try_change(&switch, fds, None);
+                let result = self.change_chain(&switch, fds, None);
                 self.chain.set_initiator(None);
                 result
             }
         };
-        let Some(client) = client else { return };
-        match made {
-            Err(e) => control::answer(&client, &control::refusal(&e)),
-            Ok(warning) => {
+        match (client, made) {
+            (None, _) => {}
+            (Some(client), Err(e)) => control::answer(&client, &control::refusal(&e)),
+            (Some(client), Ok(warning)) => {
                 control::answer(&client, &Answer::Switched { warning });
                 match self.chain.is_finishing() {
                     true => self.clients.wait(Awaited::FormerTop, [client]),
@@ -111,6 +111,8 @@ impl Supervisor {
                 }
             }
         }
+        // After the answer: file systems may be frozen until then.
+        self.end_retired();
     }
 
     /// The former top is complete, or not.
@@ -136,6 +138,18 @@ impl Supervisor {
 
     /// After an error the device serves the chain it had, unless it has failed. A warning is passed on.
     pub(super) fn try_change(
+        &mut self,
+        switch: &ChainSwitch,
+        fds: SwitchFds,
+        program: Option<OwnedFd>,
+    ) -> Result<Option<String>> {
+        let result = self.change_chain(switch, fds, program);
+        self.end_retired();
+        result
+    }
+
+    /// The same, but the worker that has retired stays until [`end_retired`](Self::end_retired).
+    fn change_chain(
         &mut self,
         switch: &ChainSwitch,
         fds: SwitchFds,
@@ -343,11 +357,22 @@ impl Supervisor {
             }
         };
         match &result {
-            Ok(_) => self.apply_plan(plan),
-            Err(_) => self.restore_chain(),
+            Ok(_) => {
+                self.apply_plan(plan);
+                self.slot.set_retired(resting);
+            }
+            Err(_) => {
+                self.restore_chain();
+                end_retired_worker(&mut resting);
+            }
         }
-        end_retired_worker(&mut resting);
         result
+    }
+
+    fn end_retired(&mut self) {
+        if let Some(mut retired) = self.slot.take_retired() {
+            end_retired_worker(&mut retired);
+        }
     }
 
     fn start_successor(&mut self, switch: &ChainSwitch, plan: &Plan) -> Result<HandoverOutcome> {
@@ -426,7 +451,11 @@ impl Supervisor {
         let Some(mut resting) = self.slot.take() else { return };
         self.slot.set_changing(true);
         let result = match self.plan(&switch, &fds, None) {
-            Ok(plan) => self.install(&switch, plan, resting).map(drop),
+            Ok(plan) => {
+                let result = self.install(&switch, plan, resting).map(drop);
+                self.end_retired();
+                result
+            }
             Err(e) => {
                 self.restore_chain();
                 end_retired_worker(&mut resting);

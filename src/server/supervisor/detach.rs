@@ -52,7 +52,11 @@ impl Supervisor {
             let why = Error::new(Kind::Abort, format!("the merge was ended, since {} was detached", self.record.name));
             self.refuse_merging(&why);
             self.give_up();
-            let _ = runtime::remove_dir(&self.dir);
+            // What the image lacks the next device can take over, unless a sync has failed.
+            let _ = match &result {
+                Err(_) if !self.shm.as_ref().is_some_and(Shm::failed) => unflushed::retire(&self.dir),
+                _ => runtime::remove_dir(&self.dir),
+            };
         }
         let answer = match &result {
             Ok(()) => Answer::Done,

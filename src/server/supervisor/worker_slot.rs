@@ -71,6 +71,8 @@ pub struct WorkerSlot {
     worker: Option<Worker>,
     /// The worker of the new chain, prepared while the old one serves.
     standby: Option<Worker>,
+    /// The worker that has retired in favour of the one that serves, until it is killed.
+    retired: Option<Worker>,
     /// Where the last worker that served keeps its requests; empty: it has answered all, or the kernel keeps them.
     journal: Vec<OwnedFd>,
     restarts: RestartPolicy,
@@ -106,6 +108,14 @@ impl WorkerSlot {
 
     pub fn set_standby(&mut self, worker: Worker) {
         self.standby = Some(worker);
+    }
+
+    pub fn set_retired(&mut self, worker: Worker) {
+        self.retired = Some(worker);
+    }
+
+    pub fn take_retired(&mut self) -> Option<Worker> {
+        self.retired.take()
     }
 
     pub fn take_standby(&mut self) -> Option<Worker> {

@@ -12,7 +12,9 @@ use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Reque
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::{RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
+use crate::server::unflushed;
 use crate::sys::arena::Span;
+use crate::sys::host;
 
 use super::locked;
 use super::log::Log;
@@ -418,6 +420,16 @@ impl Core {
         }
         self.adding.store(false, Release);
         self.inboxes.iter().for_each(Inbox::ring);
+    }
+
+    /// For a device that takes over what this one may leave: the top's content is not older than this.
+    pub fn note_changed(&self) {
+        if self.writable
+            && !host::is_simulated()
+            && let Ok(meta) = self.top().file.metadata()
+        {
+            self.shm.note_changed(unflushed::changed_at(&meta));
+        }
     }
 
     pub fn status(&self) -> Status {

@@ -134,15 +134,17 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     // Before the chain is opened: that marks the image.
     let memory = memory.map_or_else(|| allocate_memory(inherited), Ok)?;
     let journal = own_journal(inherited, &memory)?;
-    let left = std::mem::take(&mut *locked(&inherited.journal));
-    let left = if left.is_empty() { None } else { Some(PriorJournal::open(left, &memory)?) };
-    if left.is_some() {
-        log.line("takes over the request journal of the worker before".into());
-    }
+    let left = prior_journal(inherited, &memory, &log)?;
     let queue = duplicate(&inherited.fds.queue)?;
     let linger = succeed.map_or(0, |s| s.linger);
     linger::pause(linger);
-    let mut chain = chain::open(&files, &options)?;
+    // Opening may change the file's times: what cannot be taken over now can be later.
+    let keep = |_: &Error| {
+        if inherited.start.adopts {
+            shm.beat()
+        }
+    };
+    let mut chain = chain::open(&files, &options).inspect_err(keep)?;
     let refused = (failed || chain.sync_failed)
         .then(|| Error::new(Kind::Fsync, "a sync of the top has failed: nothing is merged"));
     let background =
@@ -194,6 +196,17 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
 }
 
+/// The requests that the worker before has left.
+fn prior_journal(inherited: &Inherited, memory: &Memory, log: &log::Log) -> Result<Option<PriorJournal>> {
+    let left = std::mem::take(&mut *locked(&inherited.journal));
+    if left.is_empty() {
+        return Ok(None);
+    }
+    let prior = PriorJournal::open(left, memory)?;
+    log.line("takes over the request journal of the worker before".into());
+    Ok(Some(prior))
+}
+
 /// Where a successor finds this worker's requests, if the kernel does not send them again.
 fn own_journal(inherited: &Inherited, memory: &Memory) -> Result<Option<RequestJournal>> {
     match inherited.start.session.recovery() {
@@ -242,6 +255,8 @@ fn adopt(inherited: &Inherited, files: &[LevelFile], shm: &Shm, log: &log::Log) 
     if let Some(why) = unflushed::why_stale(shm, &top.file, top.raw)? {
         bail!(Busy, "image {} changed while it was being opened: {why}; try again", top.name.display());
     }
+    // What is done to the image from here on is this worker's.
+    shm.beat();
     log.line(format!("takes over {} changes of a device that was killed", shm.carried().len()));
     if shm.sync_state() == SyncState::Running || shm.is_asking() {
         if shm.begin_asking_file_system() && unflushed::file_system_is_sound(&top.file) {

@@ -83,6 +83,10 @@ pub fn worker_main() -> ! {
         true => {
             // Without it the reason is told when it is wanted.
             let memory = init::allocate_memory(&inherited).ok();
+            if !host::is_simulated() {
+                // No request waits yet: doing it again after the go takes no time then.
+                process_hardening::reserve_heap(HEAP);
+            }
             if link.send(&FromWorker::Prepared).is_err() || !link.await_go() {
                 host::exit(0);
             }

@@ -176,6 +176,7 @@ impl SupervisorLink {
             if now >= tick {
                 tick = now + TICK;
                 core.shm.beat();
+                core.note_changed();
                 // The tick has all that waits for space tried once more: just then nothing waits.
                 let waits = core.status().no_space;
                 core.submit_event(MAIN_THREAD, Pending::Tick);
