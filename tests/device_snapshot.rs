@@ -176,7 +176,7 @@ fn check_frozen(disk: &Disk, guid: &Guid, file: PathBuf) -> Taken {
 #[test]
 fn snapshots_at_random_moments() {
     let Some(disk) = Disk::new("snapshots_at_random_moments", "384m", &[]) else { return };
-    let n = count(4, 6, 50);
+    let n = count(3, 6, 50);
     let fio = Fio::start(&disk.target);
     let mut taken: Vec<Taken> = Vec::new();
     let mut times = Vec::new();
@@ -225,7 +225,7 @@ fn snapshots_at_random_moments() {
 #[test]
 fn merged_in_random_order() {
     let Some(disk) = Disk::new("merged_in_random_order", "384m", &[]) else { return };
-    let n = count(4, 5, 50);
+    let n = count(3, 5, 50);
     let fio = Fio::start(&disk.target);
     let mut taken: Vec<(Guid, String)> = Vec::new();
     for i in 0..n {
@@ -306,7 +306,7 @@ fn killed_in_the_middle() {
             .args(["if=/dev/urandom", "bs=1M", "count=16", "conv=fsync", "status=none"])
             .arg(format!("of={}", disk.target.join(name).display())));
     };
-    let rounds = count(4, 8, 60);
+    let rounds = count(3, 8, 60);
     let (mut killed, mut again, mut thawed) = (0, 0, 0);
     for round in 0..rounds {
         // A base, a snapshot to be merged into, one to be merged.
@@ -484,7 +484,7 @@ fn beside_the_running_disk() {
 #[test]
 fn a_snapshot_is_a_short_pause() {
     let Some(disk) = Disk::new("a_snapshot_is_a_short_pause", "384m", &[]) else { return };
-    let n = count(3, 4, 20);
+    let n = count(2, 4, 20);
     let stop = AtomicBool::new(false);
     let waits = std::thread::scope(|s| {
         let writer = s.spawn(|| {
