@@ -263,3 +263,38 @@ fn the_last_partition_follows_the_end_of_the_disk() {
     empty.entries.fill(0);
     assert_eq!(empty.extend_last(align), None);
 }
+
+/// The pieces are written in reverse, each durable before the next: a power cut leaves any part of the sectors of one.
+#[test]
+fn a_power_cut_while_the_table_grows_leaves_the_old_or_the_new_one() {
+    let cluster = ClusterSize::DEFAULT;
+    let align = u64::from(cluster.sectors());
+    let old = Gpt::single(4 * align, cluster).unwrap();
+    let (new, _) = old.resize(6 * align).unwrap().extend_last(align).unwrap();
+    let mut before = disk(&old, 4 * align);
+    before.resize((6 * align * SECTOR) as usize, 0);
+    let (was, will) = (partitions(&before), new.partitions().collect::<Vec<_>>());
+    assert_ne!(was, will);
+    let mut state = 1_u64;
+    for piece in new.encode().unwrap().iter().rev() {
+        for round in 0..200 {
+            let mut torn = before.clone();
+            for (i, sector) in piece.bytes.chunks(SECTOR_BYTES).enumerate() {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                // In some rounds only one sector is there, or only one is missing.
+                let there = match round {
+                    0..40 => i == round,
+                    40..80 => i != round - 40,
+                    _ => state >> 63 == 1,
+                };
+                if there {
+                    torn[piece.offset as usize + i * SECTOR_BYTES..][..sector.len()].copy_from_slice(sector);
+                }
+            }
+            let found = partitions(&torn);
+            assert!(found == was || found == will, "round {round}: {found:?}");
+        }
+        before[piece.offset as usize..][..piece.bytes.len()].copy_from_slice(&piece.bytes);
+    }
+    assert_eq!(partitions(&before), will);
+}
