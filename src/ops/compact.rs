@@ -41,13 +41,7 @@ pub struct Compacted {
 pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
-    if let Some(device) = image_set::writer(&disk)? {
-        bail!(
-            Param,
-            "the disk runs as {}: unmount it before it is compacted; this version does not compact a running disk",
-            device.node().display()
-        );
-    }
+    image_set::refuse_running(&disk, "compacted")?;
     recovery::before_change(&mut disk)?;
     recovery::check_files(&disk, &guid::TOP)?;
     let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };

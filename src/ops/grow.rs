@@ -31,13 +31,7 @@ pub fn grow_disk(descriptor: &Path, sectors: u64) -> Result<()> {
 
 /// The same of a disk whose descriptor the caller has locked.
 pub(super) fn grow_locked(disk: &mut LockedDescriptor, sectors: u64) -> Result<()> {
-    if let Some(device) = image_set::writer(disk)? {
-        bail!(
-            Param,
-            "the disk runs as {}: unmount it before it is grown; this version does not grow a running disk",
-            device.node().display()
-        );
-    }
+    image_set::refuse_running(disk, "grown")?;
     recovery::before_change(disk)?;
     recovery::check_files(disk, &guid::TOP)?;
     let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };

@@ -130,6 +130,18 @@ pub fn writer(disk: &LockedDescriptor) -> Result<Option<Device>> {
     Ok(found.into_iter().find(|d| !d.read_only && d.state != device::State::Dead))
 }
 
+/// Refuses what this version does only to a disk that does not run; `done`: what happens to it, as `grown`. `Param`.
+pub fn refuse_running(disk: &LockedDescriptor, done: &str) -> Result<()> {
+    match writer(disk)? {
+        None => Ok(()),
+        Some(device) => bail!(
+            Param,
+            "the disk runs as {}: unmount it before it is {done}; in this version that is not done while it runs",
+            device.node().display()
+        ),
+    }
+}
+
 /// Devices with this file among their levels.
 pub fn users(path: &Path) -> Result<Vec<Device>> {
     let Ok(id) = FileId::at(path) else { return Ok(Vec::new()) };

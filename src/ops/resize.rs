@@ -23,13 +23,7 @@ use crate::units::SECTOR;
 pub fn resize_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
-    if let Some(device) = image_set::writer(&disk)? {
-        bail!(
-            Param,
-            "the disk runs as {}: unmount it before it is resized; this version does not resize a running disk",
-            device.node().display()
-        );
-    }
+    image_set::refuse_running(&disk, "resized")?;
     let cluster = u64::from(disk.blocksize.sectors());
     let Some(wanted) = sectors.checked_next_multiple_of(cluster) else {
         bail!(Param, "a size of {sectors} sectors is too large")
@@ -99,9 +93,8 @@ fn extend_table(node: &Path, cluster: u64) -> Result<Option<u32>> {
             Some(last)
         }
         None => {
-            if moved != table {
-                write_table(&disk, node, &moved)?;
-            }
+            // Whole or not: a power cut may have torn the first copy, and it was read from the second.
+            write_table(&disk, node, &moved)?;
             moved.partitions().max_by_key(|p| p.start + p.length)
         }
     };
