@@ -200,9 +200,14 @@ impl Supervisor {
         let adopts = self.chain.attach().unflushed;
         self.chain.set_adopts(adopts);
         self.start_worker(adopts);
-        self.wait_ready(host::now() + OPEN)?;
+        // It makes and prepares the block device while the worker opens the images.
+        let binder = self.start_binder()?;
+        if let Err(e) = self.wait_ready(host::now() + OPEN) {
+            self.end_binder(binder);
+            return Err(e);
+        }
         self.chain.set_adopts(false);
-        self.bind()?;
+        self.bind(binder)?;
         self.chain.transport().hide(&self.dir)?;
         self.names.create(self.record.rdev)?;
         self.record.state = "running".into();
@@ -232,11 +237,25 @@ impl Supervisor {
         }
     }
 
-    fn bind(&mut self) -> Result<()> {
+    fn start_binder(&mut self) -> Result<Helper> {
         let name = top_name(&self.record);
         let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name };
-        let job = Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted };
-        let helper = self.helper(&job)?;
+        self.helper(&Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted })
+    }
+
+    /// The images cannot be served: the helper removes the device that it may have made when its socket closes.
+    fn end_binder(&mut self, binder: Helper) {
+        let Helper { mut process, sock } = binder;
+        drop(sock);
+        let end = host::now() + UNDO;
+        while process.runs() && host::now() < end {
+            self.poll_once(host::now() + Duration::from_millis(2), None);
+        }
+        process.kill();
+    }
+
+    /// The worker serves: `helper` binds the block device.
+    fn bind(&mut self, helper: Helper) -> Result<()> {
         let mut end = host::now() + BIND;
         let mut again = true;
         let result = loop {

@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, major, makedev, minor, mknod};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::sysfs::disk_identity;
-use crate::server::transport::binding::{Binding, Patience};
+use crate::server::transport::binding::{BindSteps, Binding, Patience};
 use crate::server::{mounts, partitions};
 use crate::sys::{loopdev, partition, processes};
 
@@ -89,10 +89,17 @@ fn set_queue(backing: &str, what: &str, value: &str) {
     }
 }
 
-/// Makes requests as large as the queue takes them in one piece, and shows whether the disk under the image rotates: file
-/// systems and databases choose by it.
-pub fn tune(backing: &str, image: &Path) {
+/// Requests as large as the queue takes them in one piece, in the order in which they come. Both stay when the device is
+/// bound, on kernels that know limits set by users (Linux 6.5).
+fn prepare(backing: &str) {
     set_queue(backing, "max_sectors_kb", "1024");
+    set_queue(backing, "scheduler", "none");
+}
+
+/// Shows whether the disk under the image rotates: file systems and databases choose by it. A bind resets that. What the
+/// bind has also reset of [`prepare`]'s work is done again.
+pub fn tune(backing: &str, image: &Path) {
+    prepare(backing);
     if let Some(queue) = host_queue(image)
         && let Ok(rotates) = fs::read_to_string(queue.join("rotational"))
     {
@@ -124,14 +131,14 @@ fn host_queue(file: &Path) -> Option<PathBuf> {
     [disk.join("queue"), disk.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
 }
 
-/// Binds `disk` to a new loop device, its number `first` or above; `own`: no other name has that number. `chosen` learns
-/// each device that is made, before it is bound; its error ends the attempt. `name` is what losetup shows.
+/// Binds `disk` to a new loop device, its number `first` or above; `own`: no other name has that number. `name` is what
+/// losetup shows.
 pub fn attach(
     disk: &Path,
     (first, own): (u32, bool),
     read_only: bool,
     name: &str,
-    chosen: &mut dyn FnMut(&Binding) -> Result<()>,
+    steps: &mut dyn BindSteps,
 ) -> Result<Binding> {
     let control = control()?;
     for n in first..first + TRIES {
@@ -150,11 +157,14 @@ pub fn attach(
         };
         // The number is enough to find and undo it; the sequence number comes with the binding.
         let mut binding = Binding { backing, rdev, diskseq: 0 };
-        if let Err(e) = chosen(&binding) {
+        let prepared = steps.made(&binding).and_then(|()| {
+            prepare(&binding.backing);
+            steps.wait_to_bind()
+        });
+        if let Err(e) = prepared {
             remove_unbound(&binding.backing, rdev);
             return Err(e);
         }
-        set_queue(&binding.backing, "scheduler", "none");
         let options = OpenOptions::new().read(true).write(!read_only).clone();
         let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
             .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
