@@ -348,6 +348,18 @@ struct ploop_resize_param {
     char dummy[32];
 };
 
+/* How to receive a copy. */
+struct ploop_copy_receive_param {
+    /* File to make; must not exist. */
+    const char *file;
+    /* Pipe or socket. */
+    int ifd;
+    /* Descriptor for answers to the sender; negative: none (0 is a descriptor). */
+    int feedback_fd;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
 /* How to compact an image. */
 struct ploop_discard_param {
     /* Smallest extent worth freeing, bytes; 0: the cluster. */
@@ -384,18 +396,6 @@ struct ploop_copy_send_param {
     /* Command run before the last pass, or NULL. */
     const char *flush_cmd;
     /* Descriptor of the receiver's answers; negative: none (0 is a descriptor). */
-    int feedback_fd;
-    /* Reserved, keep 0. */
-    char dummy[32];
-};
-
-/* How to receive a copy. */
-struct ploop_copy_receive_param {
-    /* File to make; must not exist. */
-    const char *file;
-    /* Pipe or socket. */
-    int ifd;
-    /* Descriptor for answers to the sender; negative: none (0 is a descriptor). */
     int feedback_fd;
     /* Reserved, keep 0. */
     char dummy[32];
@@ -619,6 +619,17 @@ void ploop_cancel_operation(void);
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
+/*
+ * Receives into the new file arg->file what ploop_copy_send() of this library or of versions 1.12 to 1.15 sends to
+ * arg->ifd. The file appears when all of it has come and is durable. It exists: SYSEXIT_CREAT; a descriptor that is no pipe
+ * or socket: SYSEXIT_PARAM; the stream ends too early: SYSEXIT_READ; it is none: SYSEXIT_PROTOCOL. With feedback_fd 1 messages
+ * below errors are not printed from then on, with 2 none are.
+ */
+int ploop_copy_receive(struct ploop_copy_receive_param *arg);
+
+/* Old form of ploop_copy_receive(), from standard input and without answers. */
+PLOOP_DEPRECATED int ploop_receive(const char *dst);
+
 /* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
 int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
 
@@ -640,14 +651,8 @@ int ploop_discard_get_stat(struct ploop_disk_images_data *di, struct ploop_disca
 /* Sends the top delta of a running device. Not available: SYSEXIT_PARAM. */
 int ploop_copy_send(struct ploop_copy_send_param *arg);
 
-/* Receives what ploop_copy_send() sends. Not available: SYSEXIT_PARAM. */
-int ploop_copy_receive(struct ploop_copy_receive_param *arg);
-
 /* Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM. */
 PLOOP_DEPRECATED int ploop_send(const char *device, int ofd, const char *flush_cmd, int is_pipe);
-
-/* Old form of ploop_copy_receive(), from standard input. Not available: SYSEXIT_PARAM. */
-PLOOP_DEPRECATED int ploop_receive(const char *dst);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -7,7 +7,7 @@ use super::types::{
     ploop_disk_images_data, ploop_info, ploop_merge_param, ploop_mount_param, ploop_replace_param, ploop_resize_param,
     ploop_snapshot_param, ploop_snapshot_switch_param, ploop_spec, ploop_tsnapshot_param,
 };
-use super::{descriptor, devices, log, mount, sizes, snapshots, unavailable};
+use super::{copies, descriptor, devices, log, mount, sizes, snapshots, unavailable};
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
 /// The functions of libploop.h by their names without ploop_. A new function takes the first element of padding; order
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.set_verbose_level = Some(log::ploop_set_verbose_level);
     f.cancel_operation = Some(log::ploop_cancel_operation);
     f.send = Some(unavailable::ploop_send);
-    f.receive = Some(unavailable::ploop_receive);
+    f.receive = Some(copies::ploop_receive);
     f.discard_get_stat = Some(unavailable::ploop_discard_get_stat);
     f.discard = Some(unavailable::ploop_discard);
     f.switch_snapshot_ex = Some(snapshots::ploop_switch_snapshot_ex);
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.create_temporary_snapshot = Some(snapshots::ploop_create_temporary_snapshot);
     f.is_mounted = Some(devices::ploop_is_mounted);
     f.copy_send = Some(unavailable::ploop_copy_send);
-    f.copy_receive = Some(unavailable::ploop_copy_receive);
+    f.copy_receive = Some(copies::ploop_copy_receive);
     f.get_max_size = Some(devices::ploop_get_max_size);
     f.create_dd = Some(unavailable::ploop_create_dd);
     f.set_max_delta_size = Some(unavailable::ploop_set_max_delta_size);

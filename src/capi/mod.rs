@@ -31,6 +31,7 @@
 mod boundary;
 pub mod consts;
 mod convert;
+pub mod copies;
 pub mod descriptor;
 pub mod devices;
 pub mod dynload;

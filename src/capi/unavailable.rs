@@ -3,8 +3,7 @@
 
 use super::boundary;
 use super::types::{
-    ploop_copy_receive_param, ploop_copy_send_param, ploop_create_param, ploop_discard_param, ploop_discard_stat,
-    ploop_disk_images_data,
+    ploop_copy_send_param, ploop_create_param, ploop_discard_param, ploop_discard_stat, ploop_disk_images_data,
 };
 use crate::bail;
 use std::ffi::{c_char, c_int, c_ulonglong};
@@ -68,25 +67,10 @@ pub extern "C" fn ploop_copy_send(arg: *mut ploop_copy_send_param) -> c_int {
     refuse("ploop_copy_send")
 }
 
-/// Receives what ploop_copy_send() sends. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_copy_receive(arg: *mut ploop_copy_receive_param) -> c_int {
-    let _ = arg;
-    refuse("ploop_copy_receive")
-}
-
 /// Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM.
 #[deprecated]
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_send(device: *const c_char, ofd: c_int, flush_cmd: *const c_char, is_pipe: c_int) -> c_int {
     let _ = (device, ofd, flush_cmd, is_pipe);
     refuse("ploop_send")
-}
-
-/// Old form of ploop_copy_receive(), from standard input. Not available: SYSEXIT_PARAM.
-#[deprecated]
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_receive(dst: *const c_char) -> c_int {
-    let _ = dst;
-    refuse("ploop_receive")
 }

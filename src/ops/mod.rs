@@ -4,6 +4,7 @@
 
 pub mod check;
 pub mod compact;
+pub mod copy;
 pub mod create;
 mod delete_leaf;
 pub mod deleted;

@@ -1,7 +1,8 @@
 //! The C library's output streams. A C program that prints with printf() and the library's own messages share one
 //! buffer this way, so that their order survives a redirection to a file or a pipe.
 
-use std::os::fd::RawFd;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 unsafe extern "C" {
     static stdout: *mut libc::FILE;
@@ -13,6 +14,16 @@ unsafe extern "C" {
 pub enum Stream {
     Out,
     Err,
+}
+
+/// A duplicate of the descriptor that the user of this program named by its number, closed on exec.
+pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the result is a descriptor of its own that no other code knows.
+    match unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: just made, owned by nothing else.
+        new => Ok(unsafe { OwnedFd::from_raw_fd(new) }),
+    }
 }
 
 /// Writes `text` to the stream and flushes it. A closed or full stream loses the text: messages have no one to complain

@@ -5,6 +5,7 @@
 
 mod check;
 mod compact;
+mod copy;
 mod disk;
 mod doctor;
 mod getopt;
@@ -93,7 +94,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 22] = [
+const COMMANDS: [&Command; 23] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -112,6 +113,7 @@ const COMMANDS: [&Command; 22] = [
     &resize::COMMAND,
     &grow::COMMAND,
     &compact::COMMAND,
+    &copy::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
@@ -160,6 +162,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact DISK                 give space that is not used inside back
+  ploop copy -d FILE                 receive a copy of an image
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices

@@ -1,0 +1,9 @@
+//! Copying the top image of a running disk to another file or machine: the stream of `ploop copy`, as libploop 1.12 to 1.15
+//! speak it.
+
+pub mod receive;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+
+pub use receive::{Received, receive, receive_by_number};
