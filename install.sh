@@ -6,6 +6,7 @@
 #   PREFIX=/usr         DESTDIR=        root of a package's tree, before all other paths
 #   LIBDIR              PREFIX/lib/TRIPLE on Debian and the like, PREFIX/lib64 where that is a folder of its own, else PREFIX/lib
 #   SBINDIR=PREFIX/sbin LIBEXECDIR=PREFIX/libexec      INCLUDEDIR=PREFIX/include   MANDIR=PREFIX/share/man
+#   DATADIR=PREFIX/share   completions of shells
 #   UNITDIR, TMPFILESDIR, UDEVDIR       systemd/system, tmpfiles.d and udev/rules.d below PREFIX/lib
 #   TARGET              the folder with the built files ($CARGO_TARGET_DIR/release, else target/release)
 #   STRIP=strip         `STRIP=:` keeps the names of functions
@@ -32,7 +33,7 @@ for argument; do
         sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    PREFIX=* | DESTDIR=* | LIBDIR=* | SBINDIR=* | LIBEXECDIR=* | INCLUDEDIR=* | MANDIR=* | UNITDIR=* | TMPFILESDIR=* | UDEVDIR=* | TARGET=* | STRIP=*)
+    PREFIX=* | DESTDIR=* | LIBDIR=* | SBINDIR=* | LIBEXECDIR=* | INCLUDEDIR=* | MANDIR=* | DATADIR=* | UNITDIR=* | TMPFILESDIR=* | UDEVDIR=* | TARGET=* | STRIP=*)
         # The value is not looked at by the shell again.
         eval "${argument%%=*}=\${argument#*=}"
         ;;
@@ -71,6 +72,7 @@ SBINDIR=${SBINDIR:-$PREFIX/sbin}
 LIBEXECDIR=${LIBEXECDIR:-$PREFIX/libexec}
 INCLUDEDIR=${INCLUDEDIR:-$PREFIX/include}
 MANDIR=${MANDIR:-$PREFIX/share/man}
+DATADIR=${DATADIR:-$PREFIX/share}
 UNITDIR=${UNITDIR:-$PREFIX/lib/systemd/system}
 TMPFILESDIR=${TMPFILESDIR:-$PREFIX/lib/tmpfiles.d}
 UDEVDIR=${UDEVDIR:-$PREFIX/lib/udev/rules.d}
@@ -78,7 +80,7 @@ TARGET=${TARGET:-${CARGO_TARGET_DIR:-target}/release}
 STRIP=${STRIP:-strip}
 version=$(sed -n 's/^version = "\([0-9]*\.[0-9]*\).*"/\1/p' Cargo.toml | head -n 1)
 
-for dir in "$PREFIX" "$LIBDIR" "$SBINDIR" "$LIBEXECDIR" "$INCLUDEDIR" "$MANDIR" "$UNITDIR" "$TMPFILESDIR" "$UDEVDIR"; do
+for dir in "$PREFIX" "$LIBDIR" "$SBINDIR" "$LIBEXECDIR" "$INCLUDEDIR" "$MANDIR" "$DATADIR" "$UNITDIR" "$TMPFILESDIR" "$UDEVDIR"; do
     case $dir in
     /*) ;;
     *) fail "$dir: want an absolute path" ;;
@@ -91,6 +93,7 @@ list() {
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
         "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
+        "$DATADIR/bash-completion/completions/ploop" "$DATADIR/zsh/site-functions/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" \
         "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
 
@@ -184,6 +187,9 @@ for header in libploop.h dynload.h; do
     put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
 done
 put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
+put 644 src/bin/ploop/completion/ploop.bash "$DATADIR/bash-completion/completions/ploop"
+put 644 src/bin/ploop/completion/ploop.zsh "$DATADIR/zsh/site-functions/_ploop"
+put 644 src/bin/ploop/completion/ploop.fish "$DATADIR/fish/vendor_completions.d/ploop.fish"
 put 644 "$(adapted systemd/ploop-shutdown.service)" "$UNITDIR/ploop-shutdown.service"
 put 644 systemd/ploop.tmpfiles "$TMPFILESDIR/ploop.conf"
 put 644 systemd/59-ploop.rules "$UDEVDIR/59-ploop.rules"

@@ -56,6 +56,40 @@ fn a_command_that_a_signal_stopped_ends_with_128_and_its_number_and_has_made_not
     assert!(stopped > 0, "no signal arrived in time");
 }
 
+/// What bash offers for the last of these words.
+fn completed(folder: &Path, words: &[&str]) -> Vec<String> {
+    let script = r#"
+        . <("$1" completion bash) || exit 1
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        _ploop; printf '%s\n' "${COMPREPLY[@]}"
+    "#;
+    let mut bash = Command::new("bash");
+    bash.current_dir(folder).args(["-c", script, "bash", env!("CARGO_BIN_EXE_ploop")]).args(words);
+    let out = bash.output().unwrap();
+    assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+    String::from_utf8(out.stdout).unwrap().lines().filter(|l| !l.is_empty()).map(String::from).collect()
+}
+
+#[test]
+fn bash_completes_commands_options_and_the_snapshots_of_the_disk() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let disk = dir.path().join("a disk");
+    std::fs::create_dir(&disk).unwrap();
+    let guid = "11111111-2222-4333-8444-555555555555";
+    for args in [&["init", "-t", "none", "-s", "64M", "root.hdd"][..], &["snapshot", "-u", guid, "DiskDescriptor.xml"]]
+    {
+        let (code, said) = ended(ploop(&disk, args).wait_with_output().unwrap());
+        assert_eq!(code, Some(0), "{said}");
+    }
+    assert_eq!(completed(&disk, &["snapshot-s"]), ["snapshot-switch"]);
+    assert_eq!(completed(&disk, &["check", "--repair"]), ["--repair-sparse"]);
+    assert_eq!(completed(&disk, &["snapshot-delete", "-u", "1"]), [guid]);
+    assert_eq!(completed(dir.path(), &["snapshot-delete", "a disk", "-u", "1"]), [guid]);
+    assert!(completed(dir.path(), &["snapshot-delete", "-u", ""]).is_empty());
+    // The shell's own words.
+    assert!(completed(dir.path(), &["check", ""]).is_empty());
+}
+
 #[test]
 fn a_signal_that_comes_too_late_is_no_success_and_the_command_says_what_it_did() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -5,6 +5,7 @@
 
 mod check;
 mod compact;
+mod completion;
 mod copy;
 mod disk;
 mod doctor;
@@ -16,6 +17,8 @@ mod init;
 mod json;
 mod later;
 mod list;
+#[cfg(test)]
+mod manual_tests;
 mod merge;
 mod mount;
 mod reload;
@@ -94,7 +97,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 23] = [
+const COMMANDS: [&Command; 24] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -118,6 +121,7 @@ const COMMANDS: [&Command; 23] = [
     &tour::COMMAND,
     &doctor::COMMAND,
     &reload::COMMAND,
+    &completion::COMMAND,
 ];
 
 /// Commands whose single operand is a disk.
@@ -146,7 +150,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
 
   ploop init -s SIZE FILE            make a disk: an image, and DiskDescriptor.xml beside it
   ploop mount [-r] [-m DIR] DISK     make it a block device, and mount its file system
-  ploop umount { -d DEVICE | -m DIR | DISK }
+  ploop umount { DIR | DEVICE | DISK }   unmount it, detach the device, close the images
   ploop list [-a]                    devices
   ploop info [-s] [-d] DISK          how full it is, its size, its device
   ploop info --image FILE            what is in an image file
@@ -154,8 +158,8 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop snapshot [-u UUID] DISK      keep what is in it now, under a name
   ploop tsnapshot ... DISK           the same for as long as it is mounted, for backups
   ploop snapshot-list DISK           its snapshots
-  ploop snapshot-switch -u UUID DISK go back to one
-  ploop snapshot-delete -u UUID DISK forget one
+  ploop snapshot-switch -u UUID DISK  go back to one
+  ploop snapshot-delete -u UUID DISK  forget one
   ploop snapshot-merge [...] DISK    put one into what it stands on
   ploop merge TOP [...] BASE         the same with image files
   ploop replace ... -i FILE DISK     put a copy in the place of an image
@@ -167,6 +171,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
+  ploop completion bash|zsh|fish     the script by which a shell completes all this
 
 DISK is a DiskDescriptor.xml, the folder in which it lies, or the id of a container; mount also takes a bare image FILE.
 ploop COMMAND --help tells more; so does the manual page ploop(8).
