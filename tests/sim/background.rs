@@ -3,8 +3,9 @@
 use crate::disk::{POISON, Stamp};
 use crate::engine::api::*;
 use crate::image::{HEADER_WORDS, bat_sector};
-use crate::world::World;
+use crate::world::{Flight, World};
 
+const BUSY: Errno = 16;
 const NO_SPACE: Errno = 28;
 const CANCELED: Errno = 125;
 
@@ -14,15 +15,15 @@ pub enum Kind {
     Top,
     /// Levels up to this one into the target.
     Frozen { high: usize },
-    /// From this host cluster on.
-    Relocate { from: u32 },
+    /// Space of the top.
+    GiveBack,
 }
 
 /// What the world knows of the background work of a session.
 #[derive(Clone, Debug)]
 pub struct Session {
     pub kind: Kind,
-    /// The target of a merge; the top of a relocation.
+    /// The target of a merge; else the top.
     pub level: usize,
     /// What the engine said last.
     pub told: Option<Result<(), Errno>>,
@@ -39,6 +40,7 @@ pub fn level_of(act: &Action, top: usize) -> usize {
         Action::Write { level, .. }
         | Action::ZeroRange { level, .. }
         | Action::Fallocate { level, .. }
+        | Action::Truncate { level, .. }
         | Action::Clone { level, .. }
         | Action::WriteBat { level, .. }
         | Action::Sync { level, .. }
@@ -51,7 +53,8 @@ pub fn level_of(act: &Action, top: usize) -> usize {
 impl World {
     /// The work of this session, its target made ready as the worker does it; `None`: there is none.
     pub fn begin_background(&mut self, takeover: bool) -> Option<BackgroundConfig> {
-        let before = self.background.take().filter(|_| takeover);
+        // A successor does not know of space being given back.
+        let before = self.background.take().filter(|s| takeover && s.kind != Kind::GiveBack);
         if let Some(session) = before {
             // The supervisor may not have read what became of it: then the successor is given the same work again.
             if matches!(session.told, Some(Err(_))) && (session.cancelled || self.rng.coin()) {
@@ -61,7 +64,7 @@ impl World {
             let doubt = self.table.progress(SYNC_WORD) != 0;
             self.cover.hit_if(doubt, "a merge begins anew after a sync of unknown outcome");
             self.cover.hit("background work taken over");
-            let resumed = self.table.progress(0) > 0 && !doubt && !matches!(session.kind, Kind::Relocate { .. });
+            let resumed = self.table.progress(0) > 0 && !doubt;
             self.cover.hit_if(resumed, "a merge goes on where it was");
             return self.make_ready(session.kind, session.level, session.paused);
         }
@@ -72,11 +75,8 @@ impl World {
         }
         let frozen = if self.settings.writable { top } else { top + 1 };
         let (kind, level) = match self.rng.below(4) {
-            0 if self.settings.writable && !self.shape.raw_top() => {
-                let first = self.shape.levels[top].first_data;
-                let end = (self.chain.files[top].len() / self.shape.spc) as u32;
-                (Kind::Relocate { from: first + self.rng.below(u64::from(end.saturating_sub(first)) + 2) as u32 }, top)
-            }
+            // There may be space to be given back.
+            0 if self.settings.writable && !self.shape.raw_top() => return None,
             1 | 2 if frozen >= 2 => {
                 let low = self.rng.index(frozen - 1);
                 (Kind::Frozen { high: low + 1 + self.rng.index(frozen - 1 - low) }, low)
@@ -92,10 +92,7 @@ impl World {
         let session = Session { kind, level, told: None, faults: self.faults, cancelled: false, paused, shares };
         let top = self.shape.top();
         let work = match kind {
-            Kind::Relocate { from } => {
-                self.cover.hit("relocation begun");
-                BackgroundWork::Relocate { from }
-            }
+            Kind::GiveBack => return None,
             Kind::Top | Kind::Frozen { .. } => {
                 let high = if let Kind::Frozen { high } = kind { high } else { top };
                 let target = TargetConfig { level: level as u8, alloc: self.prepare_target(level, high)? };
@@ -180,7 +177,7 @@ impl World {
                         ["merge of the top came to agreement", "merge of the top came to agreement under load"]
                     }
                     Kind::Frozen { .. } => ["merge of frozen levels done", "merge of frozen levels done under load"],
-                    Kind::Relocate { .. } => ["relocation done", "relocation done under load"],
+                    Kind::GiveBack => ["space given back", "space given back under load"],
                 };
                 self.cover.hit(what[0]);
                 self.cover.hit_if(load, what[1]);
@@ -188,9 +185,7 @@ impl World {
             }
             (_, Err(CANCELED)) if self.closing => self.cover.hit("background work ended by closing"),
             (_, Err(CANCELED)) if cancelled => self.cover.hit("background work cancelled"),
-            (_, Err(NO_SPACE)) if no_space || matches!(kind, Kind::Relocate { .. }) => {
-                self.cover.hit("background work ended by want of space")
-            }
+            (_, Err(NO_SPACE)) if no_space => self.cover.hit("background work ended by want of space"),
             (_, Err(e)) if self.faults == faults => {
                 self.fail(format!("BackgroundDone with error {e}, and nothing had failed"))
             }
@@ -212,6 +207,71 @@ impl World {
         self.say(|_| format!("{control:?}"));
         self.cover.hit_if(control == BackgroundControl::Pause, "background work paused");
         self.feed(Event::Background(control));
+    }
+
+    /// Space is to be given back from now on, if nothing else is done in the background.
+    pub fn begin_give_back(&mut self) {
+        let works = self.engine.as_ref().is_some_and(|e| e.works_in_background());
+        let allowed = self.settings.writable && !self.shape.raw_top() && !self.closing && !self.failed;
+        if !works || !allowed {
+            return;
+        }
+        let free = self.background.as_ref().is_none_or(|s| s.kind == Kind::GiveBack && s.told.is_some());
+        let config =
+            GiveBackConfig { per_tick: self.rng.pick(&[0, 0, 1, 3]), per_busy_tick: self.rng.pick(&[0, 0, 2]) };
+        self.say(|_| format!("{config:?}"));
+        if free {
+            self.cover.hit("space is to be given back");
+            let (kind, level, faults) = (Kind::GiveBack, self.shape.top(), self.faults);
+            self.background =
+                Some(Session { kind, level, told: None, faults, cancelled: false, paused: false, shares: false });
+        } else {
+            self.refused_next = true;
+        }
+        self.feed(Event::GiveBack(config));
+        self.refused_next = false;
+    }
+
+    /// The engine said GaveBack.
+    pub fn gave_back(&mut self, result: Result<GivenBack, Errno>) {
+        if std::mem::take(&mut self.refused_next) {
+            self.fail_unless(result == Err(BUSY), || format!("work is under way, and giving back: {result:?}"));
+            self.cover.hit("giving space back refused");
+            return;
+        }
+        self.fail_unless(self.background.as_ref().is_some_and(|s| s.kind == Kind::GiveBack), || {
+            "GaveBack, and nothing was to be given back".into()
+        });
+        if let Ok(given) = result {
+            let file = self.chain.files[self.shape.top()].len() * 512;
+            self.cover.hit_if(given.moved > 0, "clusters moved to give space back");
+            self.fail_unless(given.after == file, || format!("{given:?}, the file has {file} bytes"));
+        }
+        self.background_done(result.map(drop));
+    }
+
+    /// The file is being cut to so many sectors: what neither memory nor a power cut, now or later, can name, and what
+    /// nothing is in flight on.
+    pub fn check_cut(&mut self, level: usize, len: u64) {
+        if level != self.shape.top() || self.shape.raw_top() || !self.settings.writable {
+            self.fail(format!("level {level} is cut"));
+        }
+        let first = (len / self.shape.spc) as u32;
+        if len % self.shape.spc != 0 || first < self.shape.levels[level].first_data {
+            self.fail(format!("the file is cut to {len} sectors"));
+        }
+        if let Some((host_cluster, clusters)) = self.owners().iter().find(|(p, _)| **p >= first) {
+            let text = format!("cut to {first} host clusters: clusters {clusters:?} may be at {host_cluster}");
+            self.fail(text);
+        }
+        if let Some(slot) = self.table.used().iter().find(|(_, _, p)| *p >= first) {
+            self.fail(format!("cut to {first} host clusters: entry {slot:?} is in the shared table"));
+        }
+        let beyond = |f: &&Flight| level_of(&f.act, level) == level && f.first + f.landed.len() as u64 > len;
+        let data = |f: &&Flight| !matches!(f.act, Action::ReadBat { .. } | Action::Sync { .. });
+        if let Some(f) = self.flights.iter().filter(data).find(beyond) {
+            self.fail(format!("cut to {len} sectors while {:?} is in flight", f.act));
+        }
     }
 
     /// All is quiet: background work has come to an end by itself. True: it goes on, since it was paused.
@@ -375,7 +435,7 @@ impl World {
         let Some(s) = self.background.take() else { return false };
         let done = s.told == Some(Ok(()));
         let high = match s.kind {
-            Kind::Relocate { .. } => return false,
+            Kind::GiveBack => return false,
             Kind::Top => self.shape.top(),
             Kind::Frozen { high } => high,
         };
@@ -422,7 +482,7 @@ impl World {
             (Kind::Top, None) => self.cover.hit("kill during a merge of the top"),
             (Kind::Top, Some(Ok(()))) => self.cover.hit("kill of a merge that had come to agreement"),
             (Kind::Frozen { .. }, None) => self.cover.hit("kill during a merge of frozen levels"),
-            (Kind::Relocate { .. }, None) => self.cover.hit("kill during a relocation"),
+            (Kind::GiveBack, None) => self.cover.hit("kill while space is given back"),
             _ => {}
         }
     }
@@ -444,9 +504,14 @@ pub const WANTED: &[&str] = &[
     "merge of frozen levels done under load",
     "merge of frozen levels finished",
     "frozen levels of a read-only device merged",
-    "relocation begun",
-    "relocation done",
-    "relocation done under load",
+    "space is to be given back",
+    "space given back",
+    "space given back under load",
+    "clusters moved to give space back",
+    "giving space back refused",
+    "file cut while the device runs",
+    "kill with a cut in flight",
+    "power cut with a cut in flight",
     "background work ended by closing",
     "background work ended by want of space",
     "background work ended by an error",
@@ -460,7 +525,7 @@ pub const WANTED: &[&str] = &[
     "kill during a merge of the top",
     "kill of a merge that had come to agreement",
     "kill during a merge of frozen levels",
-    "kill during a relocation",
+    "kill while space is given back",
     "power cut during background work",
     "clusters shared",
     "clusters copied, since they could not be shared",
