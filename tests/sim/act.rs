@@ -334,8 +334,7 @@ impl World {
         }
         let s = &self.settings;
         let (eio, no_space) = match &self.flights[at].act {
-            Action::Read { .. } => (s.read_error, 0),
-            Action::ReadBat { .. } => (s.read_error, 0),
+            Action::Read { .. } | Action::ReadBat { .. } => (s.read_error, 0),
             Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
             // Of a merge's target these are as any other error.
             Action::WriteBat { level, .. } if usize::from(*level) != self.shape.top() => (s.bat_error, 0),

@@ -4,16 +4,18 @@
 //! killed is followed by one that does not know it; a client that waits gives it once more, with the same token.
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use crate::engine::api::{BackgroundControl, Errno, GivenBack};
 use crate::error::Kind;
+use crate::server::frame;
 use crate::server::give_back::{GaveBack, GiveBackOrder};
 use crate::server::proto::FromWorker;
 use crate::server::remote_error::RemoteError;
 
 use super::core::{Core, MAIN_THREAD, Pending};
-use super::supervisor_link::SupervisorLink;
+use super::supervisor_restart::SEND_LIMIT;
 
 /// The last order.
 #[derive(Debug, Default)]
@@ -24,46 +26,53 @@ pub struct Giving {
 }
 
 impl Giving {
+    /// Takes an order. What is returned is to be sent to the supervisor.
+    pub fn begin(&mut self, core: &Core, order: GiveBackOrder) -> Option<FromWorker> {
+        let same = self.order.is_some_and(|o| o.token == order.token);
+        let running = self.order.is_some() && self.outcome.is_none();
+        self.order = Some(order);
+        if running {
+            // The client of an order whose supervisor was killed may be gone: this one gets the outcome.
+            return None;
+        }
+        if same {
+            return self.report();
+        }
+        self.outcome = None;
+        core.submit_event(MAIN_THREAD, Pending::GiveBack(order.config(core.cluster_bytes)));
+        None
+    }
+
     pub fn cancel(&self, core: &Core) {
         if self.order.is_some() && self.outcome.is_none() {
             core.submit_event(MAIN_THREAD, Pending::Background(BackgroundControl::Cancel));
         }
     }
-}
 
-impl SupervisorLink {
-    pub(super) fn begin_give_back(&mut self, core: &Core, order: GiveBackOrder) {
-        let same = self.giving.order.is_some_and(|o| o.token == order.token);
-        let running = self.giving.order.is_some() && self.giving.outcome.is_none();
-        self.giving.order = Some(order);
-        if running {
-            // The client of an order whose supervisor was killed may be gone: this one gets the outcome.
-            return;
-        }
-        if same {
-            return self.report_gave_back();
-        }
-        self.giving.outcome = None;
-        core.submit_event(MAIN_THREAD, Pending::GiveBack(order.config(core.cluster_bytes)));
-    }
-
-    pub(super) fn gave_back(&mut self, core: &Core, result: Result<GivenBack, Errno>) {
+    /// The engine has come to an end with it. What is returned is to be sent to the supervisor.
+    pub fn done(&mut self, core: &Core, result: Result<GivenBack, Errno>) -> Option<FromWorker> {
         let ending = core.closing.load(Ordering::Acquire) || core.retiring.load(Ordering::Acquire);
         if result == Err(libc::ECANCELED) && ending {
             // The next worker of the device gets the order anew.
-            return;
+            return None;
         }
-        self.giving.outcome = Some(match result {
+        self.outcome = Some(match result {
             Ok(GivenBack { moved, before, after }) => GaveBack { moved, before, after, error: None },
             Err(errno) => GaveBack::failed(error(errno, core)),
         });
-        self.report_gave_back();
+        self.report()
     }
 
-    fn report_gave_back(&self) {
-        if let (Some(order), Some(outcome)) = (self.giving.order, &self.giving.outcome) {
-            let _ = self.send(&FromWorker::GaveBack { token: order.token, outcome: outcome.clone() });
-        }
+    fn report(&self) -> Option<FromWorker> {
+        let (order, outcome) = (self.order?, self.outcome.as_ref()?);
+        Some(FromWorker::GaveBack { token: order.token, outcome: outcome.clone() })
+    }
+}
+
+/// Sends what there is to be sent; a supervisor that was killed is followed by one that asks.
+pub fn tell(supervisor: &Option<OwnedFd>, message: Option<FromWorker>) {
+    if let (Some(socket), Some(message)) = (supervisor, message) {
+        let _ = frame::send_within(socket, &message, &[], SEND_LIMIT);
     }
 }
 

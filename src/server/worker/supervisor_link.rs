@@ -18,7 +18,7 @@ use crate::server::{frame, runtime};
 use crate::sys::host;
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
-use super::give_back::Giving;
+use super::give_back::{Giving, tell};
 use super::init::Inherited;
 use super::queue::Inbox;
 use super::request_journal::RequestJournal;
@@ -84,7 +84,7 @@ pub struct SupervisorLink {
     retired_by: ProcessId,
     /// What became of the merge: an error, or none.
     merge_result: Option<Option<RemoteError>>,
-    pub(super) giving: Giving,
+    giving: Giving,
 }
 
 impl SupervisorLink {
@@ -205,7 +205,7 @@ impl SupervisorLink {
                 match notice {
                     Notice::Flushed(result) => self.flushed(core, result),
                     Notice::Merged(result) => self.merged(core, result),
-                    Notice::GaveBack(result) => self.gave_back(core, result),
+                    Notice::GaveBack(result) => tell(&self.socket, self.giving.done(core, result)),
                     Notice::Finished => self.finished(core),
                     Notice::Quiet => {
                         if let Some(retiring) = &mut self.retiring {
@@ -381,7 +381,7 @@ impl SupervisorLink {
                 }
             },
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
-            Ok(Some((ToWorker::GiveBack(order), _))) => self.begin_give_back(core, order),
+            Ok(Some((ToWorker::GiveBack(order), _))) => tell(&self.socket, self.giving.begin(core, order)),
             Ok(Some((ToWorker::CancelGiveBack, _))) => self.giving.cancel(core),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
