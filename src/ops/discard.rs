@@ -12,7 +12,7 @@ use super::trim::{self, Inside};
 use super::{find, umount};
 use crate::bail;
 use crate::device::{self, Device};
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::fs::balloon;
 use crate::fs::helper;
 use crate::report;
@@ -61,7 +61,7 @@ pub fn discard(
     params: &DiscardParams,
     stop: &mut dyn FnMut() -> bool,
 ) -> Result<Discarded> {
-    let found = find::devices(descriptor, Some(component)).map_err(|e| e.as_kind(Kind::Sys))?;
+    let found = find::devices(descriptor, Some(component)).map_err(|e| e.as_kind(Kind::Lock))?;
     if let Some(device) = found.into_iter().find(|d| d.state.runs()) {
         return rounds(&device, &mounted(&device)?, params, stop);
     }
@@ -134,12 +134,12 @@ fn rounds(
     loop {
         for one in inside {
             let ranges = trim::worth(device, one)?;
-            trim::trim(one, ranges.as_deref(), shortest, &mut report::cancel::requested)?;
+            trim::trim(one, ranges.as_deref(), shortest, &mut report::cancel::requested).map_err(failed)?;
         }
         if ended() {
             break;
         }
-        let given = give_back::give_back(device, &Options::default(), &mut |_, _| {})?;
+        let given = give_back::give_back(device, &Options::default(), &mut |_, _| {}).map_err(failed)?;
         let bytes = given.before.saturating_sub(given.after);
         if bytes > 0 {
             report::say(0, format_args!("TRUNCATED: {} cluster-blocks ({bytes} bytes)", bytes / cluster));
@@ -151,6 +151,11 @@ fn rounds(
         shortest = (shortest / 2).next_multiple_of(cluster).max(least);
     }
     Ok(Discarded { freed, to_free })
+}
+
+/// The work itself has failed, unless it was cancelled.
+fn failed(e: Error) -> Error {
+    if e.kind() == Kind::Abort { e } else { e.as_kind(Kind::Reloc) }
 }
 
 /// Defragments the file systems; bytes by which the image has grown. It is never an error that this does not work.

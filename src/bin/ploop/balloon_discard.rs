@@ -104,15 +104,23 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         });
     }
     let mut stop = || false;
-    match &target {
-        Target::Disk(path) => discard::discard(path, "", &params, &mut stop).map(drop)?,
+    let done = match &target {
+        Target::Disk(path) => discard::discard(path, "", &params, &mut stop),
         Target::Mounted(device, folder) => {
             // As the classic: by device it neither mounts nor defragments.
             let params = DiscardParams { automount: false, defrag: false, ..params };
-            discard::discard_by_dev(device, Path::new(folder), &params, &mut stop).map(drop)?;
+            discard::discard_by_dev(device, Path::new(folder), &params, &mut stop)
         }
+    };
+    match done {
+        Ok(_) => Ok(()),
+        // The classic's status when the work itself has failed.
+        Err(e) if e.kind() == Kind::Reloc => {
+            ploop::report::error(&e);
+            Err(Fail::Status(255))
+        }
+        Err(e) => Err(e.into()),
     }
-    Ok(())
 }
 
 fn show(stat: DiscardStat) -> Result<(), Fail> {
