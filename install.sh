@@ -94,7 +94,7 @@ list() {
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
         "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
         "$DATADIR/bash-completion/completions/ploop" "$DATADIR/zsh/site-functions/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" \
-        "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
+        "$UNITDIR/ploop-shutdown.service" "$UNITDIR/ploop-compact.service" "$UNITDIR/ploop-compact.timer" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
 
 # Run by the package's tools, or over them: their next upgrade would bring their files back one by one.
@@ -122,7 +122,7 @@ if [ -n "$uninstall" ]; then
     refuse_packages
     refuse_running
     if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null; then
-        systemctl disable ploop-shutdown >/dev/null 2>&1 || :
+        systemctl disable ploop-shutdown ploop-compact.timer >/dev/null 2>&1 || :
     fi
     list | while IFS= read -r path; do
         rm -f "$DESTDIR$path"
@@ -190,7 +190,9 @@ put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
 put 644 src/bin/ploop/completion/ploop.bash "$DATADIR/bash-completion/completions/ploop"
 put 644 src/bin/ploop/completion/ploop.zsh "$DATADIR/zsh/site-functions/_ploop"
 put 644 src/bin/ploop/completion/ploop.fish "$DATADIR/fish/vendor_completions.d/ploop.fish"
-put 644 "$(adapted systemd/ploop-shutdown.service)" "$UNITDIR/ploop-shutdown.service"
+for unit in ploop-shutdown.service ploop-compact.service ploop-compact.timer; do
+    put 644 "$(adapted "systemd/$unit")" "$UNITDIR/$unit"
+done
 put 644 systemd/ploop.tmpfiles "$TMPFILESDIR/ploop.conf"
 put 644 systemd/59-ploop.rules "$UDEVDIR/59-ploop.rules"
 loader

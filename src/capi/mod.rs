@@ -18,6 +18,8 @@
 //!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
 //! - [`sizes`], [`size_tools`]: ploop_resize_image; undeclared: ploop_grow_image, ploop_grow_delta_offline,
 //!   ploop_grow_raw_delta_offline, ploop_restore_descriptor
+//! - [`discard`], [`discard_tools`]: ploop_discard, ploop_discard_get_stat; undeclared: ploop_discard_by_dev,
+//!   ploop_discard_get_stat_by_dev
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
@@ -34,6 +36,8 @@ mod convert;
 pub mod copies;
 pub mod descriptor;
 pub mod devices;
+pub mod discard;
+pub mod discard_tools;
 pub mod dynload;
 mod handle;
 pub mod kernel_consts;

@@ -4,15 +4,18 @@
 
 pub mod check;
 pub mod compact;
+pub mod compact_running;
 pub mod copy;
 pub mod create;
 mod delete_leaf;
 pub mod deleted;
 pub mod device_chain;
+pub mod discard;
 mod disk_lock;
 pub mod doctor;
 pub mod find;
 pub mod fstab;
+pub mod give_back;
 pub mod grow;
 mod image_copy;
 mod image_set;
@@ -37,6 +40,7 @@ pub mod snapshot_list;
 pub mod switch;
 mod temporary_snapshot;
 pub mod tour;
+mod trim;
 pub mod umount;
 pub mod umount_all;
 

@@ -24,7 +24,7 @@ pub fn not_yet(name: &str) -> u8 {
 /// `ploop-balloon`.
 pub fn balloon() -> u8 {
     eprintln!(
-        "ploop-balloon: this version ({}) does not have its commands yet (show, status, clear, change, complete, check, repair, discard)",
+        "ploop-balloon: this version ({}) does not have its commands yet (show, status, clear, change, complete, check, repair); it has discard",
         env!("CARGO_PKG_VERSION")
     );
     Kind::Param as u8

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon_discard;
 mod check;
 mod compact;
 mod completion;
@@ -187,7 +188,7 @@ fn main() -> ExitCode {
         // mount(8) and umount(8) know a helper's status 32 alone.
         Some("mount.ploop") => return ExitCode::from(helpers::mount(&args)),
         Some("umount.ploop") => return ExitCode::from(helpers::umount(&args)),
-        Some("ploop-balloon") => later::balloon(),
+        Some("ploop-balloon") => balloon(&args),
         _ => ploop_command(&args),
     };
     ExitCode::from(stopped().unwrap_or(status))
@@ -218,9 +219,20 @@ fn ploop_command(args: &[OsString]) -> u8 {
     report::set_verbose_level(level);
     report::progress::draw_at_level(level);
     let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
+    if name == "balloon" {
+        return balloon(args);
+    }
     match COMMANDS.iter().find(|c| name == c.name) {
         Some(command) => run(command, args),
         None => external(name, args),
+    }
+}
+
+/// `ploop balloon` and `ploop-balloon`, with the arguments behind.
+fn balloon(args: &[OsString]) -> u8 {
+    match args.split_first() {
+        Some((name, args)) if name == "discard" => run(&balloon_discard::COMMAND, args),
+        _ => later::balloon(),
     }
 }
 

@@ -7,6 +7,7 @@ mod attach;
 mod clean;
 mod find;
 mod freeze;
+mod give_back;
 mod images;
 mod lock;
 mod merge;
@@ -20,9 +21,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{Capabilities, Driver, Freeze, Unmerged, Watch};
+use crate::device::driver::{Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::engine::api::GivenBack;
 use crate::error::Result;
 use crate::server::{partitions, runtime, spawn, unflushed as server_unflushed};
 use crate::sys::file_id::FileId;
@@ -39,7 +41,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     merge_top: true,
     merge_frozen: true,
     set_size: false,
-    relocate: false,
+    give_back: true,
     track: false,
     freeze: true,
     partitions: true,
@@ -179,6 +181,10 @@ impl Driver for Served {
         watch: &mut dyn Watch,
     ) -> Result<Option<String>, Unmerged> {
         merge::merge_levels(device, levels, then, watch)
+    }
+
+    fn give_back(&self, device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
+        give_back::give_back(device, rates, watch)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
