@@ -13,6 +13,7 @@ mod clients;
 mod commands;
 mod detach;
 mod last_mount;
+mod maintenance;
 mod merge;
 mod names;
 mod registration;
