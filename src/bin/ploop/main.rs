@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod check;
 mod compact;
 mod disk;
@@ -160,6 +161,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact DISK                 give space that is not used inside back
+  ploop balloon show|change|... DISK take space from a mounted disk, and give it back
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
@@ -179,7 +181,7 @@ fn main() -> ExitCode {
         // mount(8) and umount(8) know a helper's status 32 alone.
         Some("mount.ploop") => return ExitCode::from(helpers::mount(&args)),
         Some("umount.ploop") => return ExitCode::from(helpers::umount(&args)),
-        Some("ploop-balloon") => later::balloon(),
+        Some("ploop-balloon") => balloon::main(&args),
         _ => ploop_command(&args),
     };
     ExitCode::from(stopped().unwrap_or(status))
@@ -212,6 +214,7 @@ fn ploop_command(args: &[OsString]) -> u8 {
     let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
     match COMMANDS.iter().find(|c| name == c.name) {
         Some(command) => run(command, args),
+        None if name == "balloon" => balloon::main(args),
         None => external(name, args),
     }
 }
