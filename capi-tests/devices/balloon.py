@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """The balloon of a running disk."""
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,11 +20,11 @@ BUSY = 17
 NO_ROOM = 20
 
 
-def new_disk(t, size="400m", name="disk"):
+def new_disk(t, size="400m", name="disk", cluster=2048):
     """A mounted disk with ext4: its descriptor, mount point and device."""
     folder = t.mkdir(name)
     img, dd = os.path.join(folder, "root.hdd"), os.path.join(folder, "DiskDescriptor.xml")
-    ploop("init", "-s", size, img)
+    ploop("init", "-s", size, "-b", str(cluster), img)
     point = t.mkdir(name + ".mnt")
     return dd, point, t.mount("-m", point, dd)
 
@@ -241,41 +242,70 @@ def case_classic_program(t):
 @devlib.limit(300)
 def case_deleted_and_refilled(t):
     """Root inside deletes the balloon and fills its space while it is being given back: no byte of that is lost."""
-    dd, point, dev = new_disk(t)
+    dd, point, dev = new_disk(t, "400m", cluster=64)
     place = os.path.join(point, BALLOON)
-    write(os.path.join(point, "gone"), 1, 200 * MIB)
-    os.remove(os.path.join(point, "gone"))
+    # Free space in many pieces: it is discarded in many steps, with the file system frozen for each and not between them.
+    piece = random.Random(1).randbytes(96 << 10)
+    many = [os.path.join(point, f"piece{i}") for i in range(2000)]
+    for name in many:
+        with open(name, "wb") as f:
+            f.write(piece)
     os.sync()
-    rounds = devlib.pick(4, 60)
+    for name in many[::2]:
+        os.remove(name)
+    os.sync()
+    rounds = devlib.pick(12, 300)
     stop, errors, sums = threading.Event(), [], {}
     rng = random.Random(devlib.seeds([7])[0])
+    pool = rng.randbytes(8 * MIB)
+
+    def refill(seed):
+        """As much as there is room for, on the device as soon as possible."""
+        name, sum_ = f"file{seed}", hashlib.sha256()
+        fd = os.open(os.path.join(point, name), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            for i in range(6):
+                data = seed.to_bytes(4) + i.to_bytes(4) + pool
+                if free(point) < len(data) + 6 * MIB:
+                    break
+                sum_.update(data[:os.write(fd, data)])
+                os.fsync(fd)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+        finally:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        sums[name] = sum_.hexdigest()
 
     def inside():
         seed = 0
         while not stop.is_set():
             try:
-                if rng.random() < 0.7:
-                    try:
-                        os.remove(place)
-                    except FileNotFoundError:
-                        pass
-                for name in list(sums):
-                    if free(point) < 60 * MIB:
-                        os.remove(os.path.join(point, name))
-                        del sums[name]
-                for _ in range(4):
-                    seed += 1
-                    name = f"file{seed}"
-                    try:
-                        sums[name] = write(os.path.join(point, name), seed, 6 * MIB)
-                    except OSError:
-                        # No space, as the balloon takes it.
-                        os.remove(os.path.join(point, name))
-                        break
-                name = rng.choice(list(sums) or [None])
-                if name and read(os.path.join(point, name)) != sums[name]:
-                    errors.append(f"{name} has lost bytes")
-                    return
+                # As soon as it is inflated, or a moment later.
+                if os.stat(place).st_size == 0:
+                    continue
+                time.sleep(rng.choice((0, 0, 0.01, 0.03)) * rng.random())
+                # ploop has it open: its blocks are free at once if it is cut, and later if it is removed.
+                fd = os.open(place, os.O_RDWR)
+                try:
+                    os.ftruncate(fd, 0)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                if rng.random() < 0.2:
+                    os.remove(place)
+                seed += 1
+                refill(seed)
+                while free(point) < 100 * MIB and sums:
+                    name = next(iter(sums))
+                    if read(os.path.join(point, name)) != sums[name]:
+                        errors.append(f"{name} has lost bytes")
+                        return
+                    os.remove(os.path.join(point, name))
+                    del sums[name]
+            except FileNotFoundError:
+                pass
             except Exception as e:  # noqa: BLE001 - seen by the main thread
                 errors.append(f"the writer: {e!r}")
                 return
@@ -284,11 +314,10 @@ def case_deleted_and_refilled(t):
     writer.start()
     freed = 0
     try:
-        for i in range(rounds):
-            want = max(free(point) - 10 * MIB, 20 * MIB) >> 10
+        for _ in range(rounds):
+            want = max(free(point) - 20 * MIB, 20 * MIB) >> 10
             said = balloon("change", "-s", f"{want}k", dd, rc=(0, NO_ROOM, devlib.OPEN)).out
             freed += int(said.split("Freed ")[1].split()[0]) if "Freed" in said else 0
-            balloon("change", "-s", "0", dd, rc=(0, devlib.OPEN, 19))
             check(not errors, "; ".join(errors))
     finally:
         stop.set()
