@@ -91,7 +91,7 @@ list() {
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
         "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
-        "$UNITDIR/ploop-shutdown.service" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
+        "$UNITDIR/ploop-shutdown.service" "$UNITDIR/ploop-compact.service" "$UNITDIR/ploop-compact.timer" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
 
 # Run by the package's tools, or over them: their next upgrade would bring their files back one by one.
@@ -119,7 +119,7 @@ if [ -n "$uninstall" ]; then
     refuse_packages
     refuse_running
     if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null; then
-        systemctl disable ploop-shutdown >/dev/null 2>&1 || :
+        systemctl disable ploop-shutdown ploop-compact.timer >/dev/null 2>&1 || :
     fi
     list | while IFS= read -r path; do
         rm -f "$DESTDIR$path"
@@ -184,7 +184,9 @@ for header in libploop.h dynload.h; do
     put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
 done
 put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
-put 644 "$(adapted systemd/ploop-shutdown.service)" "$UNITDIR/ploop-shutdown.service"
+for unit in ploop-shutdown.service ploop-compact.service ploop-compact.timer; do
+    put 644 "$(adapted "systemd/$unit")" "$UNITDIR/$unit"
+done
 put 644 systemd/ploop.tmpfiles "$TMPFILESDIR/ploop.conf"
 put 644 systemd/59-ploop.rules "$UDEVDIR/59-ploop.rules"
 loader

@@ -97,6 +97,7 @@ def case_change(t):
     check("Freed" in said, said)
     freed = int(said.split("Freed ")[1].split()[0])
     check(freed >= 100, f"{freed} clusters of about 150 were freed")
+    check("TRUNCATED" in said and os.stat(img).st_size < before - 100 * MIB, f"{before} bytes became {os.stat(img).st_size}: {said}")
     check(size(dd) == room >> 10 << 10 and free(point) < 32 * MIB, f"{size(dd)} bytes, {free(point)} free")
     check(state(dd) == "OFF" and "no free blocks" in balloon("check", dd).out, "not all was given back")
     check(read(os.path.join(point, "kept")) == kept, "the file beside the balloon has changed")
@@ -112,7 +113,7 @@ def case_change(t):
     # The space is used again: the image does not grow.
     write(os.path.join(point, "again"), 3, 120 * MIB)
     os.sync()
-    check(os.stat(img).st_size <= before + 4 * MIB, f"{before} bytes became {os.stat(img).st_size}")
+    check(os.stat(img).st_size <= before + 8 * MIB, f"{before} bytes became {os.stat(img).st_size}")
     balloon("change", "-s", "4g", dd, rc=NO_ROOM)
     check(size(dd) == MIB and state(dd) == "OFF", "a change that failed has changed something")
     balloon("change", "-s", "0", dd)
@@ -358,10 +359,15 @@ def case_killed(t):
         write(os.path.join(point, "small"), i, 4096)
         now, inflated = state(dd), size(dd)
         seen[now] = seen.get(now, 0) + 1
-        check(now in ("OFF", "BALLOON"), f"{devlib.replay(t, seed)}: state {now}")
+        check(now in ("OFF", "BALLOON", "FBLOADED", "RELOC"), f"{devlib.replay(t, seed)}: state {now}")
         if now == "OFF" and inflated:
             check("no free blocks" in balloon("check", dd).out, f"{devlib.replay(t, seed)}: OFF, but not given back")
         how = rng.choice((["repair"], ["clear"], ["complete"], ["change", "-s", "0"]))
+        if now in ("FBLOADED", "RELOC"):
+            if now == "FBLOADED" and how != ["complete"]:
+                balloon(*how, dd, rc=BUSY)
+            # In RELOC the worker finishes by itself, too.
+            balloon("complete", dd)
         balloon(*how, dd)
         if how == ["complete"]:
             balloon("clear", dd)

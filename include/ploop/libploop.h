@@ -620,6 +620,15 @@ void ploop_cancel_operation(void);
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
+/*
+ * Gives space that the file system inside does not use back to the host, while the disk is in use. Not mounted:
+ * SYSEXIT_PARAM, unless param->automount. The work failed: -1.
+ */
+int ploop_discard(struct ploop_disk_images_data *di, struct ploop_discard_param *param);
+
+/* Stores the sizes that tell what ploop_discard() could free in *pd_stat. The disk has to be mounted: SYSEXIT_PARAM. */
+int ploop_discard_get_stat(struct ploop_disk_images_data *di, struct ploop_discard_stat *pd_stat);
+
 /* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
 int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
 
@@ -631,12 +640,6 @@ int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long lo
 
 /* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
 int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
-
-/* Gives space that the file system inside does not use back to the host. Not available: SYSEXIT_PARAM. */
-int ploop_discard(struct ploop_disk_images_data *di, struct ploop_discard_param *param);
-
-/* Stores what ploop_discard() could free in *pd_stat. Not available: SYSEXIT_PARAM. */
-int ploop_discard_get_stat(struct ploop_disk_images_data *di, struct ploop_discard_stat *pd_stat);
 
 /* Sends the top delta of a running device. Not available: SYSEXIT_PARAM. */
 int ploop_copy_send(struct ploop_copy_send_param *arg);

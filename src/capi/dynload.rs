@@ -7,7 +7,7 @@ use super::types::{
     ploop_disk_images_data, ploop_info, ploop_merge_param, ploop_mount_param, ploop_replace_param, ploop_resize_param,
     ploop_snapshot_param, ploop_snapshot_switch_param, ploop_spec, ploop_tsnapshot_param,
 };
-use super::{descriptor, devices, log, mount, sizes, snapshots, unavailable};
+use super::{descriptor, devices, discard, log, mount, sizes, snapshots, unavailable};
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
 /// The functions of libploop.h by their names without ploop_. A new function takes the first element of padding; order
@@ -151,8 +151,8 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.cancel_operation = Some(log::ploop_cancel_operation);
     f.send = Some(unavailable::ploop_send);
     f.receive = Some(unavailable::ploop_receive);
-    f.discard_get_stat = Some(unavailable::ploop_discard_get_stat);
-    f.discard = Some(unavailable::ploop_discard);
+    f.discard_get_stat = Some(discard::ploop_discard_get_stat);
+    f.discard = Some(discard::ploop_discard);
     f.switch_snapshot_ex = Some(snapshots::ploop_switch_snapshot_ex);
     f.complete_running_operation = Some(devices::ploop_complete_running_operation);
     f.is_large_disk_supported = Some(devices::ploop_is_large_disk_supported);

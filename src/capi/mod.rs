@@ -20,6 +20,8 @@
 //!   ploop_grow_raw_delta_offline, ploop_restore_descriptor
 //! - [`balloon`]: undeclared: get_balloon, ploop_balloon_change_size, ploop_balloon_get_state, ploop_balloon_clear_state,
 //!   ploop_balloon_complete, ploop_balloon_check_and_repair
+//! - [`discard`], [`discard_tools`]: ploop_discard, ploop_discard_get_stat; undeclared: ploop_discard_by_dev,
+//!   ploop_discard_get_stat_by_dev
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
@@ -36,6 +38,8 @@ pub mod consts;
 mod convert;
 pub mod descriptor;
 pub mod devices;
+pub mod discard;
+pub mod discard_tools;
 pub mod dynload;
 mod handle;
 pub mod kernel_consts;

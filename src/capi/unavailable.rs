@@ -2,10 +2,7 @@
 //! changes nothing, fails and says so.
 
 use super::boundary;
-use super::types::{
-    ploop_copy_receive_param, ploop_copy_send_param, ploop_create_param, ploop_discard_param, ploop_discard_stat,
-    ploop_disk_images_data,
-};
+use super::types::{ploop_copy_receive_param, ploop_copy_send_param, ploop_create_param, ploop_disk_images_data};
 use crate::bail;
 use std::ffi::{c_char, c_int, c_ulonglong};
 
@@ -45,20 +42,6 @@ pub extern "C" fn ploop_set_max_delta_size(di: *mut ploop_disk_images_data, size
 pub extern "C" fn ploop_convert_image(di: *mut ploop_disk_images_data, mode: c_int, flags: c_int) -> c_int {
     let _ = (di, mode, flags);
     refuse("ploop_convert_image")
-}
-
-/// Gives space that the file system inside does not use back to the host. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_discard(di: *mut ploop_disk_images_data, param: *mut ploop_discard_param) -> c_int {
-    let _ = (di, param);
-    refuse("ploop_discard")
-}
-
-/// Stores what ploop_discard() could free in *pd_stat. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_discard_get_stat(di: *mut ploop_disk_images_data, pd_stat: *mut ploop_discard_stat) -> c_int {
-    let _ = (di, pd_stat);
-    refuse("ploop_discard_get_stat")
 }
 
 /// Sends the top delta of a running device. Not available: SYSEXIT_PARAM.

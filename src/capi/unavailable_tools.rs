@@ -2,35 +2,11 @@
 //! as in [`unavailable`](super::unavailable). They are not in the header.
 
 use super::boundary;
-use super::types::{ploop_discard_stat, ploop_disk_images_data};
+use super::types::ploop_disk_images_data;
 use super::unavailable::refuse;
 use crate::bail;
 use libc::off_t;
 use std::ffi::{c_char, c_int};
-
-/// ploop_discard_get_stat() by device and mount point.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_discard_get_stat_by_dev(
-    device: *const c_char,
-    mount_point: *const c_char,
-    pd_stat: *mut ploop_discard_stat,
-) -> c_int {
-    let _ = (device, mount_point, pd_stat);
-    refuse("ploop_discard_get_stat_by_dev")
-}
-
-/// ploop_discard() by device and mount point.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_discard_by_dev(
-    device: *const c_char,
-    mount_point: *const c_char,
-    minlen_b: u64,
-    to_free: u64,
-    stop: *const c_int,
-) -> c_int {
-    let _ = (device, mount_point, minlen_b, to_free, stop);
-    refuse("ploop_discard_by_dev")
-}
 
 /// Enlarges a running device to new_size sectors.
 #[unsafe(no_mangle)]

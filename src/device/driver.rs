@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::engine::api::GivenBack;
 use crate::error::{Error, Kind, Result};
 use crate::format::balloon_piece::Piece;
 use crate::format::maintenance::Maintenance;
@@ -24,8 +25,8 @@ pub struct Capabilities {
     pub merge_frozen: bool,
     /// [`Driver::set_size`]
     pub set_size: bool,
-    /// [`Driver::relocate`]
-    pub relocate: bool,
+    /// [`Driver::give_back`]
+    pub give_back: bool,
     /// [`Driver::track`]
     pub track: bool,
     /// [`Driver::freeze`]
@@ -42,6 +43,14 @@ pub trait Watch {
     fn progress(&mut self, seen: u64, all: u64);
     /// Called now and then. True: the driver gives the work up.
     fn cancelled(&mut self) -> bool;
+}
+
+/// How fast clusters are moved: bytes in a second, none: without limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Rates {
+    pub most: Option<u64>,
+    /// While the device has requests.
+    pub busy: Option<u64>,
 }
 
 /// A merge that failed or was given up.
@@ -222,9 +231,10 @@ pub trait Driver: Sync {
         Err(self.unsupported("changing the size of a running device"))
     }
 
-    /// Moves what the top of a running device keeps in clusters of its file from number `from` on into free ones before it.
-    fn relocate(&self, _device: &Device, _from: u32, _watch: &mut dyn Watch) -> Result<()> {
-        Err(self.unsupported("relocating clusters of a running device"))
+    /// Moves clusters of a running device's top to the front of its file and cuts the file; see
+    /// [`give_back`](crate::device::give_back).
+    fn give_back(&self, _device: &Device, _rates: Rates, _watch: &mut dyn Watch) -> Result<GivenBack> {
+        Err(self.unsupported("giving space of a running device back"))
     }
 
     /// Begins to track what is written to the images of a running device.

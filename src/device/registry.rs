@@ -4,10 +4,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{BalloonDiscard, Driver, Freeze, Tracker, Unmerged, Watch};
+use crate::device::driver::{BalloonDiscard, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
 use crate::device::served::Served;
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::engine::api::GivenBack;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::maintenance::Maintenance;
 use crate::sys::file_id::FileId;
@@ -241,9 +242,11 @@ pub fn set_size(device: &Device, sectors: u64) -> Result<()> {
     of(device).set_size(device, sectors)
 }
 
-/// Moves what the top of a running device keeps in clusters of its file from number `from` on into free ones before it.
-pub fn relocate(device: &Device, from: u32, watch: &mut dyn Watch) -> Result<()> {
-    of(device).relocate(device, from, watch)
+/// Moves clusters of a running device's top to the front of its file and cuts the file behind the last one in use. I/O goes
+/// on, and moves wait for it. The device serves the same content at any time, whoever is killed; if the calling process
+/// exits it goes on. An error of kind [`Kind::Abort`]: `watch` has cancelled it; what was moved stays moved.
+pub fn give_back(device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
+    of(device).give_back(device, rates, watch)
 }
 
 /// Begins to track what is written to the images of a running device.
@@ -340,7 +343,7 @@ mod tests {
             d.merge_top(&device, None, &mut NoWatch).map(drop).map_err(Into::into),
             d.merge_frozen(&device, (0, 1), &spec, &mut NoWatch).map(drop).map_err(Into::into),
             d.set_size(&device, 1),
-            d.relocate(&device, 1, &mut NoWatch),
+            d.give_back(&device, Rates::default(), &mut NoWatch).map(drop),
             d.track(&device).map(drop),
             d.freeze(&device, Vec::new()).map(drop),
             d.partitions(&device).map(drop),
@@ -363,7 +366,7 @@ mod tests {
         let offered = served::CAPABILITIES;
         let refused = [
             (offered.set_size, set_size(&device, 1)),
-            (offered.relocate, relocate(&device, 1, &mut NoWatch)),
+            (offered.give_back, give_back(&device, Rates::default(), &mut NoWatch).map(drop)),
             (offered.track, track(&device).map(drop)),
             (offered.partitions, partitions(&device).map(drop)),
         ];

@@ -65,6 +65,9 @@ pub enum Event<'a> {
     /// Whether writes that find no space wait for it (the rule) or fail (while the device is being stopped).
     WaitForSpace(bool),
     Background(BackgroundControl),
+    /// Give space of the top's file back; answered by one [`Action::GaveBack`]. Refused (EBUSY) while other background
+    /// work is under way.
+    GiveBack(GiveBackConfig),
     /// The caller sends no more requests. When all are answered and all changes are durable, the engine emits `Closed`.
     Close,
 }
@@ -105,6 +108,9 @@ pub enum Action {
     Fallocate { op: OpId, level: u8, file_off: u64, len: u64 },
     /// The range of a level's file, inside it, reads as zero afterwards; allocated if the file system can do that.
     ZeroRange { op: OpId, level: u8, file_off: u64, len: u64 },
+    /// Cut the top's file to so many bytes: nothing behind is named by memory or by the durable BAT, or in flight. An error:
+    /// the file is as long as before.
+    Truncate { op: OpId, level: u8, len: u64 },
     /// Data and length of a level's file, as far as written by operations completed before now, on stable storage.
     /// ENOSPC or EDQUOT of the top's file mean that nothing of it is lost and that a later sync covers it; where the
     /// caller does not know that it reports another error, which is final.
@@ -116,6 +122,9 @@ pub enum Action {
     /// is closed), or the work was given up (ECANCELED: because of `Close` or [`BackgroundControl::Cancel`]). Can be
     /// emitted twice: a merge of the top can fail after it was done.
     BackgroundDone { result: Result<(), Errno> },
+    /// Answer to [`Event::GiveBack`]. An error: clusters may have been moved, and the file cut, all the same (ECANCELED:
+    /// because of `Close` or [`BackgroundControl::Cancel`]).
+    GaveBack { result: Result<GivenBack, Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
 }
@@ -191,8 +200,25 @@ pub enum BackgroundWork {
     /// The levels above the target up to `high`, all of them frozen, into the target. `pages`: the BAT pages in which
     /// any of them has entries.
     MergeFrozen { high: u8, target: TargetConfig, pages: PageSet },
-    /// Clusters of the top from this host cluster on to free ones before it, so that the file's end can be cut.
-    Relocate { from: u32 },
+}
+
+/// How space is given back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GiveBackConfig {
+    /// Clusters moved between two ticks; 0: without limit.
+    pub per_tick: u32,
+    /// The same while requests come.
+    pub per_busy_tick: u32,
+}
+
+/// What came of giving space back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GivenBack {
+    /// Clusters moved.
+    pub moved: u64,
+    /// Bytes of the file before and after.
+    pub before: u64,
+    pub after: u64,
 }
 
 /// The level that a merge writes to.

@@ -83,6 +83,16 @@ pub enum Breach {
     LowerSourceWins,
     /// A cluster is moved while writes are in flight on it.
     RelocateUndrained,
+    /// Reads of a cluster begin at its old place while it is moved.
+    MoveUnderReads,
+    /// The file is cut before the entries of the clusters that were moved are durable.
+    CutUnpublished,
+    /// Clusters behind a cut are given out while the file is being cut.
+    AllocateInCut,
+    /// The file grows while it is being cut.
+    GrowDuringCut,
+    /// A cut that failed counts as done.
+    SwallowCut,
     /// The next worker goes on with a merge although the outcome of the target's last sync is unknown.
     TrustTargetAfterKill,
     /// A merge that was given up leaves its progress in the shared table; the next worker with the same work goes on
@@ -133,6 +143,11 @@ pub const ALL: &[Breach] = &[
     Breach::UnpublishedEnd,
     Breach::LowerSourceWins,
     Breach::RelocateUndrained,
+    Breach::MoveUnderReads,
+    Breach::CutUnpublished,
+    Breach::AllocateInCut,
+    Breach::GrowDuringCut,
+    Breach::SwallowCut,
     Breach::TrustTargetAfterKill,
     Breach::KeepProgressOfFailed,
 ];

@@ -116,7 +116,7 @@ impl<S: Shared> Engine<S> {
             self.wait_for_slot(piece);
             return;
         }
-        let Some(taken) = self.space.take(whole) else {
+        let Some(taken) = self.space.take(whole && !self.gives_back()) else {
             self.add_pending(piece.req);
             self.space.waiters.push(piece);
             return;
@@ -140,7 +140,6 @@ impl<S: Shared> Engine<S> {
             if let Some(p) = freed {
                 self.space.give(p);
             }
-            self.relocation_sees_new(cluster, host_cluster);
         }
     }
 
@@ -287,9 +286,13 @@ impl<S: Shared> Engine<S> {
         }
     }
 
-    /// Reads see the old cluster while a new one is made, but wait behind a freeing.
+    /// Reads see the old cluster while a new one is made, but wait behind a freeing, and behind a move: its old host
+    /// cluster is freed with nothing in flight on it.
     pub(super) fn cluster_op_blocks_reads(&self, cluster: u32) -> bool {
-        self.cluster_ops.get(&cluster).is_some_and(|j| matches!(j.kind, Kind::Drain | Kind::BackgroundDrain { .. }))
+        self.cluster_ops.get(&cluster).is_some_and(|j| {
+            matches!(j.kind, Kind::Drain | Kind::BackgroundDrain { .. })
+                || j.purpose == Purpose::Relocate && !breaks(Breach::MoveUnderReads)
+        })
     }
 
     /// Begins the cluster operation's next operation.
@@ -302,6 +305,13 @@ impl<S: Shared> Engine<S> {
             Kind::CopyUp { .. } => {
                 if op.bounce.is_none() {
                     op.bounce = self.bounces.pop();
+                }
+                if op.bounce.is_none() && op.purpose == Purpose::Relocate {
+                    // Reads of the cluster wait for the copy: it must not wait itself.
+                    if let Some(op) = self.let_go(cluster) {
+                        self.relocation_postponed(op.host_cluster, op.slot);
+                    }
+                    return;
                 }
                 if op.bounce.is_none() {
                     self.bounce_wait.push_back(cluster);
@@ -451,6 +461,11 @@ impl<S: Shared> Engine<S> {
         }
         self.give_bounce_back(op.bounce, out);
         self.part_done(op.piece.req, Err(errno), out);
+    }
+
+    /// A bounce buffer is free.
+    pub(super) fn has_bounce(&self) -> bool {
+        !self.bounces.is_empty()
     }
 
     pub(super) fn give_bounce_back(&mut self, bounce: Option<BounceId>, out: &mut Vec<Action>) {

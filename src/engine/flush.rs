@@ -42,6 +42,8 @@ pub struct FlushCycle {
     /// A cycle that began after the last request was answered, while closing, has ended.
     final_done: bool,
     final_running: bool,
+    /// Cycles that have begun.
+    begun: u64,
 }
 
 impl FlushCycle {
@@ -58,7 +60,13 @@ impl FlushCycle {
             ticks: 0,
             final_done: false,
             final_running: false,
+            begun: 0,
         }
+    }
+
+    /// Number of the first cycle that begins after now.
+    pub(super) fn next(&self) -> u64 {
+        self.begun + 1
     }
 
     /// A tick has passed with or without changes.
@@ -110,6 +118,7 @@ impl<S: Shared> Engine<S> {
         !self.cycle.waiting.is_empty()
             || self.cycle.ticks >= self.config.bat_age && self.pending.any_can_go()
             || pressed && self.pending.any_can_go()
+            || self.pending.any_can_go() && self.give_back_wants_cycle()
             || self.wants_final()
     }
 
@@ -145,6 +154,7 @@ impl<S: Shared> Engine<S> {
         self.cycle.joined = std::mem::take(&mut self.cycle.waiting);
         self.cycle.going = self.pending.start();
         self.cycle.phase = Phase::DataSync;
+        self.cycle.begun += 1;
         self.cycle.ticks = 0;
         self.cycle.final_running = self.closing && self.is_quiet();
         if !breaks(Breach::NoSyncRecord) {
@@ -164,6 +174,12 @@ impl<S: Shared> Engine<S> {
         if self.cycle.phase == Phase::Loading && needed {
             self.fail_cycle(out);
         }
+    }
+
+    /// The cycle of this number has ended, or there was nothing to do for one.
+    pub(super) fn has_cycled(&self, number: u64) -> bool {
+        let idle = matches!(self.cycle.phase, Phase::Idle | Phase::Loading);
+        self.cycle.begun > number || idle && (self.cycle.begun == number || !self.pending.any_can_go())
     }
 
     pub(super) fn sync_done(&mut self, result: Result<(), Errno>, out: &mut Vec<Action>) {

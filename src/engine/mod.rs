@@ -14,8 +14,8 @@
 //! - A failed sync or BAT write is final: the engine begins no more cycles, and every flush fails. One that found no
 //!   space is not: it is repeated, and nothing that depends on it is answered before ([`flush`]).
 //!
-//! A read or write of mapped clusters takes one lookup in the [`map`] and one file operation. Merges and relocation
-//! work on the same clusters meanwhile ([`background`]).
+//! A read or write of mapped clusters takes one lookup in the [`map`] and one file operation. Merges and
+//! giving space back work on the same clusters meanwhile ([`background`]).
 
 pub mod api;
 mod background;
@@ -60,6 +60,10 @@ enum Op {
     },
     /// The top's file grows.
     Grow,
+    /// The top's file is cut; it had so many clusters.
+    Cut {
+        old_end: u32,
+    },
     Background(BackgroundOp),
     Sync,
     BatWrite {
@@ -101,10 +105,11 @@ pub struct Engine<S: Shared> {
     stats: Status,
 }
 
-/// ENOSPC, EDQUOT, EIO, EROFS, EINVAL, EFBIG, ECANCELED.
+/// ENOSPC, EDQUOT, EIO, EBUSY, EROFS, EINVAL, EFBIG, ECANCELED.
 const NO_SPACE: Errno = 28;
 const QUOTA: Errno = 122;
 const IO: Errno = 5;
+const BUSY: Errno = 16;
 const READ_ONLY: Errno = 30;
 const INVALID: Errno = 22;
 const TOO_BIG: Errno = 27;
@@ -163,6 +168,7 @@ impl<S: Shared> Engine<S> {
             Event::Tick => self.tick(out),
             Event::WaitForSpace(allowed) => self.set_wait_for_space(allowed, out),
             Event::Background(control) => self.control_background(control, out),
+            Event::GiveBack(config) => self.begin_give_back(config, out),
             Event::Close => self.close(out),
         }
         loop {
@@ -269,6 +275,7 @@ impl<S: Shared> Engine<S> {
             Some(Op::Io(io)) => self.io_done(io, result, out),
             Some(Op::Cluster { cluster }) => self.step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),
+            Some(Op::Cut { old_end }) => self.cut_done(old_end, result, out),
             Some(Op::Background(op)) => self.background_op_done(op, result, out),
             Some(Op::Sync) => self.sync_done(result, out),
             Some(Op::BatWrite { .. }) => self.bat_written(result, out),

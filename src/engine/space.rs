@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::api::AllocConfig;
+use super::breach::{Breach, breaks};
 use super::request::Fragment;
 
 /// An allocated cluster.
@@ -30,6 +31,8 @@ pub struct Space {
     pub no_space: bool,
     /// No further attempt to grow the file is made until the next tick.
     pub blocked: bool,
+    /// The file is being cut: it does not grow meanwhile.
+    pub cutting: bool,
     pub waiters: Vec<Fragment>,
 }
 
@@ -46,6 +49,7 @@ impl Space {
             step: config.ahead.max(1),
             no_space: false,
             blocked: false,
+            cutting: false,
             waiters: Vec::new(),
         }
     }
@@ -102,7 +106,7 @@ impl Space {
 
     /// Clusters to allocate at the end of the file now, if that should begin.
     pub fn grow(&mut self, urgent: bool) -> Option<Range<u32>> {
-        if self.growing.is_some() {
+        if self.growing.is_some() || self.cutting && !breaks(Breach::GrowDuringCut) {
             return None;
         }
         // Ahead-allocation goes on only where allocation has begun: a disk that is only read does not grow.
@@ -141,6 +145,43 @@ impl Space {
             self.blocked = true;
         }
         n > 1
+    }
+
+    /// One more than the highest cluster in use, if all in use stood side by side.
+    pub fn packed_end(&self) -> u32 {
+        self.fresh.start - self.free_count
+    }
+
+    /// Free clusters before this one.
+    pub fn free_before(&self, limit: u32) -> u32 {
+        self.free.range(..limit).map(|(start, end)| end.min(&limit) - start).sum()
+    }
+
+    /// The file is to be cut behind the last cluster in use (a broken rule: here). Returns the clusters that go, which are
+    /// not given out any more. There may be none: still, a growing that failed may have made the file longer.
+    pub fn begin_cut(&mut self, early: Option<u32>) -> Range<u32> {
+        let cut = early.unwrap_or(self.fresh.end).min(self.end())..self.fresh.end;
+        if !breaks(Breach::AllocateInCut) {
+            if let Some((&start, &end)) = self.free.last_key_value()
+                && end == self.fresh.start
+            {
+                self.free.remove(&start);
+                self.free_count -= end - start;
+            }
+            self.fresh = cut.start..cut.start;
+        }
+        self.cutting = true;
+        cut
+    }
+
+    /// The file has as many clusters as before. Those that were to go are free, with unknown content.
+    pub fn not_cut(&mut self, old_end: u32) {
+        self.cutting = false;
+        let start = self.fresh.start;
+        self.fresh = old_end..old_end;
+        for at in start..old_end {
+            self.give(at);
+        }
     }
 
     /// One more than the highest cluster in use.

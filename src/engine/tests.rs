@@ -8,6 +8,7 @@ use super::*;
 
 mod background;
 mod full_host;
+mod give_back;
 
 const CLUSTER: u64 = 32 * 1024;
 
@@ -48,6 +49,7 @@ struct Rig {
     log: Vec<&'static str>,
     closed: Option<Result<(), Errno>>,
     merged: Option<Result<(), Errno>>,
+    given: Option<Result<GivenBack, Errno>>,
     next: u32,
     no_space: bool,
     /// BAT writes or syncs fail with this errno.
@@ -100,6 +102,7 @@ fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
         log: Vec::new(),
         closed: None,
         merged: None,
+        given: None,
         next: 0,
         no_space: false,
         bat_error: None,
@@ -127,6 +130,7 @@ impl Rig {
                     self.bounces[bounce.0 as usize][at..at + len].copy_from_slice(&bytes);
                 }
                 Action::BackgroundDone { result } => self.merged = Some(result),
+                Action::GaveBack { result } => self.given = Some(result),
                 Action::Closed { result } => self.closed = Some(result),
                 other => self.queue.push_back(other),
             }
@@ -178,6 +182,11 @@ impl Rig {
             Action::ZeroRange { op, level, file_off, len } => {
                 self.log.push("zero");
                 self.files[level as usize][file_off as usize..(file_off + len) as usize].fill(0);
+                self.event(ok(op));
+            }
+            Action::Truncate { op, len, .. } => {
+                self.log.push("cut");
+                self.files.last_mut().unwrap().truncate(len as usize);
                 self.event(ok(op));
             }
             Action::Sync { op, .. } => {

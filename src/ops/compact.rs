@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use super::compact_running::Estimate;
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{disk_lock, image_set, partition, recovery};
+use super::{disk_lock, image_set, info, partition, recovery};
 use crate::bail;
-use crate::descriptor::{Image, ImageMode, LockedDescriptor};
+use crate::descriptor::{Descriptor, Image, ImageMode, LockedDescriptor};
 use crate::device::{self, Device};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid;
@@ -20,8 +22,11 @@ use crate::image::open::Access;
 use crate::image::target::read_table;
 use crate::report;
 use crate::report::progress::Progress;
-use crate::sys::freeze;
-use crate::units::VirtCluster;
+use crate::sys::{freeze, host};
+use crate::units::{SECTOR, VirtCluster};
+
+/// Between two looks whether the work is cancelled.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 const READ: Access = Access { write: false, direct: false };
 const WRITE: Access = Access { write: true, direct: false };
@@ -39,6 +44,11 @@ pub struct Compacted {
 /// is mounted for a moment (root alone can). Clusters of zeroes stay where a level below has the cluster. Content and size
 /// of the disk do not change, at no instant; an interrupted run is repaired by the next mount or run.
 pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
+    compact_disk_slowly(descriptor, trim, None)
+}
+
+/// The same, moving at most so many bytes in a second.
+pub fn compact_disk_slowly(descriptor: &Path, trim: bool, rate: Option<u64>) -> Result<Compacted> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
     image_set::refuse_running(&disk, "compacted")?;
@@ -59,14 +69,46 @@ pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
     let held = image_set::lock_image(&disk, &top.file, WRITE, Sharing::Exclusive)?;
     image_set::repair_in_place(&disk, &top.file)?;
     let mut shown = Progress::begin("compacting");
+    let pace = Pace { begun: host::now(), cluster: disk.blocksize.bytes(), rate };
     let packed = pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
         if report::cancel::requested() {
             bail!(Sys, "the compaction of {} was cancelled: it is whole, and can be continued", top.file.display());
         }
         shown.at(done, total);
+        pace.at(done);
         Ok(())
     })?;
     Ok(Compacted { packed, before, after: length(&top)? })
+}
+
+/// Keeps work on clusters to a rate.
+struct Pace {
+    begun: Instant,
+    cluster: u64,
+    /// Bytes in a second.
+    rate: Option<u64>,
+}
+
+impl Pace {
+    fn at(&self, done: u64) {
+        let Some(rate) = self.rate else { return };
+        let due = Duration::from_secs_f64(done.saturating_mul(self.cluster) as f64 / rate.max(1) as f64);
+        let late = due.saturating_sub(host::since(self.begun));
+        if !late.is_zero() {
+            host::sleep(late.min(LONGEST_PAUSE));
+        }
+    }
+}
+
+/// What compacting a disk that does not run would bring. Its file system is mounted for a moment, unless its use is known.
+pub fn estimate(descriptor: &Path, rate: Option<u64>) -> Result<Estimate> {
+    let info = info::fs_info(descriptor)?;
+    let disk = Descriptor::read(descriptor)?;
+    let Some(top) = disk.image(&disk.top) else { bail!(DiskDescr, "descriptor: the top has no image") };
+    let meta = fs::symlink_metadata(&top.file);
+    let len = meta.ctx(Kind::Fstat, || format!("cannot look at image {}", top.file.display()))?.len();
+    let used = info.blocks.saturating_sub(info.free_blocks).saturating_mul(info.block_size);
+    Ok(Estimate::new(len, disk.size_sectors.saturating_mul(SECTOR), used, disk.chain(&disk.top)?.len(), rate))
 }
 
 /// Bytes that the file takes on the host.

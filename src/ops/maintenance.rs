@@ -2,8 +2,10 @@
 
 use crate::bail;
 use crate::device::{self, Device, Maintenance};
-use crate::error::Result;
+use crate::error::{Kind, Result};
+use crate::ops::give_back::{self, Options};
 use crate::report;
+use crate::report::progress::Progress;
 
 use Maintenance::{Balloon, Discard, FreeBlocksLoaded, Grow, Merge, Off, Relocation, Track};
 
@@ -19,6 +21,8 @@ pub enum Work {
     /// Merging several levels.
     MergeRange,
     Replace,
+    /// Discarding what the file system does not use, in rounds.
+    Discard,
     /// A larger balloon.
     Inflate,
     /// A smaller balloon, or one of the same size.
@@ -43,6 +47,9 @@ fn verdict(work: Work, state: Maintenance) -> Verdict {
     use Verdict::{Complete, Go, Refuse};
     match (work, state) {
         (_, Off) => Go,
+        // One that was interrupted is continued.
+        (Work::Discard, Discard) => Go,
+        (Work::Discard, _) => Refuse,
         (Work::BalloonComplete, FreeBlocksLoaded | Relocation | Discard) => Complete,
         (Work::BalloonComplete, _) => Go,
         (Work::BalloonClear, Balloon) => Go,
@@ -71,7 +78,14 @@ pub fn before(device: &Device, work: Work) -> Result<()> {
     }
     match verdict(work, state) {
         Verdict::Go => Ok(()),
-        Verdict::Complete => complete(device).map(drop),
+        Verdict::Complete => match complete(device) {
+            // The end of the device ends it, too; what is free in the image stays free.
+            Err(e) if work == Work::Umount => {
+                report::warn(e);
+                Ok(())
+            }
+            other => other.map(drop),
+        },
         Verdict::Refuse => bail!(
             Busy,
             "{}: its maintenance state is {state}, another operation is under way or was interrupted; ploop balloon \
@@ -86,11 +100,36 @@ pub fn before(device: &Device, work: Work) -> Result<()> {
 pub fn complete(device: &Device) -> Result<Maintenance> {
     let state = device.maintenance();
     if verdict(Work::BalloonComplete, state) == Verdict::Complete {
-        // The clusters are free already, and reused first.
-        device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Discard, Off], Off)?;
+        match state {
+            // What was discarded is free already.
+            Discard => device::set_maintenance(device, &[Discard, Off], Off)?,
+            _ => shorten(device)?,
+        }
         report::say(1, format_args!("{}: {state} is completed", device.node().display()));
     }
     Ok(state)
+}
+
+/// Moves what the image's file has at its end into free clusters, and cuts it. The state, FBLOADED or RELOC, is RELOC
+/// meanwhile, and OFF afterwards; FBLOADED if it was cancelled.
+pub fn shorten(device: &Device) -> Result<()> {
+    device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Relocation)?;
+    let mut shown = Progress::begin("relocating");
+    let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));
+    let cancelled = matches!(&given, Err(e) if e.kind() == Kind::Abort);
+    if cancelled {
+        device::set_maintenance(device, &[Relocation, FreeBlocksLoaded], FreeBlocksLoaded)?;
+    } else {
+        // The supervisor may have done it when the worker had finished.
+        device::set_maintenance(device, &[Relocation, Off], Off)?;
+    }
+    let given = given.map_err(|e| if cancelled { e } else { e.as_kind(Kind::Reloc) })?;
+    let bytes = given.before.saturating_sub(given.after);
+    if bytes > 0 {
+        let clusters = bytes / device.cluster()?.bytes();
+        report::say(0, format_args!("TRUNCATED: {clusters} cluster-blocks ({bytes} bytes)"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,6 +147,7 @@ mod tests {
             (Work::Merge, "++cc+--c-"),
             (Work::MergeRange, "++--+----"),
             (Work::Replace, "++--+----"),
+            (Work::Discard, "+------+-"),
             (Work::Inflate, "++-------"),
             (Work::Deflate, "++--+++--"),
             (Work::BalloonCheck, "++-------"),

@@ -5,14 +5,17 @@
 pub mod balloon;
 pub mod check;
 pub mod compact;
+pub mod compact_running;
 pub mod create;
 mod delete_leaf;
 pub mod deleted;
 pub mod device_chain;
+pub mod discard;
 mod disk_lock;
 pub mod doctor;
 pub mod find;
 pub mod fstab;
+pub mod give_back;
 pub mod grow;
 mod image_copy;
 mod image_set;
@@ -40,6 +43,7 @@ pub mod snapshot_list;
 pub mod switch;
 mod temporary_snapshot;
 pub mod tour;
+mod trim;
 pub mod umount;
 pub mod umount_all;
 

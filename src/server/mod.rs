@@ -7,6 +7,7 @@ pub mod descriptors;
 mod exclusion;
 pub mod frame;
 pub mod freeze;
+pub mod give_back;
 pub mod greeting;
 pub mod helper;
 pub mod jobs;

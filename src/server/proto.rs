@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::chain::Marked;
 pub use crate::descriptor::commit_by_fd::CommitNames;
 use crate::error::Error;
+use crate::server::give_back::{GaveBack, GiveBackOrder};
 use crate::server::greeting::{self, Greeting};
 pub use crate::server::maintenance::MaintenanceChange;
 use crate::server::remote_error::RemoteError;
@@ -286,6 +287,9 @@ pub enum ToWorker {
     Flush,
     /// Whether writes that find no space wait for it.
     HoldForSpace(bool),
+    /// Give space of the top's file back; answered by `GaveBack`.
+    GiveBack(GiveBackOrder),
+    CancelGiveBack,
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
     /// be killed. With the descriptors of the change.
     Retire(ChainSwitch),
@@ -326,6 +330,11 @@ pub enum FromWorker {
     /// The top and the level below it agree now (and go on doing so), or the merge has ended before its time.
     Merged {
         error: Option<RemoteError>,
+    },
+    /// An order to give space back has come to its end.
+    GaveBack {
+        token: u64,
+        outcome: GaveBack,
     },
     /// An error: the in-use mark stays.
     Closed {
@@ -378,6 +387,11 @@ pub enum Command {
     Merge(ChainSwitch),
     /// Merge frozen levels. Answers as for `Switch`, or `NotMerged`.
     MergeLevels(MergeOrder),
+    /// Move the top's clusters to the front of its file, and cut it. Goes on when the client is gone; requested again it is
+    /// waited for. Answer: `GaveBack`.
+    GiveBack(GiveBackOrder),
+    /// End that before its time: `Done`, and `GiveBack` is answered with an error. None under way: `Done`.
+    CancelGiveBack,
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
@@ -402,6 +416,9 @@ pub enum Answer {
         /// Clusters that a merge of the top has looked at, of how many; bytes of a merge of frozen levels.
         #[serde(default)]
         merging: Option<(u64, u64)>,
+        /// The same of space that is given back.
+        #[serde(default)]
+        giving_back: Option<(u64, u64)>,
         /// Seconds for which the worker has shown no sign of running.
         #[serde(default)]
         stalled: Option<u64>,
@@ -412,6 +429,8 @@ pub enum Answer {
         warning: Option<String>,
     },
     Done,
+    /// The device goes on in any case.
+    GaveBack(GaveBack),
     /// The chain is as it was. Untouched: so is the image that was to take everything.
     NotMerged {
         code: i32,
@@ -447,46 +466,4 @@ impl From<RemoteError> for Answer {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn messages_of_the_first_version_are_read() {
-        let first = Greeting::default();
-        let own = own_greeting();
-        assert!(first.commands.iter().all(|c| own.commands.contains(c)), "{own:?}");
-        own.replaces(&first).unwrap();
-        let ready =
-            r#"{"Ready":{"device_bytes":1,"cluster_sectors":2,"fmt_version":2,"was_marked":false,"direct":true}}"#;
-        let FromWorker::Ready(ready) = serde_json::from_str(ready).unwrap() else { panic!("not Ready") };
-        assert_eq!(ready.greeting, first);
-        let text = r#"{"Closed":{"error":[16,"lost"]}}"#;
-        let closed: FromWorker = serde_json::from_str(text).unwrap();
-        assert_eq!(serde_json::to_string(&closed).unwrap(), text);
-        let record = serde_json::to_value(DeviceRecord { greeting: own.clone(), ..Default::default() }).unwrap();
-        let mut old = record.clone();
-        old.as_object_mut().unwrap().remove("greeting");
-        assert_eq!(serde_json::from_value::<DeviceRecord>(old).unwrap().greeting, first);
-        assert_eq!(serde_json::from_value::<DeviceRecord>(record).unwrap().greeting, own);
-    }
-
-    #[test]
-    fn test_hooks_are_no_part_of_a_release() {
-        let succession = Succession { wait: false, new_top: false, commit: None, linger: 60 };
-        let text = serde_json::to_string(&succession).unwrap();
-        assert_eq!(text.contains("linger"), cfg!(debug_assertions));
-        let sent = r#"{"new_top":false,"commit":null,"linger":60}"#;
-        let got: Succession = serde_json::from_str(sent).unwrap();
-        assert_eq!(got.linger, if cfg!(debug_assertions) { 60 } else { 0 });
-    }
-
-    #[test]
-    fn an_unsupported_command_is_an_error_by_name() {
-        let answer = Answer::Unsupported { what: "Grow".into(), version: 2 };
-        let e = answer.into_result().unwrap_err();
-        assert_eq!(e.code(), 38);
-        assert!(e.to_string().contains("Grow") && e.to_string().contains("version 2"), "{e}");
-        let refused = DeviceRecord { name: "ploop7".into(), ..Default::default() };
-        assert!(refused.refuse(&Command::Info).is_none());
-    }
-}
+mod tests;

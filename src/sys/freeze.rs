@@ -37,7 +37,12 @@ nix::ioctl_readwrite!(fitrim, b'X', 121, TrimRange);
 /// Has the file system that `file` lies on discard its free space; how many bytes that were. EOPNOTSUPP: it, or its
 /// device, cannot.
 pub fn trim(file: &File) -> io::Result<u64> {
-    let mut range = TrimRange { start: 0, len: u64::MAX, minlen: 0 };
+    trim_range(file, 0, u64::MAX, 0)
+}
+
+/// The same of bytes `start` to `start + len` of the file system, for free extents of at least `shortest` bytes.
+pub fn trim_range(file: &File, start: u64, len: u64, shortest: u64) -> io::Result<u64> {
+    let mut range = TrimRange { start, len, minlen: shortest };
     // SAFETY: the descriptor is open; the kernel reads and writes one `struct fstrim_range`.
     unsafe { fitrim(file.as_raw_fd(), &mut range) }?;
     Ok(range.len)

@@ -17,6 +17,7 @@ pub mod inode_flags;
 pub mod loopdev;
 pub mod partition;
 pub mod pidfd;
+pub mod priority;
 pub mod process;
 pub mod process_hardening;
 pub mod processes;

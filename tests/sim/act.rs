@@ -36,6 +36,7 @@ impl World {
             }
             Action::Overlay { bounce, at, from, len } => self.overlay(bounce, at, from, len),
             Action::BackgroundDone { result } => self.background_done(result),
+            Action::GaveBack { result } => self.gave_back(result),
             Action::Closed { result } => {
                 if !self.closing || self.closed.is_some() {
                     self.fail("Closed without a Close, or twice");
@@ -116,6 +117,7 @@ impl World {
             | Action::ReadBat { op, .. }
             | Action::WriteBat { op, .. }
             | Action::Fallocate { op, .. }
+            | Action::Truncate { op, .. }
             | Action::ZeroRange { op, .. }
             | Action::Clone { op, .. }
             | Action::Sync { op, .. } => *op,
@@ -196,6 +198,7 @@ impl World {
             Action::Fallocate { .. } if (first < first_data || self.shape.levels[target].raw.is_some()) => {
                 self.fail(format!("{act:?} is not for new clusters of an image"));
             }
+            Action::Truncate { level, len, .. } => self.check_cut(usize::from(*level), len / SECTOR),
             Action::ReadBat { level, page, len, .. } => {
                 if *level as usize > top || *len as usize > BAT_PAGE || *len == 0 || *len % 512 != 0 {
                     self.fail(format!("{act:?}"));
@@ -331,14 +334,14 @@ impl World {
         }
         let s = &self.settings;
         let (eio, no_space) = match &self.flights[at].act {
-            Action::Read { .. } => (s.read_error, 0),
-            Action::ReadBat { .. } => (s.read_error, 0),
+            Action::Read { .. } | Action::ReadBat { .. } => (s.read_error, 0),
             Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
             // Of a merge's target these are as any other error.
             Action::WriteBat { level, .. } if usize::from(*level) != self.shape.top() => (s.bat_error, 0),
             Action::Sync { level, .. } if usize::from(*level) != self.shape.top() => (s.sync_error, 0),
             Action::WriteBat { .. } => (s.bat_error, if s.cow { s.metadata_full } else { 0 }),
             Action::Fallocate { .. } => (s.write_error / 4, 1000),
+            Action::Truncate { .. } => (s.write_error * 4, 0),
             Action::Sync { .. } => (s.sync_error, if s.cow { s.metadata_full / 2 } else { 0 }),
             _ => (0, 0),
         };
@@ -402,6 +405,11 @@ impl World {
                     Err(_) => {}
                 }
             }
+            Action::Truncate { len, .. } if result.is_ok() => {
+                self.check_cut(level, len / SECTOR);
+                self.cover.hit("file cut while the device runs");
+                self.chain.files[level].truncate(len / SECTOR, f.serial);
+            }
             Action::Sync { .. } => {
                 match result {
                     Ok(()) if self.broken == Break::LazySync => {}
@@ -425,6 +433,7 @@ impl World {
                 | Action::WriteBat { .. }
                 | Action::ZeroRange { .. }
                 | Action::Fallocate { .. }
+                | Action::Truncate { .. }
         ) {
             let end = self.chain.files[level].len().max(f.first + f.landed.len() as u64);
             let all = if matches!(f.act, Action::Fallocate { .. }) {

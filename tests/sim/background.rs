@@ -14,24 +14,24 @@ pub enum Kind {
     Top,
     /// Levels up to this one into the target.
     Frozen { high: usize },
-    /// From this host cluster on.
-    Relocate { from: u32 },
+    /// Space of the top.
+    GiveBack,
 }
 
 /// What the world knows of the background work of a session.
 #[derive(Clone, Debug)]
 pub struct Session {
     pub kind: Kind,
-    /// The target of a merge; the top of a relocation.
+    /// The target of a merge; else the top.
     pub level: usize,
     /// What the engine said last.
     pub told: Option<Result<(), Errno>>,
     /// Errors injected before.
-    faults: u64,
+    pub faults: u64,
     pub cancelled: bool,
     pub paused: bool,
     /// Its files can share data.
-    shares: bool,
+    pub shares: bool,
 }
 
 pub fn level_of(act: &Action, top: usize) -> usize {
@@ -39,6 +39,7 @@ pub fn level_of(act: &Action, top: usize) -> usize {
         Action::Write { level, .. }
         | Action::ZeroRange { level, .. }
         | Action::Fallocate { level, .. }
+        | Action::Truncate { level, .. }
         | Action::Clone { level, .. }
         | Action::WriteBat { level, .. }
         | Action::Sync { level, .. }
@@ -51,7 +52,8 @@ pub fn level_of(act: &Action, top: usize) -> usize {
 impl World {
     /// The work of this session, its target made ready as the worker does it; `None`: there is none.
     pub fn begin_background(&mut self, takeover: bool) -> Option<BackgroundConfig> {
-        let before = self.background.take().filter(|_| takeover);
+        // A successor does not know of space being given back.
+        let before = self.background.take().filter(|s| takeover && s.kind != Kind::GiveBack);
         if let Some(session) = before {
             // The supervisor may not have read what became of it: then the successor is given the same work again.
             if matches!(session.told, Some(Err(_))) && (session.cancelled || self.rng.coin()) {
@@ -61,7 +63,7 @@ impl World {
             let doubt = self.table.progress(SYNC_WORD) != 0;
             self.cover.hit_if(doubt, "a merge begins anew after a sync of unknown outcome");
             self.cover.hit("background work taken over");
-            let resumed = self.table.progress(0) > 0 && !doubt && !matches!(session.kind, Kind::Relocate { .. });
+            let resumed = self.table.progress(0) > 0 && !doubt;
             self.cover.hit_if(resumed, "a merge goes on where it was");
             return self.make_ready(session.kind, session.level, session.paused);
         }
@@ -72,11 +74,8 @@ impl World {
         }
         let frozen = if self.settings.writable { top } else { top + 1 };
         let (kind, level) = match self.rng.below(4) {
-            0 if self.settings.writable && !self.shape.raw_top() => {
-                let first = self.shape.levels[top].first_data;
-                let end = (self.chain.files[top].len() / self.shape.spc) as u32;
-                (Kind::Relocate { from: first + self.rng.below(u64::from(end.saturating_sub(first)) + 2) as u32 }, top)
-            }
+            // There may be space to be given back.
+            0 if self.settings.writable && !self.shape.raw_top() => return None,
             1 | 2 if frozen >= 2 => {
                 let low = self.rng.index(frozen - 1);
                 (Kind::Frozen { high: low + 1 + self.rng.index(frozen - 1 - low) }, low)
@@ -92,10 +91,7 @@ impl World {
         let session = Session { kind, level, told: None, faults: self.faults, cancelled: false, paused, shares };
         let top = self.shape.top();
         let work = match kind {
-            Kind::Relocate { from } => {
-                self.cover.hit("relocation begun");
-                BackgroundWork::Relocate { from }
-            }
+            Kind::GiveBack => return None,
             Kind::Top | Kind::Frozen { .. } => {
                 let high = if let Kind::Frozen { high } = kind { high } else { top };
                 let target = TargetConfig { level: level as u8, alloc: self.prepare_target(level, high)? };
@@ -180,7 +176,7 @@ impl World {
                         ["merge of the top came to agreement", "merge of the top came to agreement under load"]
                     }
                     Kind::Frozen { .. } => ["merge of frozen levels done", "merge of frozen levels done under load"],
-                    Kind::Relocate { .. } => ["relocation done", "relocation done under load"],
+                    Kind::GiveBack => ["space given back", "space given back under load"],
                 };
                 self.cover.hit(what[0]);
                 self.cover.hit_if(load, what[1]);
@@ -188,9 +184,7 @@ impl World {
             }
             (_, Err(CANCELED)) if self.closing => self.cover.hit("background work ended by closing"),
             (_, Err(CANCELED)) if cancelled => self.cover.hit("background work cancelled"),
-            (_, Err(NO_SPACE)) if no_space || matches!(kind, Kind::Relocate { .. }) => {
-                self.cover.hit("background work ended by want of space")
-            }
+            (_, Err(NO_SPACE)) if no_space => self.cover.hit("background work ended by want of space"),
             (_, Err(e)) if self.faults == faults => {
                 self.fail(format!("BackgroundDone with error {e}, and nothing had failed"))
             }
@@ -375,7 +369,7 @@ impl World {
         let Some(s) = self.background.take() else { return false };
         let done = s.told == Some(Ok(()));
         let high = match s.kind {
-            Kind::Relocate { .. } => return false,
+            Kind::GiveBack => return false,
             Kind::Top => self.shape.top(),
             Kind::Frozen { high } => high,
         };
@@ -422,7 +416,7 @@ impl World {
             (Kind::Top, None) => self.cover.hit("kill during a merge of the top"),
             (Kind::Top, Some(Ok(()))) => self.cover.hit("kill of a merge that had come to agreement"),
             (Kind::Frozen { .. }, None) => self.cover.hit("kill during a merge of frozen levels"),
-            (Kind::Relocate { .. }, None) => self.cover.hit("kill during a relocation"),
+            (Kind::GiveBack, None) => self.cover.hit("kill while space is given back"),
             _ => {}
         }
     }
@@ -444,9 +438,14 @@ pub const WANTED: &[&str] = &[
     "merge of frozen levels done under load",
     "merge of frozen levels finished",
     "frozen levels of a read-only device merged",
-    "relocation begun",
-    "relocation done",
-    "relocation done under load",
+    "space is to be given back",
+    "space given back",
+    "space given back under load",
+    "clusters moved to give space back",
+    "giving space back refused",
+    "file cut while the device runs",
+    "kill with a cut in flight",
+    "power cut with a cut in flight",
     "background work ended by closing",
     "background work ended by want of space",
     "background work ended by an error",
@@ -460,7 +459,7 @@ pub const WANTED: &[&str] = &[
     "kill during a merge of the top",
     "kill of a merge that had come to agreement",
     "kill during a merge of frozen levels",
-    "kill during a relocation",
+    "kill while space is given back",
     "power cut during background work",
     "clusters shared",
     "clusters copied, since they could not be shared",

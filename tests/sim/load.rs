@@ -294,7 +294,8 @@ impl World {
     fn accident(&mut self) -> bool {
         let s = &self.settings;
         let control = if self.background.as_ref().is_some_and(|b| b.told.is_none()) { s.control } else { 0 };
-        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control];
+        let give = if s.background > 0 { 80 } else { 0 };
+        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control, give];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {
             if at < u64::from(*rate) {
@@ -315,6 +316,7 @@ impl World {
                     }
                     4 => self.quiet = true,
                     6 if self.engine.is_some() => self.control_background(),
+                    7 if self.engine.is_some() => self.begin_give_back(),
                     5 if self.engine.is_some() => {
                         self.wait_for_space = !self.wait_for_space;
                         self.say(|w| format!("WaitForSpace({})", w.wait_for_space));

@@ -17,6 +17,7 @@ mod disk;
 #[allow(dead_code)] // part of the library, compiled here with its breaches
 #[path = "../../src/engine/mod.rs"]
 mod engine;
+mod give_back;
 mod image;
 mod load;
 mod naive;

@@ -19,8 +19,8 @@ pub enum Outage {
 }
 
 pub fn changes(act: &Action) -> bool {
-    use Action::{Clone, Fallocate, Write, WriteBat, ZeroRange};
-    matches!(act, Write { .. } | Clone { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. })
+    use Action::{Clone, Fallocate, Truncate, Write, WriteBat, ZeroRange};
+    matches!(act, Write { .. } | Clone { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. } | Truncate { .. })
 }
 
 impl World {
@@ -74,6 +74,12 @@ impl World {
             match &f.act {
                 Action::Fallocate { file_off, len, .. } if fate == 2 => {
                     self.chain.files[level].extend((file_off + len) / 512, f.serial);
+                }
+                Action::Truncate { len, .. } => {
+                    self.cover.hit("kill with a cut in flight");
+                    if fate == 2 {
+                        self.chain.files[level].truncate(len / 512, f.serial);
+                    }
                 }
                 Action::Sync { .. } => self.late_sync(level, f.issued),
                 act if changes(act) => {
@@ -191,10 +197,17 @@ impl World {
             let f = self.flights.remove(at);
             let landed = f.landed.iter().filter(|l| **l).count();
             torn |= matches!(f.act, Action::WriteBat { .. }) && landed > 0 && landed < f.landed.len();
-            if let Action::Fallocate { file_off, len, level, .. } = &f.act
-                && self.rng.coin()
-            {
-                self.chain.files[usize::from(*level)].extend((file_off + len) / 512, f.serial);
+            match &f.act {
+                Action::Fallocate { file_off, len, level, .. } if self.rng.coin() => {
+                    self.chain.files[usize::from(*level)].extend((file_off + len) / 512, f.serial);
+                }
+                Action::Truncate { len, level, .. } => {
+                    self.cover.hit("power cut with a cut in flight");
+                    if self.rng.coin() {
+                        self.chain.files[usize::from(*level)].truncate(len / 512, f.serial);
+                    }
+                }
+                _ => {}
             }
         }
         self.cover.hit_if(torn, "torn BAT page after a power cut");

@@ -151,6 +151,8 @@ pub struct World {
     pub origin: (Shape, Chain),
     /// The background work of this session.
     pub background: Option<Session>,
+    /// Giving space back is to be refused.
+    pub refused_next: bool,
     /// Of each lower level: which cluster lives at a host cluster.
     pub lower_owner: Vec<HashMap<u32, u32>>,
     pub oracle: Oracle,
@@ -235,6 +237,7 @@ impl World {
             now: 1,
             origin: (shape.clone(), chain.clone()),
             background: None,
+            refused_next: false,
             chain,
             lower_owner,
             oracle,

@@ -7,7 +7,7 @@ use ploop::error::{Error, Kind};
 use ploop::ops::balloon::{self, Target};
 
 use crate::getopt::Parsed;
-use crate::{CONSOLE, Command, Fail, disk, ended, misuse, result, run, values, write_out};
+use crate::{CONSOLE, Command, Fail, balloon_discard, disk, ended, misuse, result, run, values, write_out};
 
 const USAGE: &str = "\
 Usage: ploop balloon show     TARGET
@@ -17,9 +17,10 @@ Usage: ploop balloon show     TARGET
        ploop balloon repair   TARGET
        ploop balloon clear    TARGET
        ploop balloon complete TARGET
+       ploop balloon discard  [OPTIONS] TARGET
 
 The balloon is a hidden file in the root of the ext4 on a mounted disk. What it takes the users of the disk cannot take, and
-the image gives its space up for reuse. Root inside can delete the file: it is no limit for root.
+the image gives its space back to the host. Root inside can delete the file: it is no limit for root.
 
   show      how large it is
   status    what is under way: OFF, or BALLOON, FBLOADED, RELOC, MERGE, GROW, TRACK, DISCARD
@@ -28,6 +29,7 @@ the image gives its space up for reuse. Root inside can delete the file: it is n
   repair    have the image give that up, after an interrupted change
   clear     end the state BALLOON that an interrupted change has left, without repair
   complete  finish what FBLOADED, RELOC or DISCARD stands for
+  discard   give back what the file system does not use; see ploop balloon discard --help
 
 TARGET is -d DEVICE, -m DIR, both, or a DiskDescriptor.xml.
 
@@ -42,7 +44,7 @@ const fn command(name: &'static str, run: fn(Parsed) -> Result<(), Fail>) -> Com
     Command { name, short: "d:m:f", long: &[], usage: USAGE, run }
 }
 
-const COMMANDS: [&Command; 7] = [
+const COMMANDS: [&Command; 8] = [
     &command("balloon show", show),
     &command("balloon status", status),
     &command("balloon clear", clear),
@@ -50,6 +52,7 @@ const COMMANDS: [&Command; 7] = [
     &command("balloon complete", complete),
     &command("balloon check", |parsed| check(parsed, false)),
     &command("balloon repair", |parsed| check(parsed, true)),
+    &balloon_discard::COMMAND,
 ];
 
 /// Runs one of its commands; the exit status.

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod balloon;
+mod balloon_discard;
 mod check;
 mod compact;
 mod disk;

@@ -8,6 +8,7 @@ mod balloon;
 mod clean;
 mod find;
 mod freeze;
+mod give_back;
 mod images;
 mod lock;
 mod merge;
@@ -21,9 +22,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Unmerged, Watch};
+use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::engine::api::GivenBack;
 use crate::error::Result;
 use crate::format::maintenance::Maintenance;
 use crate::server::{partitions, runtime, spawn, unflushed as server_unflushed};
@@ -41,7 +43,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     merge_top: true,
     merge_frozen: true,
     set_size: false,
-    relocate: false,
+    give_back: true,
     track: false,
     freeze: true,
     partitions: true,
@@ -181,6 +183,10 @@ impl Driver for Served {
         watch: &mut dyn Watch,
     ) -> Result<Option<String>, Unmerged> {
         merge::merge_levels(device, levels, then, watch)
+    }
+
+    fn give_back(&self, device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
+        give_back::give_back(device, rates, watch)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {

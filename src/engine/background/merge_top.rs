@@ -385,7 +385,7 @@ impl<S: Shared> Engine<S> {
         let Some(b) = self.background.as_ref().filter(|b| b.state == BackgroundState::Running) else { return };
         let next = match &b.work {
             Work::MergeTop(merge) => merge.waiting.first().copied().unwrap_or(merge.cursor as u32),
-            Work::Relocate(relocate) => relocate.cursor() as u32,
+            Work::GiveBack(work) => work.cursor() as u32,
             Work::MergeFrozen(_) => return,
         };
         if bat::page_of(next) == page {

@@ -6,7 +6,8 @@
 //!
 //! - [`merge_top`]: the writable top into the level below it. A copied cluster is kept equal in both files from then on.
 //! - [`merge_frozen`]: frozen levels into the lowest of them.
-//! - [`relocate`]: clusters of the top from the end of its file to free ones before it.
+//! - [`give_back`]: clusters of the top from the end of its file to free ones before it; then the file is cut. It begins
+//!   by an event at any time, and is not taken over: a cut file and moved clusters are as good as any.
 //!
 //! It keeps these rules, beside those of the engine:
 //!
@@ -18,18 +19,18 @@
 //!   begins there and misses nothing.
 //! - Memory is bounded whatever the size of the disk: BAT pages are read when the work reaches them and dropped after.
 
+pub(super) mod give_back;
 pub(super) mod merge_frozen;
 pub(super) mod merge_top;
 pub mod pages;
-pub(super) mod relocate;
 pub(super) mod target;
 
 use super::api::{Action, BackgroundConfig, BackgroundControl, BackgroundWork, Errno, LevelConfig, SYNC_WORD, Shared};
 use super::breach::{Breach, breaks};
 use super::{CANCELED, Engine, Op};
+use give_back::GiveBack;
 use merge_frozen::MergeFrozen;
 use merge_top::MergeTop;
-use relocate::Relocate;
 use target::Target;
 
 /// Ticks after the last request for which the device counts as busy.
@@ -66,7 +67,7 @@ pub(super) enum BackgroundOp {
 pub(super) enum Work {
     MergeTop(MergeTop),
     MergeFrozen(MergeFrozen),
-    Relocate(Relocate),
+    GiveBack(GiveBack),
 }
 
 /// Background work and how far it is.
@@ -109,7 +110,6 @@ impl Background {
                 let work = Work::MergeFrozen(MergeFrozen::new(*high, pages.clone(), end, shared));
                 (work, Target::new(target, levels, end, shift, is_doubtful(shared)))
             }
-            BackgroundWork::Relocate { from } => (Work::Relocate(Relocate::new(*from)), None),
         };
         Background {
             state: BackgroundState::Running,
@@ -158,11 +158,12 @@ impl<S: Shared> Engine<S> {
 
     /// Clusters looked at and clusters copied so far.
     pub(super) fn background_progress(&self) -> (u64, u64) {
+        let clusters = self.config.device_bytes.div_ceil(1 << self.config.cluster_shift);
         self.background.as_ref().map_or((0, 0), |b| {
             let seen = match &b.work {
                 Work::MergeTop(m) => m.cursor(),
                 Work::MergeFrozen(m) => m.cursor(),
-                Work::Relocate(r) => r.cursor(),
+                Work::GiveBack(g) => g.seen(b.copied, clusters),
             };
             (seen, b.copied)
         })
@@ -179,7 +180,7 @@ impl<S: Shared> Engine<S> {
     /// Gives the work up. The device goes on: the chain is as it was.
     pub(super) fn abort_background(&mut self, errno: Errno, out: &mut Vec<Action>) {
         let Some(b) = &mut self.background else { return };
-        if b.has_failed() {
+        if b.has_failed() || matches!(b.work, Work::GiveBack(_)) && !b.is_running() {
             return;
         }
         b.state = BackgroundState::Failed(errno);
@@ -193,12 +194,15 @@ impl<S: Shared> Engine<S> {
             Work::MergeTop(merge) => self.ready.extend(merge.release()),
             // Copies that wait for a buffer are dropped.
             Work::MergeFrozen(merge) => b.copying -= merge.release(),
-            Work::Relocate(_) => {}
+            Work::GiveBack(_) => {}
         }
         if let Some(target) = &mut b.target {
             self.ready.extend(target.release());
         }
-        out.push(Action::BackgroundDone { result: Err(errno) });
+        out.push(match &b.work {
+            Work::GiveBack(_) => Action::GaveBack { result: Err(errno) },
+            _ => Action::BackgroundDone { result: Err(errno) },
+        });
     }
 
     /// The engine is being closed: work that is not done is given up.
@@ -211,13 +215,21 @@ impl<S: Shared> Engine<S> {
     /// Once a second: notes whether requests have come, and publishes what was copied, so that after a kill the next
     /// worker goes on from there.
     pub(super) fn tick_background(&mut self) {
-        let requests = self.stats.reads + self.stats.writes + self.stats.zeroes + self.stats.flushes;
+        let requests = self.requests_that_came();
         let Some(b) = &mut self.background else { return };
         let came = std::mem::replace(&mut b.requests_seen, requests) != requests;
         b.busy = if came { BUSY_TICKS } else { b.busy.saturating_sub(1) };
+        if let Work::GiveBack(work) = &mut b.work {
+            work.refill(b.busy > 0);
+        }
         if let Some(target) = &mut b.target {
             target.publish_soon();
         }
+    }
+
+    /// Requests since the engine began.
+    fn requests_that_came(&self) -> u64 {
+        self.stats.reads + self.stats.writes + self.stats.zeroes + self.stats.flushes
     }
 
     /// A request has arrived: the device counts as busy for some ticks, in which fewer copies run at once.
@@ -233,7 +245,7 @@ impl<S: Shared> Engine<S> {
             None | Some((BackgroundState::Failed(_), _)) => return,
             Some((_, Work::MergeTop(_))) => self.advance_merge_top(out),
             Some((BackgroundState::Running, Work::MergeFrozen(_))) => self.advance_merge_frozen(out),
-            Some((BackgroundState::Running, Work::Relocate(_))) => self.advance_relocate(out),
+            Some((BackgroundState::Running, Work::GiveBack(_))) => self.advance_give_back(out),
             Some((BackgroundState::Done, _)) => return,
         }
         self.advance_publish(out);

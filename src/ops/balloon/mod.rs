@@ -1,8 +1,9 @@
 //! The balloon of a running disk: how large it is, changing it, and giving back to the image's file what it lies on.
 //!
 //! The state OFF, BALLOON and so on is kept by the device's server. A larger balloon is first a larger file, durable, in
-//! state BALLOON; then its clusters are given back, and the state is OFF again. If the caller ends in between, BALLOON
-//! stays: [`check_or_repair`] gives back what is left, [`clear`] only ends the state.
+//! state BALLOON; then the image gives its clusters up (FBLOADED), and moves its last clusters into free ones and cuts its
+//! file (RELOC, then OFF). If the caller ends in between, the state stays: BALLOON until [`check_or_repair`] gives up what
+//! is left, or [`clear`] only ends the state; FBLOADED and RELOC until [`complete`] finishes them, or the worker has.
 
 mod space;
 mod target;
@@ -18,7 +19,7 @@ use crate::units::SECTOR;
 use space::Space;
 pub use target::{Target, by_node, root_of};
 
-use Maintenance::{Balloon as Inflating, Off};
+use Maintenance::{Balloon as Inflating, FreeBlocksLoaded, Off};
 
 /// Bytes of the balloon. `Open`: there is none.
 pub fn size(root: &Root) -> Result<u64> {
@@ -149,7 +150,8 @@ pub fn check_or_repair(device: &Device, root: &Root, repair: bool) -> Result<u64
     }
 }
 
-/// Gives back what the balloon lies on; the state BALLOON becomes OFF, and stays if that fails.
+/// Has the image give up what the balloon lies on, and its file become shorter; the state BALLOON becomes FBLOADED, RELOC,
+/// OFF.
 fn give_back(device: &Device, balloon: &Balloon) -> Result<()> {
     let space = Space::of(device, balloon)?;
     let bytes = space.give_back().map_err(|e| {
@@ -157,11 +159,13 @@ fn give_back(device: &Device, balloon: &Balloon) -> Result<()> {
             "the balloon has its size, but its space is not all given back (ploop balloon repair goes on with it)",
         )
     })?;
-    if bytes > 0 {
-        let clusters = bytes / space.cluster();
-        report::say(0, format_args!("Freed {clusters} cluster-blocks ({bytes} bytes) of the image for reuse"));
+    if bytes == 0 {
+        return device::set_maintenance(device, &[Inflating, Off], Off);
     }
-    device::set_maintenance(device, &[Inflating], Off)
+    let clusters = bytes / space.cluster();
+    report::say(0, format_args!("Freed {clusters} cluster-blocks ({bytes} bytes) of the image"));
+    device::set_maintenance(device, &[Inflating, FreeBlocksLoaded], FreeBlocksLoaded)?;
+    maintenance::shorten(device)
 }
 
 /// Only a ploop1 image gives clusters back. `Param`

@@ -24,6 +24,8 @@ pub enum Awaited {
     FormerTop,
     /// The end of a merge.
     Merge,
+    /// That space is given back.
+    GiveBack,
     Flush,
 }
 

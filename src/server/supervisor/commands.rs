@@ -30,10 +30,12 @@ impl Supervisor {
                 let status = self.shm.as_ref().map(Shm::status).unwrap_or_default();
                 let failed = status.failed || self.failed.is_some();
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
-                let merging = self.chain.merge().map(|_| (status.background_seen.min(total), total));
+                let progress = (status.background_seen.min(total), total);
+                let merging = self.chain.merge().map(|_| progress);
+                let giving_back = self.giving_back.map(|_| progress);
                 let record = self.record.clone();
                 let stalled = self.slot.stalled().map(|time| time.as_secs());
-                let answer = Answer::Info { record, no_space: status.no_space, failed, merging, stalled };
+                let answer = Answer::Info { record, no_space: status.no_space, failed, merging, giving_back, stalled };
                 control::answer(&client, &answer);
             }
             Command::Abort if self.record.state != "starting" => self.clients.wait(Awaited::Abort, [client]),
@@ -63,6 +65,8 @@ impl Supervisor {
                 self.request(sent.map(|fds| ChangeRequest::MergeFrozen(order, fds)), client);
             }
             Command::CancelMerge => self.cancel_merge(client),
+            Command::GiveBack(order) if self.can_change() => self.begin_give_back(order, client),
+            Command::CancelGiveBack => self.cancel_give_back(client),
             Command::Reload { token } if self.can_change() => {
                 let program = fds.into_iter().next();
                 let program = program.ok_or_else(|| Error::new(Kind::Protocol, "no program was sent"));

@@ -39,6 +39,14 @@ impl Supervisor {
         control::answer(client, &Answer::Done);
     }
 
+    /// The worker has given space back, or could not: RELOC ends, also if the client is gone.
+    pub(super) fn end_relocation(&mut self) {
+        if self.record.maintenance == Maintenance::Relocation.word() {
+            self.record.maintenance = Maintenance::Off.word().to_owned();
+            self.save();
+        }
+    }
+
     pub(super) fn discard_balloon(&mut self, fds: &[OwnedFd], client: &OwnedFd) {
         let binding = self.binding();
         self.start_released(&Job::DiscardBalloon { binding }, fds, client);

@@ -12,6 +12,7 @@ mod chain_switch;
 mod clients;
 mod commands;
 mod detach;
+mod give_back;
 mod last_mount;
 mod maintenance;
 mod merge;
@@ -30,6 +31,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Kind, Result};
 use crate::server::descriptors::Descriptors;
+use crate::server::give_back::GiveBackOrder;
 use crate::server::helper::Helper;
 use crate::server::jobs::{Job, JobEvent};
 use crate::server::kernel_log::log;
@@ -77,6 +79,8 @@ pub struct Supervisor {
     look_due: Instant,
     /// A flush that the worker has not answered; its successor gets it anew.
     flush_sent: bool,
+    /// Space that no worker has given back yet.
+    giving_back: Option<GiveBackOrder>,
     /// No worker can serve the device: why.
     failed: Option<String>,
     /// Another process has detached the block device.
@@ -119,6 +123,7 @@ impl Supervisor {
             signals,
             look_due: host::now(),
             flush_sent: false,
+            giving_back: None,
             failed: None,
             lost: false,
             last_mount,
@@ -358,6 +363,7 @@ impl Supervisor {
                     if self.flush_sent {
                         self.flush();
                     }
+                    self.repeat_give_back();
                 }
                 FromWorker::Journal => self.slot.take_journal(),
                 FromWorker::Failed { code, message } => worker.refused = Some(RemoteError { code, message }),
@@ -366,6 +372,7 @@ impl Supervisor {
                     worker.merged = Some(error);
                     self.on_merge_outcome();
                 }
+                FromWorker::GaveBack { token, outcome } => self.on_gave_back(token, outcome),
                 FromWorker::Prepared => worker.prepared = true,
                 // `Worker::receive` has handled it.
                 FromWorker::Unsupported { .. } => {}
@@ -402,7 +409,8 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
-        for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge] {
+        self.giving_back = None;
+        for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge, Awaited::GiveBack] {
             self.clients.answer(awaited, &reply);
         }
     }

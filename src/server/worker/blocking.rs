@@ -56,6 +56,7 @@ fn run_jobs(core: &Core, thread: usize, jobs: &Jobs<AuxJob>) -> ! {
                 let level = usize::from(level);
                 (op, strategies[level].zero(core, &core.levels[level], file_off, len))
             }
+            AuxJob::Truncate { op, level, len } => (op, cut(&core.levels[usize::from(level)], len)),
             AuxJob::AddBuffers => {
                 core.add_buffers();
                 continue;
@@ -93,6 +94,14 @@ fn grow(level: &LevelFile, file_off: u64, len: u64) -> Outcome {
     let end = file_off + len;
     let now = level.file.metadata().map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?.len();
     if now >= end { Ok(()) } else { retry_eintr(|| ftruncate(&level.file, end as i64)) }
+}
+
+/// Makes the file `len` bytes long. An error: it is as long as before.
+fn cut(level: &LevelFile, len: u64) -> Outcome {
+    match retry_eintr(|| ftruncate(&level.file, len as i64)) {
+        Err(_) if level.file.metadata().is_ok_and(|now| now.len() == len) => Ok(()),
+        other => other,
+    }
 }
 
 /// What the file system has refused so far.

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use crate::chain::LevelFile;
 use crate::engine::Engine;
-use crate::engine::api::{Action, BAT_PAGE, Buf, Errno, Event, OpId, ReqId, Request, Status};
+use crate::engine::api::{Action, BAT_PAGE, BackgroundControl, Buf, Errno, Event, GiveBackConfig, GivenBack};
+use crate::engine::api::{OpId, ReqId, Request, Status};
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::{RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
@@ -41,6 +42,7 @@ pub enum Notice {
     Flushed(Result<(), Errno>),
     /// See `Action::BackgroundDone`.
     Merged(Result<(), Errno>),
+    GaveBack(Result<GivenBack, Errno>),
     Closed(Result<(), Errno>),
     /// An I/O thread reads no more requests; those that it had read are known to the engine.
     Quiet,
@@ -71,6 +73,11 @@ pub enum AuxJob {
         file_off: u64,
         len: u64,
     },
+    Truncate {
+        op: OpId,
+        level: u8,
+        len: u64,
+    },
     Sync {
         op: OpId,
         level: u8,
@@ -94,6 +101,8 @@ pub enum Pending {
     },
     Tick,
     HoldForSpace(bool),
+    GiveBack(GiveBackConfig),
+    Background(BackgroundControl),
     Close,
 }
 
@@ -139,6 +148,7 @@ pub struct Core {
     /// Other open descriptions of the top's file, on which the kernel reports failed write-back.
     pub witnesses: Vec<OwnedFd>,
     pub geometry: Geometry,
+    pub cluster_bytes: u64,
     pub writable: bool,
     /// The block device is gone: no more requests for data.
     pub closing: AtomicBool,
@@ -165,6 +175,7 @@ pub struct CoreConfig {
     pub levels: Vec<LevelFile>,
     pub witnesses: Vec<OwnedFd>,
     pub geometry: Geometry,
+    pub cluster_bytes: u64,
     pub writable: bool,
     pub shm: Shm,
     pub log: Log,
@@ -187,6 +198,7 @@ impl Core {
             levels: p.levels,
             witnesses: p.witnesses,
             geometry: p.geometry,
+            cluster_bytes: p.cluster_bytes,
             writable: p.writable,
             closing: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
@@ -290,6 +302,8 @@ impl Core {
                 Pending::Bat { op, result: Err(e) } => engine.step(Event::BatRead { op, result: Err(e) }, actions),
                 Pending::Tick => engine.step(Event::Tick, actions),
                 Pending::HoldForSpace(hold) => engine.step(Event::WaitForSpace(hold), actions),
+                Pending::GiveBack(config) => engine.step(Event::GiveBack(config), actions),
+                Pending::Background(control) => engine.step(Event::Background(control), actions),
                 Pending::Close => engine.step(Event::Close, actions),
             }
         }
@@ -338,12 +352,14 @@ impl Core {
                 Action::ZeroRange { op, level, file_off, len } => {
                     self.aux.push(AuxJob::ZeroRange { op, level, file_off, len });
                 }
+                Action::Truncate { op, level, len } => self.aux.push(AuxJob::Truncate { op, level, len }),
                 Action::Sync { op, level } if self.is_top(level) => self.syncs.push(op),
                 Action::Sync { op, level } => self.background.push(AuxJob::Sync { op, level }),
                 Action::Clone { op, from, from_off, level, file_off, len } => {
                     self.background.push(AuxJob::Clone { op, from, from_off, level, file_off, len });
                 }
                 Action::BackgroundDone { result } => self.notices.push(Notice::Merged(result)),
+                Action::GaveBack { result } => self.notices.push(Notice::GaveBack(result)),
                 Action::Closed { result } => self.notices.push(Notice::Closed(result)),
             }
         }

@@ -179,6 +179,7 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         levels: files,
         witnesses: inherited.fds.witnesses.iter().map(duplicate).collect::<Result<_>>()?,
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: chain.cluster.bytes().min(MAX_BLOCK) as u32 },
+        cluster_bytes: chain.cluster.bytes(),
         writable,
         shm,
         log,

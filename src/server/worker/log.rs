@@ -37,6 +37,15 @@ pub fn new(path: &Path, trace: bool) -> (Log, Sink) {
 }
 
 impl Log {
+    /// Writes to the top, `name`, wait for space, or do so no longer.
+    pub fn space(&self, name: &Path, full: bool) {
+        let name = name.display();
+        self.line(match full {
+            true => format!("writes wait for space: the file system of {name} is full, or a quota on it is used up"),
+            false => format!("writes do not wait any more: there is space for {name}"),
+        });
+    }
+
     pub fn line(&self, line: String) {
         #[cfg(test)]
         if crate::sys::host::is_simulated() {

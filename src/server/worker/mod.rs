@@ -10,6 +10,7 @@ mod core;
 mod dispatch;
 mod files;
 mod finish;
+mod give_back;
 mod init;
 mod io;
 mod linger;

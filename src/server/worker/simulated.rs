@@ -263,6 +263,7 @@ fn aux(core: &Core, job: AuxJob) -> Pending {
     let (op, result) = match job {
         AuxJob::AddBuffers => panic!("no work on files: {job:?}"),
         AuxJob::Fallocate { op, level, file_off, len } => (op, store::fallocate(file(level), file_off, len)),
+        AuxJob::Truncate { op, level, len } => (op, store::set_len(file(level), len)),
         AuxJob::ZeroRange { op, level, file_off, len } => {
             (op, store::write_all(file(level), &AlignedBuf::new(len as usize), file_off))
         }

@@ -18,6 +18,7 @@ use crate::server::{frame, runtime};
 use crate::sys::host;
 
 use super::core::{Core, MAIN_THREAD, Notice, OWN_FLUSH, Pending, THREADS};
+use super::give_back::{Giving, tell};
 use super::init::Inherited;
 use super::queue::Inbox;
 use super::request_journal::RequestJournal;
@@ -83,6 +84,7 @@ pub struct SupervisorLink {
     retired_by: ProcessId,
     /// What became of the merge: an error, or none.
     merge_result: Option<Option<RemoteError>>,
+    giving: Giving,
 }
 
 impl SupervisorLink {
@@ -105,6 +107,7 @@ impl SupervisorLink {
             retiring: None,
             retired_by: ProcessId::default(),
             merge_result: None,
+            giving: Giving::default(),
         };
         Ok(Some((link, inherited)))
     }
@@ -184,7 +187,7 @@ impl SupervisorLink {
                 let status = Status { no_space: waits || status.no_space, ..status };
                 core.shm.publish(&status);
                 if std::mem::replace(&mut full, status.no_space) != full {
-                    log_space(core, full);
+                    core.log.space(&core.top().name, full);
                 }
                 idle = if core.active.swap(false, Ordering::Relaxed) { 0 } else { idle + 1 };
                 if idle == IDLE_TICKS && core.pool.keep_none() {
@@ -202,6 +205,7 @@ impl SupervisorLink {
                 match notice {
                     Notice::Flushed(result) => self.flushed(core, result),
                     Notice::Merged(result) => self.merged(core, result),
+                    Notice::GaveBack(result) => tell(&self.socket, self.giving.done(core, result)),
                     Notice::Finished => self.finished(core),
                     Notice::Quiet => {
                         if let Some(retiring) = &mut self.retiring {
@@ -377,6 +381,8 @@ impl SupervisorLink {
                 }
             },
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
+            Ok(Some((ToWorker::GiveBack(order), _))) => tell(&self.socket, self.giving.begin(core, order)),
+            Ok(Some((ToWorker::CancelGiveBack, _))) => self.giving.cancel(core),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
             Ok(None) => {
@@ -486,12 +492,4 @@ impl SupervisorLink {
             }
         }
     }
-}
-
-fn log_space(core: &Core, full: bool) {
-    let name = core.top().name.display();
-    core.log.line(match full {
-        true => format!("writes wait for space: the file system of {name} is full, or a quota on it is used up"),
-        false => format!("writes do not wait any more: there is space for {name}"),
-    });
 }

@@ -18,7 +18,7 @@ impl<S: Shared> Engine<S> {
         let (complete, cursor) = match &b.work {
             Work::MergeTop(m) => (m.has_settled() && b.copying == 0, m.safe_cursor()),
             Work::MergeFrozen(m) => (m.is_complete() && b.copying == 0, m.safe_cursor()),
-            Work::Relocate(_) => return,
+            Work::GiveBack(_) => return,
         };
         let Some(target) = b.target.as_mut().filter(|t| t.phase == Phase::Idle) else { return };
         let finishes = complete && state == BackgroundState::Running;
@@ -142,7 +142,7 @@ impl<S: Shared> Engine<S> {
         let complete = match &b.work {
             Work::MergeTop(merge) => merge.has_settled(),
             Work::MergeFrozen(merge) => merge.is_complete(),
-            Work::Relocate(_) => false,
+            Work::GiveBack(_) => false,
         };
         if quiet && complete {
             // Everything has been written anew.

@@ -251,6 +251,7 @@ fn core(dir: &Path, shm: &Shm) -> (Core, OwnedFd) {
         levels: files,
         witnesses: Vec::new(),
         geometry: Geometry { bytes: chain.device_bytes, block_bytes: 1 << 20 },
+        cluster_bytes: 1 << 20,
         writable: true,
         shm: shm.clone(),
         log: log::new(&dir.join("log"), false).0,
