@@ -614,8 +614,9 @@ void ploop_cancel_operation(void);
 
 /*
  * Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
- * file system (ext, xfs, btrfs) on it; needs root. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
- * SYSEXIT_PARAM.
+ * file system (ext, xfs, btrfs) on it; needs root. 0: the largest balloon. Of a mounted disk with ext4, not larger than its
+ * device: the balloon takes the difference. Smaller than a disk that is not mounted, or larger than a mounted one, in this
+ * version: SYSEXIT_PARAM.
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 

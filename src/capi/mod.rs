@@ -18,6 +18,8 @@
 //!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
 //! - [`sizes`], [`size_tools`]: ploop_resize_image; undeclared: ploop_grow_image, ploop_grow_delta_offline,
 //!   ploop_grow_raw_delta_offline, ploop_restore_descriptor
+//! - [`balloon`]: undeclared: get_balloon, ploop_balloon_change_size, ploop_balloon_get_state, ploop_balloon_clear_state,
+//!   ploop_balloon_complete, ploop_balloon_check_and_repair
 //! - [`discard`], [`discard_tools`]: ploop_discard, ploop_discard_get_stat; undeclared: ploop_discard_by_dev,
 //!   ploop_discard_get_stat_by_dev
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
@@ -30,6 +32,7 @@
 // The header has the rules for callers, in C's terms: pointers are NULL or valid, one thread at a time uses an object.
 #![allow(clippy::missing_safety_doc)]
 
+pub mod balloon;
 mod boundary;
 pub mod consts;
 mod convert;

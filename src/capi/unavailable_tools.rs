@@ -5,54 +5,8 @@ use super::boundary;
 use super::types::ploop_disk_images_data;
 use super::unavailable::refuse;
 use crate::bail;
-use libc::{off_t, stat};
+use libc::off_t;
 use std::ffi::{c_char, c_int};
-
-/// Opens the balloon file of a mounted file system.
-#[unsafe(no_mangle)]
-pub extern "C" fn get_balloon(mount_point: *const c_char, st: *mut stat, outfd: *mut c_int) -> c_int {
-    let _ = (mount_point, st, outfd);
-    refuse("get_balloon")
-}
-
-/// Changes the size of the balloon file, in sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_balloon_change_size(device: *const c_char, balloonfd: c_int, new_size: off_t) -> c_int {
-    let _ = (device, balloonfd, new_size);
-    refuse("ploop_balloon_change_size")
-}
-
-/// Stores the maintenance state of a device, PLOOP_MNTN_*, in *state.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_balloon_get_state(device: *const c_char, state: *mut u32) -> c_int {
-    let _ = (device, state);
-    refuse("ploop_balloon_get_state")
-}
-
-/// Ends a maintenance state that an earlier process left.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_balloon_clear_state(device: *const c_char) -> c_int {
-    let _ = device;
-    refuse("ploop_balloon_clear_state")
-}
-
-/// Finishes an interrupted relocation.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_balloon_complete(device: *const c_char) -> c_int {
-    let _ = device;
-    refuse("ploop_balloon_complete")
-}
-
-/// Counts, and with repair frees, clusters that lie under the balloon file.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_balloon_check_and_repair(
-    device: *const c_char,
-    mount_point: *const c_char,
-    repair: c_int,
-) -> c_int {
-    let _ = (device, mount_point, repair);
-    refuse("ploop_balloon_check_and_repair")
-}
 
 /// Enlarges a running device to new_size sectors.
 #[unsafe(no_mangle)]

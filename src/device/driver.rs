@@ -9,6 +9,8 @@ use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{Error, Kind, Result};
+use crate::format::balloon_piece::Piece;
+use crate::format::maintenance::Maintenance;
 use crate::sys::file_id::FileId;
 
 /// What a driver can do beyond attaching, finding and detaching. An operation that is not offered here fails with
@@ -79,6 +81,13 @@ pub trait Freeze: Debug {
 
     /// Thaws. An error: they were not frozen all the time, or are still frozen. A second call does nothing.
     fn thaw(&mut self) -> Result<()>;
+}
+
+/// Discards what a balloon file lies on; see [`discard_balloon`](crate::device::discard_balloon).
+pub trait BalloonDiscard {
+    /// Discards those whole clusters of `piece.ranges` that the piece of the file lies on, unwritten, at one instant.
+    /// How many bytes that were.
+    fn discard(&mut self, piece: &Piece) -> Result<u64>;
 }
 
 /// What is written to a device's images during a copy; dropping it ends the tracking.
@@ -236,6 +245,16 @@ pub trait Driver: Sync {
     /// Gets ready to freeze file systems of a device. `files`: one open file of each. They are thawed when this process exits.
     fn freeze(&self, _device: &Device, _files: Vec<File>) -> Result<Box<dyn Freeze>> {
         Err(self.unsupported("freezing the file systems of a device"))
+    }
+
+    /// Sets the maintenance state. `Busy`: the present one is none of those in `from`.
+    fn set_maintenance(&self, _device: &Device, _from: &[Maintenance], _to: Maintenance) -> Result<()> {
+        Err(self.unsupported("maintenance of a running device"))
+    }
+
+    /// Gets ready to discard what a balloon file lies on.
+    fn discard_balloon(&self, _device: &Device, _balloon: File) -> Result<Box<dyn BalloonDiscard>> {
+        Err(self.unsupported("giving back the space of a balloon"))
     }
 
     /// The node of the partition of that number, made if this process's /dev lacks it; none: no such partition.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::device::state::State;
 use crate::error::Result;
 use crate::format::header::Version;
+use crate::format::maintenance::Maintenance;
 use crate::server::proto::DeviceRecord;
 use crate::sys::file_id::FileId;
 use crate::units::ClusterSize;
@@ -98,6 +99,15 @@ impl Device {
     /// `Param` if the driver has lost the device's description.
     pub fn cluster(&self) -> Result<ClusterSize> {
         ClusterSize::from_sectors(u64::from(self.cluster_sectors))
+    }
+
+    /// What is being done to it, or was left by a program that has ended.
+    pub fn maintenance(&self) -> Maintenance {
+        let Detail::Served(record) = &self.detail;
+        match Maintenance::from_word(&record.maintenance) {
+            Maintenance::Off if self.merging.is_some() => Maintenance::Merge,
+            state => state,
+        }
     }
 
     /// Identities of the images, base first.

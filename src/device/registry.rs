@@ -4,12 +4,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{Driver, Freeze, Rates, Tracker, Unmerged, Watch};
+use crate::device::driver::{BalloonDiscard, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
 use crate::device::served::Served;
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{IoContext, Kind, Result};
+use crate::format::maintenance::Maintenance;
 use crate::sys::file_id::FileId;
 
 /// The environment variable that names the driver for new devices.
@@ -251,6 +252,17 @@ pub fn give_back(device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result
 /// Begins to track what is written to the images of a running device.
 pub fn track(device: &Device) -> Result<Box<dyn Tracker>> {
     of(device).track(device)
+}
+
+/// Sets the maintenance state of a device. `Busy`: the present one is none of those in `from`.
+pub fn set_maintenance(device: &Device, from: &[Maintenance], to: Maintenance) -> Result<()> {
+    of(device).set_maintenance(device, from, to)
+}
+
+/// Gets ready to discard what a balloon file of a file system on the device lies on. No byte that another file has, or
+/// gets meanwhile, is discarded, also if root inside removes the balloon, or this process is killed.
+pub fn discard_balloon(device: &Device, balloon: File) -> Result<Box<dyn BalloonDiscard>> {
+    of(device).discard_balloon(device, balloon)
 }
 
 /// Gets ready to freeze file systems of a device until the result is dropped. `files`: one open file of each file system.

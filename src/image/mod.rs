@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod allocated;
 pub mod check;
 pub mod compact;
 pub mod complete;

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use super::compact_running::top_bytes;
 use super::give_back::{self, Options};
+use super::maintenance::{self, Work};
 use super::mount::{self, MountParams};
 use super::trim::{self, Inside};
 use super::{find, umount};
 use crate::bail;
-use crate::device::{self, Device};
+use crate::device::{self, Device, Maintenance};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fs::balloon;
 use crate::fs::helper;
@@ -122,6 +123,7 @@ fn rounds(
     let Some(least) = params.shortest.max(1).checked_next_multiple_of(cluster) else {
         bail!(Param, "extents of {} bytes and more are to be freed: no disk has such", params.shortest);
     };
+    maintenance::before(device, Work::Discard)?;
     let mut to_free = params.to_free;
     if params.defrag {
         let grown = defragment(device, inside)?;
@@ -129,6 +131,21 @@ fn rounds(
             to_free += grown;
         }
     }
+    device::set_maintenance(device, &[Maintenance::Off, Maintenance::Discard], Maintenance::Discard)?;
+    let done = discard_all(device, inside, (least, to_free), stop);
+    // Another operation may have ended it.
+    let ended = device::set_maintenance(device, &[Maintenance::Discard, Maintenance::Off], Maintenance::Off);
+    done.and_then(|freed| ended.map(|()| Discarded { freed, to_free }))
+}
+
+/// In rounds, down to extents of `least` bytes, until so many bytes are freed; 0: all.
+fn discard_all(
+    device: &Device,
+    inside: &[Inside],
+    (least, to_free): (u64, u64),
+    stop: &mut dyn FnMut() -> bool,
+) -> Result<u64> {
+    let cluster = device.cluster()?.bytes();
     let (mut freed, mut shortest) = (0, least.max(FIRST_ROUND * cluster));
     let mut ended = || stop() || report::cancel::requested();
     loop {
@@ -150,7 +167,7 @@ fn rounds(
         }
         shortest = (shortest / 2).next_multiple_of(cluster).max(least);
     }
-    Ok(Discarded { freed, to_free })
+    Ok(freed)
 }
 
 /// The work itself has failed, unless it was cancelled.

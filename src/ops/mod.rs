@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod check;
 pub mod compact;
 pub mod compact_running;
@@ -20,7 +21,9 @@ pub mod grow;
 mod image_copy;
 mod image_set;
 pub mod info;
+mod inside;
 pub mod list;
+pub mod maintenance;
 pub mod merge;
 pub mod merge_temporary;
 pub mod mount;
@@ -33,6 +36,7 @@ mod recovery;
 pub mod reload;
 pub mod replace;
 pub mod resize;
+pub mod resize_balloon;
 pub mod restore;
 mod scratch;
 pub mod snapshot;

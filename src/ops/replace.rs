@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::image_copy::copy_of;
+use super::maintenance::{self, Work};
 use super::{disk_lock, image_set, online, recovery};
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image};
@@ -50,6 +51,7 @@ pub fn replace(descriptor: &Path, component: &str, which: &Which, new: &Path, ke
     if let Some(device) = device
         && device.level_of(id_of(&image.file)?).is_some()
     {
+        maintenance::before(&device, Work::Replace)?;
         online::replace(&mut disk, &device, &image, &new, keep_name)?;
         report::say(0, format_args!("{} is replaced by {}", image.file.display(), new.display()));
         return Ok(());

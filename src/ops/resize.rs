@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{disk_lock, grow, image_set};
+use super::{disk_lock, grow, image_set, resize_balloon};
 use crate::bail;
 use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -23,6 +23,9 @@ use crate::units::SECTOR;
 pub fn resize_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
+    if resize_balloon::within_device(&disk, sectors)? {
+        return Ok(());
+    }
     image_set::refuse_running(&disk, "resized")?;
     let cluster = u64::from(disk.blocksize.sectors());
     let Some(wanted) = sectors.checked_next_multiple_of(cluster) else {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::delete_leaf::delete_leaf;
 use super::find::UNTIL_UMOUNT;
+use super::maintenance::{self, Work};
 use super::mount::{self, MountParams};
 use super::{disk_lock, image_set, merge, merge_temporary, online, recovery, umount};
 use crate::bail;
@@ -101,6 +102,7 @@ fn running(disk: &mut LockedDescriptor, device: &Device, params: &SnapshotParams
     let Some(top) = disk.image(&guid::TOP).cloned() else {
         bail!(DiskDescr, "descriptor: the top has no image");
     };
+    maintenance::before(device, Work::Snapshot)?;
     online::check_chain(disk, device)?;
     let shape = image_set::Shape::above(disk, &top)?;
     let mut next = disk.descriptor.clone();

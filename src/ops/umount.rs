@@ -7,6 +7,7 @@ use std::path::Path;
 use super::deleted::{self, Deleted, Rescue};
 use super::disk_lock::Disk;
 use super::find::{self, UNTIL_UMOUNT};
+use super::maintenance::{self, Work};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, Image, State};
@@ -43,7 +44,10 @@ impl Umount {
     fn of_place(self, place: &Place, disk: &Descriptor, component: &str) -> Result<()> {
         let find = |name: &str| Ok(find::devices_of(place, disk, Some(name))?.into_iter().next());
         match of_component(find, component)? {
-            Some(device) => self.device(&device, Some(disk)),
+            Some(device) => {
+                maintenance::before(&device, Work::Umount)?;
+                self.device(&device, Some(disk))
+            }
             None => {
                 find::refuse_replaced(disk)?;
                 let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -10,10 +11,13 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::frame;
 use crate::server::jobs::{Go, JobEvent};
-use crate::sys::{freeze, process_hardening};
+use crate::sys::{freeze, host, process_hardening};
 
 /// No freeze lasts longer, whatever its owner does.
 const LEASE: Duration = Duration::from_secs(60);
+/// How long the end of another freeze is waited for, and between two tries.
+const MOMENT: Duration = Duration::from_secs(3);
+const TRY: Duration = Duration::from_millis(5);
 
 /// Freezes the file systems that the files lie on, sends the owner `Frozen`, thaws when the owner sends `Go`, exits, or
 /// at the end of the lease, and sends the owner `Done`. `fds`: the owner's socket, then the files.
@@ -66,10 +70,10 @@ fn sync_all(files: &[File]) -> Result<()> {
 fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
     sync_all(files)?;
     for file in files {
-        match freeze::freeze(file) {
+        match freeze_or_wait(file) {
             Ok(()) => frozen.push(file),
             Err(e) => match e.raw_os_error() {
-                // Another process has frozen it.
+                // Another process has frozen it, for longer.
                 Some(libc::EBUSY) => {}
                 Some(libc::EOPNOTSUPP | libc::ENOTTY) => {
                     freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
@@ -79,6 +83,17 @@ fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The helper of a balloon freezes for moments: its thaw must not end this freeze.
+fn freeze_or_wait(file: &File) -> io::Result<()> {
+    let end = host::now() + MOMENT;
+    loop {
+        match freeze::freeze(file) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && host::now() < end => host::sleep(TRY),
+            other => return other,
+        }
+    }
 }
 
 fn wait(owner: &OwnedFd) -> Result<()> {

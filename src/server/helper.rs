@@ -13,7 +13,7 @@ use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::own_greeting;
 use crate::server::remote_error::RemoteError;
 use crate::server::transport::{self, BindSteps, Binding, BlockBinding, Patience, Transport};
-use crate::server::{control, daemon, frame, freeze, mounts, nodes, partitions, runtime, unflushed};
+use crate::server::{balloon, control, daemon, frame, freeze, mounts, nodes, partitions, runtime, unflushed};
 use crate::sys::host::{self, Process};
 use crate::sys::process;
 
@@ -150,6 +150,7 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
         Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),
         Job::PrepareFreeze => freeze::hold_later(fds),
+        Job::DiscardBalloon { binding } => balloon::serve(&binding, fds),
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Job {
     Freeze,
     /// Write back what those file systems have in memory, wait for [`Go`], then do as `Freeze`.
     PrepareFreeze,
+    /// Discard what a balloon file lies on; see [`balloon::serve`](super::balloon::serve).
+    DiscardBalloon { binding: Binding },
 }
 
 /// What a helper reports.

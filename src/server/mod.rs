@@ -1,5 +1,6 @@
 //! The process that serves one device on a stock kernel: supervisor, worker, control protocol, transports.
 
+pub mod balloon;
 pub mod control;
 pub mod daemon;
 pub mod descriptors;
@@ -11,6 +12,7 @@ pub mod greeting;
 pub mod helper;
 pub mod jobs;
 pub mod kernel_log;
+pub mod maintenance;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;

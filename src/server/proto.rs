@@ -12,6 +12,7 @@ pub use crate::descriptor::commit_by_fd::CommitNames;
 use crate::error::Error;
 use crate::server::give_back::{GaveBack, GiveBackOrder};
 use crate::server::greeting::{self, Greeting};
+pub use crate::server::maintenance::MaintenanceChange;
 use crate::server::remote_error::RemoteError;
 pub use crate::server::roles::Role;
 
@@ -110,6 +111,9 @@ pub struct DeviceRecord {
     /// Unanswered requests are kept in slots: the kernel cannot give them out again, or is not to.
     #[serde(default)]
     pub slots: bool,
+    /// [`Maintenance`](crate::format::maintenance::Maintenance); empty: none.
+    #[serde(default)]
+    pub maintenance: String,
     /// What the supervisor understands; a client reads it before it sends a command.
     #[serde(default)]
     pub greeting: Greeting,
@@ -398,6 +402,11 @@ pub enum Command {
     Reload {
         token: u64,
     },
+    /// Set the maintenance state: `Done`, or error 17 if it is another one than those from which it may be left.
+    Maintenance(MaintenanceChange),
+    /// Start a [helper](super::balloon) that discards what a balloon file lies on; with a socket on which it talks to the
+    /// initiator.
+    DiscardBalloon,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

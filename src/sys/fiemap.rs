@@ -21,10 +21,21 @@ impl Extent {
     }
 }
 
+/// An extent of a file with the place of its bytes on the device of its file system, which only some file systems (ext,
+/// not btrfs) tell truly.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Placed {
+    pub extent: Extent,
+    /// Byte of the device; none: not known, not yet chosen, or shared with other data.
+    pub at: Option<u64>,
+}
+
 const BATCH: usize = 256;
 const FIEMAP_FLAG_SYNC: u32 = 1;
 const EXTENT_LAST: u32 = 0x1;
 const EXTENT_UNWRITTEN: u32 = 0x800;
+/// LAST, UNWRITTEN and MERGED say nothing against the place that is told; all others do.
+const EXTENT_PLACED: u32 = EXTENT_LAST | EXTENT_UNWRITTEN | 0x1000;
 /// `_IOWR('f', 11, struct fiemap)`, whose fixed part has 32 bytes.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
 
@@ -58,6 +69,16 @@ pub fn each_extent(
     end: u64,
     each: &mut dyn FnMut(Extent) -> io::Result<()>,
 ) -> io::Result<()> {
+    each_placed(file, start, end, &mut |placed| each(placed.extent))
+}
+
+/// The same with places on the device.
+pub fn each_placed(
+    file: &File,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(Placed) -> io::Result<()>,
+) -> io::Result<()> {
     let mut pos = start;
     while pos < end {
         let mut map = RawMap {
@@ -87,7 +108,8 @@ pub fn each_extent(
         let mut last = false;
         let mut next = pos;
         for e in found {
-            each(Extent { start: e.logical, len: e.length, unwritten: e.flags & EXTENT_UNWRITTEN != 0 })?;
+            let extent = Extent { start: e.logical, len: e.length, unwritten: e.flags & EXTENT_UNWRITTEN != 0 };
+            each(Placed { extent, at: (e.flags & !EXTENT_PLACED == 0).then_some(e.physical) })?;
             next = e.logical.saturating_add(e.length);
             last |= e.flags & EXTENT_LAST != 0;
         }

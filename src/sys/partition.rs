@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 const BLKPG: u32 = 0x1269;
 const BLKGETDISKSEQ: u32 = 0x8008_1280;
 const BLKGETSIZE64: u32 = 0x8008_1272;
+/// `_IO(0x12, 119)`
+const BLKDISCARD: u32 = 0x1277;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(i32)]
@@ -78,4 +80,15 @@ pub fn diskseq(device: BorrowedFd) -> io::Result<u64> {
 /// Size of a block device in bytes.
 pub fn size(device: BorrowedFd) -> io::Result<u64> {
     get_u64(device, BLKGETSIZE64)
+}
+
+/// Discards a range of a block device, in bytes. The kernel has done all of it, or as much as it is ever going to do, when
+/// this returns, and before a killed process has ended.
+pub fn discard(device: BorrowedFd, start: u64, length: u64) -> io::Result<()> {
+    let range = [start, length];
+    // SAFETY: BLKDISCARD reads two u64.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }

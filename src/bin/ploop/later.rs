@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 12] =
-    ["balloon", "clear", "convert", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
+const CLASSIC: [&str; 11] =
+    ["clear", "convert", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
 
 /// Is it a command of the classic tool?
 pub fn is_classic(name: &OsStr) -> bool {
@@ -16,15 +16,6 @@ pub fn is_classic(name: &OsStr) -> bool {
 pub fn not_yet(name: &str) -> u8 {
     eprintln!(
         "ploop {name}: this version ({}) does not have this command yet; ploop --help shows those it has",
-        env!("CARGO_PKG_VERSION")
-    );
-    Kind::Param as u8
-}
-
-/// `ploop-balloon`.
-pub fn balloon() -> u8 {
-    eprintln!(
-        "ploop-balloon: this version ({}) does not have its commands yet (show, status, clear, change, complete, check, repair); it has discard",
         env!("CARGO_PKG_VERSION")
     );
     Kind::Param as u8

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod balloon_discard;
 mod check;
 mod compact;
@@ -167,6 +168,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact { DISK | DEVICE }    give space that is not used inside back
+  ploop balloon show|change|... DISK  take space from a mounted disk, and give it back
   ploop copy -d FILE                 receive a copy of an image
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
@@ -188,7 +190,7 @@ fn main() -> ExitCode {
         // mount(8) and umount(8) know a helper's status 32 alone.
         Some("mount.ploop") => return ExitCode::from(helpers::mount(&args)),
         Some("umount.ploop") => return ExitCode::from(helpers::umount(&args)),
-        Some("ploop-balloon") => balloon(&args),
+        Some("ploop-balloon") => balloon::main(&args),
         _ => ploop_command(&args),
     };
     ExitCode::from(stopped().unwrap_or(status))
@@ -219,20 +221,10 @@ fn ploop_command(args: &[OsString]) -> u8 {
     report::set_verbose_level(level);
     report::progress::draw_at_level(level);
     let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
-    if name == "balloon" {
-        return balloon(args);
-    }
     match COMMANDS.iter().find(|c| name == c.name) {
         Some(command) => run(command, args),
+        None if name == "balloon" => balloon::main(args),
         None => external(name, args),
-    }
-}
-
-/// `ploop balloon` and `ploop-balloon`, with the arguments behind.
-fn balloon(args: &[OsString]) -> u8 {
-    match args.split_first() {
-        Some((name, args)) if name == "discard" => run(&balloon_discard::COMMAND, args),
-        _ => later::balloon(),
     }
 }
 

@@ -2,9 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use crate::COMMANDS;
+use crate::{COMMANDS, Command, balloon};
 
 const MANUAL: &str = include_str!("../../../man/ploop.8");
+
+fn all() -> impl Iterator<Item = &'static Command> {
+    COMMANDS.into_iter().chain(balloon::COMMANDS)
+}
+
+/// The word under which the manual has it.
+fn headword(command: &Command) -> &'static str {
+    command.name.split(' ').next().unwrap_or_default()
+}
 
 /// The texts of the COMMANDS section: the commands that a text is about, and all its words.
 fn texts() -> Vec<(BTreeSet<String>, BTreeSet<String>)> {
@@ -55,8 +64,8 @@ fn the_manual_has_every_command_and_option() {
         texts.iter().filter(|(commands, _)| commands.contains(name)).flat_map(|(_, words)| words).collect()
     };
     let mut missing = Vec::new();
-    for command in COMMANDS.iter().filter(|c| c.name != "fsck") {
-        let words = of(command.name);
+    for command in all().filter(|c| c.name != "fsck") {
+        let words = of(headword(command));
         let named = |letter: char| {
             words.iter().any(|w| w.strip_prefix('-').is_some_and(|l| !l.starts_with('-') && l.contains(letter)))
         };
@@ -76,10 +85,11 @@ fn the_manual_has_every_command_and_option() {
 
 #[test]
 fn the_manual_has_no_command_or_option_that_is_not_there() {
-    let known: BTreeSet<String> = COMMANDS.iter().flat_map(|c| c.long).map(|(n, ..)| format!("--{n}")).collect();
+    let known: BTreeSet<String> = all().flat_map(|c| c.long).map(|(n, ..)| format!("--{n}")).collect();
     for (commands, words) in texts() {
-        let about: Vec<_> = COMMANDS.iter().filter(|c| commands.contains(c.name)).collect();
-        assert_eq!(about.len(), commands.len(), "{commands:?}");
+        let about: Vec<_> = all().filter(|c| commands.contains(headword(c))).collect();
+        let known_names: BTreeSet<_> = about.iter().map(|c| headword(c)).collect();
+        assert_eq!(known_names.len(), commands.len(), "{commands:?}");
         for word in words.iter().filter(|w| w.starts_with("--") && w.len() > 2) {
             assert!(known.contains(word) || word == "--help", "{commands:?}: {word}");
         }
@@ -88,7 +98,7 @@ fn the_manual_has_no_command_or_option_that_is_not_there() {
         for word in words.iter().filter(dash) {
             let letter = char::from(word.as_bytes()[1]);
             // Options of other commands are named where one leads to the other.
-            let known = letters.contains(&letter) || COMMANDS.iter().any(|c| c.short.contains(letter));
+            let known = letters.contains(&letter) || all().any(|c| c.short.contains(letter));
             assert!(known, "{commands:?}: {word}");
         }
     }

@@ -49,7 +49,8 @@ pub fn abort(name: &str) -> Result<()> {
     tell(&name, &Command::Abort)
 }
 
-fn tell(name: &str, command: &Command) -> Result<()> {
+/// Gives a command that is answered once. If the supervisor is killed meanwhile, the next one gets it.
+pub(super) fn tell(name: &str, command: &Command) -> Result<()> {
     let end = host::now() + SUPERVISOR;
     loop {
         let Some(device) = find::by_name(name)? else {

@@ -4,6 +4,7 @@
 //! sequence number of the disk behind it; both are compared with the kernel's before any operation.
 
 mod attach;
+mod balloon;
 mod clean;
 mod find;
 mod freeze;
@@ -21,11 +22,12 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
+use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::Result;
+use crate::format::maintenance::Maintenance;
 use crate::server::{partitions, runtime, spawn, unflushed as server_unflushed};
 use crate::sys::file_id::FileId;
 
@@ -189,6 +191,14 @@ impl Driver for Served {
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
         Ok(Box::new(freeze::FreezeHelper::prepare(device, files)))
+    }
+
+    fn set_maintenance(&self, device: &Device, from: &[Maintenance], to: Maintenance) -> Result<()> {
+        balloon::set_maintenance(device, from, to)
+    }
+
+    fn discard_balloon(&self, device: &Device, balloon: File) -> Result<Box<dyn BalloonDiscard>> {
+        Ok(Box::new(balloon::Discarder::new(device, balloon)?))
     }
 
     fn partitions(&self, device: &Device) -> Result<Vec<Partition>> {

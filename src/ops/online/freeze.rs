@@ -1,14 +1,12 @@
 //! Freezes the file systems of a running device.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
 
 use crate::device::{self, Device, Freeze};
-use crate::error::{IoContext, Kind, Result};
-use crate::fs::mounts;
-use crate::ops::find;
+use crate::error::Result;
+use crate::ops::inside;
 use crate::sys::host;
 
 /// What is mounted from the device in any mount namespace, ready to be frozen until the returned value is dropped. What
@@ -23,33 +21,18 @@ fn mounted(device: &Device) -> Result<Vec<File>> {
         // Its programs use the block device itself.
         return Ok(Vec::new());
     }
-    let names = find::names(device);
-    let mut namespaces = BTreeSet::new();
     let mut found = BTreeSet::new();
     let mut files = Vec::new();
-    let mut processes = vec![Path::new("/proc/self").to_owned()];
-    let others = fs::read_dir("/proc").ctx(Kind::Sys, || "cannot list /proc")?;
-    processes.extend(others.flatten().map(|e| e.path()));
-    for process in processes {
-        let Ok(ns) = fs::metadata(process.join("ns/mnt")) else { continue };
-        if !namespaces.insert(ns.ino()) {
+    for (path, mount) in inside::mounts_everywhere(device)? {
+        if found.contains(&mount.dev) {
             continue;
         }
-        // The process may exit at any time.
-        let Ok(table) = mounts::read_of(&process) else { continue };
-        for mount in table.iter().filter(|m| names.mounted_by(m)) {
-            if found.contains(&mount.dev) {
-                continue;
-            }
-            let Ok(inside) = mount.target.strip_prefix("/") else { continue };
-            let path = process.join("root").join(inside);
-            let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOATIME).open(&path);
-            // Another mount may hide it.
-            let Ok(file) = file else { continue };
-            if file.metadata().is_ok_and(|m| m.dev() == mount.dev) {
-                found.insert(mount.dev);
-                files.push(file);
-            }
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOATIME).open(&path);
+        // Another mount may hide it.
+        let Ok(file) = file else { continue };
+        if file.metadata().is_ok_and(|m| m.dev() == mount.dev) {
+            found.insert(mount.dev);
+            files.push(file);
         }
     }
     Ok(files)

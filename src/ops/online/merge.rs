@@ -11,6 +11,7 @@ use crate::device::{self, Device, NewLevel, SwitchSpec};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid::Guid;
 use crate::ops::image_set::{self, Unneeded};
+use crate::ops::maintenance::{self, Work};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
@@ -19,6 +20,8 @@ use crate::sys::file_id::FileId;
 /// is finished by running it again: the snapshots that disappear are marked as half merged before anything is written.
 pub fn merge(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancestor: &Guid) -> Result<()> {
     let gone = disk.removed_by_merge(descendant, ancestor)?;
+    let single = disk.parent(descendant)? == Some(*ancestor);
+    maintenance::before(device, if single { Work::Merge } else { Work::MergeRange })?;
     check_chain(disk, device)?;
     if *descendant != disk.top {
         return step(disk, device, descendant, ancestor, &gone);

@@ -52,17 +52,10 @@ impl Supervisor {
             }
             Command::Freeze | Command::PrepareFreeze if self.can_change() => {
                 let job = if matches!(command, Command::Freeze) { Job::Freeze } else { Job::PrepareFreeze };
-                let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
-                let program = self.fds.as_ref().map_or("/proc/self/exe".into(), Descriptors::program);
-                // It talks to the initiator from here on.
-                match Helper::start_with(&program, &job, &fds) {
-                    Ok(helper) => {
-                        self.released_helpers.push(helper);
-                        control::answer(&client, &Answer::Done);
-                    }
-                    Err(e) => control::answer(&client, &control::refusal(&e)),
-                }
+                self.start_released(&job, &fds, &client);
             }
+            Command::Maintenance(change) if self.can_change() => self.set_maintenance(&change, &client),
+            Command::DiscardBalloon if self.can_change() => self.discard_balloon(&fds, &client),
             Command::Merge(switch) if self.can_change() => {
                 let sent = SwitchFds::received(&switch, fds);
                 self.request(sent.map(|fds| ChangeRequest::MergeTop(switch, fds)), client);
@@ -93,6 +86,19 @@ impl Supervisor {
                 let e = Error::new(Kind::Device, format!("{}: {why}", self.record.name));
                 control::answer(&client, &control::refusal(&e));
             }
+        }
+    }
+
+    /// Starts a helper that talks to the initiator from here on, on the socket that is the first descriptor.
+    pub(super) fn start_released(&mut self, job: &Job, fds: &[OwnedFd], client: &OwnedFd) {
+        let fds: Vec<BorrowedFd> = fds.iter().map(AsFd::as_fd).collect();
+        let program = self.fds.as_ref().map_or("/proc/self/exe".into(), Descriptors::program);
+        match Helper::start_with(&program, job, &fds) {
+            Ok(helper) => {
+                self.released_helpers.push(helper);
+                control::answer(client, &Answer::Done);
+            }
+            Err(e) => control::answer(client, &control::refusal(&e)),
         }
     }
 

@@ -41,6 +41,7 @@ impl Supervisor {
 
     pub(super) fn on_gave_back(&mut self, token: u64, outcome: GaveBack) {
         if self.giving_back.take_if(|order| order.token == token).is_some() {
+            self.end_relocation();
             self.clients.answer(Awaited::GiveBack, &Answer::GaveBack(outcome));
         }
     }

@@ -14,6 +14,7 @@ mod commands;
 mod detach;
 mod give_back;
 mod last_mount;
+mod maintenance;
 mod merge;
 mod names;
 mod registration;

@@ -9,7 +9,10 @@ use ploop::ops::snapshot_list::{self, ListParams};
 use ploop::ops::{list, snapshot_list::Row};
 use ploop::report;
 
-use crate::{COMMANDS, Command, disk, values};
+use crate::{COMMANDS, Command, balloon, disk, values};
+
+/// Its commands have a second word.
+const BALLOON: &str = "balloon";
 
 /// What a word can be.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,7 +58,8 @@ fn argument(command: &str, letter: char) -> Kind {
         // The name of a device that is to be made.
         ("mount", 'd') => Kind::Free,
         ("copy", 'd') => Kind::File,
-        ("umount" | "replace", 'm') | ("balloon", 'm') => Kind::MountPoint,
+        ("umount" | "replace", 'm') => Kind::MountPoint,
+        (name, 'm') if name.starts_with(BALLOON) => Kind::MountPoint,
         (_, 'm') => Kind::Folder,
         (_, 'd') => Kind::Device,
         ("copy", 'f' | 'i' | 'o') => Kind::Free,
@@ -97,7 +101,17 @@ pub fn candidates(words: &[OsString]) -> Vec<Candidate> {
     let is_global = |w: &&OsString| w.to_string_lossy().starts_with('-');
     let mut before = before.iter().skip_while(is_global);
     let Some(command) = before.next() else { return commands(last) };
-    let Some(command) = COMMANDS.iter().find(|c| command == c.name) else { return vec![Candidate::Files] };
+    let command = match command == BALLOON {
+        false => COMMANDS.iter().find(|c| command == c.name),
+        true => match before.next() {
+            Some(word) => balloon::COMMANDS.iter().find(|c| sub_command(c).is_some_and(|name| word == name)),
+            None => {
+                let fitting = balloon::COMMANDS.iter().filter_map(|c| sub_command(c)).map(|name| (name, ""));
+                return fitting_words(fitting, last);
+            }
+        },
+    };
+    let Some(command) = command else { return vec![Candidate::Files] };
     let before: Vec<&OsString> = before.collect();
     let typed = last.to_string_lossy();
     let kind = match waits(command, &before) {
@@ -109,17 +123,27 @@ pub fn candidates(words: &[OsString]) -> Vec<Candidate> {
 }
 
 fn commands(last: &OsStr) -> Vec<Candidate> {
-    let typed = last.to_string_lossy();
     let globals = ["-v", "--help", "--version"].map(|o| (o, ""));
-    let all = COMMANDS.iter().map(|c| (c.name, about(c)));
-    let fitting = all.chain(globals).filter(|(name, _)| name.starts_with(typed.as_ref()));
+    let all = COMMANDS.iter().map(|c| c.name).chain([BALLOON]).map(|name| (name, about(name)));
+    fitting_words(all.chain(globals), last)
+}
+
+/// Those that begin as typed; options only where one is begun.
+fn fitting_words(words: impl Iterator<Item = (&'static str, &'static str)>, last: &OsStr) -> Vec<Candidate> {
+    let typed = last.to_string_lossy();
+    let fitting = words.filter(|(name, _)| name.starts_with(typed.as_ref()));
     let shown = |(name, _): &(&str, &str)| !name.starts_with('-') || typed.starts_with('-');
     fitting.filter(shown).map(|(name, about)| Candidate::Word(name.into(), about.into())).collect()
 }
 
+/// The second word of a balloon command.
+fn sub_command(command: &Command) -> Option<&'static str> {
+    command.name.split_once(' ').map(|(_, name)| name)
+}
+
 /// The line of the summary that tells what the command does.
-fn about(command: &Command) -> &'static str {
-    let start = format!("  ploop {} ", command.name);
+fn about(command: &str) -> &'static str {
+    let start = format!("  ploop {command} ");
     let line = crate::SUMMARY.lines().find(|l| l.starts_with(&start)).unwrap_or_default();
     line.trim_start().split_once("  ").map_or("", |(_, about)| about.trim_start())
 }
@@ -251,12 +275,14 @@ mod tests {
         assert_eq!(words("mount -m "), [":folders"]);
         assert_eq!(words("info --image "), [":files"]);
         assert_eq!(words("completion "), ["bash", "zsh", "fish"]);
+        assert_eq!(words("balloon c"), ["clear", "change", "complete", "check"]);
+        assert_eq!(words("balloon change --s"), ["--size"]);
     }
 
     #[test]
     fn every_command_is_explained() {
-        for command in COMMANDS.iter().filter(|c| c.name != "fsck") {
-            assert!(!about(command).is_empty(), "{} is not in the summary", command.name);
+        for name in COMMANDS.iter().map(|c| c.name).chain([BALLOON]).filter(|n| *n != "fsck") {
+            assert!(!about(name).is_empty(), "{name} is not in the summary");
         }
     }
 }

@@ -1,0 +1,170 @@
+//! What may be done to a running device in which maintenance state, and how a state that a program has left is ended.
+
+use crate::bail;
+use crate::device::{self, Device, Maintenance};
+use crate::error::{Kind, Result};
+use crate::ops::give_back::{self, Options};
+use crate::report;
+use crate::report::progress::Progress;
+
+use Maintenance::{Balloon, Discard, FreeBlocksLoaded, Grow, Merge, Off, Relocation, Track};
+
+/// What is to be done to a running device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Unmounting it by its descriptor.
+    Umount,
+    Resize,
+    Snapshot,
+    /// Merging a snapshot into its parent.
+    Merge,
+    /// Merging several levels.
+    MergeRange,
+    Replace,
+    /// Discarding what the file system does not use, in rounds.
+    Discard,
+    /// A larger balloon.
+    Inflate,
+    /// A smaller balloon, or one of the same size.
+    Deflate,
+    /// Counting what the balloon keeps of the image, and giving it back.
+    BalloonCheck,
+    BalloonRepair,
+    BalloonClear,
+    BalloonComplete,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Go,
+    /// What was begun is finished first.
+    Complete,
+    /// `Busy`
+    Refuse,
+}
+
+fn verdict(work: Work, state: Maintenance) -> Verdict {
+    use Verdict::{Complete, Go, Refuse};
+    match (work, state) {
+        (_, Off) => Go,
+        // One that was interrupted is continued.
+        (Work::Discard, Discard) => Go,
+        (Work::Discard, _) => Refuse,
+        (Work::BalloonComplete, FreeBlocksLoaded | Relocation | Discard) => Complete,
+        (Work::BalloonComplete, _) => Go,
+        (Work::BalloonClear, Balloon) => Go,
+        (Work::Inflate | Work::BalloonCheck | Work::BalloonRepair, Balloon) => Go,
+        (Work::Deflate, Balloon | Merge | Grow | Track) => Go,
+        (Work::BalloonClear | Work::Inflate | Work::Deflate | Work::BalloonCheck | Work::BalloonRepair, _) => Refuse,
+        // While a balloon is inflated the chain can change.
+        (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge | Work::MergeRange | Work::Replace, Balloon) => Go,
+        // The lock on the disk, and the server, order merges themselves.
+        (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge | Work::MergeRange | Work::Replace, Merge) => Go,
+        (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge, FreeBlocksLoaded | Relocation | Discard) => {
+            Complete
+        }
+        // A copy that runs ends with its device.
+        (Work::Umount, Track) => Go,
+        (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge | Work::MergeRange | Work::Replace, _) => Refuse,
+    }
+}
+
+/// Makes a device ready for what is to be done to it: finishes what was begun. `Busy`: its state does not allow it.
+pub fn before(device: &Device, work: Work) -> Result<()> {
+    let state = device.maintenance();
+    if !device.state.runs() {
+        // What has no server has no state.
+        return Ok(());
+    }
+    match verdict(work, state) {
+        Verdict::Go => Ok(()),
+        Verdict::Complete => match complete(device) {
+            // The end of the device ends it, too; what is free in the image stays free.
+            Err(e) if work == Work::Umount => {
+                report::warn(e);
+                Ok(())
+            }
+            other => other.map(drop),
+        },
+        Verdict::Refuse => bail!(
+            Busy,
+            "{}: its maintenance state is {state}, another operation is under way or was interrupted; ploop balloon \
+             complete or clear ends one that was interrupted",
+            device.node().display()
+        ),
+    }
+}
+
+/// Finishes what a balloon or a discard has begun on a device. The state that it had: OFF, and others that are not ended by
+/// this, mean that there was nothing to finish.
+pub fn complete(device: &Device) -> Result<Maintenance> {
+    let state = device.maintenance();
+    if verdict(Work::BalloonComplete, state) == Verdict::Complete {
+        match state {
+            // What was discarded is free already.
+            Discard => device::set_maintenance(device, &[Discard, Off], Off)?,
+            _ => shorten(device)?,
+        }
+        report::say(1, format_args!("{}: {state} is completed", device.node().display()));
+    }
+    Ok(state)
+}
+
+/// Moves what the image's file has at its end into free clusters, and cuts it. The state, FBLOADED or RELOC, is RELOC
+/// meanwhile, and OFF afterwards; FBLOADED if it was cancelled.
+pub fn shorten(device: &Device) -> Result<()> {
+    device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Relocation)?;
+    let mut shown = Progress::begin("relocating");
+    let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));
+    let cancelled = matches!(&given, Err(e) if e.kind() == Kind::Abort);
+    if cancelled {
+        device::set_maintenance(device, &[Relocation, FreeBlocksLoaded], FreeBlocksLoaded)?;
+    } else {
+        // The supervisor may have done it when the worker had finished.
+        device::set_maintenance(device, &[Relocation, Off], Off)?;
+    }
+    let given = given.map_err(|e| if cancelled { e } else { e.as_kind(Kind::Reloc) })?;
+    let bytes = given.before.saturating_sub(given.after);
+    if bytes > 0 {
+        let clusters = bytes / device.cluster()?.bytes();
+        report::say(0, format_args!("TRUNCATED: {clusters} cluster-blocks ({bytes} bytes)"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One letter for each state: + goes on, c completes first, - is refused.
+    #[test]
+    fn each_work_in_each_state() {
+        let states = [Off, Balloon, FreeBlocksLoaded, Relocation, Merge, Grow, Track, Discard, Maintenance::Unknown];
+        let table = [
+            (Work::Umount, "++cc+-+c-"),
+            (Work::Resize, "++cc+--c-"),
+            (Work::Snapshot, "++cc+--c-"),
+            (Work::Merge, "++cc+--c-"),
+            (Work::MergeRange, "++--+----"),
+            (Work::Replace, "++--+----"),
+            (Work::Discard, "+------+-"),
+            (Work::Inflate, "++-------"),
+            (Work::Deflate, "++--+++--"),
+            (Work::BalloonCheck, "++-------"),
+            (Work::BalloonRepair, "++-------"),
+            (Work::BalloonClear, "++-------"),
+            (Work::BalloonComplete, "++cc+++c+"),
+        ];
+        for (work, row) in table {
+            let got: String = states
+                .iter()
+                .map(|state| match verdict(work, *state) {
+                    Verdict::Go => '+',
+                    Verdict::Complete => 'c',
+                    Verdict::Refuse => '-',
+                })
+                .collect();
+            assert_eq!(got, row, "{work:?}");
+        }
+    }
+}
