@@ -78,13 +78,6 @@ pub extern "C" fn ploop_discard_by_dev(
     refuse("ploop_discard_by_dev")
 }
 
-/// Enlarges a running device to new_size sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c_int {
-    let _ = (device, new_size);
-    refuse("ploop_grow_device")
-}
-
 /// Converts all images of a disk between format versions 1 and 2. flags: keep 0.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_change_fmt_version(di: *mut ploop_disk_images_data, new_version: c_int, flags: c_int) -> c_int {

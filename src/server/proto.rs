@@ -210,6 +210,9 @@ pub struct Succession {
     /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
+    /// See [`ChainSwitch::grow`].
+    #[serde(default)]
+    pub grow: Option<u64>,
     /// See [`ChainSwitch::linger`].
     #[serde(default)]
     #[cfg_attr(not(debug_assertions), serde(skip))]
@@ -231,6 +234,9 @@ pub struct ChainSwitch {
     /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
+    /// The top, and with it the disk, gets so many sectors before the change is committed; in a change that keeps all levels.
+    #[serde(default)]
+    pub grow: Option<u64>,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile. A release build neither
     /// sends nor reads it.
     #[serde(default)]
@@ -376,6 +382,9 @@ pub enum Command {
     MergeLevels(MergeOrder),
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
+    /// Serve the same chain with a larger top ([`ChainSwitch::grow`]), and give the block device that size. Answers as for
+    /// `Switch`.
+    Grow(ChainSwitch),
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
     /// worker could serve: try once more, and answer how that went.
     Reload {
@@ -463,7 +472,7 @@ mod tests {
 
     #[test]
     fn test_hooks_are_no_part_of_a_release() {
-        let succession = Succession { wait: false, new_top: false, commit: None, linger: 60 };
+        let succession = Succession { wait: false, new_top: false, commit: None, grow: None, linger: 60 };
         let text = serde_json::to_string(&succession).unwrap();
         assert_eq!(text.contains("linger"), cfg!(debug_assertions));
         let sent = r#"{"new_top":false,"commit":null,"linger":60}"#;

@@ -12,6 +12,7 @@ mod lock;
 mod merge;
 mod model;
 mod mount_source;
+mod size;
 mod switch;
 mod unflushed;
 
@@ -38,7 +39,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     switch: true,
     merge_top: true,
     merge_frozen: true,
-    set_size: false,
+    set_size: true,
     relocate: false,
     track: false,
     freeze: true,
@@ -179,6 +180,10 @@ impl Driver for Served {
         watch: &mut dyn Watch,
     ) -> Result<Option<String>, Unmerged> {
         merge::merge_levels(device, levels, then, watch)
+    }
+
+    fn set_size(&self, device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
+        size::set_size(device, sectors, commit)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {

@@ -69,6 +69,10 @@ impl Supervisor {
                 let sent = SwitchFds::received(&order.switch, fds);
                 self.request(sent.map(|fds| ChangeRequest::MergeFrozen(order, fds)), client);
             }
+            Command::Grow(switch) if self.can_change() => {
+                let sent = SwitchFds::received(&switch, fds);
+                self.request(sent.map(|fds| ChangeRequest::Grow(switch, fds)), client);
+            }
             Command::CancelMerge => self.cancel_merge(client),
             Command::Reload { token } if self.can_change() => {
                 let program = fds.into_iter().next();

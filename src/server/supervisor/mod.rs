@@ -12,6 +12,7 @@ mod chain_switch;
 mod clients;
 mod commands;
 mod detach;
+mod grow;
 mod last_mount;
 mod merge;
 mod names;

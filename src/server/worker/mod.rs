@@ -10,6 +10,7 @@ mod core;
 mod dispatch;
 mod files;
 mod finish;
+mod grow;
 mod init;
 mod io;
 mod linger;
