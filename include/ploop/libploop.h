@@ -613,9 +613,10 @@ void ploop_set_verbose_level(int level);
 void ploop_cancel_operation(void);
 
 /*
- * Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
- * file system (ext, xfs, btrfs) on it; needs root. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
- * SYSEXIT_PARAM.
+ * Gives a disk param->size sectors, rounded up to whole clusters; needs root. Larger than it is: with its last partition and
+ * the file system (ext, xfs, btrfs) on it, mounted or not. Smaller: with param->offline_resize the file system (ext,
+ * btrfs) of a disk that is not mounted gets that size, and the image file shrinks. SYSEXIT_PARAM: smaller than the files
+ * need, or 0 (the largest balloon), or smaller without offline_resize or of a mounted disk, in this version.
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 

@@ -6,9 +6,10 @@ use crate::bail;
 use crate::ops::resize;
 use std::ffi::c_int;
 
-/// Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
-/// file system (ext, xfs, btrfs) on it; needs root. Smaller than it is, 0 (the largest balloon), or a mounted disk, in this version:
-/// SYSEXIT_PARAM.
+/// Gives a disk param->size sectors, rounded up to whole clusters; needs root. Larger than it is: with its last partition and
+/// the file system (ext, xfs, btrfs) on it, mounted or not. Smaller: with param->offline_resize the file system (ext,
+/// btrfs) of a disk that is not mounted gets that size, and the image file shrinks. SYSEXIT_PARAM: smaller than the files
+/// need, or 0 (the largest balloon), or smaller without offline_resize or of a mounted disk, in this version.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.
@@ -22,7 +23,7 @@ pub unsafe extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, par
                     "ploop_resize_image: a size of 0, the largest balloon, is not available; nothing was changed"
                 );
             }
-            resize::resize_disk(descriptor, p.size)
+            resize::resize_disk(descriptor, p.size, p.offline_resize != 0)
         })
     }
 }

@@ -167,3 +167,33 @@ pub(super) fn copy(target: &Target<'_>, from: u64, to: u64) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::Version;
+    use crate::units::ClusterSize;
+
+    #[test]
+    fn a_step_moves_little_and_the_last_one_reaches_the_size() {
+        let (small, large) = (ClusterSize::from_sectors(64).unwrap(), ClusterSize::DEFAULT);
+        for (cluster, version, sectors, steps) in [
+            (small, Version::V2, (40 << 30) / 512, 2),
+            (small, Version::V2, (1 << 40) / 512, 32),
+            (large, Version::V2, (16 << 40) / 512, 16),
+            (large, Version::V1, (40 << 30) / 512, 1),
+        ] {
+            let (mut header, mut done) = (Header::sized(version, cluster, (1 << 30) / 512).unwrap(), 0);
+            while header.sectors < sectors {
+                let next = next_size(&header, sectors, CHUNK).unwrap();
+                let grown = Header::sized(version, cluster, next).unwrap();
+                let moved = u64::from(grown.first_data() - header.first_data()) * cluster.bytes();
+                assert!(next > header.sectors && moved <= CHUNK, "{next} sectors, {moved} bytes");
+                (header, done) = (grown, done + 1);
+            }
+            assert_eq!((header.sectors, done), (sectors, steps));
+        }
+        let header = Header::sized(Version::V1, small, 1 << 21).unwrap();
+        assert_eq!(next_size(&header, 1 << 40, CHUNK).unwrap_err().kind(), Kind::Param);
+    }
+}

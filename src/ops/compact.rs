@@ -55,18 +55,23 @@ pub fn compact_disk(descriptor: &Path, trim: bool) -> Result<Compacted> {
     if trim {
         trim_inside(&disk)?;
     }
-    let below = below(&disk, &top)?;
-    let held = image_set::lock_image(&disk, &top.file, WRITE, Sharing::Exclusive)?;
-    image_set::repair_in_place(&disk, &top.file)?;
+    let packed = pack_top(&disk, &top)?;
+    Ok(Compacted { packed, before, after: length(&top)? })
+}
+
+/// Packs the top image, after a repair of what an interrupted operation left in it.
+pub(super) fn pack_top(disk: &LockedDescriptor, top: &Image) -> Result<Packed> {
+    let below = below(disk, top)?;
+    let held = image_set::lock_image(disk, &top.file, WRITE, Sharing::Exclusive)?;
+    image_set::repair_in_place(disk, &top.file)?;
     let mut shown = Progress::begin("compacting");
-    let packed = pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
+    pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
         if report::cancel::requested() {
             bail!(Sys, "the compaction of {} was cancelled: it is whole, and can be continued", top.file.display());
         }
         shown.at(done, total);
         Ok(())
-    })?;
-    Ok(Compacted { packed, before, after: length(&top)? })
+    })
 }
 
 /// Bytes that the file takes on the host.

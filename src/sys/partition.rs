@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 const BLKPG: u32 = 0x1269;
 const BLKGETDISKSEQ: u32 = 0x8008_1280;
+const BLKDISCARD: u32 = 0x1277;
 const BLKGETSIZE64: u32 = 0x8008_1272;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,4 +79,14 @@ pub fn diskseq(device: BorrowedFd) -> io::Result<u64> {
 /// Size of a block device in bytes.
 pub fn size(device: BorrowedFd) -> io::Result<u64> {
     get_u64(device, BLKGETSIZE64)
+}
+
+/// Gives a range of bytes back. EOPNOTSUPP: the device cannot.
+pub fn discard(device: BorrowedFd, start: u64, length: u64) -> io::Result<()> {
+    let range = [start, length];
+    // SAFETY: BLKDISCARD reads two u64.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, &range) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }

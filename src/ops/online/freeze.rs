@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::device::{self, Device, Freeze};
 use crate::error::{IoContext, Kind, Result};
-use crate::fs::mounts;
+use crate::fs::mounts::{self, Mount};
 use crate::ops::find;
 use crate::sys::host;
 
@@ -24,6 +24,11 @@ fn mounted(device: &Device) -> Result<Vec<File>> {
         return Ok(Vec::new());
     }
     let names = find::names(device);
+    mounts_that(&|m| names.mounted_by(m))
+}
+
+/// One open folder of each file system that has a mount, in any mount namespace, which is `wanted`.
+pub fn mounts_that(wanted: &dyn Fn(&Mount) -> bool) -> Result<Vec<File>> {
     let mut namespaces = BTreeSet::new();
     let mut found = BTreeSet::new();
     let mut files = Vec::new();
@@ -37,7 +42,7 @@ fn mounted(device: &Device) -> Result<Vec<File>> {
         }
         // The process may exit at any time.
         let Ok(table) = mounts::read_of(&process) else { continue };
-        for mount in table.iter().filter(|m| names.mounted_by(m)) {
+        for mount in table.iter().filter(|m| wanted(m)) {
             if found.contains(&mount.dev) {
                 continue;
             }
@@ -46,7 +51,7 @@ fn mounted(device: &Device) -> Result<Vec<File>> {
             let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOATIME).open(&path);
             // Another mount may hide it.
             let Ok(file) = file else { continue };
-            if file.metadata().is_ok_and(|m| m.dev() == mount.dev) {
+            if mounts::id_of(&file) == Some(mount.id) {
                 found.insert(mount.dev);
                 files.push(file);
             }

@@ -17,6 +17,7 @@ use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
+pub use freeze::mounts_that;
 pub use grow::{RAW_SECTORS, grow, grow_device};
 pub use merge::{merge, merge_levels};
 pub use replace::{replace, replace_level};
