@@ -15,7 +15,7 @@ use crate::server::shm::Shm;
 use crate::units::SECTOR;
 
 /// Bytes of the file that are moved at once, at most: requests wait for it.
-const MOVED: u64 = 4 << 20;
+const MOVED: u64 = 1 << 20;
 
 /// Makes the top larger if the change says so; `fds`: by which the supervisor has the `files`. False: it has not got its last size yet, and another change is to follow.
 pub fn grow_top(sectors: Option<u64>, files: &[LevelFile], fds: &[OwnedFd], shm: &Shm) -> Result<bool> {
