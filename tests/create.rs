@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use ploop::descriptor::ImageMode;
 use ploop::error::Kind;
 use ploop::format::header::Version;
-use ploop::fs::mkfs::FsType;
+use ploop::fs::mkfs::{FsType, Inodes};
 use ploop::ops::create::{CreateParams, FsParams, create_image};
 use ploop::report::cancel;
 use ploop::units::ClusterSize;
@@ -23,7 +23,7 @@ fn params(image: PathBuf) -> CreateParams {
         cluster: ClusterSize::DEFAULT,
         version: Version::V2,
         mode: ImageMode::Expanded,
-        fs: Some(FsParams { fstype: FsType::Ext4, block_size: 0, lazy: true }),
+        fs: Some(FsParams { fstype: FsType::Ext4, block_size: 0, lazy: true, inodes: Inodes::Usual }),
         without_partition: false,
     }
 }
@@ -58,7 +58,7 @@ fn other_programs_accept_them() {
     let cluster = |sectors| ClusterSize::from_sectors(sectors).unwrap();
     let mb64 = cluster(131_072);
     let p = params(PathBuf::new());
-    let ext3 = Some(FsParams { fstype: FsType::Ext3, block_size: 1024, lazy: false });
+    let ext3 = Some(FsParams { fstype: FsType::Ext3, block_size: 1024, lazy: false, inodes: Inodes::PerBytes(65536) });
     let cases = [
         p.clone(),
         CreateParams { version: Version::V1, cluster: cluster(64), ..p.clone() },

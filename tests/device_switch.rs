@@ -380,6 +380,7 @@ fn abandoned(running: &Device, path: &Path, tmp: &Path, dd: &Path, limit: u64) -
         commit: Some(names),
         token: meta.ino() << 8 | 1,
         ask: false,
+        grow: None,
         linger: 60,
         // As a client of a version without roles.
         roles: Vec::new(),

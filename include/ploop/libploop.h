@@ -613,10 +613,11 @@ void ploop_set_verbose_level(int level);
 void ploop_cancel_operation(void);
 
 /*
- * Enlarges a disk that is not mounted to param->size sectors, rounded up to whole clusters, with its last partition and the
- * file system (ext, xfs, btrfs) on it; needs root. 0: the largest balloon. Of a mounted disk with ext4, not larger than its
- * device: the balloon takes the difference. Smaller than a disk that is not mounted, or larger than a mounted one, in this
- * version: SYSEXIT_PARAM.
+ * Gives a disk param->size sectors, rounded up to whole clusters; needs root. Larger than it is: with its last partition and
+ * the file system (ext, xfs, btrfs) on it, mounted or not. Smaller: with param->offline_resize the file system (ext,
+ * btrfs) of a disk that is not mounted gets that size, and the image file shrinks; of a mounted disk with ext4 the balloon
+ * takes the difference. 0: the largest balloon. SYSEXIT_PARAM: smaller than the files need, or smaller without
+ * offline_resize of a disk that is not mounted.
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 

@@ -8,7 +8,7 @@ use crate::bail;
 use crate::descriptor::ImageMode;
 use crate::error::Result;
 use crate::format::header::Version;
-use crate::fs::mkfs::FsType;
+use crate::fs::mkfs::{FsType, Inodes};
 use crate::ops;
 use crate::ops::create::{CreateParams, FsParams};
 use crate::ops::mount::{MountParams, Mounted};
@@ -152,6 +152,7 @@ unsafe fn create_params(param: *const ploop_create_param) -> Result<CreateParams
             fstype: fs_type(name)?,
             block_size: p.fsblocksize,
             lazy: p.flags & ploop_create_flags::PLOOP_CREATE_NOLAZY as u32 == 0,
+            inodes: Inodes::Usual,
         }),
     };
     Ok(CreateParams {

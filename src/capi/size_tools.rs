@@ -21,12 +21,23 @@ fn sectors(size: off_t) -> Result<u64> {
     }
 }
 
-/// Enlarges a disk that is not mounted to size sectors, by its top image; neither its partitions nor the file system
-/// inside. Smaller than it is: SYSEXIT_PARAM; mounted, in this version: SYSEXIT_PARAM.
+/// Enlarges a disk, mounted or not, to size sectors, by its top image; neither its partitions nor the file system inside.
+/// Smaller than it is: SYSEXIT_PARAM.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_grow_image(di: *mut ploop_disk_images_data, size: off_t) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.
     unsafe { change("ploop_grow_image", di, |descriptor, _| grow::grow_disk(descriptor, sectors(size)?)) }
+}
+
+/// Enlarges a running device to new_size sectors, with its top image and its descriptor. The same size: 0; smaller:
+/// SYSEXIT_PARAM.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c_int {
+    boundary::call("ploop_grow_device", || {
+        // SAFETY: the caller's string, NULL or NUL-terminated.
+        let device = unsafe { convert::path(device, "device")? };
+        grow::grow_device(&device.to_string_lossy(), sectors(new_size)?)
+    })
 }
 
 /// Enlarges one image that no device uses to new_size sectors, a multiple of its cluster. Marked in use:

@@ -5,15 +5,7 @@ use super::boundary;
 use super::types::ploop_disk_images_data;
 use super::unavailable::refuse;
 use crate::bail;
-use libc::off_t;
 use std::ffi::{c_char, c_int};
-
-/// Enlarges a running device to new_size sectors.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c_int {
-    let _ = (device, new_size);
-    refuse("ploop_grow_device")
-}
 
 /// Converts all images of a disk between format versions 1 and 2. flags: keep 0.
 #[unsafe(no_mangle)]

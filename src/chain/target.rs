@@ -1,6 +1,9 @@
 //! A level of a running chain as the target of a merge: prepares it, and finds the BAT pages that the levels above it
 //! use.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
 use crate::bail;
 use crate::engine::api::{AllocConfig, LevelConfig, PageSet, TargetConfig};
 use crate::error::{IoContext, Kind, Result};
@@ -8,6 +11,7 @@ use crate::format::bat;
 use crate::format::header::{self, Header, Version};
 use crate::image::grow;
 use crate::image::scan::check_reach;
+use crate::image::target::Target;
 use crate::sys::aligned::{AlignedBuf, read_exact, read_full, write_all};
 use crate::sys::{host, store};
 use crate::units::SECTOR;
@@ -18,7 +22,7 @@ use super::{Chain, LevelFile};
 
 /// Makes a level of an opened chain ready to take what the levels above it up to `high` have. Its file must be writable
 /// and locked for this worker. The first thing written is its in-use mark, durable before anything else changes; a
-/// smaller image loses entries that it has behind its disk and takes the size of the disk of `high` (its table must have room for that), a raw one becomes as
+/// smaller image loses entries that it has behind its disk and takes the size of the disk of `high`, a raw one becomes as
 /// long as that disk.
 ///
 /// `chain` is changed accordingly. When the worker that made this call has exited, the next worker makes it again.
@@ -50,21 +54,16 @@ pub fn open_target(
     if got < HEAD {
         bail!(Open, "image {name} has {got} bytes: a ploop1 image has at least {HEAD}");
     }
-    let old = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h))?;
+    let mut old = Header::parse(&head).and_then(|h| h.check_layout().map(|()| h))?;
     let Some(version) = chain.version.filter(|v| *v == old.version) else {
         bail!(Format, "image {name} has format version {}: must be that of the chain", old.version.number());
     };
     let sized = Header::sized(version, old.cluster, bytes / SECTOR)?;
-    let grows = old.sectors != bytes / SECTOR;
-    if grows && sized.first_data_sector > old.first_data_sector {
-        bail!(
-            Param,
-            "image {name} has {} sectors, the disk above it {}: its table has no room for so many, and cannot grow while the \
-             device is running; unmount it and merge then",
-            old.sectors,
-            bytes / SECTOR
-        );
+    let mut len = len;
+    if sized.first_data_sector > old.first_data_sector && old.sectors != bytes / SECTOR {
+        (old, len) = make_room(target, &old, bytes / SECTOR)?;
     }
+    let grows = old.sectors != bytes / SECTOR;
     let mut scan = scan_level(target, &old, len)?;
     check_reach(&old, scan.end).map_err(|e| e.context(format_args!("image {name}")))?;
     let sized = match grows {
@@ -105,6 +104,24 @@ pub fn open_target(
         file_clusters: scan.end,
     };
     Ok(TargetConfig { level: index as u8, alloc: alloc_config(&marked, &scan, ahead) })
+}
+
+/// Marks the image in use and gives it `sectors`, for whose table data clusters have to be moved: nothing reads or writes the
+/// image meanwhile. Returns its header and length.
+fn make_room(level: &LevelFile, old: &Header, sectors: u64) -> Result<(Header, u64)> {
+    let name = level.name.display();
+    write_header(
+        level,
+        &Header { in_use: header::IN_USE, flags: old.flags & !header::FLAG_EMPTY, extension: 0, ..*old },
+    )?;
+    // Without direct I/O: header and entries are no whole sectors. Each operation is over when this process is.
+    let path = format!("/proc/self/fd/{}", level.file.as_raw_fd());
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.ctx(Kind::Open, || format!("cannot open image {name} to make it larger"))?;
+    let mut target = Target::open(&file, &level.name)?;
+    grow::grow(&mut target, sectors)?;
+    let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {name}"))?.len();
+    Ok((target.header, len))
 }
 
 /// Clears these slots of the BAT, durably.

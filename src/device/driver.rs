@@ -225,9 +225,9 @@ pub trait Driver: Sync {
         Err(Unmerged::before(self.unsupported("merging frozen levels of a running device")))
     }
 
-    /// Gives a running device another size, in sectors. Durable in this order: the top's header, the descriptor, the
-    /// block device's capacity. No driver offers it yet.
-    fn set_size(&self, _device: &Device, _sectors: u64) -> Result<()> {
+    /// Gives a running device another size, in sectors, that its top and its block device get; see
+    /// [`set_size`](crate::device::set_size).
+    fn set_size(&self, _device: &Device, _sectors: u64, _commit: Option<&CommitFile>) -> Result<Option<String>> {
         Err(self.unsupported("changing the size of a running device"))
     }
 

@@ -237,9 +237,11 @@ pub fn merge_levels(
     of(device).merge_frozen(device, levels, then, watch)
 }
 
-/// Gives a running device another size, in sectors.
-pub fn set_size(device: &Device, sectors: u64) -> Result<()> {
-    of(device).set_size(device, sectors)
+/// Gives a running device another size, in sectors, not smaller than it is. Durable in this order: the top's header, `commit`
+/// (the descriptor with that size), the block device's capacity. Goes on if the calling process exits; after an error, or if
+/// the device's processes are killed, the same call finishes it. Returns a warning if `commit` may not survive a power cut.
+pub fn set_size(device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
+    of(device).set_size(device, sectors, commit)
 }
 
 /// Moves clusters of a running device's top to the front of its file and cuts the file behind the last one in use. I/O goes
@@ -342,7 +344,7 @@ mod tests {
             d.switch(&device, &spec, None, &mut |_| {}),
             d.merge_top(&device, None, &mut NoWatch).map(drop).map_err(Into::into),
             d.merge_frozen(&device, (0, 1), &spec, &mut NoWatch).map(drop).map_err(Into::into),
-            d.set_size(&device, 1),
+            d.set_size(&device, 1, None).map(drop),
             d.give_back(&device, Rates::default(), &mut NoWatch).map(drop),
             d.track(&device).map(drop),
             d.freeze(&device, Vec::new()).map(drop),
@@ -366,7 +368,6 @@ mod tests {
         let device = served::device_of(record, State::Running);
         let offered = served::CAPABILITIES;
         let refused = [
-            (offered.set_size, set_size(&device, 1)),
             (offered.give_back, give_back(&device, Rates::default(), &mut NoWatch).map(drop)),
             (offered.track, track(&device).map(drop)),
             (offered.partitions, partitions(&device).map(drop)),

@@ -198,6 +198,21 @@ impl Gpt {
         Some((new, Partition { number, start: first * SECTOR, length: (end - first + 1) * SECTOR }))
     }
 
+    /// The table on a smaller disk of `disk` sectors, the partition that ends last cut to end before sector `end`.
+    pub fn cut(&self, disk: u64, end: u64) -> Result<Gpt> {
+        let mut new = self.clone();
+        let last = self.used().filter(|(_, f, l)| f <= l).max_by_key(|(_, _, last)| *last);
+        let Some((number, first, last)) = last else { return new.resize(disk) };
+        if end <= first || end > last + 1 {
+            bail!(ChangeGpt, "partition {number} has sectors {first} to {last}: it cannot be cut to end before {end}");
+        }
+        let at = (number as usize - 1) * self.entry_len + 40;
+        if let Some(bytes) = new.entries.get_mut(at..at + 8) {
+            bytes.copy_from_slice(&(end - 1).to_le_bytes());
+        }
+        new.resize(disk)
+    }
+
     /// The pieces of the disk with the table, the piece at the end last. A caller that moves the end writes and syncs
     /// that piece first, so that a crash leaves a sound copy. `ChangeGpt`: the pieces would overlap.
     pub fn encode(&self) -> Result<Vec<Piece>> {

@@ -29,6 +29,28 @@ impl FsType {
     }
 }
 
+/// How many inodes a new file system gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Inodes {
+    /// One for each 16 KiB.
+    #[default]
+    Usual,
+    /// One for so many bytes.
+    PerBytes(u64),
+    Count(u64),
+}
+
+impl Inodes {
+    /// The option of mke2fs.
+    fn option(self) -> String {
+        match self {
+            Inodes::Usual => "-i16384".into(),
+            Inodes::PerBytes(bytes) => format!("-i{bytes}"),
+            Inodes::Count(count) => format!("-N{count}"),
+        }
+    }
+}
+
 /// Parameters of a new file system.
 #[derive(Clone, Copy, Debug)]
 pub struct FsSpec {
@@ -37,6 +59,7 @@ pub struct FsSpec {
     pub block_size: u32,
     /// Inode tables are left to the kernel's first mount.
     pub lazy: bool,
+    pub inodes: Inodes,
 }
 
 /// The classic's journal, in MiB, and the smallest file system for which mke2fs makes it; a smaller one gets the journal
@@ -74,7 +97,8 @@ fn make_with(file: &Path, bytes: u64, spec: &FsSpec, root: &Path) -> Result<()> 
     if bytes >= JOURNAL_NEEDS {
         args.push(journal.as_ref());
     }
-    args.extend([OsStr::new("-i16384"), OsStr::new("-d"), root.as_os_str(), file.as_os_str()]);
+    let inodes = spec.inodes.option();
+    args.extend([OsStr::new(&inodes), OsStr::new("-d"), root.as_os_str(), file.as_os_str()]);
     // `mkfs -t` would find the same program, but through PATH.
     ended("mke2fs", &args, file)?;
     if !geteuid().is_root() {
@@ -178,7 +202,7 @@ mod tests {
             [(FsType::Ext4, 300, true, 4096), (FsType::Ext3, 64, false, 4096), (FsType::Ext4, 40, false, 1024)]
         {
             fs::File::create(&file).unwrap().set_len(mib << 20).unwrap();
-            make(&file, &FsSpec { fstype, block_size, lazy }, dir.path()).unwrap();
+            make(&file, &FsSpec { fstype, block_size, lazy, inodes: Inodes::Usual }, dir.path()).unwrap();
             assert!(!dir.path().join("root").exists());
             let clean = helper::run("e2fsck", &["-fn".as_ref(), file.as_os_str()]).unwrap();
             assert_eq!(clean.status, 0, "{}{}", clean.out, clean.err);
@@ -199,10 +223,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("fs");
         fs::write(&file, [0; 4096]).unwrap();
-        let spec = FsSpec { fstype: FsType::Ext4, block_size: 4096, lazy: true };
+        let spec = FsSpec { fstype: FsType::Ext4, block_size: 4096, lazy: true, inodes: Inodes::Usual };
         assert_eq!(make(&file, &spec, dir.path()).unwrap_err().kind(), Kind::Mkfs);
         assert!(!dir.path().join("root").exists());
         let spec = FsSpec { block_size: 3000, ..spec };
         assert_eq!(make(&file, &spec, dir.path()).unwrap_err().kind(), Kind::Mkfs);
+    }
+
+    #[test]
+    fn inodes_are_as_many_as_were_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let count = |inodes| {
+            let file = dir.path().join("fs");
+            fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+            make(&file, &FsSpec { fstype: FsType::Ext4, block_size: 4096, lazy: true, inodes }, dir.path()).unwrap();
+            // s_inodes_count.
+            u32::from_le_bytes(fs::read(&file).unwrap()[1024..1028].try_into().unwrap())
+        };
+        let wanted = [(Inodes::Usual, 4096), (Inodes::PerBytes(4096), 16384), (Inodes::Count(5000), 5008)];
+        assert_eq!(wanted.map(|(inodes, _)| count(inodes)), wanted.map(|(_, count)| count));
     }
 }

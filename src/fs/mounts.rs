@@ -1,7 +1,8 @@
 //! The mount table of the calling process: /proc/self/mountinfo.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use crate::error::{Error, IoContext, Kind, Result};
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// The kernel's number of the mount.
+    pub id: u64,
     /// `st_dev` of what is mounted. For ext and xfs the number of the block device; btrfs has numbers of its own.
     pub dev: u64,
     /// Which folder of the file system is seen here: `/`, unless it is a bind mount.
@@ -49,7 +52,8 @@ pub fn read_of(process: &Path) -> Result<Vec<Mount>> {
 
 fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let mut dev = std::str::from_utf8(fields.nth(2)?).ok()?.split(':');
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let mut dev = std::str::from_utf8(fields.nth(1)?).ok()?.split(':');
     let (major, minor) = (dev.next()?.parse().ok()?, dev.next()?.parse().ok()?);
     let root = unescape(fields.next()?);
     let target = unescape(fields.next()?);
@@ -61,6 +65,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let super_options = fields.next().unwrap_or_default();
     let ro = |options: &[u8]| options.split(|b| *b == b',').any(|o| o == b"ro");
     Some(Mount {
+        id,
         dev: makedev(major, minor),
         root,
         target,
@@ -69,6 +74,12 @@ fn parse(line: &[u8]) -> Option<Mount> {
         read_only: ro(mount_options) || ro(super_options),
         options: String::from_utf8_lossy(super_options).into_owned(),
     })
+}
+
+/// The number of the mount that an open file was reached by; none: the kernel does not tell.
+pub fn id_of(file: &File) -> Option<u64> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    info.lines().find_map(|l| l.strip_prefix("mnt_id:")?.trim().parse().ok())
 }
 
 /// Blank, tab, newline and backslash are written as `\ooo`.

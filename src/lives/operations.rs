@@ -8,14 +8,16 @@ use super::life::Life;
 use crate::descriptor::FILE_NAME;
 use crate::error::Result;
 use crate::format::guid::Guid;
+use crate::ops::grow::grow_disk;
 use crate::ops::merge::{MergeParams, merge_snapshot};
 use crate::ops::snapshot::{self, SnapshotParams};
-use crate::ops::testkit::g;
+use crate::ops::testkit::{g, sizes, small};
 use crate::ops::umount::{umount_descriptor, umount_device};
 use crate::ops::{online, reload};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 use crate::sys::store::record;
+use crate::units::SECTOR;
 
 impl Life<'_> {
     pub(super) fn snapshot(&mut self) {
@@ -146,6 +148,32 @@ impl Life<'_> {
         }
         for file in files {
             let _ = crate::sys::folder::Place::named(&file).and_then(|place| crate::sys::store::unlink(&place));
+        }
+    }
+
+    /// The disk gets larger; now and then its table needs the clusters that have its data.
+    pub(super) fn grow(&mut self) {
+        let Some(device) = self.device().filter(|_| !self.by_list) else { return self.snapshot() };
+        let cluster = u64::from(small().sectors());
+        let sectors = device.sectors + cluster * self.rng.pick(&[1, 7, 8190, 20_000]);
+        let dd = self.dd.clone();
+        let (result, killed) = self.operate(format!("grow to {sectors}"), false, move || grow_disk(&dd, sectors));
+        self.after(&result, &killed, "grow");
+        if !matches!(result, Some(Ok(()))) {
+            return;
+        }
+        let (image, descriptor) = sizes(&self.dd);
+        if (image, descriptor) != (sectors / cluster, sectors / cluster) {
+            self.fail(format!(
+                "grown to {} clusters: the image has {image}, the descriptor {descriptor}",
+                sectors / cluster
+            ));
+        }
+        // A killed device has another one by now, or none.
+        let Some(now) = self.device().filter(|d| d.instance == device.instance) else { return };
+        let capacity = self.world.devices.capacity(&now.disk);
+        if now.sectors != sectors || capacity != sectors * SECTOR {
+            self.fail(format!("grown to {sectors} sectors: {} are served, {} shown", now.sectors, capacity / SECTOR));
         }
     }
 

@@ -52,6 +52,8 @@ struct Device {
     given: BTreeMap<u64, Asked>,
     answers: BTreeMap<u64, std::result::Result<Vec<u8>, Errno>>,
     bound: bool,
+    /// Bytes of the disk, as the kernel learned it last; 0: it never asked.
+    capacity: u64,
     /// Programs that have it open.
     openers: usize,
 }
@@ -106,6 +108,11 @@ impl Devices {
             }
             None => false,
         }
+    }
+
+    /// Bytes of the disk as the kernel took them over last; 0: it did not.
+    pub fn capacity(&self, backing: &str) -> u64 {
+        Devices::number(backing).and_then(|n| Some(self.lock().get(&n)?.capacity)).unwrap_or(0)
     }
 
     pub fn is_bound(&self, backing: &str) -> bool {
@@ -175,6 +182,7 @@ impl SimQueue {
             Op::Read { offset, len } => (1, offset, u64::from(len)),
             Op::Write { offset, len } => (2, offset, u64::from(len)),
             Op::Zero { offset, len } => (3, offset, len),
+            Op::Own => (5, 0, 0),
             _ => (4, 0, 0),
         };
         [unique, code, offset, len, u64::from(resent)]
@@ -187,6 +195,7 @@ impl SimQueue {
             2 => Op::Write { offset, len: len as u32 },
             3 => Op::Zero { offset, len },
             4 => Op::Flush,
+            5 => Op::Own,
             _ => return None,
         };
         Some(KernelRequest { unique, code: code as u32, op, resent: resent != 0 })
@@ -214,6 +223,7 @@ impl RequestQueue for SimQueue {
                 given: BTreeMap::new(),
                 answers: BTreeMap::new(),
                 bound: false,
+                capacity: 0,
                 openers: 0,
             };
             all.insert(number, device);
@@ -301,7 +311,14 @@ impl RequestQueue for SimQueue {
         Ok(())
     }
 
-    fn answer_own(&self, _request: &KernelRequest, _geometry: &Geometry) -> io::Result<()> {
+    /// The only one asks for the size.
+    fn answer_own(&self, request: &KernelRequest, geometry: &Geometry) -> io::Result<()> {
+        host::step("tell the size")?;
+        let mut all = self.devices.lock();
+        let Some(device) = all.get_mut(&self.number) else { return Ok(()) };
+        if device.given.remove(&request.unique).is_some() {
+            device.answers.insert(request.unique, Ok(geometry.bytes.to_ne_bytes().to_vec()));
+        }
         Ok(())
     }
 
@@ -380,7 +397,16 @@ impl BlockBinding for SimBinding {
         Err(io::Error::from_raw_os_error(libc::ENXIO))
     }
 
-    fn set_capacity(&self, _binding: &Binding) -> Result<()> {
+    fn set_capacity(&self, binding: &Binding) -> Result<()> {
+        host::step("ask for the size").ctx(Kind::DevIoc, || "killed")?;
+        let Some(number) = Devices::number(&binding.backing) else { bail!(DevIoc, "no such device") };
+        let devices = world().devices.clone();
+        let told = devices.submit_to(number, Op::Own, Vec::new()).ok().and_then(|bytes| bytes.try_into().ok());
+        let Some(told) = told else { bail!(DevIoc, "the size is not told") };
+        host::step("take over the size").ctx(Kind::DevIoc, || "killed")?;
+        if let Some(device) = devices.lock().get_mut(&number) {
+            device.capacity = u64::from_ne_bytes(told);
+        }
         Ok(())
     }
 

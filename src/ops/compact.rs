@@ -65,20 +65,25 @@ pub fn compact_disk_slowly(descriptor: &Path, trim: bool, rate: Option<u64>) -> 
     if trim {
         trim_inside(&disk)?;
     }
-    let below = below(&disk, &top)?;
-    let held = image_set::lock_image(&disk, &top.file, WRITE, Sharing::Exclusive)?;
-    image_set::repair_in_place(&disk, &top.file)?;
+    let packed = pack_top(&disk, &top, rate)?;
+    Ok(Compacted { packed, before, after: length(&top)? })
+}
+
+/// Packs the top image, after a repair of what an interrupted operation left in it, at this rate (bytes in a second).
+pub(super) fn pack_top(disk: &LockedDescriptor, top: &Image, rate: Option<u64>) -> Result<Packed> {
+    let below = below(disk, top)?;
+    let held = image_set::lock_image(disk, &top.file, WRITE, Sharing::Exclusive)?;
+    image_set::repair_in_place(disk, &top.file)?;
     let mut shown = Progress::begin("compacting");
     let pace = Pace { begun: host::now(), cluster: disk.blocksize.bytes(), rate };
-    let packed = pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
+    pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
         if report::cancel::requested() {
             bail!(Sys, "the compaction of {} was cancelled: it is whole, and can be continued", top.file.display());
         }
         shown.at(done, total);
         pace.at(done);
         Ok(())
-    })?;
-    Ok(Compacted { packed, before, after: length(&top)? })
+    })
 }
 
 /// Keeps work on clusters to a rate.

@@ -13,7 +13,7 @@ use crate::error::{IoContext, Kind, Result};
 use crate::format::gpt::Gpt;
 use crate::format::header::{self, Header, Version};
 use crate::format::limits;
-use crate::fs::mkfs::{self, FsSpec, FsType};
+use crate::fs::mkfs::{self, FsSpec, FsType, Inodes};
 use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
 use crate::image::open;
@@ -33,6 +33,7 @@ pub struct FsParams {
     pub block_size: u32,
     /// Leave the inode tables to the first mount.
     pub lazy: bool,
+    pub inodes: Inodes,
 }
 
 /// What to make.
@@ -167,7 +168,7 @@ fn fill(scratch: &Scratch, params: &CreateParams, table: Option<&Gpt>) -> Result
         store::create_new(&place, 0o600).ctx(Kind::Creat, || format!("{} cannot be made", place.display()))?;
     content.set_len(length).ctx(Kind::Ftruncate, || format!("{} cannot have {length} bytes", place.display()))?;
     let block_size = if fs.block_size == 0 { FS_BLOCK } else { fs.block_size };
-    let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy };
+    let spec = FsSpec { fstype: fs.fstype, block_size, lazy: fs.lazy, inodes: fs.inodes };
     report::say(0, format_args!("Making file system {}", fs.fstype.name()));
     let folder = scratch.path_for_programs()?;
     mkfs::make(&folder.join(&place.name), &spec, &folder)?;

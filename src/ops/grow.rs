@@ -1,10 +1,11 @@
-//! Growing a disk that does not run. Neither its partition table nor the file system inside change.
+//! Growing a disk, running or not. Neither its partition table nor the file system inside change.
 
 use std::path::Path;
 
-use super::{disk_lock, image_set, mount, recovery};
+use super::{disk_lock, image_set, mount, online, recovery};
 use crate::bail;
 use crate::descriptor::{Image, LockedDescriptor};
+use crate::device;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::{guid, header};
 use crate::image::grow::{grow, grow_raw};
@@ -17,11 +18,8 @@ use crate::units::SECTOR;
 
 const WRITE: Access = Access { write: true, direct: false };
 
-/// Raw images are multiples of so many sectors.
-const RAW_SECTORS: u64 = 8;
-
 /// Grows a disk to `sectors`, by its top image. The same size: 0, and a descriptor that an interrupted grow left with the
-/// former size is corrected. Smaller: `Param`. A ploop image's size is a multiple of its cluster (`Param`), a raw image's
+/// former size is corrected. A running disk grows without being unmounted. Smaller: `Param`. A ploop image's size is a multiple of its cluster (`Param`), a raw image's
 /// is rounded up to 4 KiB.
 pub fn grow_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
@@ -31,11 +29,14 @@ pub fn grow_disk(descriptor: &Path, sectors: u64) -> Result<()> {
 
 /// The same of a disk whose descriptor the caller has locked.
 pub(super) fn grow_locked(disk: &mut LockedDescriptor, sectors: u64) -> Result<()> {
-    image_set::refuse_running(disk, "grown")?;
+    let running = image_set::writer(disk)?;
     recovery::before_change(disk)?;
     recovery::check_files(disk, &guid::TOP)?;
     let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };
     image_set::refuse_shared(disk, &top)?;
+    if let Some(device) = running {
+        return online::grow(disk, &device, sectors);
+    }
     let grown = grow_top(disk, &top, sectors)?;
     if disk.size_sectors != grown {
         let mut next = disk.descriptor.clone();
@@ -44,6 +45,21 @@ pub(super) fn grow_locked(disk: &mut LockedDescriptor, sectors: u64) -> Result<(
         mount::drop_cache(disk);
     }
     Ok(())
+}
+
+/// Grows the disk of a running device, with its descriptor if it has one. `node`: as `/dev/ploop0`. Smaller: `Param`.
+pub fn grow_device(node: &str, sectors: u64) -> Result<()> {
+    let _operation = report::cancel::begin();
+    let Some(device) = device::by_node(node)? else { bail!(Device, "{node} is no ploop device; see ploop list") };
+    let Some(path) = device.descriptor.as_ref().filter(|_| !device.read_only) else {
+        return online::grow_device(&device, sectors);
+    };
+    let mut disk = disk_lock::open(path)?;
+    match image_set::writer(&disk)? {
+        Some(found) if found.instance == device.instance => grow_locked(&mut disk, sectors),
+        // The descriptor is another disk's by now.
+        _ => online::grow_device(&device, sectors),
+    }
 }
 
 fn grow_top(disk: &LockedDescriptor, top: &Image, sectors: u64) -> Result<u64> {
@@ -90,7 +106,7 @@ fn grow_raw_held(held: &LockedImage, sectors: u64) -> Result<u64> {
         bail!(Param, "{shown} has the signature of a ploop image: it is not raw");
     }
     let len = file.metadata().ctx(Kind::Fstat, || format!("cannot look at image {shown}"))?.len();
-    let wanted = sectors.checked_next_multiple_of(RAW_SECTORS).and_then(|s| s.checked_mul(SECTOR));
+    let wanted = sectors.checked_next_multiple_of(online::RAW_SECTORS).and_then(|s| s.checked_mul(SECTOR));
     let Some(wanted) = wanted else { bail!(Param, "image {shown}: a size of {sectors} sectors is too large") };
     if wanted < len {
         bail!(Param, "image {shown} has {} sectors: it cannot be made smaller, {sectors}", len / SECTOR);

@@ -14,6 +14,11 @@ use crate::ops::find;
 /// reaches it. Another mount may hide it, so that the path leads elsewhere.
 pub fn mounts_everywhere(device: &Device) -> Result<Vec<(PathBuf, Mount)>> {
     let names = find::names(device);
+    mounts_that(&|m| names.mounted_by(m))
+}
+
+/// The same of the mounts that are `wanted`.
+pub fn mounts_that(wanted: &dyn Fn(&Mount) -> bool) -> Result<Vec<(PathBuf, Mount)>> {
     let mut namespaces = BTreeSet::new();
     let mut found = Vec::new();
     let own = Path::new("/proc/self");
@@ -27,7 +32,7 @@ pub fn mounts_everywhere(device: &Device) -> Result<Vec<(PathBuf, Mount)>> {
         }
         // The process may exit at any time.
         let Ok(table) = mounts::read_of(&process) else { continue };
-        for mount in table.into_iter().filter(|m| names.mounted_by(m)) {
+        for mount in table.into_iter().filter(|m| wanted(m)) {
             let Ok(inside) = mount.target.strip_prefix("/") else { continue };
             let path = match process == own {
                 true => mount.target.clone(),

@@ -15,6 +15,8 @@ pub enum Work {
     /// Unmounting it by its descriptor.
     Umount,
     Resize,
+    /// Enlarging it.
+    Grow,
     Snapshot,
     /// Merging a snapshot into its parent.
     Merge,
@@ -56,6 +58,8 @@ fn verdict(work: Work, state: Maintenance) -> Verdict {
         (Work::Inflate | Work::BalloonCheck | Work::BalloonRepair, Balloon) => Go,
         (Work::Deflate, Balloon | Merge | Grow | Track) => Go,
         (Work::BalloonClear | Work::Inflate | Work::Deflate | Work::BalloonCheck | Work::BalloonRepair, _) => Refuse,
+        (Work::Grow, Balloon | Merge) => Go,
+        (Work::Grow, _) => Refuse,
         // While a balloon is inflated the chain can change.
         (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge | Work::MergeRange | Work::Replace, Balloon) => Go,
         // The lock on the disk, and the server, order merges themselves.
@@ -143,6 +147,7 @@ mod tests {
         let table = [
             (Work::Umount, "++cc+-+c-"),
             (Work::Resize, "++cc+--c-"),
+            (Work::Grow, "++--+----"),
             (Work::Snapshot, "++cc+--c-"),
             (Work::Merge, "++cc+--c-"),
             (Work::MergeRange, "++--+----"),

@@ -10,7 +10,6 @@ use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
 use super::{balloon, disk_lock, image_set, partition};
 use crate::bail;
-use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
@@ -41,11 +40,10 @@ pub fn largest(descriptor: &Path) -> Result<()> {
     done.and(detached)
 }
 
-/// Resizes a disk that runs to a size that is not larger than its device: the balloon takes what is to be taken, or the
-/// file system grows. False: it does not run, or is to become larger; nothing was done.
-pub fn within_device(disk: &LockedDescriptor, sectors: u64) -> Result<bool> {
-    let Some(device) = image_set::writer(disk)?.filter(|d| sectors <= d.sectors) else { return Ok(false) };
-    maintenance::before(&device, Work::Resize)?;
+/// Resizes a disk that runs to a size that is smaller than its device: the balloon takes what is to be taken, or the
+/// file system grows.
+pub fn within_device(device: &Device, sectors: u64) -> Result<()> {
+    maintenance::before(device, Work::Resize)?;
     let cluster = device.cluster()?.bytes();
     let Some(wanted) = (sectors * SECTOR).next_multiple_of(cluster).checked_sub(MARGIN * cluster).filter(|w| *w > 0)
     else {
@@ -55,8 +53,16 @@ pub fn within_device(disk: &LockedDescriptor, sectors: u64) -> Result<bool> {
             MARGIN * cluster / SECTOR
         )
     };
-    with_root(&device, |device, root| limit(device, root, wanted))?;
-    Ok(true)
+    with_root(device, |device, root| limit(device, root, wanted))
+}
+
+/// Takes the balloon of a mounted disk away, if it has one: its users get the whole disk.
+pub fn take_away(device: &Device) -> Result<()> {
+    let Some(root) = balloon::root_of(device).ok() else { return Ok(()) };
+    if root.balloon_size()? == 0 {
+        return Ok(());
+    }
+    balloon::change_locked(device, &balloon::locked(&root, false)?, 0)
 }
 
 /// With the root of the file system, which is mounted for a moment if it is mounted nowhere.

@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn what_is_sent_arrives_in_its_place() {
         let mut start = start(2);
-        start.succeed = Some(Succession { wait: false, new_top: false, commit: commit(), linger: 0 });
+        start.succeed = Some(Succession { wait: false, new_top: false, commit: commit(), grow: None, linger: 0 });
         let made = Received {
             fds: Descriptors::received(&WorkerStart { slot_fds: 2, merge_fds: 3, ..start.clone() }, open(14))
                 .unwrap()

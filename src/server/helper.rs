@@ -146,6 +146,7 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
             block_device(&binding).unbind(&binding, patience, &mut opened).map(|()| JobEvent::Done)
         }
         Job::Scan { binding } => scan(&binding).map(|()| JobEvent::Done),
+        Job::SetCapacity { binding } => block_device(&binding).set_capacity(&binding).map(|()| JobEvent::Done),
         Job::Clean { name, wait } => clean(&name, wait).map(|()| JobEvent::Done),
         Job::Abort { transport, connection } => transport.binding().abort(connection).map(|()| JobEvent::Done),
         Job::Freeze => freeze::hold(fds),

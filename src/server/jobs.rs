@@ -19,6 +19,8 @@ pub enum Job {
     Detach { binding: Binding, patience: Patience },
     /// Partitions from the table, where the kernel has no parser.
     Scan { binding: Binding },
+    /// The block device takes over the size that the worker serves.
+    SetCapacity { binding: Binding },
     /// Remove what an exited server left; if `wait`, also once it is mounted for a moment only.
     Clean {
         name: String,

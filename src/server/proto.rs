@@ -218,6 +218,9 @@ pub struct Succession {
     /// The top is another file than before, which no process has written yet.
     pub new_top: bool,
     pub commit: Option<CommitNames>,
+    /// See [`ChainSwitch::grow`].
+    #[serde(default)]
+    pub grow: Option<u64>,
     /// See [`ChainSwitch::linger`].
     #[serde(default)]
     #[cfg_attr(not(debug_assertions), serde(skip))]
@@ -239,6 +242,9 @@ pub struct ChainSwitch {
     /// When everything is prepared the initiator gets `Prepared`, and the supervisor waits for its `Go`.
     #[serde(default)]
     pub ask: bool,
+    /// The top, and with it the disk, gets so many sectors before the change is committed; in a change that keeps all levels.
+    #[serde(default)]
+    pub grow: Option<u64>,
     /// Milliseconds by which each step is drawn out; for tests, which kill processes meanwhile. A release build neither
     /// sends nor reads it.
     #[serde(default)]
@@ -397,6 +403,9 @@ pub enum Command {
     CancelGiveBack,
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
+    /// Serve the same chain with a larger top ([`ChainSwitch::grow`]), and give the block device that size. Answers as for
+    /// `Switch`.
+    Grow(ChainSwitch),
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
     /// worker could serve: try once more, and answer how that went.
     Reload {

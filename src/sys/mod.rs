@@ -12,6 +12,7 @@ pub mod file_id;
 pub mod file_lock;
 pub mod folder;
 pub mod freeze;
+pub mod fs_resize;
 pub mod host;
 pub mod inode_flags;
 pub mod loopdev;

@@ -13,17 +13,20 @@ pub const COMMAND: Command = Command {
     short: "s:d:f:",
     long: &[("size", true, 's'), ("device", true, 'd'), ("format", true, 'f')],
     usage: "\
-Usage: ploop grow -s SIZE { DiskDescriptor.xml | [-f raw] FILE }
+Usage: ploop grow -s SIZE { DiskDescriptor.xml | -d DEVICE | [-f raw] FILE }
 
-Makes a disk that is not mounted larger, by its top image, or a single image file. Neither the partition table nor the
-file system inside are changed.
+Makes a disk larger, by its top image, whether it is mounted or not, or a single image file that no device uses. Neither the
+partition table nor the file system inside are changed (ploop resize does that, too). The device of a mounted disk is
+larger at once. Interrupted, it is finished by the same command.
 
   -s, --size SIZE    the new size: a number and K, M, G or T (without: sectors); for a ploop image a multiple of
                      its cluster
+  -d, --device DEV   the disk that runs as this device
   -f, --format raw   FILE is a raw image
 
-For example, with the disk /vz/1/DiskDescriptor.xml:
+For example, with the disk /vz/1/DiskDescriptor.xml, or the one that is mounted as /dev/ploop0:
   ploop grow -s 32g /vz/1/DiskDescriptor.xml
+  ploop grow -s 32g -d /dev/ploop0
 ",
     run,
 };
@@ -45,10 +48,10 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         if raw {
             return Err(mistake("ploop grow: -f raw is for files, not for devices (-d)"));
         }
-        return Err(mistake(format!(
-            "ploop grow: {device} cannot be grown while it runs by this version ({}); unmount it, and grow its disk",
-            env!("CARGO_PKG_VERSION")
-        )));
+        return match parsed.operands[..] {
+            [] => Ok(grow::grow_device(&device, size)?),
+            _ => misuse(),
+        };
     }
     let [file] = &parsed.operands[..] else { return misuse() };
     match values::is_descriptor(file) {

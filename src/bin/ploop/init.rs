@@ -1,10 +1,11 @@
 //! `ploop init`: make a disk.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use ploop::descriptor::ImageMode;
 use ploop::format::header::Version;
-use ploop::fs::mkfs::FsType;
+use ploop::fs::mkfs::{FsType, Inodes};
 use ploop::ops::create::{self, CreateParams, FsParams};
 use ploop::units::ClusterSize;
 
@@ -13,10 +14,11 @@ use crate::{Command, Fail, mistake, misuse, values};
 
 pub const COMMAND: Command = Command {
     name: "init",
-    short: "s:f:v:t:b:B:n",
-    long: &[("nolazy", false, 'n')],
+    short: "s:f:v:t:b:B:i:n",
+    long: &[("nolazy", false, 'n'), ("inodes", true, 'N')],
     usage: "\
-Usage: ploop init -s SIZE [-f FORMAT] [-v VERSION] [-t FSTYPE] [-b CLUSTER] [-B FSBLOCK] [-n] FILE
+Usage: ploop init -s SIZE [-f FORMAT] [-v VERSION] [-t FSTYPE] [-b CLUSTER] [-B FSBLOCK]
+                  [-i BYTES | --inodes N] [-n] FILE
 
 Makes the image FILE and DiskDescriptor.xml beside it; neither may exist.
 
@@ -26,6 +28,8 @@ Makes the image FILE and DiskDescriptor.xml beside it; neither may exist.
   -t FSTYPE    ext4 (default), ext3, or none: no partition and no file system
   -b CLUSTER   cluster size in sectors, a power of two from 64 to 131072 (default 2048)
   -B FSBLOCK   block size of the file system in bytes (default 4096)
+  -i BYTES     one inode of the file system for so many bytes (default 16384; fewer bytes for many small files)
+  --inodes N   so many inodes; a file system that grows gets more of them in proportion
   -n, --nolazy write the inode tables now, not at the first mount
 ",
     run,
@@ -39,6 +43,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     let mut cluster = ClusterSize::DEFAULT;
     let mut block_size = 0;
     let mut lazy = true;
+    let mut inodes = Inodes::Usual;
     for (option, value) in parsed.options {
         match option {
             's' => {
@@ -70,6 +75,8 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
                 block_size = u32::try_from(values::number(&value, "file system block size")?)
                     .map_err(|_| mistake("Incorrect file system block size: too large"))?;
             }
+            'i' => inodes = Inodes::PerBytes(inode_number(&value, "number of bytes for each inode", 1024)?),
+            'N' => inodes = Inodes::Count(inode_number(&value, "number of inodes", 16)?),
             'n' => lazy = false,
             _ => return misuse(),
         }
@@ -82,8 +89,16 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
         cluster,
         version,
         mode,
-        fs: fstype.map(|fstype| FsParams { fstype, block_size, lazy }),
+        fs: fstype.map(|fstype| FsParams { fstype, block_size, lazy, inodes }),
         without_partition: false,
     })?;
     Ok(())
+}
+
+fn inode_number(value: &OsStr, what: &str, least: u64) -> Result<u64, Fail> {
+    let number = values::number(value, what)?;
+    match (least..=u64::from(u32::MAX)).contains(&number) {
+        true => Ok(number),
+        false => Err(mistake(format!("Incorrect {what} {number}: must be from {least} to {}", u32::MAX))),
+    }
 }

@@ -14,6 +14,7 @@ mod lock;
 mod merge;
 mod model;
 mod mount_source;
+mod size;
 mod switch;
 mod unflushed;
 
@@ -42,7 +43,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     switch: true,
     merge_top: true,
     merge_frozen: true,
-    set_size: false,
+    set_size: true,
     give_back: true,
     track: false,
     freeze: true,
@@ -187,6 +188,10 @@ impl Driver for Served {
 
     fn give_back(&self, device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
         give_back::give_back(device, rates, watch)
+    }
+
+    fn set_size(&self, device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
+        size::set_size(device, sectors, commit)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {

@@ -63,6 +63,7 @@ pub(super) fn chain_switch<'a>(spec: &'a SwitchSpec, device: &Device) -> Result<
         commit: spec.commit.as_ref().map(commit_names),
         token: uuid::Uuid::new_v4().as_u64_pair().0 | 1,
         ask: false,
+        grow: None,
         linger: spec.linger,
         roles,
     };

@@ -264,6 +264,21 @@ fn the_last_partition_follows_the_end_of_the_disk() {
     assert_eq!(empty.extend_last(align), None);
 }
 
+#[test]
+fn a_table_is_cut_to_a_smaller_disk_behind_its_last_partition() {
+    let cluster = ClusterSize::DEFAULT;
+    let align = u64::from(cluster.sectors());
+    let large = Gpt::single(200 * align, cluster).unwrap();
+    let cut = large.cut(100 * align, 99 * align).unwrap();
+    let wanted: Vec<Partition> = Gpt::single(100 * align, cluster).unwrap().partitions().collect();
+    assert_eq!(cut.partitions().collect::<Vec<_>>(), wanted);
+    cut.encode().unwrap();
+    // No place for the second copy, nothing left of the partition, more than it had.
+    for (disk, end) in [(99 * align, 99 * align), (100 * align, align), (200 * align, 200 * align)] {
+        assert!(large.cut(disk, end).is_err(), "{disk} {end}");
+    }
+}
+
 /// The pieces are written in reverse, each durable before the next: a power cut leaves any part of the sectors of one.
 #[test]
 fn a_power_cut_while_the_table_grows_leaves_the_old_or_the_new_one() {

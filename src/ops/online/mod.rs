@@ -2,6 +2,7 @@
 //! that are put in order.
 
 mod freeze;
+mod grow;
 mod merge;
 mod replace;
 mod snapshot;
@@ -16,6 +17,8 @@ use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
+pub use freeze::mounts_that;
+pub use grow::{RAW_SECTORS, grow, grow_device};
 pub use merge::{merge, merge_levels};
 pub use replace::{replace, replace_level};
 pub use snapshot::{on_device, snapshot};

@@ -23,7 +23,7 @@ fn messages_of_the_first_version_are_read() {
 
 #[test]
 fn test_hooks_are_no_part_of_a_release() {
-    let succession = Succession { wait: false, new_top: false, commit: None, linger: 60 };
+    let succession = Succession { wait: false, new_top: false, commit: None, grow: None, linger: 60 };
     let text = serde_json::to_string(&succession).unwrap();
     assert_eq!(text.contains("linger"), cfg!(debug_assertions));
     let sent = r#"{"new_top":false,"commit":null,"linger":60}"#;

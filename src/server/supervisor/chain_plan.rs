@@ -73,7 +73,9 @@ impl Planner<'_> {
             start.attach.marked = Marked::Recover;
         }
         start.takeover = true;
-        start.succeed = Some(Succession { wait: false, new_top, commit: switch.commit.clone(), linger: switch.linger });
+        self.check_grow(switch, new_top)?;
+        let (names, grow, linger) = (switch.commit.clone(), switch.grow, switch.linger);
+        start.succeed = Some(Succession { wait: false, new_top, commit: names, grow, linger });
         // What was the top, or a merge's target, is a frozen level now, unless it is the new top.
         let (opened, frozen) = match self.start.merged_levels().filter(|_| ended) {
             // Of a read-only device the highest level is as frozen as the others.
@@ -120,6 +122,24 @@ impl Planner<'_> {
             }
         }
         Ok(levels)
+    }
+
+    /// Only the top of the running chain grows, and only while no merge reads it.
+    fn check_grow(&self, switch: &ChainSwitch, new_top: bool) -> Result<()> {
+        let (name, attach) = (&self.start.device_name, &self.start.attach);
+        if switch.grow.is_none() {
+            return Ok(());
+        }
+        if attach.read_only {
+            bail!(Param, "{name} is read-only: its image is not made larger");
+        }
+        if new_top || switch.levels.len() != attach.levels.len() {
+            bail!(Protocol, "{name}: its chain is to change and to grow at once");
+        }
+        if self.start.merge.is_some() || self.transition.is_some() {
+            bail!(Busy, "{name}: levels of it are being merged; wait for the end of that, or cancel it");
+        }
+        Ok(())
     }
 
     /// What becomes of a merge: the descriptors of the change that follows it, and whether it ends with this change.

@@ -19,6 +19,8 @@ const LATER: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub enum ChangeRequest {
     Switch(ChainSwitch, SwitchFds),
+    /// A larger top, then the block device's size.
+    Grow(ChainSwitch, SwitchFds),
     /// Another program for worker and supervisor; a number for the attempt.
     Reload {
         token: u64,

@@ -66,6 +66,7 @@ impl Supervisor {
         let answer = |answer: &Answer| client.iter().for_each(|c| control::answer(c, answer));
         match request {
             ChangeRequest::Switch(switch, fds) => self.switch(switch, fds, client),
+            ChangeRequest::Grow(switch, fds) => self.grow(&switch, fds, client),
             ChangeRequest::MergeTop(switch, fds) => self.begin_merge(switch, None, fds, client),
             ChangeRequest::MergeFrozen(order, fds) => {
                 self.begin_merge(order.switch, Some((order.low, order.high)), fds, client);

@@ -64,6 +64,10 @@ impl Supervisor {
                 let sent = SwitchFds::received(&order.switch, fds);
                 self.request(sent.map(|fds| ChangeRequest::MergeFrozen(order, fds)), client);
             }
+            Command::Grow(switch) if self.can_change() => {
+                let sent = SwitchFds::received(&switch, fds);
+                self.request(sent.map(|fds| ChangeRequest::Grow(switch, fds)), client);
+            }
             Command::CancelMerge => self.cancel_merge(client),
             Command::GiveBack(order) if self.can_change() => self.begin_give_back(order, client),
             Command::CancelGiveBack => self.cancel_give_back(client),

@@ -13,6 +13,7 @@ mod clients;
 mod commands;
 mod detach;
 mod give_back;
+mod grow;
 mod last_mount;
 mod maintenance;
 mod merge;

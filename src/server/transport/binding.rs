@@ -70,7 +70,7 @@ pub trait BlockBinding {
     fn open(&self, binding: &Binding, flags: i32) -> io::Result<File>;
 
     /// The queue shows another size: the block device takes it over. A worker serves that size already, and only a helper
-    /// process calls this. Has no caller yet: for resize.
+    /// process calls this.
     fn set_capacity(&self, binding: &Binding) -> Result<()>;
 
     /// Takes the device out of use: opens it exclusively, calls `opened` (which removes its names) and unbinds it. Busy

@@ -27,7 +27,7 @@ use crate::units::ClusterSize;
 use super::core::{Core, CoreConfig, THREADS};
 use super::memory::{BOUNCE, Memory, bounces};
 use super::request_journal::{PriorJournal, RequestJournal};
-use super::{linger, locked, log, open_files, replay, top_sync};
+use super::{grow, linger, locked, log, open_files, replay, top_sync};
 
 /// Pages of the map kept in memory: 64 MiB at most, which map 8 million clusters.
 const MAP_PAGES: usize = 8192;
@@ -144,25 +144,14 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
             shm.beat()
         }
     };
+    let grown = grow::grow_top(succeed.and_then(|s| s.grow), &files, inherited.levels(), &shm)?;
     let mut chain = chain::open(&files, &options).inspect_err(keep)?;
     let refused = (failed || chain.sync_failed)
         .then(|| Error::new(Kind::Fsync, "a sync of the top has failed: nothing is merged"));
     let background =
         begin_merge(inherited, &files, &mut chain, (target, options.ahead), refused, (&shm, &mut no_merge))?;
     linger::pause(linger);
-    let mut warning = None;
-    if let Some(names) = succeed.and_then(|s| s.commit.as_ref()) {
-        let Some(fds) = locked(&inherited.commit).take() else { bail!(Protocol, "the commit is made once") };
-        warning = commit_by_fd::commit(names, &fds).inspect_err(|_| {
-            if let (true, Some(top)) = (new_top && !takeover, files.last()) {
-                // It stays what it was: an empty image outside of every chain.
-                let _ = chain::close(top, &chain, chain.alloc.end);
-            }
-        })?;
-        // The lock on the disk is the supervisor's from here on.
-        drop(fds);
-        linger::pause(linger);
-    }
+    let warning = if grown { make_commit(inherited, &files, &chain, new_top && !takeover)? } else { None };
     if writable {
         shm.set_origin(unflushed::origin_of(&ids_of(&files)?));
     }
@@ -195,6 +184,24 @@ pub fn open_all(inherited: &Inherited, memory: Option<Memory>) -> Result<Worker>
         core.log.line(format!("memory is not locked: {e}"));
     }
     Ok(Worker { core, chain, ready, sink, warning, no_merge })
+}
+
+/// Makes the change permanent, if it has a descriptor. Returns a warning if that may not survive a power cut. `fresh`: no
+/// process has written to the top yet.
+fn make_commit(inherited: &Inherited, files: &[LevelFile], chain: &Chain, fresh: bool) -> Result<Option<String>> {
+    let succeed = inherited.start.succeed.as_ref();
+    let Some((succeed, names)) = succeed.and_then(|s| Some((s, s.commit.as_ref()?))) else { return Ok(None) };
+    let Some(fds) = locked(&inherited.commit).take() else { bail!(Protocol, "the commit is made once") };
+    let warning = commit_by_fd::commit(names, &fds).inspect_err(|_| {
+        if let (true, Some(top)) = (fresh, files.last()) {
+            // It stays what it was: an empty image outside of every chain.
+            let _ = chain::close(top, chain, chain.alloc.end);
+        }
+    })?;
+    // The lock on the disk is the supervisor's from here on.
+    drop(fds);
+    linger::pause(succeed.linger);
+    Ok(warning)
 }
 
 /// The requests that the worker before has left.

@@ -11,6 +11,7 @@ mod dispatch;
 mod files;
 mod finish;
 mod give_back;
+mod grow;
 mod init;
 mod io;
 mod linger;

@@ -202,7 +202,8 @@ impl Threads {
                 return;
             }
             Ok(Verdict::Reply(reply)) => core.send(from.unique, reply),
-            Ok(Verdict::Own | Verdict::NoReply) => {}
+            Ok(Verdict::Own) => core.answer_own(from),
+            Ok(Verdict::NoReply) => {}
             Err(errno) => core.refuse(id, from.unique, errno),
         }
         core.forget(id);

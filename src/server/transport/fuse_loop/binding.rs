@@ -49,7 +49,9 @@ impl BlockBinding for LoopBinding {
     fn set_capacity(&self, binding: &Binding) -> Result<()> {
         let device =
             loop_device::open(binding, 0).ctx(Kind::Open, || format!("cannot open /dev/{}", binding.backing))?;
-        loopdev::set_capacity(device.as_fd())
+        // Kernels before 6.18 take over the size that they have cached: this has them ask for the file's attributes.
+        loopdev::status(device.as_fd())
+            .and_then(|_| loopdev::set_capacity(device.as_fd()))
             .ctx(Kind::DevIoc, || format!("{} cannot take over the size of its file", binding.backing))
     }
 
