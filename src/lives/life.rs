@@ -141,13 +141,14 @@ impl<'a> Life<'a> {
                 continue;
             }
             let focused = |operation| if self.focus.is_some_and(|f| f.operation == operation) { 6 } else { 0 };
-            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2];
+            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, 1 + focused("give back")];
             match self.rng.weighted(&weights) {
                 0 => self.snapshot(),
                 1 => self.merge(),
                 2 => self.reload(),
                 3 => self.umount(),
                 5 => self.merge_and_umount(),
+                6 => self.give_back(),
                 _ => self.pause(),
             }
         }
