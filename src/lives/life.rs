@@ -141,7 +141,8 @@ impl<'a> Life<'a> {
                 continue;
             }
             let focused = |operation| if self.focus.is_some_and(|f| f.operation == operation) { 6 } else { 0 };
-            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, 2 + focused("grow")];
+            let (grow, give) = (2 + focused("grow"), 1 + focused("give back"));
+            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, grow, give];
             match self.rng.weighted(&weights) {
                 0 => self.snapshot(),
                 1 => self.merge(),
@@ -149,6 +150,7 @@ impl<'a> Life<'a> {
                 3 => self.umount(),
                 5 => self.merge_and_umount(),
                 6 => self.grow(),
+                7 => self.give_back(),
                 _ => self.pause(),
             }
         }

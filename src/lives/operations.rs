@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::life::Life;
 use crate::descriptor::FILE_NAME;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::format::guid::Guid;
 use crate::ops::grow::grow_disk;
 use crate::ops::merge::{MergeParams, merge_snapshot};
 use crate::ops::snapshot::{self, SnapshotParams};
 use crate::ops::testkit::{g, sizes, small};
 use crate::ops::umount::{umount_descriptor, umount_device};
-use crate::ops::{online, reload};
+use crate::ops::{give_back, online, reload};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 use crate::sys::store::record;
@@ -182,6 +182,18 @@ impl Life<'_> {
         let name = device.name().to_owned();
         let (result, killed) = self.operate("reload".into(), false, move || reload::reload(&name));
         self.after(&result, &killed, "reload");
+    }
+
+    pub(super) fn give_back(&mut self) {
+        let Some(device) = self.device().filter(|d| !d.read_only && d.version.is_some()) else { return self.pause() };
+        let (result, killed) = self.operate("give back".into(), false, move || {
+            match give_back::give_back(&device, &give_back::Options::default(), &mut |_, _| {}) {
+                // A merge that a mount has begun is still under way.
+                Err(e) if e.kind() == Kind::Busy => Ok(()),
+                other => other.map(drop),
+            }
+        });
+        self.after(&result, &killed, "giving space back");
     }
 
     /// Supervisor and worker are killed at once.

@@ -20,7 +20,7 @@ pub struct Focus {
 
 impl Focus {
     pub fn new(n: u64) -> Focus {
-        let operations = ["umount", "snapshot", "merge", "merge", "reload", "grow"];
+        let operations = ["umount", "snapshot", "merge", "merge", "reload", "grow", "give back"];
         let modes: [&[&str]; 2] = [&["worker"], &["supervise", "adopted", "resumed"]];
         let (operation, rest) = (operations[n as usize % operations.len()], n / operations.len() as u64);
         let steps = 1 + rest / 2 % 20;
