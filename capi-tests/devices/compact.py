@@ -149,5 +149,23 @@ def case_cancelled_estimated_all(t):
     check(t.device_of(dd) is None, "the device of --automount is left")
 
 
+@devlib.limit(120)
+def case_by_the_library(t):
+    dd, img, mnt, dev = disk(t)
+    sums = fill_and_delete(mnt)
+    os.sync()
+    so, lib = os.path.realpath(os.path.join(devlib.LIBDIR, "libploop.so")), t.mkdir("lib")
+    os.symlink(so, os.path.join(lib, "libploop.so"))
+    os.symlink(so, os.path.join(lib, "libploop.so.1"))
+    program = t.path("discard")
+    run("cc", "-O2", "-Wall", "-I", os.path.join(devlib.ROOT, "include"), "-o", program,
+        os.path.join(devlib.DEVICES, "discard.c"), "-L", lib, "-lploop", "-ldl", limit=120)
+    env = dict(os.environ, LD_LIBRARY_PATH=lib, PLOOP_SERVER=os.path.join(devlib.LIBDIR, "ploop-server"))
+    log(run(program, dd, dev, mnt, os.path.join(lib, "libploop.so.1"), env=env, limit=100).out)
+    devlib.compare_tree(mnt, sums)
+    t.umount("-m", mnt)
+    t.judges(img)
+
+
 if __name__ == "__main__":
     devlib.main()

@@ -27,7 +27,7 @@ try() {
     done
     [ "$(readlink -f "$libdir/libploop.so")" = "$(readlink -f "$libdir/libploop.so.1.15")" ] || fail "libploop.so leads elsewhere"
     readelf -dW "$libdir/libploop.so.1" | grep -q 'SONAME.*libploop\.so\.1\]' || fail "the soname is not libploop.so.1"
-    for file in share/man/man8/ploop.8 lib/systemd/system/ploop-shutdown.service lib/tmpfiles.d/ploop.conf lib/udev/rules.d/59-ploop.rules; do
+    for file in share/man/man8/ploop.8 lib/systemd/system/ploop-shutdown.service lib/systemd/system/ploop-compact.service lib/systemd/system/ploop-compact.timer lib/tmpfiles.d/ploop.conf lib/udev/rules.d/59-ploop.rules; do
         [ -s "$tree$prefix/$file" ] || fail "$file is not there"
     done
     grep -q "ExecStop=$prefix/sbin/ploop umount" "$tree$prefix/lib/systemd/system/ploop-shutdown.service" || fail "the unit names another program"

@@ -40,6 +40,8 @@ pub struct AttachSpec {
     pub trace: bool,
     /// The device ends with its last mount, as soon as there was one.
     pub until_unmounted: bool,
+    /// Space that becomes free in the top is given back by itself while the device is idle.
+    pub auto_compact: bool,
     /// Takeover by slots, as on kernels before 6.9, whatever this kernel is; see `$PLOOP_TAKEOVER`.
     pub slots: bool,
 }

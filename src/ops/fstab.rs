@@ -17,6 +17,9 @@ use crate::fs::mounts::{self, Mount};
 use crate::fs::utab;
 use crate::report;
 
+/// The option that is the device's, not the file system's.
+const AUTO_COMPACT: &str = "auto_compact";
+
 /// How long a device may take to end.
 const ENDING: Duration = Duration::from_secs(20);
 
@@ -66,10 +69,11 @@ fn attach_and_mount(disk: &Path, folder: &Path, options: &str) -> Result<()> {
         _ => ro,
     });
     // Options for fstab only are dropped where the file system is mounted.
-    let passed: Vec<&str> = options.split(',').filter(|w| !matches!(*w, "ro" | "rw" | "")).collect();
+    let passed: Vec<&str> = options.split(',').filter(|w| !matches!(*w, "ro" | "rw" | "" | AUTO_COMPACT)).collect();
     let params = MountParams {
         read_only,
         until_unmounted: true,
+        auto_compact: options.split(',').any(|w| w == AUTO_COMPACT),
         target: Some(folder.to_owned()),
         options: (!passed.is_empty()).then(|| passed.join(",")),
         ..MountParams::default()

@@ -36,6 +36,8 @@ pub struct MountParams {
     pub trace: bool,
     /// The device ends with its last mount.
     pub until_unmounted: bool,
+    /// Space that becomes free in the top image is given back by itself while the device is idle.
+    pub auto_compact: bool,
     /// Check the file system first (ext).
     pub fsck: bool,
     pub quota: bool,
@@ -135,6 +137,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         device: params.device.clone(),
         trace: trace(params),
         until_unmounted: params.until_unmounted,
+        auto_compact: params.auto_compact,
         slots: device::slots_wanted()?,
     })?;
     let mounted = finish(device, params)?;
@@ -189,6 +192,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
         device: params.device.clone(),
         trace: trace(params),
         until_unmounted: params.until_unmounted,
+        auto_compact: params.auto_compact,
         slots: device::slots_wanted()?,
     })
     .map_err(|e| match e.kind() {

@@ -42,7 +42,7 @@ pub fn resize_disk(descriptor: &Path, sectors: u64) -> Result<()> {
     grow::grow_locked(&mut disk, wanted)?;
     let mounted = mount::mount_locked(&disk, "", &MountParams::default())?;
     let device = mounted.device;
-    let done = extend(&device, cluster);
+    let done = resize_balloon::deflate(&device).and_then(|()| extend(&device, cluster));
     let detached = device::detach(device.name());
     mount::drop_cache(&disk);
     done.map_err(|e| {

@@ -92,7 +92,7 @@ pub fn trim(
 ) -> Result<u64> {
     freeze::sync_file_system(&inside.root)
         .ctx(Kind::Fsync, || format!("the file system on {} cannot be written back", inside.target.display()))?;
-    let all = [inside.start..inside.start + inside.bytes()];
+    let all = vec![inside.start..inside.start + inside.bytes(); 1];
     let mut trimmed = 0;
     for range in ranges.unwrap_or(&all) {
         let mut at = range.start.max(inside.start) - inside.start;

@@ -46,6 +46,9 @@ pub struct AttachRequest {
     /// The device ends with its last mount, as soon as there was one.
     #[serde(default)]
     pub until_unmounted: bool,
+    /// The worker gives space of the top back by itself.
+    #[serde(default)]
+    pub auto_compact: bool,
     /// Seconds after which a write that finds no space fails; none: never.
     pub no_space_timeout: Option<u64>,
     /// Unanswered requests are kept in slots even where the kernel could give them out again.

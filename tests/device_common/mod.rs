@@ -64,6 +64,7 @@ impl Bench {
             device: Some(format!("ploop-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))),
             trace: false,
             until_unmounted: false,
+            auto_compact: false,
             slots: self.slots,
         }
     }

@@ -55,7 +55,7 @@ impl World {
             self.fail(format!("level {level} is cut"));
         }
         let first = (len / self.shape.spc) as u32;
-        if len % self.shape.spc != 0 || first < self.shape.levels[level].first_data {
+        if !len.is_multiple_of(self.shape.spc) || first < self.shape.levels[level].first_data {
             self.fail(format!("the file is cut to {len} sectors"));
         }
         if let Some((host_cluster, clusters)) = self.owners().iter().find(|(p, _)| **p >= first) {

@@ -125,6 +125,7 @@ impl Rig {
             device: None,
             trace: options.trace,
             until_unmounted: false,
+            auto_compact: false,
             no_space_timeout: None,
             slots: false,
             token: String::new(),

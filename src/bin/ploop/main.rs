@@ -161,7 +161,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop replace ... -i FILE DISK     put a copy in the place of an image
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
-  ploop compact DISK                 give space that is not used inside back
+  ploop compact {DISK | DEVICE}      give space that is not used inside back
   ploop balloon show|change|... DISK take space from a mounted disk, and give it back
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder

@@ -13,7 +13,7 @@ use crate::{Command, Fail, mistake, misuse, result, values};
 pub const COMMAND: Command = Command {
     name: "mount",
     short: "rFf:b:d:m:p:t:o:u:c:",
-    long: &[("force", false, FORCE), ("trace", false, TRACE), ("partition", true, 'p')],
+    long: &[("force", false, FORCE), ("trace", false, TRACE), ("auto-compact", false, AUTO_COMPACT), ("partition", true, 'p')],
     usage: "\
 Usage: ploop mount [-rF] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] [-u UUID] [-c NAME] DiskDescriptor.xml
        ploop mount [-rF] [-f FORMAT] [-b CLUSTER] [-d DEVICE] [-m DIR] [-p NUMBER] [-t FSTYPE] [-o OPTIONS] BASE [... TOP]
@@ -36,12 +36,16 @@ Makes a block device of a disk, or of image files, base first, and mounts its fi
   --force       with -r and image files: look at an image that is in use elsewhere, or cut off
                 without -r: write to an image on which deltas stand, which changes what they show
   --trace       log every request of the device
+  --auto-compact
+                give space of the image back by itself, when more than a tenth of it, and 1 GiB, is free and the disk is idle;
+                the file system inside has to discard (-o discard, or fstrim)
 ",
     run,
 };
 
 const FORCE: char = '\u{11}';
 const TRACE: char = '\u{12}';
+const AUTO_COMPACT: char = '\u{13}';
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
     let mut params = MountParams::default();
@@ -63,6 +67,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
             'c' => component = values::text(&value, "component name")?,
             FORCE => params.force = true,
             TRACE => params.trace = true,
+            AUTO_COMPACT => params.auto_compact = true,
             _ => return misuse(),
         }
     }

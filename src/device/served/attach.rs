@@ -55,6 +55,7 @@ pub fn attach(spec: AttachSpec) -> Result<Device> {
         device: wanted,
         trace: spec.trace,
         until_unmounted: spec.until_unmounted,
+        auto_compact: spec.auto_compact,
         no_space_timeout: no_space_timeout()?,
         slots: spec.slots,
         ids,

@@ -154,7 +154,7 @@ fn a_cut_that_fails_leaves_the_space_free_and_its_content_unknown() {
     assert_eq!(r.replies.get(&write), None);
     r.event(Event::Done { op, result: Err(5) });
     r.run();
-    assert_eq!((r.given.clone(), r.replies[&write]), (Some(Err(5)), Ok(())));
+    assert_eq!((r.given, r.replies[&write]), (Some(Err(5)), Ok(())));
     assert_eq!(clusters(&r), 17);
     assert_eq!(r.read(50 * CLUSTER + 512, 512), [0; 512]);
 }

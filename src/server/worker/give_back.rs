@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
-use crate::engine::api::{BackgroundControl, Errno, GivenBack};
+use crate::engine::api::{BackgroundControl, Errno, GivenBack, Status};
 use crate::error::Kind;
 use crate::server::frame;
 use crate::server::give_back::{GaveBack, GiveBackOrder};
@@ -17,34 +17,75 @@ use crate::server::remote_error::RemoteError;
 use super::core::{Core, MAIN_THREAD, Pending};
 use super::supervisor_restart::SEND_LIMIT;
 
-/// The last order.
+/// Of what the worker begins by itself: bytes moved in a second, less while requests come.
+const OWN_RATE: u64 = 64 << 20;
+const OWN_BUSY_RATE: u64 = 4 << 20;
+/// So much of the file has to be free for that: bytes, and a part of it.
+const OWN_LEAST: u64 = 1 << 30;
+const OWN_PART: u64 = 10;
+/// Ticks without a request before, and between two attempts.
+const OWN_IDLE: u32 = 10;
+const OWN_PAUSE: u32 = 300;
+
+/// The last order, and what the worker does by itself.
 #[derive(Debug, Default)]
 pub struct Giving {
     order: Option<GiveBackOrder>,
-    /// None: it is being carried out.
     outcome: Option<GaveBack>,
+    running: bool,
+    /// The worker begins by itself, too.
+    own: bool,
+    /// Ticks before it may do so again.
+    pause: u32,
+}
+
+/// Whether a file of so many clusters up to the last one in use, some of them free, is worth it.
+fn is_worth(end: u32, free: u32, cluster: u64) -> bool {
+    let (file, free) = (u64::from(end) * cluster, u64::from(free) * cluster);
+    free > OWN_LEAST && free > file / OWN_PART
 }
 
 impl Giving {
     /// Takes an order. What is returned is to be sent to the supervisor.
     pub fn begin(&mut self, core: &Core, order: GiveBackOrder) -> Option<FromWorker> {
         let same = self.order.is_some_and(|o| o.token == order.token);
-        let running = self.order.is_some() && self.outcome.is_none();
         self.order = Some(order);
-        if running {
-            // The client of an order whose supervisor was killed may be gone: this one gets the outcome.
+        if self.running {
+            // The client of an order whose supervisor was killed may be gone: this one gets the outcome. What the worker
+            // does by itself goes on at its rate.
             return None;
         }
-        if same {
+        if same && self.outcome.is_some() {
             return self.report();
         }
-        self.outcome = None;
-        core.submit_event(MAIN_THREAD, Pending::GiveBack(order.config(core.cluster_bytes)));
+        self.start(core, order);
         None
     }
 
+    fn start(&mut self, core: &Core, order: GiveBackOrder) {
+        (self.outcome, self.running) = (None, true);
+        core.submit_event(MAIN_THREAD, Pending::GiveBack(order.config(core.cluster_bytes)));
+    }
+
+    /// From here on the worker gives space back by itself.
+    pub fn set_own(&mut self, own: bool) {
+        self.own = own;
+    }
+
+    /// A second has passed; `idle`: so many without a request.
+    pub fn tick(&mut self, core: &Core, status: &Status, idle: u32) {
+        self.pause = self.pause.saturating_sub(1);
+        let ending = core.closing.load(Ordering::Acquire) || core.retiring.load(Ordering::Acquire);
+        let may = self.own && core.writable && !ending && !status.failed && !self.running && self.pause == 0;
+        if may && idle >= OWN_IDLE && is_worth(status.alloc_end, status.free, core.cluster_bytes) {
+            self.pause = OWN_PAUSE;
+            self.order = None;
+            self.start(core, GiveBackOrder { token: 0, rate: OWN_RATE, busy_rate: OWN_BUSY_RATE });
+        }
+    }
+
     pub fn cancel(&self, core: &Core) {
-        if self.order.is_some() && self.outcome.is_none() {
+        if self.running {
             core.submit_event(MAIN_THREAD, Pending::Background(BackgroundControl::Cancel));
         }
     }
@@ -55,6 +96,10 @@ impl Giving {
         if result == Err(libc::ECANCELED) && ending {
             // The next worker of the device gets the order anew.
             return None;
+        }
+        self.running = false;
+        if self.order.is_none() {
+            core.log.line(format!("space of {} was given back: {result:?}", core.top().name.display()));
         }
         self.outcome = Some(match result {
             Ok(GivenBack { moved, before, after }) => GaveBack { moved, before, after, error: None },
@@ -85,4 +130,18 @@ fn error(errno: Errno, core: &Core) -> RemoteError {
         errno => (Kind::Write, std::io::Error::from_raw_os_error(errno).to_string()),
     };
     RemoteError { code: kind.code(), message: format!("space of {name} is not given back: {why}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenth_and_a_gibibyte_are_worth_it() {
+        const CLUSTER: u64 = 1 << 20;
+        assert!(is_worth(10_000, 1025, CLUSTER));
+        assert!(!is_worth(10_000, 1000, CLUSTER), "no GiB");
+        assert!(!is_worth(20_000, 1500, CLUSTER), "no tenth");
+        assert!(is_worth(u32::MAX, u32::MAX, 64 << 20));
+    }
 }

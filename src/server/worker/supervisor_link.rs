@@ -170,6 +170,7 @@ impl SupervisorLink {
     /// Serves until the engine has closed.
     pub fn serve(&mut self, core: &Core, inherited: &Inherited) -> End {
         let mut notices = Vec::new();
+        self.giving.set_own(inherited.start.attach.auto_compact);
         let mut tick = host::now() + TICK;
         let (mut full, mut idle) = (false, 0_u32);
         loop {
@@ -190,6 +191,7 @@ impl SupervisorLink {
                     core.log.space(&core.top().name, full);
                 }
                 idle = if core.active.swap(false, Ordering::Relaxed) { 0 } else { idle + 1 };
+                self.giving.tick(core, &status, idle);
                 if idle == IDLE_TICKS && core.pool.keep_none() {
                     core.inboxes.iter().for_each(Inbox::ring);
                 }
