@@ -211,6 +211,11 @@ def case_resize(t):
     ploop("resize", "-b", dd)
     t.mount("-m", point, dd)
     check(size(dd) > whole - 32 * MIB, f"{size(dd)} bytes, by a disk that was not mounted")
+    # A disk that becomes larger has none.
+    t.umount(dd)
+    ploop("resize", "-s", "1100m", dd)
+    t.mount("-m", point, dd)
+    check(size(dd) == 0 and free(point) > whole, "the balloon is not gone after a resize to a larger size")
     close_and_judge(t, dd, point)
 
 

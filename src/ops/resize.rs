@@ -44,7 +44,7 @@ pub fn resize_disk(descriptor: &Path, sectors: u64, offline: bool) -> Result<()>
     }
     if let Some(device) = &running {
         maintenance::before(device, Work::Resize)?;
-        resize_balloon::take_away(device)?;
+        resize_balloon::deflate(device)?;
     }
     grow::grow_locked(&mut disk, wanted)?;
     let done = match running {
@@ -52,7 +52,7 @@ pub fn resize_disk(descriptor: &Path, sectors: u64, offline: bool) -> Result<()>
         None => {
             let mounted = mount::mount_locked(&disk, "", &MountParams::default())?;
             let device = mounted.device;
-            let done = extend(&device, cluster, true);
+            let done = resize_balloon::deflate(&device).and_then(|()| extend(&device, cluster, true));
             let detached = device::detach(device.name());
             mount::drop_cache(&disk);
             done.map(|()| detached)

@@ -16,6 +16,7 @@ use crate::format::bat;
 use crate::fs::balloon::{Root, Space};
 use crate::fs::helper;
 use crate::fs::mount::{self as mounting, MountSpec};
+use crate::fs::probe::Found;
 use crate::report;
 use crate::units::SECTOR;
 
@@ -56,13 +57,24 @@ pub fn within_device(device: &Device, sectors: u64) -> Result<()> {
     with_root(device, |device, root| limit(device, root, wanted))
 }
 
-/// Takes the balloon of a mounted disk away, if it has one: its users get the whole disk.
-pub fn take_away(device: &Device) -> Result<()> {
-    let Some(root) = balloon::root_of(device).ok() else { return Ok(()) };
-    if root.balloon_size()? == 0 {
+/// Takes the balloon of a disk away, before its file system gets another size. What is no ext, or cannot be mounted, has
+/// none.
+pub(super) fn deflate(device: &Device) -> Result<()> {
+    if !matches!(partition::recognised(&partition::source(device, None)?), Some(Found::Ext { .. })) {
         return Ok(());
     }
-    balloon::change_locked(device, &balloon::locked(&root, false)?, 0)
+    let done = with_root(device, |device, root| match root.balloon_size()? {
+        0 => Ok(()),
+        _ => balloon::change_locked(device, &balloon::locked(root, false)?, 0),
+    });
+    match done {
+        // Its check, which follows, says what is wrong with it.
+        Err(e) if e.kind() == Kind::Mount => {
+            report::warn(e);
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// With the root of the file system, which is mounted for a moment if it is mounted nowhere.

@@ -10,6 +10,7 @@ use crate::image::allocated::allocated;
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::fiemap;
+use crate::sys::reopen::{Access, reopen};
 use crate::units::VirtCluster;
 
 /// So much is discarded while the file system is frozen: in as many bytes of the disk, and ranges of it.
@@ -86,7 +87,9 @@ impl<'a> Space<'a> {
         if self.clusters.is_empty() {
             return Ok(0);
         }
-        let file = self.balloon.file.try_clone().ctx(Kind::Sys, || "cannot duplicate the descriptor of the balloon")?;
+        // Of a description of its own: the lock ends with this process, and not only with the helper.
+        let shown = || format!("cannot open {} again", self.balloon.path().display());
+        let (file, _) = reopen(&self.balloon.file, Access::default()).ctx(Kind::Open, shown)?;
         let mut discarder = device::discard_balloon(self.device, file)?;
         let mut shown = Progress::begin("giving the balloon's space back");
         let all = self.clusters() * self.cluster;
@@ -95,6 +98,7 @@ impl<'a> Space<'a> {
             if report::cancel::requested() {
                 bail!(Abort, "giving the balloon's space back was cancelled: ploop balloon repair goes on with it");
             }
+            self.check_chain()?;
             seen += ranges.iter().map(|r| r.1).sum::<u64>();
             bytes += discarder.discard(&self.piece(ranges))?;
             shown.at(seen, all);
@@ -102,6 +106,15 @@ impl<'a> Space<'a> {
         // The clusters are reused only when the image does not name them any more, durably.
         flush(self.device)?;
         Ok(bytes)
+    }
+
+    /// After a snapshot the clusters are those of a lower level, and a discard would only make the new top larger.
+    fn check_chain(&self) -> Result<()> {
+        let now = device::by_node(self.device.name())?;
+        if !now.is_some_and(|now| now.is_same(self.device) && now.ids() == self.device.ids()) {
+            bail!(Busy, "the chain of {} was changed meanwhile", self.device.node().display());
+        }
+        Ok(())
     }
 
     /// With the part of the file that lies on these ranges.
