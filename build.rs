@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files with public items of the C header, in the header's order.
-const SOURCES: [&str; 9] =
-    ["consts", "types", "descriptor", "devices", "mount", "snapshots", "log", "sizes", "unavailable"];
+const SOURCES: [&str; 10] =
+    ["consts", "types", "descriptor", "devices", "mount", "snapshots", "log", "sizes", "conversions", "unavailable"];
 
 /// File with the table of dynload.h.
 const TABLE: &str = "dynload";

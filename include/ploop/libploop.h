@@ -619,6 +619,12 @@ void ploop_cancel_operation(void);
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
+/*
+ * Converts a disk that is not mounted to another enum ploop_image_mode: its base image, whatever deltas stand on it. From
+ * raw, or mounted: SYSEXIT_PARAM. An interrupted conversion is finished or undone by the next operation. flags: keep 0.
+ */
+int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
+
 /* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
 int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
 
@@ -627,9 +633,6 @@ int ploop_create_dd(const char *ddxml, struct ploop_create_param *param);
 
 /* Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM. */
 int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long long size);
-
-/* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
-int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
 
 /* Gives space that the file system inside does not use back to the host. Not available: SYSEXIT_PARAM. */
 int ploop_discard(struct ploop_disk_images_data *di, struct ploop_discard_param *param);

@@ -18,6 +18,7 @@
 //!   create_snapshot, merge_image, replace_delta, ploop_check, check_dd, mntn2str
 //! - [`sizes`], [`size_tools`]: ploop_resize_image; undeclared: ploop_grow_image, ploop_grow_delta_offline,
 //!   ploop_grow_raw_delta_offline, ploop_restore_descriptor
+//! - [`conversions`]: ploop_convert_image; in [`size_tools`], undeclared: ploop_change_fmt_version
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
@@ -30,6 +31,7 @@
 
 mod boundary;
 pub mod consts;
+pub mod conversions;
 mod convert;
 pub mod descriptor;
 pub mod devices;

@@ -2,7 +2,7 @@
 //! as in [`unavailable`](super::unavailable). They are not in the header.
 
 use super::boundary;
-use super::types::{ploop_discard_stat, ploop_disk_images_data};
+use super::types::ploop_discard_stat;
 use super::unavailable::refuse;
 use crate::bail;
 use libc::{off_t, stat};
@@ -83,13 +83,6 @@ pub extern "C" fn ploop_discard_by_dev(
 pub extern "C" fn ploop_grow_device(device: *const c_char, new_size: off_t) -> c_int {
     let _ = (device, new_size);
     refuse("ploop_grow_device")
-}
-
-/// Converts all images of a disk between format versions 1 and 2. flags: keep 0.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_change_fmt_version(di: *mut ploop_disk_images_data, new_version: c_int, flags: c_int) -> c_int {
-    let _ = (di, new_version, flags);
-    refuse("ploop_change_fmt_version")
 }
 
 /// Stores a number of the device's state in *res. -1: not available.

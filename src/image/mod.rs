@@ -7,6 +7,7 @@ pub mod compact;
 pub mod complete;
 pub mod content;
 pub mod create;
+pub mod fill;
 pub mod grow;
 pub mod lock;
 pub mod merge;
@@ -15,7 +16,10 @@ pub mod same;
 pub mod scan;
 pub mod table;
 pub mod target;
+pub mod version;
 
+#[cfg(test)]
+pub mod breach;
 #[cfg(test)]
 mod placement_tests;
 #[cfg(test)]

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::mount_images::refuse_cut_off;
-use super::{disk_lock, find, image_set, online, orphans};
+use super::{convert_recovery, disk_lock, find, image_set, online, orphans};
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
@@ -51,7 +51,7 @@ pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> 
 
 fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = match remove_orphans {
+    let mut disk = match remove_orphans {
         true => disk_lock::open(descriptor)?,
         false => disk_lock::open_to_look(descriptor)?,
     };
@@ -66,6 +66,9 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
     }
     find::refuse_replaced(&disk)?;
     disk.check_tree()?;
+    if !disk.is_unlocked() {
+        convert_recovery::finish(&mut disk)?;
+    }
     let chain = disk.chain(guid.unwrap_or(&disk.top))?;
     for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
         report::warn(why);

@@ -4,6 +4,8 @@
 
 pub mod check;
 pub mod compact;
+pub mod convert;
+mod convert_recovery;
 pub mod create;
 mod delete_leaf;
 pub mod deleted;
@@ -39,6 +41,8 @@ pub mod tour;
 pub mod umount;
 pub mod umount_all;
 
+#[cfg(test)]
+mod convert_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]

@@ -4,10 +4,8 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 13] = [
-    "balloon", "clear", "convert", "copy", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade",
-    "fscheck",
-];
+const CLASSIC: [&str; 12] =
+    ["balloon", "clear", "copy", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
 
 /// Is it a command of the classic tool?
 pub fn is_classic(name: &OsStr) -> bool {

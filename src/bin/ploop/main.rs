@@ -5,6 +5,7 @@
 
 mod check;
 mod compact;
+mod convert;
 mod disk;
 mod doctor;
 mod getopt;
@@ -93,7 +94,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 22] = [
+const COMMANDS: [&Command; 23] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -112,6 +113,7 @@ const COMMANDS: [&Command; 22] = [
     &resize::COMMAND,
     &grow::COMMAND,
     &compact::COMMAND,
+    &convert::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
@@ -119,7 +121,7 @@ const COMMANDS: [&Command; 22] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 14] = [
+const ON_A_DISK: [&str; 15] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -134,6 +136,7 @@ const ON_A_DISK: [&str; 14] = [
     grow::COMMAND.name,
     resize::COMMAND.name,
     compact::COMMAND.name,
+    convert::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -160,6 +163,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact DISK                 give space that is not used inside back
+  ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
