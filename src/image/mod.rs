@@ -9,6 +9,7 @@ pub mod content;
 pub mod create;
 pub mod fill;
 pub mod grow;
+pub mod live;
 pub mod lock;
 pub mod merge;
 pub mod open;
