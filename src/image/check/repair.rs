@@ -229,6 +229,8 @@ pub fn copy_shared(
             header.version.number()
         );
     }
+    crate::image::complete::check_space(file, shared.len() as u64 * header.cluster.bytes())
+        .ctx(Kind::Write, || format!("{} clusters are used twice, and cannot be copied", shared.len()))?;
     let copied = copy_clusters(file, header, shared, end).and_then(|()| sync(file));
     if let Err(e) = copied {
         // No entry names the copies.
