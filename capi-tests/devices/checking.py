@@ -95,5 +95,30 @@ def case_convert(t):
         ploop("check", dd, limit=60)
 
 
+def case_restore(t):
+    """The descriptor of a disk that runs is lost, or damaged: it is made from the device, and the disk goes on under it."""
+    dev, dd = t.bare("64m")
+    folder = os.path.dirname(dd)
+    for n in range(2):
+        ploop("snapshot", dd, limit=60)
+    images = sorted(n for n in os.listdir(folder) if n.startswith("root.hdd"))
+    check(len(images) == 3, images)
+    os.unlink(dd)
+    out = ploop("restore-descriptor", folder, limit=60)
+    check(f"{dev} runs the disk" in out.out, out.out)
+    with open(dd, encoding="utf-8") as f:
+        text = f.read()
+    check(all(f"<File>{name}</File>" in text for name in images), text)
+    check(dev in ploop("info", "-d", dd, limit=60).out, "the device is not found by its new descriptor")
+    with open(dd, "w", encoding="utf-8") as f:
+        f.write(text[:200])
+    ploop("restore-descriptor", folder, limit=60)
+    check(os.path.getsize(dd + ".damaged") == 200, "the damaged one is not kept")
+    ploop("snapshot", dd, limit=60)
+    t.umount(dd)
+    ploop("check", dd, limit=60)
+    ploop("snapshot-merge", "-A", dd, limit=60)
+
+
 if __name__ == "__main__":
     devlib.main()

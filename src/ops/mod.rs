@@ -32,6 +32,7 @@ pub mod reload;
 pub mod replace;
 pub mod resize;
 pub mod restore;
+pub mod restore_folder;
 mod scratch;
 pub mod snapshot;
 pub mod snapshot_list;

@@ -1,8 +1,9 @@
-//! Conversions against Debian's `ploop` 1.15: the same bytes come out, but for what is listed here. Where it is not installed
-//! the test is skipped, which fails in CI.
+//! Conversions and restored descriptors against Debian's `ploop` 1.15: the same bytes come out, but for what is listed here.
+//! Where it is not installed the tests are skipped, which fails in CI.
 //!
 //! Differences: the classic leaves the flag that says "empty" in a preallocated image, and makes a piece of a cluster at the
-//! end of the file part of the disk; it cannot convert to version 2 without its kernel module.
+//! end of the file part of the disk; it cannot convert to version 2, nor restore the descriptor of such an image,
+//! without its kernel module.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -110,4 +111,47 @@ fn versions_change_as_with_the_classic() {
     file.write_all_at(&2u32.to_le_bytes(), 52).unwrap();
     assert_eq!(classic(&o, &["check"]), 17);
     assert_eq!(check::check_disk(&o, None).unwrap_err().code(), 17);
+}
+
+/// Where the image lies, seen from the descriptor's folder, and what it is: the same descriptor is made, or it is refused with
+/// the same status.
+#[test]
+fn descriptors_are_restored_as_by_the_classic() {
+    if !common::skip::program(PLOOP) {
+        return;
+    }
+    let size = |kib: u64| kib << 10;
+    for (bytes, raw, cluster) in [
+        (0, false, None),
+        (size(4096), true, None),
+        (size(96), true, None),
+        (size(40), true, None),
+        (size(4096), true, Some(64)),
+        (size(96), true, Some(2048)),
+    ] {
+        let top = tempfile::tempdir().unwrap();
+        let folder = top.path().canonicalize().unwrap();
+        let image = folder.join("root.hds");
+        match raw {
+            true => fs::write(&image, vec![1; bytes as usize]).unwrap(),
+            false => {
+                disk(&folder, Version::V1);
+                fs::remove_file(folder.join("DiskDescriptor.xml")).unwrap();
+            }
+        }
+        let descriptor = folder.join("DiskDescriptor.xml");
+        let sectors = cluster.map(|c: u64| c.to_string());
+        let mut args = vec!["restore-descriptor"];
+        args.extend(raw.then_some(["-f", "raw"]).into_iter().flatten());
+        args.extend(sectors.iter().flat_map(|s| ["-b", s]));
+        args.push(folder.to_str().unwrap());
+        let what = format!("{args:?}, {bytes} bytes");
+        let theirs = classic(&image, &args);
+        let made = fs::read(&descriptor).ok();
+        let _ = fs::remove_file(&descriptor);
+        let cluster = cluster.map(|c| ClusterSize::from_sectors(c).unwrap());
+        let ours = restore::restore_descriptor(&folder, &image, raw, cluster).map_or_else(|e| e.code(), |()| 0);
+        assert_eq!(ours, theirs, "{what}");
+        assert!(fs::read(&descriptor).ok() == made, "{what}");
+    }
 }
