@@ -1,5 +1,7 @@
 //! Checking one image, and repairing it without losing data that an entry names (except with `-F`).
 
+#[cfg(test)]
+mod crash_tests;
 mod repair;
 
 use std::fs::File;

@@ -231,7 +231,13 @@ pub fn copy_shared(
     }
     crate::image::complete::check_space(file, shared.len() as u64 * header.cluster.bytes())
         .ctx(Kind::Write, || format!("{} clusters are used twice, and cannot be copied", shared.len()))?;
-    let copied = copy_clusters(file, header, shared, end).and_then(|()| sync(file));
+    let copied = copy_clusters(file, header, shared, end).and_then(|()| {
+        #[cfg(test)]
+        if crate::image::breach::is("copies are not synced") {
+            return Ok(());
+        }
+        sync(file)
+    });
     if let Err(e) = copied {
         // No entry names the copies.
         let _ = store::set_len(file, len);
