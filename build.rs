@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files with public items of the C header, in the header's order.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "consts",
     "types",
     "descriptor",
@@ -15,6 +15,7 @@ const SOURCES: [&str; 11] = [
     "snapshots",
     "log",
     "sizes",
+    "conversions",
     "copies",
     "discard",
     "unavailable",

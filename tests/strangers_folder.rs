@@ -73,6 +73,8 @@ impl World {
             "copy",
             "new",
             "new.ploop-merge",
+            "root.hdd.idx",
+            "root.hdd.ploop-raw",
             ".statfs",
             ".statfs.tmp",
             "file",
@@ -144,8 +146,15 @@ impl Stranger {
                 }
             }
             5 => {
-                let name = ["DiskDescriptor.xml.tmp", ".statfs.tmp", "new.ploop-merge", "sub/new"];
-                let link = disk.join(name[self.rng.below(4) as usize]);
+                let name = [
+                    "DiskDescriptor.xml.tmp",
+                    ".statfs.tmp",
+                    "new.ploop-merge",
+                    "sub/new",
+                    "root.hdd.idx",
+                    "root.hdd.ploop-raw",
+                ];
+                let link = disk.join(name[self.rng.below(6) as usize]);
                 let _ = symlink(root.join("file"), &link);
                 self.pause();
                 let _ = fs::remove_file(link);
@@ -255,7 +264,7 @@ fn command(world: &World, rng: &mut Rng) -> Vec<String> {
     let snapshot = guid(1 + rng.below(3)).to_string();
     let copy = world.disk().join("copy").display().to_string();
     let new = world.disk().join("sub/new").display().to_string();
-    let words: Vec<&str> = match rng.below(10) {
+    let words: Vec<&str> = match rng.below(13) {
         0 => vec!["snapshot", &dd],
         1 => vec!["snapshot-delete", "-u", &snapshot, &dd],
         2 => vec!["snapshot-merge", "-u", &snapshot, &dd],
@@ -265,6 +274,9 @@ fn command(world: &World, rng: &mut Rng) -> Vec<String> {
         6 => vec!["replace", "-u", "{00000001-2222-4333-8444-555555555555}", "-i", &copy, &dd],
         7 => vec!["snapshot-switch", "-u", &snapshot, &dd],
         8 => vec!["check", "--remove-orphans", &dd],
+        9 => vec!["convert", "-f", "raw", &dd],
+        10 => vec!["convert", "-f", "preallocated", &dd],
+        11 => vec!["convert", "-v", "1", &dd],
         _ => vec!["mount", &dd],
     };
     words.into_iter().map(str::to_owned).collect()

@@ -7,7 +7,7 @@ use super::types::{
     ploop_disk_images_data, ploop_info, ploop_merge_param, ploop_mount_param, ploop_replace_param, ploop_resize_param,
     ploop_snapshot_param, ploop_snapshot_switch_param, ploop_spec, ploop_tsnapshot_param,
 };
-use super::{copies, descriptor, devices, discard, log, mount, sizes, snapshots, unavailable};
+use super::{conversions, copies, descriptor, devices, discard, log, mount, sizes, snapshots, unavailable};
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
 /// The functions of libploop.h by their names without ploop_. A new function takes the first element of padding; order
@@ -134,7 +134,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.umount = Some(mount::ploop_umount);
     f.umount_image = Some(mount::ploop_umount_image);
     f.resize_image = Some(sizes::ploop_resize_image);
-    f.convert_image = Some(unavailable::ploop_convert_image);
+    f.convert_image = Some(conversions::ploop_convert_image);
     f.get_info_by_descr = Some(devices::ploop_get_info_by_descr);
     f.create_snapshot = Some(snapshots::ploop_create_snapshot);
     f.merge_snapshot = Some(snapshots::ploop_merge_snapshot);

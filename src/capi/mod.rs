@@ -22,6 +22,7 @@
 //!   ploop_balloon_complete, ploop_balloon_check_and_repair
 //! - [`discard`], [`discard_tools`]: ploop_discard, ploop_discard_get_stat; undeclared: ploop_discard_by_dev,
 //!   ploop_discard_get_stat_by_dev
+//! - [`conversions`]: ploop_convert_image; in [`size_tools`], undeclared: ploop_change_fmt_version
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
@@ -35,6 +36,7 @@
 pub mod balloon;
 mod boundary;
 pub mod consts;
+pub mod conversions;
 mod convert;
 pub mod copies;
 pub mod descriptor;

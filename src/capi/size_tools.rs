@@ -1,4 +1,4 @@
-//! Growing disks and images, and descriptors made anew: functions that the classic exports without declaring them. They are
+//! Growing disks and images, other versions, and descriptors made anew: functions that the classic exports without declaring them. They are
 //! not in the header.
 
 use super::boundary;
@@ -7,7 +7,8 @@ use super::snapshots::change;
 use super::types::ploop_disk_images_data;
 use crate::bail;
 use crate::error::Result;
-use crate::ops::{grow, restore};
+use crate::format::header::Version;
+use crate::ops::{convert as conversion, grow, restore};
 use crate::units::ClusterSize;
 use std::ffi::{c_char, c_int};
 
@@ -59,6 +60,28 @@ pub unsafe extern "C" fn ploop_grow_raw_delta_offline(image: *const c_char, new_
         let image = unsafe { convert::path(image, "image")? };
         grow::grow_image(&image, true, sectors(new_size)?)
     })
+}
+
+/// Gives all images of a disk that is not mounted the format version new_version, 1 or 2. A raw base, mounted, or what version
+/// 1 cannot express: SYSEXIT_PARAM. flags: keep 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ploop_change_fmt_version(
+    di: *mut ploop_disk_images_data,
+    new_version: c_int,
+    flags: c_int,
+) -> c_int {
+    let _ = flags;
+    // SAFETY: the caller's object, used by this thread alone.
+    unsafe {
+        change("ploop_change_fmt_version", di, |descriptor, _| {
+            let version = match new_version {
+                1 => Version::V1,
+                2 => Version::V2,
+                n => bail!(Param, "ploop_change_fmt_version: version {n}: 1 or 2 wanted"),
+            };
+            conversion::change_version(descriptor, version)
+        })
+    }
 }
 
 /// Writes DiskDescriptor.xml for a single image into dir. raw: the image is raw, its cluster blocksize sectors (0: the

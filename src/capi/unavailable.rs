@@ -37,13 +37,6 @@ pub extern "C" fn ploop_set_max_delta_size(di: *mut ploop_disk_images_data, size
     refuse("ploop_set_max_delta_size")
 }
 
-/// Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_convert_image(di: *mut ploop_disk_images_data, mode: c_int, flags: c_int) -> c_int {
-    let _ = (di, mode, flags);
-    refuse("ploop_convert_image")
-}
-
 /// Sends the top delta of a running device. Not available: SYSEXIT_PARAM.
 #[unsafe(no_mangle)]
 pub extern "C" fn ploop_copy_send(arg: *mut ploop_copy_send_param) -> c_int {

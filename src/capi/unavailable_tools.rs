@@ -2,17 +2,8 @@
 //! as in [`unavailable`](super::unavailable). They are not in the header.
 
 use super::boundary;
-use super::types::ploop_disk_images_data;
-use super::unavailable::refuse;
 use crate::bail;
 use std::ffi::{c_char, c_int};
-
-/// Converts all images of a disk between format versions 1 and 2. flags: keep 0.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_change_fmt_version(di: *mut ploop_disk_images_data, new_version: c_int, flags: c_int) -> c_int {
-    let _ = (di, new_version, flags);
-    refuse("ploop_change_fmt_version")
-}
 
 /// Stores a number of the device's state in *res. -1: not available.
 #[unsafe(no_mangle)]

@@ -65,7 +65,8 @@ fn fill_gaps(file: &File, cluster: ClusterSize, len: u64, holes: bool) -> io::Re
     }
 }
 
-fn check_space(file: &File, bytes: u64) -> io::Result<()> {
+/// `StorageFull` if the file system has not so much space.
+pub(super) fn check_space(file: &File, bytes: u64) -> io::Result<()> {
     if bytes == 0 {
         return Ok(());
     }
@@ -74,7 +75,7 @@ fn check_space(file: &File, bytes: u64) -> io::Result<()> {
     if bytes > free {
         return Err(io::Error::new(
             io::ErrorKind::StorageFull,
-            format!("its holes need {bytes} bytes, the file system has {free}"),
+            format!("{bytes} bytes are needed, the file system has {free}"),
         ));
     }
     Ok(())

@@ -8,7 +8,9 @@ pub mod compact;
 pub mod complete;
 pub mod content;
 pub mod create;
+pub mod fill;
 pub mod grow;
+pub mod live;
 pub mod lock;
 pub mod merge;
 pub mod open;
@@ -16,7 +18,10 @@ pub mod same;
 pub mod scan;
 pub mod table;
 pub mod target;
+pub mod version;
 
+#[cfg(test)]
+pub mod breach;
 #[cfg(test)]
 mod placement_tests;
 #[cfg(test)]

@@ -312,7 +312,9 @@ fn exit_codes_of_check() {
         let twice = |f: &File| put(f, entry(0), value);
         assert_eq!(c.run("f", twice), (0, false));
         assert_eq!(c.run("fc", twice), (11, false));
-        assert_eq!(c.run("Fc", twice), (11, false));
+        assert_eq!(c.run("Fcr", twice), (11, false));
+        assert_eq!(c.run("Fc", twice), (0, true));
+        assert_eq!(c.run("F", twice), (0, true));
     }
     // A tail.
     let tail = |f: &File| f.write_all_at(&[0; 2 * CLUSTER as usize], 4 * CLUSTER).unwrap();
@@ -323,6 +325,7 @@ fn exit_codes_of_check() {
         tail(f);
         put(f, 44, header::CLOSED_V21);
         put(f, 56, 5 * 64);
+        f.write_all_at(&0xAB23_4CEF_23DC_EA87_u64.to_le_bytes(), 5 * CLUSTER).unwrap();
     };
     assert_eq!(c.run("f", extension), (0, false));
     assert_eq!(check_file(Path::new("/nonexistent/x"), None, &Default::default()).unwrap_err().code(), 4);

@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::disk_lock::Disk;
 use super::mount_images::refuse_cut_off;
-use super::{disk_lock, find, image_set, online, orphans};
+use super::{convert_recovery, disk_lock, find, image_set, online, orphans};
 use crate::bail;
+use crate::descriptor::{Descriptor, Image};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid::Guid;
 use crate::image::check::check_file;
 pub use crate::image::check::{CheckOptions, CheckReport};
+use crate::image::live;
 use crate::image::open::open_level;
 use crate::report;
 use crate::sys::file_id::FileId;
@@ -40,20 +43,62 @@ pub fn check_image(path: &Path, options: &CheckOptions) -> Result<CheckReport> {
 /// Checks all deltas of a disk from the base to `guid` (none: the top), clears marks that a crash left and fills holes;
 /// looks at the tree, at sizes and versions, and reports files that nothing names. `InUse` if the disk runs.
 pub fn check_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
-    check(descriptor, guid, false)
+    check(descriptor, guid, How::Repair)
+}
+
+/// Checks a disk as [`check_disk`] does, and writes nothing: a mark that a crash left is `InUse`. The images of a disk that runs
+/// are checked while its worker writes to them.
+pub fn look_at_disk(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
+    let disk = Disk::look(descriptor)?;
+    let Some(device) = find::devices_of(disk.place(), &disk, None)?.into_iter().next() else {
+        drop(disk);
+        return check(descriptor, guid, How::Look);
+    };
+    let _operation = report::cancel::begin();
+    disk.check_tree()?;
+    let mut below: Option<(PathBuf, CheckReport)> = None;
+    for image in disk.chain(guid.unwrap_or(&disk.top))? {
+        if disk.is_raw(image) {
+            continue;
+        }
+        let live = live::look(&image.file, Some(&disk.dir))?;
+        let found = CheckReport {
+            skipped: false,
+            cluster: live.header.cluster,
+            version: Some(live.header.version),
+            sectors: live.header.sectors,
+            notes: Vec::new(),
+        };
+        check_cluster(&disk, image, &found)?;
+        if let Some((lower, l)) = &below {
+            fits(lower, l, &image.file, &found)?;
+        }
+        report::say(1, format_args!("{}: {} clusters have a place, each its own", image.file.display(), live.mapped));
+        below = Some((image.file.clone(), found));
+    }
+    report::say(0, format_args!("{} runs as {}: looked at as it runs", descriptor.display(), device.node().display()));
+    Ok(())
+}
+
+/// What a check of a disk may change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    Look,
+    Repair,
+    RemoveOrphans,
 }
 
 /// Checks a disk as [`check_disk`] does. Then it removes deltas that no descriptor in the folder names and no process
 /// uses. A delta that may belong to another disk stays, and is an error.
 pub fn check_disk_and_remove_orphans(descriptor: &Path, guid: Option<&Guid>) -> Result<()> {
-    check(descriptor, guid, true)
+    check(descriptor, guid, How::RemoveOrphans)
 }
 
-fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result<()> {
+fn check(descriptor: &Path, guid: Option<&Guid>, how: How) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = match remove_orphans {
-        true => disk_lock::open(descriptor)?,
-        false => disk_lock::open_to_look(descriptor)?,
+    let mut disk = match how {
+        How::RemoveOrphans => disk_lock::open(descriptor)?,
+        How::Repair | How::Look => disk_lock::open_to_look(descriptor)?,
     };
     image_set::refuse_dead(&disk)?;
     if let Some(running) = find::devices_of(&disk.place, &disk, None)?.first() {
@@ -62,10 +107,18 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         {
             report::warn(e);
         }
-        bail!(InUse, "{} runs as {}; unmount it before it is checked", disk.path.display(), running.node().display());
+        bail!(
+            InUse,
+            "{} runs as {}; unmount it before it is checked, or look without writing (-r)",
+            disk.path.display(),
+            running.node().display()
+        );
     }
     find::refuse_replaced(&disk)?;
     disk.check_tree()?;
+    if !disk.is_unlocked() && how != How::Look {
+        convert_recovery::finish(&mut disk)?;
+    }
     let chain = disk.chain(guid.unwrap_or(&disk.top))?;
     for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {
         report::warn(why);
@@ -83,9 +136,9 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
         };
         // Another disk may stand on the same file, and its worker knows the file as it is.
         let used = !image_set::users(&image.file)?.is_empty();
-        let read_only = used || disk.is_unlocked();
-        let options =
-            CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force: used, ..options };
+        let read_only = used || disk.is_unlocked() || how == How::Look;
+        let force = used || how == How::Look;
+        let options = CheckOptions { read_only, drop_inuse: !read_only, repair_sparse: !read_only, force, ..options };
         let lock = hold(&image.file, Some(&disk.dir))?;
         image_set::refuse_unflushed([&*image.file], Some(&disk.path))?;
         let found = check_file(&image.file, Some(&disk.dir), &options)?;
@@ -95,15 +148,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             // Of a clean image the BAT was not read; a mount reads it.
             refuse_cut_off(&image.file, &disk.dir)?;
         }
-        if found.cluster != disk.blocksize {
-            bail!(
-                Param,
-                "{} has clusters of {} sectors, the descriptor says {}",
-                image.file.display(),
-                found.cluster.sectors(),
-                disk.blocksize.sectors()
-            );
-        }
+        check_cluster(&disk, image, &found)?;
         if let Some((lower, l)) = &below {
             fits(lower, l, &image.file, &found)?;
         }
@@ -120,7 +165,20 @@ fn check(descriptor: &Path, guid: Option<&Guid>, remove_orphans: bool) -> Result
             found.sectors
         ));
     }
-    orphans::leftovers(&disk, remove_orphans)
+    orphans::leftovers(&disk, how == How::RemoveOrphans)
+}
+
+fn check_cluster(disk: &Descriptor, image: &Image, found: &CheckReport) -> Result<()> {
+    if found.cluster != disk.blocksize {
+        bail!(
+            Param,
+            "{} has clusters of {} sectors, the descriptor says {}",
+            image.file.display(),
+            found.cluster.sectors(),
+            disk.blocksize.sectors()
+        );
+    }
+    Ok(())
 }
 
 fn fits(lower: &Path, l: &CheckReport, upper: &Path, u: &CheckReport) -> Result<()> {

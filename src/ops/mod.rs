@@ -6,6 +6,8 @@ pub mod balloon;
 pub mod check;
 pub mod compact;
 pub mod compact_running;
+pub mod convert;
+mod convert_recovery;
 pub mod copy;
 pub mod create;
 mod delete_leaf;
@@ -39,6 +41,7 @@ pub mod replace;
 pub mod resize;
 pub mod resize_balloon;
 pub mod restore;
+pub mod restore_folder;
 mod scratch;
 pub mod shrink;
 pub mod snapshot;
@@ -50,6 +53,8 @@ mod trim;
 pub mod umount;
 pub mod umount_all;
 
+#[cfg(test)]
+mod convert_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use super::image_set;
+use super::{convert_recovery, image_set};
 use crate::bail;
 use crate::descriptor::{Descriptor, Image, ImageMode, LockedDescriptor};
 use crate::error::{Kind, Result};
@@ -25,6 +25,7 @@ pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     image_set::refuse_dead(disk)?;
     finish_pending_descriptor(disk)?;
     disk.check_tree()?;
+    convert_recovery::finish(disk)?;
     adopt_size(disk)?;
     let all: Vec<Guid> = disk.snapshots.iter().map(|s| s.guid).filter(|g| *g != disk.top).collect();
     clear_marks(disk, &all)
@@ -40,6 +41,7 @@ pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -
     if read_only {
         return Ok(());
     }
+    convert_recovery::finish(disk)?;
     let mut below: Vec<Guid> = disk.chain(guid)?.iter().map(|i| i.guid).collect();
     below.pop();
     clear_marks(disk, &below)?;
@@ -91,8 +93,25 @@ fn finish_pending_descriptor(disk: &mut LockedDescriptor) -> Result<()> {
                 );
                 disk.commit_as(new)?;
             }
-            // Half of a conversion to a raw image: the conversion decides about it.
-            Some(new) if new.mode == ImageMode::Raw && disk.mode != ImageMode::Raw && !base_signed(disk) => {}
+            Some(new) if new.mode == ImageMode::Raw && disk.mode != ImageMode::Raw => match base_signed(disk) {
+                // The copy of an interrupted conversion to raw is incomplete.
+                true => {
+                    convert_recovery::forget_classic_copy(disk);
+                    forget(&tmp);
+                }
+                false if convert_recovery::is_half_raw(disk, &new) => {
+                    disk.commit_as(new)?;
+                    report::say(
+                        0,
+                        format_args!(
+                            "{}: the image is raw since an interrupted conversion: stored",
+                            disk.path.display()
+                        ),
+                    );
+                }
+                // Neither descriptor fits the file: both stay, for the user.
+                false => {}
+            },
             _ => forget(&tmp),
         }
     }

@@ -12,6 +12,7 @@ use crate::image::lock::{self, Sharing};
 use crate::image::open::Access;
 use crate::report;
 use crate::sys::aligned::read_full;
+use crate::sys::folder::Folder;
 use crate::units::{ClusterSize, SECTOR};
 
 const READ: Access = Access { write: false, direct: false };
@@ -34,10 +35,12 @@ pub fn restore_descriptor(folder: &Path, image: &Path, raw: bool, cluster: Optio
         );
     }
     let image = fs::canonicalize(image).ctx(Kind::Open, || format!("cannot open image {}", image.display()))?;
-    let disk = match raw {
+    let mut disk = match raw {
         true => raw_disk(&image, cluster)?,
         false => ploop_disk(&image)?,
     };
+    // Names are stored as seen from the descriptor's folder.
+    disk.dir = Folder::new(&folder);
     warn_of_others(&image);
     disk.commit_new(&descriptor)
 }
@@ -124,6 +127,22 @@ mod tests {
             if given.is_some() || !raw {
                 assert_eq!(content(&dd, &guid::TOP), before);
             }
+        }
+    }
+
+    #[test]
+    fn the_image_may_lie_in_another_folder() {
+        for (descriptor, image) in [("a", "b"), ("", "b"), ("a", "")] {
+            let dir = tempfile::tempdir().unwrap();
+            let (descriptor, image) = (dir.path().join(descriptor), dir.path().join(image));
+            fs::create_dir_all(&descriptor).unwrap();
+            fs::create_dir_all(&image).unwrap();
+            let made = make_disk(&image, Version::V2, ImageMode::Expanded, small(), 32);
+            put(&made, &guid::TOP, 3, 9);
+            let before = content(&made, &guid::TOP);
+            fs::remove_file(made).unwrap();
+            restore_descriptor(&descriptor, &image.join("root.hdd"), false, None).unwrap();
+            assert_eq!(content(&descriptor.join(FILE_NAME), &guid::TOP), before);
         }
     }
 

@@ -36,7 +36,7 @@ enum Step<'a> {
     Extend(&'a File, u64),
     Sync(&'a File),
     Rename(&'a Path, &'a Path),
-    Link(&'a Path),
+    Link(&'a Path, &'a Path),
     Unlink(&'a Path),
     SyncDir(&'a Path),
 }
@@ -53,7 +53,7 @@ impl Step<'_> {
             Step::Extend(..) => "extend a file",
             Step::Sync(_) => "sync a file",
             Step::Rename(..) => "rename a file",
-            Step::Link(_) => "link a file",
+            Step::Link(..) => "link a file",
             Step::Unlink(_) => "unlink a file",
             Step::SyncDir(_) => "sync a folder",
         }
@@ -199,7 +199,7 @@ pub fn rename_new(from: &Place, to: &Place) -> io::Result<()> {
 
 /// Gives a file a second name; a name that is taken is `AlreadyExists`.
 pub fn link(from: &Place, to: &Place) -> io::Result<()> {
-    step(Step::Link(&shown(from)), || link_at(from, to))
+    step(Step::Link(&shown(from), &shown(to)), || link_at(from, to))
 }
 
 fn link_at(from: &Place, to: &Place) -> io::Result<()> {

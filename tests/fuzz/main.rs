@@ -16,6 +16,7 @@ mod drive;
 mod image;
 mod messages;
 mod mutate;
+mod repair;
 
 use std::collections::HashSet;
 use std::fs;

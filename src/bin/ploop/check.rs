@@ -26,17 +26,18 @@ const LONG: &[Long] = &[
 ];
 const ORPHANS: char = '\u{11}';
 const USAGE: &str = "\
-Usage: ploop check [-u UUID] [--remove-orphans] [--json] DiskDescriptor.xml
+Usage: ploop check [-u UUID] [-r | --remove-orphans] [--json] DiskDescriptor.xml
        ploop check [-fFcrsdS] [-R -b CLUSTER] [--json] FILE
 
 The first form checks all images of a disk that is not mounted, up to snapshot UUID, clears the mark that a crash
 left and fills holes. It reports deltas beside the disk that the descriptor does not name; an interrupted operation
-can have left them. --remove-orphans removes those that no process uses and no other descriptor names.
+can have left them. --remove-orphans removes those that no process uses and no other descriptor names. With -r nothing is
+changed, and a disk that runs is checked while it is used.
 
 The second form checks a single image file:
 
   -f, --force          also if the image is clean
-  -F, --hard-force     drop entries that point nowhere (what they named is lost)
+  -F, --hard-force     drop entries that point nowhere (what they named is lost); copy clusters that are used twice
   -c, --check          look for clusters used twice, and for unused ones
   -r, --ro             change nothing
   -s, --silent         say nothing if the image is clean
@@ -104,18 +105,21 @@ fn show(file: &Path, found: Result<Option<CheckReport>, Fail>) -> Result<(), Fai
 
 fn run_disk(descriptor: &Path, parsed: &Parsed) -> Result<(), Fail> {
     let mut guid = None;
-    let mut remove_orphans = false;
+    let (mut remove_orphans, mut look) = (false, false);
     for (option, value) in &parsed.options {
         match *option {
             ORPHANS => remove_orphans = true,
+            'r' => look = true,
             'u' => guid = Some(values::guid(value)?),
             json::LETTER => {}
             other => eprintln!("Warning: option -{other} has no meaning for a descriptor, ignored"),
         }
     }
-    match remove_orphans {
-        true => check::check_disk_and_remove_orphans(descriptor, guid.as_ref())?,
-        false => check::check_disk(descriptor, guid.as_ref())?,
+    match (remove_orphans, look) {
+        (true, true) => return Err(crate::mistake("--remove-orphans removes files, -r changes nothing")),
+        (true, false) => check::check_disk_and_remove_orphans(descriptor, guid.as_ref())?,
+        (false, true) => check::look_at_disk(descriptor, guid.as_ref())?,
+        (false, false) => check::check_disk(descriptor, guid.as_ref())?,
     }
     Ok(())
 }

@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 11] =
-    ["clear", "convert", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
+const CLASSIC: [&str; 10] =
+    ["clear", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
 
 /// Is it a command of the classic tool?
 pub fn is_classic(name: &OsStr) -> bool {

@@ -8,6 +8,7 @@ mod balloon_discard;
 mod check;
 mod compact;
 mod completion;
+mod convert;
 mod copy;
 mod disk;
 mod doctor;
@@ -99,7 +100,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 24] = [
+const COMMANDS: [&Command; 25] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -118,6 +119,7 @@ const COMMANDS: [&Command; 24] = [
     &resize::COMMAND,
     &grow::COMMAND,
     &compact::COMMAND,
+    &convert::COMMAND,
     &copy::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
@@ -127,7 +129,7 @@ const COMMANDS: [&Command; 24] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 14] = [
+const ON_A_DISK: [&str; 15] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -142,6 +144,7 @@ const ON_A_DISK: [&str; 14] = [
     grow::COMMAND.name,
     resize::COMMAND.name,
     compact::COMMAND.name,
+    convert::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -170,6 +173,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop compact { DISK | DEVICE }    give space that is not used inside back
   ploop balloon show|change|... DISK  take space from a mounted disk, and give it back
   ploop copy -d FILE                 receive a copy of an image
+  ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices

@@ -108,6 +108,10 @@ impl Plan {
                 shadows: to != Destination::New || below_at.as_mut().is_none_or(|b| b.find(next).is_some()),
             });
         }
+        if own.is_none() {
+            // Into a raw image the order does not matter: the sources are read as they lie, for the host's readahead.
+            plan.extents.sort_by_key(|e| (e.source, e.from));
+        }
         plan.bytes = plan.extents.iter().map(|r| u64::from(r.count) * cluster.bytes()).sum();
         let new = plan.extents.iter().filter(|r| r.needs_room());
         plan.new = new.map(|r| u64::from(r.count)).sum();

@@ -23,6 +23,7 @@ enum Op {
     /// Of what was recorded before this index.
     Sync(Id, usize),
     Rename(PathBuf, PathBuf, Id),
+    Link(PathBuf, Id),
     Unlink(PathBuf),
     SyncDir(PathBuf, usize),
 }
@@ -92,7 +93,7 @@ pub(super) fn path_of(file: &impl AsRawFd) -> PathBuf {
 pub(super) fn watched<T>(step: Step<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     crate::sys::host::step(step.name())?;
     let path = match step {
-        Step::Create(p) | Step::Rename(p, _) | Step::Link(p) | Step::Unlink(p) => p.to_owned(),
+        Step::Create(p) | Step::Rename(p, _) | Step::Link(p, _) | Step::Unlink(p) => p.to_owned(),
         Step::SyncDir(p) => p.to_owned(),
         Step::Write(f, ..)
         | Step::Zero(f, ..)
@@ -157,8 +158,10 @@ impl Recorder {
                 state.names.insert(to.to_owned(), id);
                 Op::Rename(path, to.to_owned(), id)
             }
-            // Only creations make links, and crash tests leave those to the tests of creations.
-            (Step::Link(_), _) => return,
+            (Step::Link(_, to), Some(id)) => {
+                state.names.insert(to.to_owned(), id);
+                Op::Link(to.to_owned(), id)
+            }
             (Step::Unlink(_), _) => {
                 state.names.remove(&path);
                 Op::Unlink(path)
@@ -203,7 +206,7 @@ impl Recorder {
         };
         for (i, op) in ops.iter().enumerate() {
             match op {
-                Op::Create(path, _) | Op::Rename(path, _, _) | Op::Unlink(path) => {
+                Op::Create(path, _) | Op::Link(path, _) | Op::Rename(path, _, _) | Op::Unlink(path) => {
                     if let Op::Create(_, id) = op {
                         files.insert(*id, Vec::new());
                     }
@@ -211,7 +214,7 @@ impl Recorder {
                         continue;
                     }
                     match op {
-                        Op::Create(path, id) => drop(names.insert(path.clone(), *id)),
+                        Op::Create(path, id) | Op::Link(path, id) => drop(names.insert(path.clone(), *id)),
                         Op::Rename(from, to, id) => {
                             names.remove(from);
                             names.insert(to.clone(), *id);
@@ -240,9 +243,14 @@ impl Recorder {
                 _ => {}
             }
         }
+        let mut written: BTreeMap<Id, PathBuf> = BTreeMap::new();
         for (path, id) in names {
-            let name = path.strip_prefix(&self.root).unwrap();
-            std::fs::write(into.join(name), &files[&id]).unwrap();
+            let to = into.join(path.strip_prefix(&self.root).unwrap());
+            match written.get(&id) {
+                Some(other) => std::fs::hard_link(other, &to).unwrap(),
+                None => std::fs::write(&to, &files[&id]).unwrap(),
+            }
+            written.insert(id, to);
         }
     }
 }

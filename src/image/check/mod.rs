@@ -1,5 +1,9 @@
 //! Checking one image, and repairing it without losing data that an entry names (except with `-F`).
 
+#[cfg(test)]
+mod crash_tests;
+mod repair;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -8,24 +12,24 @@ use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::format::bat;
 use crate::format::header::{self, CLOSED_V21, Header, Version};
-use crate::sys::aligned::{read_full, write_all};
+use crate::sys::aligned::read_full;
 use crate::sys::folder::Folder;
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
 
-use super::compact;
-use super::complete;
-use super::open::{Access, open_level, reopen};
-use super::scan::{Found, Problem, Scan, Visitor, check_reach, describe, scan};
+use crate::image::compact;
+use crate::image::complete;
+use crate::image::open::{Access, open_level, reopen};
+use crate::image::scan::{Scan, check_reach, scan};
+use repair::{Collect, Findings, TOLD};
 
 /// Options of a check, named after the flags of `ploop check`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct CheckOptions {
     /// `-f`: also if the image is clean.
     pub force: bool,
-    /// `-F`: entries that point nowhere are dropped. Implies `force`.
+    /// `-F`: entries that point nowhere are dropped, clusters that two entries name are copied. Implies `force`.
     pub hard_force: bool,
     /// `-d`: clear the in-use mark if all is well.
     pub drop_inuse: bool,
@@ -55,8 +59,8 @@ pub struct CheckReport {
     pub notes: Vec<String>,
 }
 
-/// At most so many findings are reported one by one.
-const TOLD: usize = 16;
+/// Scans after which a BAT that is still not sound is an error: repairs of each kind can show more to repair.
+const ROUNDS: usize = 6;
 
 /// Checks the image at `path`; `dir` is the folder of the descriptor that names it, see [`open_level`]. The caller has
 /// made sure that no program has it open for writing.
@@ -79,50 +83,6 @@ struct Check<'a> {
     notes: Vec<String>,
 }
 
-/// What a scan found wrong.
-#[derive(Default)]
-struct Findings {
-    /// Slots that repair sets to 0.
-    drop: Vec<u64>,
-    /// Why the image is damaged beyond what the flags allow to repair.
-    fatal: Vec<String>,
-    fatal_count: u64,
-    notes: Vec<String>,
-}
-
-struct Collect<'a> {
-    header: &'a Header,
-    file_len: u64,
-    options: &'a CheckOptions,
-    out: Findings,
-}
-
-impl Visitor for Collect<'_> {
-    fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
-        let o = self.options;
-        let soft = match problem {
-            Problem::BeyondDisk => true,
-            Problem::Misaligned | Problem::BeyondFile => o.hard_force && !o.read_only,
-            Problem::InTable | Problem::Twice => {
-                if !o.check {
-                    return Ok(());
-                }
-                false
-            }
-        };
-        let told = if soft { &mut self.out.notes } else { &mut self.out.fatal };
-        if told.len() < TOLD {
-            told.push(describe(self.header, self.file_len, found, problem));
-        }
-        if soft {
-            self.out.drop.push(found.cluster);
-        } else {
-            self.out.fatal_count += 1;
-        }
-        Ok(())
-    }
-}
-
 impl Check<'_> {
     fn run(&mut self) -> Result<CheckReport> {
         let len = self.len()?;
@@ -135,9 +95,9 @@ impl Check<'_> {
         } else {
             let header = self.header()?;
             let long = len > header.reach() * header.cluster.bytes();
-            let skipped = !header.is_marked() && !self.options.force && !self.options.hard_force && !long;
-            let full = (header.sectors / u64::from(header.cluster.sectors())) as u32;
-            if !skipped && header.size_clusters != header.clusters() && header.size_clusters != full {
+            let flagged = header.is_marked() || header.is_converting();
+            let skipped = !flagged && !self.options.force && !self.options.hard_force && !long;
+            if !skipped && repair::contradicts_itself(&header) {
                 // The classic never reads it, so that it is no error; other programs compute the size of the BAT from
                 // it.
                 self.notes.push(format!(
@@ -149,7 +109,7 @@ impl Check<'_> {
                 ));
             }
             if !skipped {
-                self.table(&header, len)?;
+                self.table(&header)?;
             }
             ((skipped, Some(header.version), header.sectors), header.cluster)
         };
@@ -178,9 +138,21 @@ impl Check<'_> {
         Ok(reopen(&self.fd, access).ctx(Kind::Open, || "cannot open for writing")?.0)
     }
 
-    /// The BAT, the tail and the header's marks.
-    fn table(&mut self, header: &Header, len: u64) -> Result<()> {
-        let o = self.options;
+    /// The BAT, the tail and the header's marks. What is repaired in the BAT is looked at once more.
+    fn table(&mut self, header: &Header) -> Result<()> {
+        let mut header = *header;
+        for _ in 0..ROUNDS {
+            match self.round(&header)? {
+                None => return Ok(()),
+                Some(again) => header = again,
+            }
+        }
+        bail!(Format, "{ROUNDS} repairs did not make the BAT sound; is another program writing to the image?")
+    }
+
+    /// One scan and what follows from it; the header after a repair of the BAT, none if that was not needed.
+    fn round(&mut self, header: &Header) -> Result<Option<Header>> {
+        let (o, len) = (self.options, self.len()?);
         let size = header.cluster.bytes();
         if header.is_marked() && header.is_converting() {
             bail!(Busy, "a version conversion was interrupted (flags {:#x} at offset 52)", header.flags);
@@ -189,17 +161,48 @@ impl Check<'_> {
         if len < table {
             bail!(Read, "the file has {len} bytes: header and BAT alone have {table}");
         }
-        let mut collect = Collect { header, file_len: len, options: o, out: Findings::default() };
+        let mut collect = Collect::new(header, len, o);
         let found = scan(&self.file, header, len, &mut collect)?;
         let findings = collect.out;
+        if !findings.fatal.is_empty() {
+            let told = findings.fatal.join("; ");
+            bail!(Format, "{told}{}", more(findings.fatal_count, findings.fatal.len()));
+        }
+        self.refuse_marked(header)?;
+        if o.hard_force
+            && !o.read_only
+            && !findings.drop.is_empty()
+            && let Some(other) = repair::other_version(&self.file, header, len, &found)
+        {
+            self.notes.push(format!(
+                "no entry is sound for version {}, all are for version {}: the signature is set to that",
+                header.version.number(),
+                other.version.number()
+            ));
+            repair::write_header(&self.writable()?, &other)?;
+            return Ok(Some(other));
+        }
+        repair::refuse_wrong_header(header, &findings)?;
+        repair::refuse_smaller_disk(&self.file, header, len, &found)?;
+        if o.read_only || !o.repair_sparse {
+            check_reach(header, found.end)?;
+        }
+        if o.read_only && !findings.drop.is_empty() {
+            bail!(Format, "{}", findings.notes.join("; "));
+        }
         self.notes.extend(findings.notes.iter().cloned());
+        if findings.any() {
+            return self.repair_bat(header, &findings, found.end, len).map(Some);
+        }
         if o.check {
             self.note_unused(header, &found);
         }
-        if !findings.fatal.is_empty() {
-            bail!(Format, "{}{}", findings.fatal.join("; "), more(findings.fatal_count, findings.fatal.len()));
-        }
-        if header.is_marked() && !o.drop_inuse {
+        self.ends(header, &found, len)?;
+        Ok(None)
+    }
+
+    fn refuse_marked(&self, header: &Header) -> Result<()> {
+        if header.is_marked() && !self.options.drop_inuse {
             bail!(
                 InUse,
                 "marked in use ({:#010x} at offset 44): it is open elsewhere or was not closed cleanly; `-d` clears the \
@@ -207,43 +210,77 @@ impl Check<'_> {
                 header.in_use
             );
         }
-        if o.read_only || !o.repair_sparse {
-            check_reach(header, found.end)?;
+        Ok(())
+    }
+
+    /// Repairs entries; returns the header that is there then.
+    fn repair_bat(&mut self, header: &Header, findings: &Findings, end: u32, len: u64) -> Result<Header> {
+        let file = self.writable()?;
+        let mut now = *header;
+        if findings.lost > 0 && header.in_use == CLOSED_V21 {
+            // A saved bitmap of changes would not have this one.
+            (now.in_use, now.extension) = (0, 0);
         }
-        if o.read_only && !findings.drop.is_empty() {
-            bail!(Format, "{}", findings.notes.join("; "));
+        if findings.first_data {
+            now.first_data_sector = header.table_clusters() * header.cluster.sectors();
+            self.notes.push(format!(
+                "first data sector set to {}: entries name clusters before {}",
+                now.first_data_sector, header.first_data_sector
+            ));
+        }
+        if now != *header {
+            repair::write_header(&file, &now)?;
         }
         // Clusters of a format extension stand behind the data and have no entry.
-        let keeps_tail = header.in_use == CLOSED_V21 && header.extension != 0;
+        let behind = u64::from(end).max(len.div_ceil(header.cluster.bytes()));
+        repair::copy_shared(&file, header, &findings.copy, behind, len)?;
+        if !findings.copy.is_empty() {
+            let shown: Vec<String> = findings.copy.iter().take(TOLD).map(|(c, _)| c.to_string()).collect();
+            self.notes.push(format!(
+                "{} clusters of the disk named a cluster of the file that another one names, too, and have a copy of it now \
+                 ({}{}): one of each pair has the content of the other",
+                findings.copy.len(),
+                shown.join(", "),
+                if findings.copy.len() > TOLD { ", ..." } else { "" }
+            ));
+        }
+        repair::drop_slots(&file, &findings.drop)?;
+        if !findings.drop.is_empty() {
+            self.notes.push(format!("{} BAT entries were set to 0", findings.drop.len()));
+        }
+        Ok(now)
+    }
+
+    /// The end of the file, and the header's marks, of an image with a sound BAT.
+    fn ends(&mut self, header: &Header, found: &Scan, len: u64) -> Result<()> {
+        let (o, size) = (self.options, header.cluster.bytes());
+        let extension = repair::check_extension(&self.file, header, len, &found.used);
+        // Clusters of a format extension stand behind the data and have no entry.
+        let keeps_tail = header.in_use == CLOSED_V21 && header.extension != 0 && extension.is_ok();
         let end = u64::from(found.end) * size;
         let tail = if keeps_tail { 0 } else { len.saturating_sub(end) };
         if tail != 0 {
             self.notes.push(format!("{tail} bytes at the end, from offset {end} on, are used by nothing"));
         }
         let last = if o.read_only { len.div_ceil(size) } else { u64::from(found.end) };
-        let wanted = wanted_header(header, last == u64::from(header.first_data()));
-        if o.read_only {
-            // An empty image with a tail: the flag is right, the tail is what is wrong.
-            if tail != 0 && wanted_header(header, found.end == header.first_data()) == *header && wanted != *header {
-                bail!(
-                    Write,
-                    "{tail} bytes at the end, from offset {end} on, are used by nothing, and nothing may be written; \
-                     `ploop check -f` cuts them off"
-                );
-            }
-            if wanted != *header {
-                bail!(
-                    Write,
-                    "in-use mark {:#010x} and flags {:#x} should be {:#010x} and {:#x}, and nothing may be written",
-                    header.in_use,
-                    header.flags,
-                    wanted.in_use,
-                    wanted.flags
-                );
-            }
-            return Ok(());
+        let mut wanted = wanted_header(header, last == u64::from(header.first_data()));
+        if let Err(why) = &extension {
+            self.notes.push(why.clone());
+            (wanted.in_use, wanted.extension) = (0, 0);
         }
-        self.repair(header, &wanted, &findings, if tail == 0 { None } else { Some(end) })?;
+        if o.read_only {
+            return refuse_to_write(header, &wanted, (tail, end), found.end);
+        }
+        if o.hard_force {
+            wanted.size_clusters =
+                if repair::contradicts_itself(header) { header.clusters() } else { header.size_clusters };
+        }
+        if header.in_use == 0 && header.extension != 0 {
+            self.notes
+                .push(format!("sector {} of a format extension that is not valid was forgotten", header.extension));
+            wanted.extension = 0;
+        }
+        self.finish(header, &wanted, (tail != 0).then_some(end))?;
         if check_reach(header, found.end).is_err() {
             let (moved, end) = compact::pull_in(&self.writable()?, self.path)?;
             self.notes.push(format!("{moved} clusters were moved to the front, the file cut to {end} bytes"));
@@ -260,29 +297,19 @@ impl Check<'_> {
         }
     }
 
-    /// Writes what is wrong right; each step leaves an image that is no worse.
-    fn repair(&mut self, header: &Header, wanted: &Header, findings: &Findings, cut: Option<u64>) -> Result<()> {
-        if findings.drop.is_empty() && cut.is_none() && wanted == header {
+    /// Cuts the file and writes the header; each step leaves an image that is no worse.
+    fn finish(&mut self, header: &Header, wanted: &Header, cut: Option<u64>) -> Result<()> {
+        if cut.is_none() && wanted == header {
             return Ok(());
         }
         let file = self.writable()?;
-        let sync = |file: &File| store::sync_all(file).ctx(Kind::Fsync, || "cannot sync");
-        for index in &findings.drop {
-            write_all(&file, &[0; 4], bat::offset_of(*index))
-                .ctx(Kind::Write, || format!("cannot write the BAT entry of cluster {index}"))?;
-        }
-        if !findings.drop.is_empty() {
-            sync(&file)?;
-            self.notes.push(format!("{} BAT entries were set to 0", findings.drop.len()));
-        }
         if let Some(end) = cut {
             store::set_len(&file, end).ctx(Kind::Ftruncate, || format!("cannot cut to {end} bytes"))?;
-            sync(&file)?;
+            store::sync_all(&file).ctx(Kind::Fsync, || "cannot sync")?;
             self.notes.push(format!("cut to {end} bytes"));
         }
         if wanted != header {
-            write_all(&file, &wanted.encode(), 0).ctx(Kind::Write, || "cannot write the header")?;
-            sync(&file)?;
+            repair::write_header(&file, wanted)?;
             self.notes.push(format!("in-use mark set to {:#010x}, flags to {:#x}", wanted.in_use, wanted.flags));
         }
         Ok(())
@@ -309,10 +336,35 @@ impl Check<'_> {
     }
 }
 
+/// `Write` if a check that may not write would; `(tail, end)`: bytes that nothing uses, and where they begin.
+fn refuse_to_write(header: &Header, wanted: &Header, (tail, end): (u64, u64), last: u32) -> Result<()> {
+    // An empty image with a tail: the flag is right, the tail is what is wrong.
+    if tail != 0 && wanted_header(header, last == header.first_data()) == *header && wanted != header {
+        bail!(
+            Write,
+            "{tail} bytes at the end, from offset {end} on, are used by nothing, and nothing may be written; `ploop check -f` \
+             cuts them off"
+        );
+    }
+    if wanted != header {
+        bail!(
+            Write,
+            "in-use mark {:#010x} and flags {:#x} should be {:#010x} and {:#x}, and nothing may be written",
+            header.in_use,
+            header.flags,
+            wanted.in_use,
+            wanted.flags
+        );
+    }
+    Ok(())
+}
+
 /// The header of the image when all is well.
 fn wanted_header(header: &Header, empty: bool) -> Header {
     let flag = if empty { header::FLAG_EMPTY } else { 0 };
-    let mut wanted = Header { flags: header.flags & !header::FLAG_EMPTY | flag, ..*header };
+    // The BAT is sound for the version: whatever was interrupted is complete.
+    let flags = header.flags & !(header::FLAG_EMPTY | header::FLAG_CONVERT) | flag;
+    let mut wanted = Header { flags, ..*header };
     if header.is_marked() {
         wanted.in_use = 0;
         wanted.extension = 0;
