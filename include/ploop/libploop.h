@@ -622,6 +622,12 @@ void ploop_cancel_operation(void);
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
 /*
+ * Converts a disk that is not mounted to another enum ploop_image_mode: its base image, whatever deltas stand on it. From
+ * raw, or mounted: SYSEXIT_PARAM. An interrupted conversion is finished or undone by the next operation. flags: keep 0.
+ */
+int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
+
+/*
  * Receives into the new file arg->file what ploop_copy_send() of this library or of versions 1.12 to 1.15 sends to
  * arg->ifd. The file appears when all of it has come and is durable. It exists: SYSEXIT_CREAT; a descriptor that is no pipe
  * or socket: SYSEXIT_PARAM; the stream ends too early: SYSEXIT_READ; it is none: SYSEXIT_PROTOCOL. With feedback_fd 1 messages
@@ -649,9 +655,6 @@ int ploop_create_dd(const char *ddxml, struct ploop_create_param *param);
 
 /* Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM. */
 int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long long size);
-
-/* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
-int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
 
 /* Sends the top delta of a running device. Not available: SYSEXIT_PARAM. */
 int ploop_copy_send(struct ploop_copy_send_param *arg);
