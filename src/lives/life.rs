@@ -141,7 +141,7 @@ impl<'a> Life<'a> {
                 continue;
             }
             let focused = |operation| if self.focus.is_some_and(|f| f.operation == operation) { 6 } else { 0 };
-            let (grow, give) = (2 + focused("grow"), 1 + focused("give back"));
+            let (grow, give) = (focused("grow"), focused("give back"));
             let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, grow, give];
             match self.rng.weighted(&weights) {
                 0 => self.snapshot(),

@@ -20,9 +20,14 @@ pub struct Focus {
 
 impl Focus {
     pub fn new(n: u64) -> Focus {
-        let operations = ["umount", "snapshot", "merge", "merge", "reload", "grow", "give back"];
+        let operations = ["umount", "snapshot", "merge", "merge", "reload"];
         let modes: [&[&str]; 2] = [&["worker"], &["supervise", "adopted", "resumed"]];
         let (operation, rest) = (operations[n as usize % operations.len()], n / operations.len() as u64);
+        let operation = match n % 16 {
+            7 => "grow",
+            15 => "give back",
+            _ => operation,
+        };
         let steps = 1 + rest / 2 % 20;
         // A worker that is killed some time after a reload depends on what the new supervisor has kept.
         let steps = if operation == "reload" { steps * 3 } else { steps };

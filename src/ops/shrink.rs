@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::compact::pack_top;
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{disk_lock, image_set, partition_table};
+use super::{disk_lock, image_set, partition_table, resize_balloon};
 use crate::bail;
 use crate::descriptor::{Image, ImageMode, LockedDescriptor};
 use crate::device::{self, Device};
@@ -50,7 +50,7 @@ pub(super) fn shrink(disk: &mut LockedDescriptor, wanted: u64) -> Result<()> {
     let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };
     let raw = disk.is_raw(&top);
     let device = mount::mount_locked(disk, "", &MountParams::default())?.device;
-    let end = shrink_inside(&device, wanted, cluster, raw);
+    let end = resize_balloon::deflate(&device).and_then(|()| shrink_inside(&device, wanted, cluster, raw));
     let detached = device::detach(device.name());
     mount::drop_cache(disk);
     let end = end?;

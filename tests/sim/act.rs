@@ -198,6 +198,7 @@ impl World {
             Action::Fallocate { .. } if (first < first_data || self.shape.levels[target].raw.is_some()) => {
                 self.fail(format!("{act:?} is not for new clusters of an image"));
             }
+            Action::Fallocate { .. } if target == top => self.check_growth(first, count),
             Action::Truncate { level, len, .. } => self.check_cut(usize::from(*level), len / SECTOR),
             Action::ReadBat { level, page, len, .. } => {
                 if *level as usize > top || *len as usize > BAT_PAGE || *len == 0 || *len % 512 != 0 {
@@ -336,12 +337,11 @@ impl World {
         let (eio, no_space) = match &self.flights[at].act {
             Action::Read { .. } | Action::ReadBat { .. } => (s.read_error, 0),
             Action::Write { .. } | Action::ZeroRange { .. } => (s.write_error, if s.cow { 300 } else { 0 }),
-            // Of a merge's target these are as any other error.
             Action::WriteBat { level, .. } if usize::from(*level) != self.shape.top() => (s.bat_error, 0),
             Action::Sync { level, .. } if usize::from(*level) != self.shape.top() => (s.sync_error, 0),
             Action::WriteBat { .. } => (s.bat_error, if s.cow { s.metadata_full } else { 0 }),
             Action::Fallocate { .. } => (s.write_error / 4, 1000),
-            Action::Truncate { .. } => (s.write_error * 4, 0),
+            Action::Truncate { .. } => (if s.cow { 200 } else { s.write_error }, 0),
             Action::Sync { .. } => (s.sync_error, if s.cow { s.metadata_full / 2 } else { 0 }),
             _ => (0, 0),
         };

@@ -71,4 +71,33 @@ impl World {
             self.fail(format!("cut to {len} sectors while {:?} is in flight", f.act));
         }
     }
+
+    /// The file of the top grows by these sectors: those of them that it has, after a cut or a growing that failed, are zero.
+    pub fn check_growth(&self, first: u64, count: u64) {
+        let file = &self.chain.files[self.shape.top()];
+        if let Some(sector) = (first..file.len().min(first + count)).find(|s| file.read(*s) != 0) {
+            self.fail(format!("the file grows over its sector {sector}, which is not zero"));
+        }
+    }
+
+    /// No cluster of the top moves while a read of it is in flight: what it leaves is free soon.
+    pub fn check_reads_in_flight(&self) {
+        let (top, spc) = (self.shape.top(), self.shape.spc);
+        let used = self.table.used();
+        for f in &self.flights {
+            let Action::Read { level, to: Buf::Request { req, off }, .. } = f.act else { continue };
+            let Some(Some(r)) = self.reqs.get(req.0 as usize) else { continue };
+            if usize::from(level) != top || self.shape.raw_top() {
+                continue;
+            }
+            let (host, virt) = (f.first / spc, (r.what.offset + off) / 512 / spc);
+            let clusters = (f.first + f.landed.len() as u64).div_ceil(spc) - host;
+            for i in 0..clusters {
+                let (cluster, at) = ((virt + i) as u32, (host + i) as u32);
+                if let Some((_, _, now)) = used.iter().find(|(_, c, p)| *c == cluster && *p != at) {
+                    self.fail(format!("cluster {cluster} goes from {at} to {now} while it is read"));
+                }
+            }
+        }
+    }
 }

@@ -294,7 +294,7 @@ impl World {
     fn accident(&mut self) -> bool {
         let s = &self.settings;
         let control = if self.background.as_ref().is_some_and(|b| b.told.is_none()) { s.control } else { 0 };
-        let give = if s.background > 0 { 80 } else { 0 };
+        let give = if s.background > 0 { 300 } else { 0 };
         let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control, give];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {

@@ -391,6 +391,9 @@ impl World {
         if !changed.is_empty() {
             self.say(|w| format!("  table (slot, cluster, host cluster): {:?}", w.table.used()));
         }
+        if !changed.is_empty() {
+            self.check_reads_in_flight();
+        }
         for slot in changed {
             self.check_slot(slot);
         }
