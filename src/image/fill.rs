@@ -38,10 +38,7 @@ pub fn preallocate(file: &File, name: &Path, progress: &mut dyn FnMut(u64, u64) 
 /// Clusters of the disk without a place.
 fn missing(target: &Target<'_>) -> Vec<VirtCluster> {
     let mut have = target.table.entries.iter().map(|(cluster, _)| *cluster).peekable();
-    let lacks = |cluster: &VirtCluster| match have.next_if_eq(cluster) {
-        Some(_) => false,
-        None => true,
-    };
+    let lacks = |cluster: &VirtCluster| have.next_if_eq(cluster).is_none();
     (0..target.header.clusters()).filter(lacks).collect()
 }
 

@@ -33,9 +33,11 @@ pub struct Live {
     pub mapped: u64,
 }
 
+type Problems = Vec<(Found, Problem)>;
+
 #[derive(Default)]
 struct Collect {
-    found: Vec<(Found, Problem)>,
+    found: Problems,
 }
 
 impl Visitor for Collect {
@@ -51,7 +53,7 @@ pub fn look(path: &Path, dir: Option<&Folder>) -> Result<Live> {
     let shown = path.display();
     let (file, _) = reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {shown}"))?;
     let at_image = |e: crate::error::Error| e.context(format_args!("image {shown}"));
-    let mut stays: Option<Vec<(Found, Problem)>> = None;
+    let mut stays: Option<Problems> = None;
     let mut last = None;
     for n in 0..LOOKS {
         if n > 0 {
@@ -87,7 +89,7 @@ pub fn look(path: &Path, dir: Option<&Folder>) -> Result<Live> {
     }
 }
 
-fn once(file: &File) -> Result<(Live, u64, Vec<(Found, Problem)>)> {
+fn once(file: &File) -> Result<(Live, u64, Problems)> {
     let mut head = [0; header::SIZE];
     let got = read_full(file, &mut head, 0).ctx(Kind::Read, || "cannot read the header")?;
     let header = Header::parse(head.get(..got).unwrap_or_default())?;

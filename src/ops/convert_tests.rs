@@ -111,6 +111,8 @@ fn what_version_1_cannot_express_is_refused_before_anything_is_written() {
     assert_eq!(files(&dd), ["root.hdd"]);
 }
 
+type Act<'a> = &'a dyn Fn(&Path) -> Result<()>;
+
 fn to(version: Version) -> impl Fn(&Path) -> Result<()> {
     move |dd| change_version(dd, version)
 }
@@ -157,7 +159,7 @@ fn crashes_of_conversions() {
 #[test]
 fn crash_tests_find_wrong_orders_and_missing_syncs_of_conversions() {
     let (dir, _dd) = short();
-    let faults: [(&str, &str, &dyn Fn(&Path) -> Result<()>); 4] = [
+    let faults: [(&str, &str, Act); 4] = [
         ("entries before clusters", "preallocated", &preallocated),
         ("old image removed before the commit", "raw", &raw),
         ("backup after the flag", "version 1", &to(Version::V1)),
@@ -171,7 +173,7 @@ fn crash_tests_find_wrong_orders_and_missing_syncs_of_conversions() {
         assert!(found.is_err(), "{fault}: no crash finds it");
     }
     for (thing, name, act) in [
-        (Thing::Name, "version 1", &to(Version::V1) as &dyn Fn(&Path) -> Result<()>),
+        (Thing::Name, "version 1", &to(Version::V1) as Act),
         (Thing::Data, "version 1", &to(Version::V1)),
         (Thing::Data, "raw", &raw),
     ] {

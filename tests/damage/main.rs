@@ -135,7 +135,7 @@ fn every_kind_of_damage_is_found_and_no_repair_makes_it_worse() {
     assert!(FAULTS.len() > 45);
     let (mut runs, mut failed) = (0, 0);
     // A BAT of two clusters; one of one; clusters that are large.
-    for (bs, clusters) in [(64, 9000), (128, 40), (2048, 12)] {
+    for (bs, clusters) in [(64, 9000), (128, 40), (512, 12)] {
         let all =
             ["", "r", "f", "fr", "fc", "fcr", "F", "Fr", "Fc", "d", "dr", "fcd", "Fd", "Fcd", "FcdS", "FcdSr", "S"];
         let few = ["", "fcr", "fc", "fcd", "Fcd"];

@@ -10,9 +10,12 @@ use crate::mutate::Rng;
 /// Copies of clusters that a repair may make; more of them only take long.
 const COPIES: u64 = 16 << 20;
 
-/// Clusters of the disk and where the file has them, by the format's rules alone; and the bytes that copies of clusters which
-/// are used twice would take.
-fn places(bytes: &[u8]) -> Option<(usize, Vec<(u32, usize)>, u64)> {
+/// Bytes of a cluster; clusters of the disk and where the file has them; bytes that copies of clusters which are used twice would
+/// take.
+type Places = (usize, Vec<(u32, usize)>, u64);
+
+/// By the format's rules alone.
+fn places(bytes: &[u8]) -> Option<Places> {
     let word = |at: usize| bytes.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().unwrap_or_default()));
     let v1 = bytes.starts_with(b"WithoutFreeSpace");
     if !v1 && !bytes.starts_with(b"WithouFreSpacExt") {
