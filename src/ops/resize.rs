@@ -18,6 +18,9 @@ use crate::fs::resize;
 use crate::report;
 use crate::sys::{fs_resize, partition};
 
+/// An ext file system that ends so near to the end of its partition fills it.
+const EXT_BLOCK_MAX: u64 = 64 << 10;
+
 /// Gives a disk `sectors`, rounded up to whole clusters. Larger than it is: the image grows first, then the partition table,
 /// its last partition, and the file system on it; a running disk stays in use meanwhile. Smaller: see
 /// [`shrink`](super::shrink::shrink). Each step is durable before the next; the same call finishes what an interrupted one
@@ -115,7 +118,15 @@ fn grow_mounted(device: &Device, source: &Path) -> Result<Option<Option<&'static
     };
     let partition = File::open(source).ctx(Kind::Device, || format!("cannot open {shown}"))?;
     let bytes = partition::size(partition.as_fd()).ctx(Kind::Device, || format!("cannot get the size of {shown}"))?;
-    fs_resize::grow(folder, bytes).map(Some).map_err(|e| {
+    let grown = fs_resize::grow(folder, bytes);
+    // The kernel asks for the capability also where there is nothing to do.
+    let fills = |rest: u64| bytes.saturating_sub(rest) < EXT_BLOCK_MAX;
+    if grown.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EPERM))
+        && resize_balloon::ext_size(source).is_ok_and(fills)
+    {
+        return Ok(Some(Some("ext4")));
+    }
+    grown.map(Some).map_err(|e| {
         let why = match e.raw_os_error() {
             Some(libc::EPERM) => " (for ext4 the kernel wants CAP_SYS_RESOURCE, and a file system without errors)",
             _ => "",

@@ -154,7 +154,7 @@ fn limit(device: &Device, root: &Root, wanted: u64) -> Result<()> {
         ));
     }
     let blocks = wanted / space.block;
-    if take > 0 || blocks <= blocks_of(&node)? {
+    if take > 0 || blocks * space.block <= ext_size(&node)? {
         return Ok(());
     }
     let grown = helper::run("resize2fs", &[node.as_os_str(), blocks.to_string().as_ref()])?;
@@ -164,13 +164,14 @@ fn limit(device: &Device, root: &Root, wanted: u64) -> Result<()> {
     }
 }
 
-/// Blocks of the ext file system on a device, by its superblock.
-fn blocks_of(node: &Path) -> Result<u64> {
+/// Bytes of the ext file system on a device, by its superblock.
+pub(super) fn ext_size(node: &Path) -> Result<u64> {
     let mut sb = [0; 1024];
     let read = File::open(node).and_then(|disk| disk.read_exact_at(&mut sb, 1024));
     read.ctx(Kind::Read, || format!("cannot read the superblock on {}", node.display()))?;
     let word = |at: usize| sb.get(at..at + 4).map_or(0, |b| u64::from(bat::load(b, 0)));
-    Ok(word(0x4) | word(0x150) << 32)
+    let blocks = word(0x4) | word(0x150) << 32;
+    Ok(blocks.saturating_mul(1024 << word(0x18).min(6)))
 }
 
 /// The balloon with which a file system looks as if it had `wanted` bytes.
