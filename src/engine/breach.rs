@@ -98,6 +98,14 @@ pub enum Breach {
     /// A merge that was given up leaves its progress in the shared table; the next worker with the same work goes on
     /// from it.
     KeepProgressOfFailed,
+    /// A cluster counts as written when that begins, not when it has ended.
+    TrackIssued,
+    /// Pages of the BAT are not tracked.
+    TrackNoTable,
+    /// What cluster operations write is not tracked.
+    TrackNoCopies,
+    /// A worker that takes over tracks only what it writes itself.
+    TrackForgotten,
 }
 
 /// All breaches.
@@ -150,6 +158,10 @@ pub const ALL: &[Breach] = &[
     Breach::SwallowCut,
     Breach::TrustTargetAfterKill,
     Breach::KeepProgressOfFailed,
+    Breach::TrackIssued,
+    Breach::TrackNoTable,
+    Breach::TrackNoCopies,
+    Breach::TrackForgotten,
 ];
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::server::give_back::{GaveBack, GiveBackOrder};
 use crate::server::greeting::{self, Greeting};
 use crate::server::remote_error::RemoteError;
 pub use crate::server::roles::Role;
+use crate::server::track::{TrackOrder, TrackReport};
 
 /// What this build knows.
 pub fn own_greeting() -> Greeting {
@@ -286,6 +287,7 @@ pub enum ToWorker {
     /// Give space of the top's file back; answered by `GaveBack`.
     GiveBack(GiveBackOrder),
     CancelGiveBack,
+    Track(TrackOrder),
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
     /// be killed. With the descriptors of the change.
     Retire(ChainSwitch),
@@ -332,6 +334,7 @@ pub enum FromWorker {
         token: u64,
         outcome: GaveBack,
     },
+    Tracked(TrackReport),
     /// An error: the in-use mark stays.
     Closed {
         error: Option<RemoteError>,
@@ -388,6 +391,8 @@ pub enum Command {
     GiveBack(GiveBackOrder),
     /// End that before its time: `Done`, and `GiveBack` is answered with an error. None under way: `Done`.
     CancelGiveBack,
+    /// Track what is written to the top's file until the connection is closed; see [`track`](super::track).
+    Track,
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
     /// Replace worker and supervisor by new processes of the program whose O_PATH descriptor comes with it. Where no
@@ -422,6 +427,7 @@ pub enum Answer {
     Done,
     /// The device goes on in any case.
     GaveBack(GaveBack),
+    Tracked(TrackReport),
     /// The chain is as it was. Untouched: so is the image that was to take everything.
     NotMerged {
         code: i32,

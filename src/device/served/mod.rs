@@ -14,6 +14,7 @@ mod merge;
 mod model;
 mod mount_source;
 mod switch;
+mod track;
 mod unflushed;
 
 use std::fs::{self, File};
@@ -21,7 +22,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
+use crate::device::driver::{Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
@@ -42,7 +43,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     merge_frozen: true,
     set_size: false,
     give_back: true,
-    track: false,
+    track: true,
     freeze: true,
     partitions: true,
     reload: true,
@@ -185,6 +186,10 @@ impl Driver for Served {
 
     fn give_back(&self, device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
         give_back::give_back(device, rates, watch)
+    }
+
+    fn track(&self, device: &Device) -> Result<Box<dyn Tracker>> {
+        track::track(device)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {
