@@ -264,7 +264,7 @@ mod tests {
     use crate::device::driver::Capabilities;
     use crate::device::served;
     use crate::device::state::State;
-    use crate::server::proto::DeviceRecord;
+    use crate::server::proto::{DeviceRecord, own_greeting};
 
     /// Offers nothing.
     struct Bare;
@@ -350,7 +350,9 @@ mod tests {
 
     #[test]
     fn the_served_driver_refuses_what_its_capabilities_lack() {
-        let device = served::device_of(DeviceRecord::default(), State::Running);
+        // Of a server that understands all commands.
+        let record = DeviceRecord { greeting: own_greeting(), ..DeviceRecord::default() };
+        let device = served::device_of(record, State::Running);
         let offered = served::CAPABILITIES;
         let refused = [
             (offered.set_size, set_size(&device, 1)),

@@ -245,7 +245,7 @@ pub enum TrackControl {
 /// Clusters of the top's file that were written.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Tracked {
-    /// So many clusters the file has; of a raw one, its device.
+    /// Up to the last one in use; of a raw file, those of its device.
     pub clusters: u32,
     /// Taken: ascending runs.
     pub dirty: Vec<std::ops::Range<u32>>,

@@ -102,6 +102,8 @@ pub enum Breach {
     TrackIssued,
     /// Pages of the BAT are not tracked.
     TrackNoTable,
+    /// A cluster that reads as zero and is not written before it is in use is not tracked.
+    TrackNoZeroes,
     /// What cluster operations write is not tracked.
     TrackNoCopies,
     /// A worker that takes over tracks only what it writes itself.
@@ -160,6 +162,7 @@ pub const ALL: &[Breach] = &[
     Breach::KeepProgressOfFailed,
     Breach::TrackIssued,
     Breach::TrackNoTable,
+    Breach::TrackNoZeroes,
     Breach::TrackNoCopies,
     Breach::TrackForgotten,
 ];

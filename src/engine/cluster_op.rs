@@ -139,6 +139,7 @@ impl<S: Shared> Engine<S> {
     /// From now on the cluster is in the top, at `host_cluster`.
     fn publish(&mut self, cluster: u32, host_cluster: u32, ready: bool, slot: Option<u32>) {
         self.merge_sees_new(cluster);
+        self.note_named(host_cluster);
         if let Ok(freed) = self.pending.set(cluster, host_cluster, ready, 0, slot) {
             self.map.set_location(cluster, Some((self.top, host_cluster)));
             self.map.mark(cluster, MapEntry::PENDING, true);

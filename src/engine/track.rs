@@ -1,6 +1,7 @@
 //! Tracking: which clusters of the top's file, header and BAT among them, were written since a copier has asked last.
 //!
-//! A bit is set when an operation on the top's file has ended, well or not, before anything follows from that. The copier
+//! A bit is set when an operation on the top's file has ended, well or not, before anything follows from that, and when an
+//! entry comes to name a cluster. Space that is allocated ahead is not copied. The copier
 //! takes a bit, which clears it, and reads the cluster after that: what it read is right, or the bit is set again. So when
 //! nothing is left to be taken, and nothing is in flight, the copy equals the file.
 //!
@@ -94,16 +95,24 @@ impl<S: Shared> Engine<S> {
         Ok(Tracked { clusters, dirty: Vec::new() })
     }
 
-    /// Clusters of the file that an entry names or may soon name without another write.
+    /// Clusters of the file up to the last one in use; those behind it are space allocated ahead.
     fn tracked_end(&self) -> u32 {
         if self.raw_top {
             return self.config.device_bytes.div_ceil(1 << self.config.cluster_shift) as u32;
         }
-        self.space.end().max(self.space.file_end())
+        self.space.end()
     }
 
     pub(super) fn is_tracking(&self) -> bool {
         self.tracking.is_some()
+    }
+
+    /// An entry names a cluster of the file from now on. It reads as zero if nothing has been written to it; the copy may be
+    /// shorter, or have bytes there of a file that was longer once.
+    pub(super) fn note_named(&mut self, host_cluster: u32) {
+        if let Some(tracking) = self.tracking.as_mut().filter(|_| !breaks(Breach::TrackNoZeroes)) {
+            tracking.mark(host_cluster.into()..u64::from(host_cluster) + 1);
+        }
     }
 
     /// An operation has ended: what it has changed, perhaps in part, is to be copied again.
@@ -118,17 +127,12 @@ impl<S: Shared> Engine<S> {
                 let host_cluster = self.cluster_ops.get(cluster).and_then(|c| c.written(self.top));
                 host_cluster.map(|at| self.file_off(at)..self.file_off(at) + (1 << shift))
             }
-            // It reads as zero now; a copy may have bytes there of a file that was longer once.
-            Op::Grow => {
-                let at = self.space.file_end();
-                self.space.growing.map(|n| self.file_off(at)..self.file_off(at.saturating_add(n)))
-            }
             Op::BatWrite { .. } if breaks(Breach::TrackNoTable) => None,
             Op::BatWrite { page } => {
                 let at = u64::from(*page) * BAT_PAGE as u64;
                 Some(at..at + BAT_PAGE as u64)
             }
-            Op::Bat { .. } | Op::Cut { .. } | Op::Background(_) | Op::Sync => None,
+            Op::Grow | Op::Bat { .. } | Op::Cut { .. } | Op::Background(_) | Op::Sync => None,
         };
         if let (Some(bytes), Some(tracking)) = (bytes, &mut self.tracking) {
             tracking.mark(bytes.start >> shift..bytes.end.div_ceil(1 << shift));

@@ -50,7 +50,7 @@ pub struct TrackReport {
     pub begun: bool,
     /// Bytes of a cluster.
     pub cluster: u64,
-    /// Clusters that the file has.
+    /// Clusters of the file up to the last one in use.
     pub clusters: u32,
     /// Clusters that were written: ascending runs, at most [`MOST_RUNS`]. None: there are no more.
     pub written: Vec<Range<u32>>,

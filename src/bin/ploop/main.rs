@@ -167,6 +167,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop resize -s SIZE DISK          make a disk and its file system larger
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact DISK                 give space that is not used inside back
+  ploop copy -s DEVICE ...           send the top image of a device in use; -d: to a file
   ploop copy -d FILE                 receive a copy of an image
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder
