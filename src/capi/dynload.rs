@@ -149,7 +149,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.set_log_level = Some(log::ploop_set_log_level);
     f.set_verbose_level = Some(log::ploop_set_verbose_level);
     f.cancel_operation = Some(log::ploop_cancel_operation);
-    f.send = Some(unavailable::ploop_send);
+    f.send = Some(copies::ploop_send);
     f.receive = Some(copies::ploop_receive);
     f.discard_get_stat = Some(discard::ploop_discard_get_stat);
     f.discard = Some(discard::ploop_discard);
@@ -164,7 +164,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.close_dd = Some(descriptor::ploop_close_dd);
     f.create_temporary_snapshot = Some(snapshots::ploop_create_temporary_snapshot);
     f.is_mounted = Some(devices::ploop_is_mounted);
-    f.copy_send = Some(unavailable::ploop_copy_send);
+    f.copy_send = Some(copies::ploop_copy_send);
     f.copy_receive = Some(copies::ploop_copy_receive);
     f.get_max_size = Some(devices::ploop_get_max_size);
     f.create_dd = Some(unavailable::ploop_create_dd);

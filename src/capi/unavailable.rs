@@ -2,7 +2,7 @@
 //! changes nothing, fails and says so.
 
 use super::boundary;
-use super::types::{ploop_copy_send_param, ploop_create_param, ploop_disk_images_data};
+use super::types::{ploop_create_param, ploop_disk_images_data};
 use crate::bail;
 use std::ffi::{c_char, c_int, c_ulonglong};
 
@@ -35,19 +35,4 @@ pub extern "C" fn ploop_create_dd(ddxml: *const c_char, param: *mut ploop_create
 pub extern "C" fn ploop_set_max_delta_size(di: *mut ploop_disk_images_data, size: c_ulonglong) -> c_int {
     let _ = (di, size);
     refuse("ploop_set_max_delta_size")
-}
-
-/// Sends the top delta of a running device. Not available: SYSEXIT_PARAM.
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_copy_send(arg: *mut ploop_copy_send_param) -> c_int {
-    let _ = arg;
-    refuse("ploop_copy_send")
-}
-
-/// Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM.
-#[deprecated]
-#[unsafe(no_mangle)]
-pub extern "C" fn ploop_send(device: *const c_char, ofd: c_int, flush_cmd: *const c_char, is_pipe: c_int) -> c_int {
-    let _ = (device, ofd, flush_cmd, is_pipe);
-    refuse("ploop_send")
 }

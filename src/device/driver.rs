@@ -92,8 +92,15 @@ pub trait BalloonDiscard {
 
 /// What is written to a device's images during a copy; dropping it ends the tracking.
 pub trait Tracker: Debug {
-    /// The next range of bytes of the top's file that has to be copied again; none: nothing was written since.
-    fn next_dirty(&mut self) -> Result<Option<Range<u64>>>;
+    /// Bytes of a cluster.
+    fn cluster(&self) -> u64;
+
+    /// Bytes of the top's file that were in use when the tracking began.
+    fn end(&self) -> u64;
+
+    /// Of these bytes of the top's file: those that were written since they were last asked for, in whole clusters, the
+    /// first ones if there are many. They have to be read after that. None: nothing was written.
+    fn take(&mut self, bytes: Range<u64>) -> Result<Vec<Range<u64>>>;
 }
 
 /// Makes block devices of image chains and serves them. All methods may be called from any thread of any process.
@@ -237,7 +244,7 @@ pub trait Driver: Sync {
         Err(self.unsupported("giving space of a running device back"))
     }
 
-    /// Begins to track what is written to the images of a running device.
+    /// Begins to track what is written to the top of a running device; until the end of that the top stays the top.
     fn track(&self, _device: &Device) -> Result<Box<dyn Tracker>> {
         Err(self.unsupported("tracking the writes of a running device"))
     }

@@ -364,6 +364,7 @@ mod tests {
 
     #[test]
     fn the_served_driver_refuses_what_its_capabilities_lack() {
+        // Of a server that understands all commands.
         let record = DeviceRecord { greeting: own_greeting(), ..DeviceRecord::default() };
         let device = served::device_of(record, State::Running);
         let offered = served::CAPABILITIES;

@@ -68,6 +68,8 @@ pub enum Event<'a> {
     /// Give space of the top's file back; answered by one [`Action::GaveBack`]. Refused (EBUSY) while other background
     /// work is under way.
     GiveBack(GiveBackConfig),
+    /// Tracks which clusters of the top's file are written; answered by one [`Action::Tracked`], but for the end.
+    Track(TrackControl),
     /// The caller sends no more requests. When all are answered and all changes are durable, the engine emits `Closed`.
     Close,
 }
@@ -125,6 +127,8 @@ pub enum Action {
     /// Answer to [`Event::GiveBack`]. An error: clusters may have been moved, and the file cut, all the same (ECANCELED:
     /// because of `Close` or [`BackgroundControl::Cancel`]).
     GaveBack { result: Result<GivenBack, Errno> },
+    /// Answer to [`Event::Track`]; `begun`: to [`TrackControl::Begin`].
+    Tracked { begun: bool, result: Result<Tracked, Errno> },
     /// Answer to `Close`. An error: a flush failed, the image must stay marked in use.
     Closed { result: Result<(), Errno> },
 }
@@ -219,6 +223,32 @@ pub struct GivenBack {
     /// Bytes of the file before and after.
     pub before: u64,
     pub after: u64,
+}
+
+/// What a copier of the top's file wants. Clusters are those of the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TrackControl {
+    /// From now on; nothing counts as written, or all does: where a worker takes over. Begun again, it starts anew. Refused
+    /// (EBUSY) while background work is under way.
+    Begin {
+        all: bool,
+    },
+    /// What was written of these clusters, in at most so many runs; it does not count as written from now on.
+    Take {
+        from: u32,
+        to: u32,
+        most: u32,
+    },
+    End,
+}
+
+/// Clusters of the top's file that were written.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tracked {
+    /// Up to the last one in use; of a raw file, those of its device.
+    pub clusters: u32,
+    /// Taken: ascending runs.
+    pub dirty: Vec<std::ops::Range<u32>>,
 }
 
 /// The level that a merge writes to.

@@ -98,6 +98,16 @@ pub enum Breach {
     /// A merge that was given up leaves its progress in the shared table; the next worker with the same work goes on
     /// from it.
     KeepProgressOfFailed,
+    /// A cluster counts as written when that begins, not when it has ended.
+    TrackIssued,
+    /// Pages of the BAT are not tracked.
+    TrackNoTable,
+    /// A cluster that reads as zero and is not written before it is in use is not tracked.
+    TrackNoZeroes,
+    /// What cluster operations write is not tracked.
+    TrackNoCopies,
+    /// A worker that takes over tracks only what it writes itself.
+    TrackForgotten,
 }
 
 /// All breaches.
@@ -150,6 +160,11 @@ pub const ALL: &[Breach] = &[
     Breach::SwallowCut,
     Breach::TrustTargetAfterKill,
     Breach::KeepProgressOfFailed,
+    Breach::TrackIssued,
+    Breach::TrackNoTable,
+    Breach::TrackNoZeroes,
+    Breach::TrackNoCopies,
+    Breach::TrackForgotten,
 ];
 
 #[cfg(test)]

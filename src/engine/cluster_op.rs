@@ -66,6 +66,12 @@ pub struct ClusterOp {
 }
 
 impl ClusterOp {
+    /// The host cluster of the top that its step writes to.
+    pub fn written(&self, top: u8) -> Option<u32> {
+        let writes = matches!(self.step, Step::Filling | Step::Writing) && !breaks(Breach::TrackNoCopies);
+        (self.dest == top && writes).then_some(self.host_cluster)
+    }
+
     /// May wait for space in the host file system. A zeroing must not wait, and a merge is given up instead.
     pub fn may_wait(&self) -> bool {
         self.purpose == Purpose::Request && (!self.zero || breaks(Breach::HoldZeroings))
@@ -133,6 +139,7 @@ impl<S: Shared> Engine<S> {
     /// From now on the cluster is in the top, at `host_cluster`.
     fn publish(&mut self, cluster: u32, host_cluster: u32, ready: bool, slot: Option<u32>) {
         self.merge_sees_new(cluster);
+        self.note_named(host_cluster);
         if let Ok(freed) = self.pending.set(cluster, host_cluster, ready, 0, slot) {
             self.map.set_location(cluster, Some((self.top, host_cluster)));
             self.map.mark(cluster, MapEntry::PENDING, true);

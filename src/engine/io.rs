@@ -57,6 +57,12 @@ impl Io {
         self.extent.level
     }
 
+    /// The bytes of the top's file that it writes.
+    pub(super) fn written(&self, top: u8) -> Option<Range<u64>> {
+        let Extent { level, file_off, len, .. } = self.extent;
+        (level == top && self.kind != RequestKind::Read).then(|| file_off..file_off + len)
+    }
+
     pub(super) fn clusters(&self) -> Range<u32> {
         self.extent.first..self.extent.first + self.extent.count
     }

@@ -29,6 +29,7 @@ mod request;
 mod space;
 #[cfg(test)]
 mod tests;
+mod track;
 
 use std::collections::VecDeque;
 
@@ -45,6 +46,7 @@ use map::{Map, MapEntry};
 use pending::PendingUpdates;
 use request::{Fragment, IntMap, Req, Slab};
 use space::Space;
+use track::Tracking;
 
 /// A file operation in flight.
 enum Op {
@@ -102,6 +104,8 @@ pub struct Engine<S: Shared> {
     background: Option<Background>,
     /// Background work has more to do in this step.
     more_background: bool,
+    /// Of a copy that is made of the top's file; none: there is none.
+    tracking: Option<Tracking>,
     stats: Status,
 }
 
@@ -149,6 +153,7 @@ impl<S: Shared> Engine<S> {
             closed: false,
             background,
             more_background: false,
+            tracking: None,
             stats: Status::default(),
             config,
         }
@@ -169,6 +174,7 @@ impl<S: Shared> Engine<S> {
             Event::WaitForSpace(allowed) => self.set_wait_for_space(allowed, out),
             Event::Background(control) => self.control_background(control, out),
             Event::GiveBack(config) => self.begin_give_back(config, out),
+            Event::Track(control) => self.track(control, out),
             Event::Close => self.close(out),
         }
         loop {
@@ -259,6 +265,9 @@ impl<S: Shared> Engine<S> {
     }
 
     fn start(&mut self, op: Op) -> OpId {
+        if breaks(Breach::TrackIssued) {
+            self.note_written(&op);
+        }
         OpId(self.ops.insert(op))
     }
 
@@ -271,7 +280,11 @@ impl<S: Shared> Engine<S> {
         if result == Err(NO_SPACE) && self.defer_for_space(op, out) {
             return;
         }
-        match self.ops.remove(op.0) {
+        let op = self.ops.remove(op.0);
+        if let Some(op) = op.as_ref().filter(|_| !breaks(Breach::TrackIssued)) {
+            self.note_written(op);
+        }
+        match op {
             Some(Op::Io(io)) => self.io_done(io, result, out),
             Some(Op::Cluster { cluster }) => self.step_done(cluster, result, out),
             Some(Op::Grow) => self.grow_done(result, out),

@@ -23,6 +23,8 @@ pub enum Work {
     /// Merging several levels.
     MergeRange,
     Replace,
+    /// Sending a copy of its top.
+    Copy,
     /// Discarding what the file system does not use, in rounds.
     Discard,
     /// A larger balloon.
@@ -58,8 +60,9 @@ fn verdict(work: Work, state: Maintenance) -> Verdict {
         (Work::Inflate | Work::BalloonCheck | Work::BalloonRepair, Balloon) => Go,
         (Work::Deflate, Balloon | Merge | Grow | Track) => Go,
         (Work::BalloonClear | Work::Inflate | Work::Deflate | Work::BalloonCheck | Work::BalloonRepair, _) => Refuse,
-        (Work::Grow, Balloon | Merge) => Go,
-        (Work::Grow, _) => Refuse,
+        (Work::Grow, Balloon | Merge) | (Work::Copy, Balloon) => Go,
+        (Work::Copy, FreeBlocksLoaded | Relocation | Discard) => Complete,
+        (Work::Grow | Work::Copy, _) => Refuse,
         // While a balloon is inflated the chain can change.
         (Work::Umount | Work::Resize | Work::Snapshot | Work::Merge | Work::MergeRange | Work::Replace, Balloon) => Go,
         // The lock on the disk, and the server, order merges themselves.
@@ -152,6 +155,7 @@ mod tests {
             (Work::Merge, "++cc+--c-"),
             (Work::MergeRange, "++--+----"),
             (Work::Replace, "++--+----"),
+            (Work::Copy, "++cc---c-"),
             (Work::Discard, "+------+-"),
             (Work::Inflate, "++-------"),
             (Work::Deflate, "++--+++--"),

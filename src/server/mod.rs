@@ -24,6 +24,7 @@ pub mod shm;
 pub mod spawn;
 pub mod supervisor;
 pub mod sysfs;
+pub mod track;
 pub mod transport;
 pub mod uevents;
 pub mod unflushed;

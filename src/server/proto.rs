@@ -15,6 +15,7 @@ use crate::server::greeting::{self, Greeting};
 pub use crate::server::maintenance::MaintenanceChange;
 use crate::server::remote_error::RemoteError;
 pub use crate::server::roles::Role;
+use crate::server::track::{TrackOrder, TrackReport};
 
 /// What this build knows.
 pub fn own_greeting() -> Greeting {
@@ -299,6 +300,7 @@ pub enum ToWorker {
     /// Give space of the top's file back; answered by `GaveBack`.
     GiveBack(GiveBackOrder),
     CancelGiveBack,
+    Track(TrackOrder),
     /// Answer what was read, flush, let go of the images (the top stays marked in use), answer `Retired`, and wait to
     /// be killed. With the descriptors of the change.
     Retire(ChainSwitch),
@@ -345,6 +347,7 @@ pub enum FromWorker {
         token: u64,
         outcome: GaveBack,
     },
+    Tracked(TrackReport),
     /// An error: the in-use mark stays.
     Closed {
         error: Option<RemoteError>,
@@ -401,6 +404,8 @@ pub enum Command {
     GiveBack(GiveBackOrder),
     /// End that before its time: `Done`, and `GiveBack` is answered with an error. None under way: `Done`.
     CancelGiveBack,
+    /// Track what is written to the top's file until the connection is closed; see [`track`](super::track).
+    Track,
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.
     CancelMerge,
     /// Serve the same chain with a larger top ([`ChainSwitch::grow`]), and give the block device that size. Answers as for
@@ -443,6 +448,7 @@ pub enum Answer {
     Done,
     /// The device goes on in any case.
     GaveBack(GaveBack),
+    Tracked(TrackReport),
     /// The chain is as it was. Untouched: so is the image that was to take everything.
     NotMerged {
         code: i32,

@@ -37,6 +37,7 @@ impl World {
             Action::Overlay { bounce, at, from, len } => self.overlay(bounce, at, from, len),
             Action::BackgroundDone { result } => self.background_done(result),
             Action::GaveBack { result } => self.gave_back(result),
+            Action::Tracked { result, .. } => self.tracked(result),
             Action::Closed { result } => {
                 if !self.closing || self.closed.is_some() {
                     self.fail("Closed without a Close, or twice");
@@ -69,7 +70,7 @@ impl World {
         (u64::from(off) / SECTOR) as usize..(end / SECTOR) as usize
     }
 
-    /// Memory that an operation in flight reads or fills must not be touched by another.
+    /// Memory that an operation in flight uses is not touched by another.
     fn not_in_flight(&self, buf: Buf, len: u64) {
         for f in &self.flights {
             let (theirs, their_len, _) = match f.act {

@@ -52,6 +52,10 @@ pub fn level_of(act: &Action, top: usize) -> usize {
 impl World {
     /// The work of this session, its target made ready as the worker does it; `None`: there is none.
     pub fn begin_background(&mut self, takeover: bool) -> Option<BackgroundConfig> {
+        if takeover && self.copier.is_some() {
+            self.background = None;
+            return None;
+        }
         // A successor does not know of space being given back.
         let before = self.background.take().filter(|s| takeover && s.kind != Kind::GiveBack);
         if let Some(session) = before {

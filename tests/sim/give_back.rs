@@ -14,7 +14,8 @@ impl World {
         if !works || !allowed {
             return;
         }
-        let free = self.background.as_ref().is_none_or(|s| s.kind == Kind::GiveBack && s.told.is_some());
+        let free = self.copier.is_none()
+            && self.background.as_ref().is_none_or(|s| s.kind == Kind::GiveBack && s.told.is_some());
         let config =
             GiveBackConfig { per_tick: self.rng.pick(&[0, 0, 1, 3]), per_busy_tick: self.rng.pick(&[0, 0, 2]) };
         self.say(|_| format!("{config:?}"));

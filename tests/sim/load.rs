@@ -295,7 +295,8 @@ impl World {
         let s = &self.settings;
         let control = if self.background.as_ref().is_some_and(|b| b.told.is_none()) { s.control } else { 0 };
         let give = if s.background > 0 { 300 } else { 0 };
-        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control, give];
+        let copy = if self.copier.is_some() { 4000 } else { s.copy };
+        let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control, give, copy];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {
             if at < u64::from(*rate) {
@@ -317,6 +318,7 @@ impl World {
                     4 => self.quiet = true,
                     6 if self.engine.is_some() => self.control_background(),
                     7 if self.engine.is_some() => self.begin_give_back(),
+                    8 if self.engine.is_some() => self.copy_some(),
                     5 if self.engine.is_some() => {
                         self.wait_for_space = !self.wait_for_space;
                         self.say(|w| format!("WaitForSpace({})", w.wait_for_space));
@@ -412,6 +414,10 @@ impl World {
             ));
         } else if !self.closing {
             self.check_idle();
+            self.finish_copy();
+            if self.engine.is_none() {
+                return;
+            }
             if self.check_background_ends() {
                 self.idle_ticks = 0;
                 return;

@@ -12,6 +12,7 @@ mod act;
 mod background;
 mod broken;
 mod checks;
+mod copier;
 mod cover;
 mod disk;
 #[allow(dead_code)] // part of the library, compiled here with its breaches
@@ -188,7 +189,7 @@ fn the_engine_passes() {
     println!("{}", cover.table());
     // Fifty seeds need not meet everything.
     if seeds() >= 200 && asked().is_none() {
-        let missing = cover.missing(&[cover::WANTED, background::WANTED].concat());
+        let missing = cover.missing(&[cover::WANTED, background::WANTED, copier::WANTED].concat());
         assert!(missing.is_empty(), "never happened: {missing:?}");
     }
 }

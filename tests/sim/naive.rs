@@ -447,7 +447,7 @@ impl Machine for Naive {
                 self.age += u32::from(!self.slots.is_empty() && !self.failed);
             }
             // Never sent to this one: it holds writes for ever, and does no background work.
-            Event::WaitForSpace(_) | Event::Background(_) | Event::GiveBack(_) => {}
+            Event::WaitForSpace(_) | Event::Background(_) | Event::GiveBack(_) | Event::Track(_) => {}
             Event::Close => self.closing = true,
         }
         self.pump(out);

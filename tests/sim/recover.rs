@@ -436,5 +436,9 @@ impl World {
             self.now += 1;
             self.act(action);
         }
+        match takeover && !failed {
+            true => self.take_copy_over(),
+            false => self.copier = None,
+        }
     }
 }

@@ -7,6 +7,7 @@ use crate::engine::api::*;
 
 use crate::background::Session;
 use crate::broken::Break;
+use crate::copier::Copier;
 use crate::cover::Cover;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::{Chain, Shape};
@@ -59,6 +60,8 @@ pub struct Settings {
     pub power: u32,
     pub close: u32,
     pub no_space: u32,
+    /// Per 100,000 events: a copy begins.
+    pub copy: u32,
     /// In permille of the sessions.
     pub background: u32,
     /// Per 100,000 events.
@@ -105,6 +108,7 @@ impl Settings {
             shares: rng.coin(),
             metadata_full: apart.pick(&[0, 400, 1000]),
             quota: apart.below(3) == 0,
+            copy: apart.pick(&[0, 0, 200, 600]),
         }
     }
 }
@@ -151,6 +155,8 @@ pub struct World {
     pub origin: (Shape, Chain),
     /// The background work of this session.
     pub background: Option<Session>,
+    /// A copy of the top's file that is being made.
+    pub copier: Option<Copier>,
     /// Giving space back is to be refused.
     pub refused_next: bool,
     /// Of each lower level: which cluster lives at a host cluster.
@@ -237,6 +243,7 @@ impl World {
             now: 1,
             origin: (shape.clone(), chain.clone()),
             background: None,
+            copier: None,
             refused_next: false,
             chain,
             lower_owner,

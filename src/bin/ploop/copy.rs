@@ -6,46 +6,56 @@ use std::path::Path;
 use ploop::ops::copy;
 
 use crate::getopt::Parsed;
-use crate::{Command, Fail, later, misuse, values};
+use crate::{Command, Fail, misuse, values};
 
 pub const COMMAND: Command = Command {
     name: "copy",
     short: "s:d:F:o:i:f:",
     long: &[],
     usage: "\
-Usage: ploop copy -d FILE [-i FD] [-f FD]
+Usage: ploop copy -s DEVICE [-F COMMAND] {-d FILE | [-o FD] [-f FD]}
+       ploop copy -d FILE [-i FD] [-f FD]
 
-Receives a copy of an image, as `ploop copy -s` of versions 1.12 to 1.15 sends it, into the new file FILE. It grows as
-FILE.receiving, and is FILE when all of it has come and is durable. If the stream ends too early nothing remains.
+Copies the top image of a device while it is in use, to another file or machine; versions 1.12 to 1.15 at the other end will
+do. What is written meanwhile is sent again, until little is left; then COMMAND stops what writes, the file systems are
+frozen for a moment, and the rest follows. The device goes on. Deltas below the top do not change: copy them before.
 
-  -d FILE    the file to make; it must not exist
+  -s DEVICE  send the top image of this device
+  -F COMMAND for the shell; it ends what writes to the device. If it fails so does the copy (12). Its output goes to standard
+             error if the copy goes to standard output
+  -d FILE    the file to make, which must not exist. It grows as FILE.receiving, and is FILE when all of it has come and is
+             durable. If the copy ends too early nothing remains
+  -o FD      the descriptor that the copy goes to, a pipe or socket (standard output)
   -i FD      the descriptor that the copy comes from, a pipe or socket (standard input)
-  -f FD      the descriptor for answers to the sender, a pipe or socket (none)
+  -f FD      the descriptor for the receiver's answers, a pipe or socket (none)
 
-For example, on the machine that receives:
-  socat TCP-LISTEN:4455 EXEC:'ploop copy -d /vz/1/root.hds'
+For example, on the machine that receives, and on the one that sends:
+  socat TCP-LISTEN:4455 EXEC:'ploop copy -d /vz/1/root.hds -f 1'
+  socat TCP:HOST:4455 EXEC:'ploop copy -s /dev/ploop0 -f 0'
 ",
     run,
 };
 
 fn run(parsed: Parsed) -> Result<(), Fail> {
-    let (mut file, mut input, mut feedback, mut sends) = (None, 0, None, false);
+    let (mut file, mut input, mut output, mut feedback) = (None, 0, 1, None);
+    let (mut device, mut stop) = (None, None);
     for (option, value) in &parsed.options {
         match option {
             'd' => file = Some(value),
             'i' => input = descriptor(value)?,
             'f' => feedback = Some(descriptor(value)?),
-            's' => sends = true,
-            // Of the sender.
-            'F' | 'o' => {}
+            's' => device = Some(value),
+            'F' => stop = Some(value.as_os_str()),
+            'o' => output = descriptor(value)?,
             _ => return misuse(),
         }
     }
-    if sends {
-        return Err(Fail::Status(later::not_yet("copy -s")));
+    match (device, file) {
+        (Some(device), Some(file)) => drop(copy::send_to_file(Path::new(device), Path::new(file), stop)?),
+        (Some(device), None) => drop(copy::send_by_number(Path::new(device), output, stop, feedback)?),
+        (None, Some(file)) => drop(copy::receive_by_number(Path::new(file), input, feedback)?),
+        (None, None) => return misuse(),
     }
-    let Some(file) = file else { return misuse() };
-    copy::receive_by_number(Path::new(file), input, feedback)?;
     Ok(())
 }
 

@@ -172,6 +172,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop grow -s SIZE DISK            make a disk larger; its file system stays as it is
   ploop compact { DISK | DEVICE }    give space that is not used inside back
   ploop balloon show|change|... DISK  take space from a mounted disk, and give it back
+  ploop copy -s DEVICE ...           send the top image of a device in use; -d: to a file
   ploop copy -d FILE                 receive a copy of an image
   ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew

@@ -23,10 +23,8 @@ pub(super) fn list_of(wanted: &dyn Fn(&Device) -> bool) -> Result<Vec<Device>> {
     for name in runtime::names()? {
         let Some(record) = record(&name)? else { continue };
         let recorded = State::from_word(&record.state);
-        let mut device = device_of(record, recorded);
-        if wanted(&device) {
-            (device.state, device.merging) = state(super::record(&device));
-            found.push(device);
+        if wanted(&device_of(record.clone(), recorded)) {
+            found.push(with_state(record));
         }
     }
     Ok(found)
@@ -43,8 +41,9 @@ pub(super) fn is_dead(name: &str) -> bool {
 }
 
 fn with_state(record: DeviceRecord) -> Device {
-    let (state, merging) = state(&record);
-    Device { merging, ..device_of(record, state) }
+    let Doing { state, merging, maintenance } = doing(&record);
+    let maintenance = maintenance.unwrap_or_else(|| record.maintenance.clone());
+    Device { merging, ..device_of(DeviceRecord { maintenance, ..record }, state) }
 }
 
 /// The record of the device of this name; `None`: there is no such device. A folder without a sound record gives one that
@@ -71,30 +70,44 @@ fn lives(record: &DeviceRecord) -> bool {
             || control::has_listener(&runtime::device_dir(&record.name)))
 }
 
-/// What the device is doing, and how far a merge of its levels is.
-fn state(record: &DeviceRecord) -> (State, Option<(u64, u64)>) {
+/// What a device is doing.
+struct Doing {
+    state: State,
+    /// How far a merge of its levels is.
+    merging: Option<(u64, u64)>,
+    /// Its maintenance state, where the supervisor tells it.
+    maintenance: Option<String>,
+}
+
+impl From<State> for Doing {
+    fn from(state: State) -> Doing {
+        Doing { state, merging: None, maintenance: None }
+    }
+}
+
+fn doing(record: &DeviceRecord) -> Doing {
     if !lives(record) {
-        return (State::Dead, None);
+        return State::Dead.into();
     }
     match State::from_word(&record.state) {
-        State::Running if !runtime::backing_is_ours(record) => (State::Stopped, None),
+        State::Running if !runtime::backing_is_ours(record) => State::Stopped.into(),
         State::Running => match control::ask(&runtime::device_dir(&record.name), &Command::Info, INFO) {
-            Ok((Answer::Info { failed, stalled, no_space, merging, .. }, _)) => {
+            Ok((Answer::Info { failed, stalled, no_space, merging, record, .. }, _)) => {
                 let state = match (failed, stalled, no_space) {
                     (true, ..) => State::Failed,
                     (_, Some(_), _) => State::Stalled,
                     (_, _, true) => State::NoSpace,
                     _ => State::Running,
                 };
-                (state, merging)
+                Doing { state, merging, maintenance: Some(record.maintenance) }
             }
             Err(e) if e.errno() == Some(libc::ETIMEDOUT) && runtime::stands_still(record.supervisor) => {
-                (State::Stalled, None)
+                State::Stalled.into()
             }
             // The supervisor may have been killed just now; the device works without one.
-            _ => (State::Running, None),
+            _ => State::Running.into(),
         },
-        other => (other, None),
+        other => other.into(),
     }
 }
 

@@ -16,6 +16,7 @@ mod model;
 mod mount_source;
 mod size;
 mod switch;
+mod track;
 mod unflushed;
 
 use std::fs::{self, File};
@@ -23,7 +24,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
-use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Unmerged, Watch};
+use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
@@ -45,7 +46,7 @@ pub(super) const CAPABILITIES: Capabilities = Capabilities {
     merge_frozen: true,
     set_size: true,
     give_back: true,
-    track: false,
+    track: true,
     freeze: true,
     partitions: true,
     reload: true,
@@ -192,6 +193,10 @@ impl Driver for Served {
 
     fn set_size(&self, device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
         size::set_size(device, sectors, commit)
+    }
+
+    fn track(&self, device: &Device) -> Result<Box<dyn Tracker>> {
+        track::track(device)
     }
 
     fn freeze(&self, device: &Device, files: Vec<File>) -> Result<Box<dyn Freeze>> {

@@ -95,6 +95,7 @@ impl<S: Shared> Engine<S> {
         let refusal = match &self.background {
             _ if self.raw_top || !self.config.writable || self.closing => Some(INVALID),
             _ if self.cycle.failed => Some(IO),
+            _ if self.is_tracking() => Some(BUSY),
             Some(b) if !matches!(b.work, Work::GiveBack(_)) || b.is_running() => Some(BUSY),
             _ => None,
         };

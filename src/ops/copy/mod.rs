@@ -2,8 +2,13 @@
 //! speak it.
 
 pub mod receive;
+pub mod send;
+#[cfg(test)]
+mod send_tests;
+pub mod sink;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
 pub use receive::{Received, receive, receive_by_number};
+pub use send::{Sent, send_by_number, send_to_file};

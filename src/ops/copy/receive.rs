@@ -65,25 +65,21 @@ pub fn receive(file: &Path, input: BorrowedFd, feedback: Option<BorrowedFd>) -> 
             bail!(Param, "the descriptor that {what} is no pipe and no socket");
         }
     }
-    let place = Place::named(file).ctx(Kind::Creat, || format!("cannot make {}", file.display()))?;
-    if place.id().ctx(Kind::Creat, || format!("cannot look at {}", place.display()))?.is_some() {
-        bail!(Creat, "{} exists; remove it, or receive into another file", place.display());
-    }
-    let mut image = NewImage::make(place)?;
+    let mut image = NewImage::named(file)?;
     let received = image.fill(input, feedback)?;
     image.publish()?;
     operation.end(true);
     Ok(received)
 }
 
-fn is_channel(fd: BorrowedFd) -> bool {
+pub(super) fn is_channel(fd: BorrowedFd) -> bool {
     let channel =
         |mode: u32| [SFlag::S_IFIFO, SFlag::S_IFSOCK].iter().any(|kind| mode & SFlag::S_IFMT.bits() == kind.bits());
     fstat(fd).is_ok_and(|stat| channel(stat.st_mode))
 }
 
-/// The image that is being received; removed unless it is published.
-struct NewImage {
+/// An image that is being copied; removed unless it is published.
+pub(super) struct NewImage {
     place: Place,
     /// Where it is until then.
     unfinished: Place,
@@ -94,6 +90,15 @@ struct NewImage {
 }
 
 impl NewImage {
+    /// For the new file `file`; it exists: `Creat`.
+    pub fn named(file: &Path) -> Result<NewImage> {
+        let place = Place::named(file).ctx(Kind::Creat, || format!("cannot make {}", file.display()))?;
+        if place.id().ctx(Kind::Creat, || format!("cannot look at {}", place.display()))?.is_some() {
+            bail!(Creat, "{} exists; remove it, or copy into another file", place.display());
+        }
+        NewImage::make(place)
+    }
+
     fn make(place: Place) -> Result<NewImage> {
         let unfinished = place.suffixed(SUFFIX);
         for _ in 0..2 {
@@ -136,7 +141,7 @@ impl NewImage {
         }
     }
 
-    fn write(&mut self, data: &[u8], offset: u64) -> Result<()> {
+    pub fn write(&mut self, data: &[u8], offset: u64) -> Result<()> {
         store::write_all(&self.file, data, offset)
             .ctx(Kind::Write, || format!("cannot write {} at {offset}", self.unfinished.display()))?;
         self.unwritten += data.len() as u64;
@@ -156,12 +161,12 @@ impl NewImage {
         told.ctx(Kind::Write, || "cannot answer the sender's command to sync")
     }
 
-    fn sync(&self) -> Result<()> {
+    pub fn sync(&self) -> Result<()> {
         store::sync_data(&self.file).ctx(Kind::Write, || format!("cannot sync {}", self.unfinished.display()))
     }
 
     /// It is whole: makes it durable, then gives it its name.
-    fn publish(&mut self) -> Result<()> {
+    pub fn publish(&mut self) -> Result<()> {
         self.sync()?;
         match store::rename_new(&self.unfinished, &self.place) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {

@@ -1,7 +1,7 @@
 //! What is done to a disk while it runs. Its server changes the chain ([`device::switch`]); here the steps before and after
 //! that are put in order.
 
-mod freeze;
+pub(super) mod freeze;
 mod grow;
 mod merge;
 mod replace;

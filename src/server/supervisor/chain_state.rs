@@ -30,6 +30,8 @@ pub enum ChangeRequest {
     MergeTop(ChainSwitch, SwitchFds),
     /// Frozen levels merged into the lowest of them, then the chain without the others.
     MergeFrozen(MergeOrder, SwitchFds),
+    /// A client copies the top: no change any more until it has ended.
+    Track,
     /// The worker has merged it.
     MergeComplete,
     /// A merge has ended before its time, or is to.

@@ -64,7 +64,11 @@ impl Supervisor {
     pub(super) fn change(&mut self, change: PendingChange) {
         let PendingChange { request, client } = change;
         let answer = |answer: &Answer| client.iter().for_each(|c| control::answer(c, answer));
+        if let Some(refusal) = self.refuse_while_copied(&request) {
+            return answer(&refusal);
+        }
         match request {
+            ChangeRequest::Track => self.begin_tracking(client),
             ChangeRequest::Switch(switch, fds) => self.switch(switch, fds, client),
             ChangeRequest::Grow(switch, fds) => self.grow(&switch, fds, client),
             ChangeRequest::MergeTop(switch, fds) => self.begin_merge(switch, None, fds, client),

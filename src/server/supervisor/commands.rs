@@ -11,7 +11,7 @@ use crate::server::descriptors::{Descriptors, SwitchFds};
 use crate::server::greeting::Greeting;
 use crate::server::helper::Helper;
 use crate::server::jobs::Job;
-use crate::server::proto::{Answer, Command, ToWorker, own_greeting};
+use crate::server::proto::{Answer, Command, DeviceRecord, ToWorker, own_greeting};
 use crate::server::shm::Shm;
 use crate::server::supervisor::Supervisor;
 use crate::server::supervisor::chain_state::ChangeRequest;
@@ -33,7 +33,8 @@ impl Supervisor {
                 let progress = (status.background_seen.min(total), total);
                 let merging = self.chain.merge().map(|_| progress);
                 let giving_back = self.giving_back.map(|_| progress);
-                let record = self.record.clone();
+                // With what the device is in now, which the stored record does not tell of merges and copies.
+                let record = DeviceRecord { maintenance: self.maintenance().word().to_owned(), ..self.record.clone() };
                 let stalled = self.slot.stalled().map(|time| time.as_secs());
                 let answer = Answer::Info { record, no_space: status.no_space, failed, merging, giving_back, stalled };
                 control::answer(&client, &answer);
@@ -70,6 +71,7 @@ impl Supervisor {
             }
             Command::CancelMerge => self.cancel_merge(client),
             Command::GiveBack(order) if self.can_change() => self.begin_give_back(order, client),
+            Command::Track if self.can_change() => self.chain.request(ChangeRequest::Track, Some(client)),
             Command::CancelGiveBack => self.cancel_give_back(client),
             Command::Reload { token } if self.can_change() => {
                 let program = fds.into_iter().next();

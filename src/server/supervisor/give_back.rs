@@ -21,7 +21,7 @@ impl Supervisor {
             let text = format!("{name}: levels of it are being merged; wait for the end of that, or cancel it");
             Some(Error::new(Kind::Busy, text))
         } else {
-            None
+            self.copied()
         };
         if let Some(e) = refused {
             return control::answer(&client, &control::refusal(&e));

@@ -12,10 +12,11 @@ use crate::server::proto::Answer;
 use crate::server::supervisor::Supervisor;
 
 impl Supervisor {
-    /// What the device is in now. A merge is known from the chain.
-    fn maintenance(&self) -> Maintenance {
+    /// What the device is in now. A merge is known from the chain, a copy from its client.
+    pub(super) fn maintenance(&self) -> Maintenance {
         match Maintenance::from_word(&self.record.maintenance) {
             Maintenance::Off if self.chain.merge().is_some() => Maintenance::Merge,
+            Maintenance::Off if self.tracking.is_some() => Maintenance::Track,
             state => state,
         }
     }

@@ -150,6 +150,6 @@ impl Supervisor {
     }
 }
 
-fn not_merged(why: &Error, untouched: bool) -> Answer {
+pub(super) fn not_merged(why: &Error, untouched: bool) -> Answer {
     Answer::NotMerged { code: why.code(), message: why.to_string(), untouched }
 }

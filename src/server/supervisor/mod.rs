@@ -20,6 +20,7 @@ mod merge;
 mod names;
 mod registration;
 pub mod resume;
+mod track;
 mod worker_slot;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -44,6 +45,7 @@ use crate::server::supervisor::chain_state::ChainState;
 use crate::server::supervisor::clients::{Awaited, Clients};
 use crate::server::supervisor::last_mount::LastMount;
 use crate::server::supervisor::names::{Followed, Names};
+use crate::server::supervisor::track::Tracking;
 use crate::server::supervisor::worker_slot::{Exit, WorkerSlot};
 use crate::server::transport::Binding;
 use crate::server::{frame, runtime};
@@ -61,6 +63,7 @@ enum Source {
     Signals,
     Events,
     Client(usize),
+    Tracker,
     Scan,
 }
 
@@ -82,6 +85,8 @@ pub struct Supervisor {
     flush_sent: bool,
     /// Space that no worker has given back yet.
     giving_back: Option<GiveBackOrder>,
+    /// The client that copies the top.
+    tracking: Option<Tracking>,
     /// No worker can serve the device: why.
     failed: Option<String>,
     /// Another process has detached the block device.
@@ -125,6 +130,7 @@ impl Supervisor {
             look_due: host::now(),
             flush_sent: false,
             giving_back: None,
+            tracking: None,
             failed: None,
             lost: false,
             last_mount,
@@ -181,6 +187,7 @@ impl Supervisor {
         for (i, client) in self.clients.connections().enumerate() {
             watch(Source::Client(i), Some(client));
         }
+        watch(Source::Tracker, self.tracking.as_ref().map(Tracking::connection));
         watch(Source::Events, self.names.events());
         watch(Source::Signals, self.signals.as_ref().map(AsFd::as_fd));
         watch(Source::Scan, self.names.scan());
@@ -205,6 +212,7 @@ impl Supervisor {
                 Source::Events => self.names.on_events(&self.record.backing),
                 Source::Signals => self.on_signals(),
                 Source::Scan => self.end_scan(),
+                Source::Tracker => self.on_tracker(),
                 Source::WorkerExit | Source::Listener => {}
             }
         }
@@ -365,6 +373,7 @@ impl Supervisor {
                         self.flush();
                     }
                     self.repeat_give_back();
+                    self.repeat_tracking();
                 }
                 FromWorker::Journal => self.slot.take_journal(),
                 FromWorker::Failed { code, message } => worker.refused = Some(RemoteError { code, message }),
@@ -374,6 +383,7 @@ impl Supervisor {
                     self.on_merge_outcome();
                 }
                 FromWorker::GaveBack { token, outcome } => self.on_gave_back(token, outcome),
+                FromWorker::Tracked(report) => self.on_tracked(report),
                 FromWorker::Prepared => worker.prepared = true,
                 // `Worker::receive` has handled it.
                 FromWorker::Unsupported { .. } => {}
@@ -411,6 +421,7 @@ impl Supervisor {
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
         self.giving_back = None;
+        self.refuse_tracking(&reply);
         for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge, Awaited::GiveBack] {
             self.clients.answer(awaited, &reply);
         }

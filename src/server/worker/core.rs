@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use crate::chain::LevelFile;
 use crate::engine::Engine;
 use crate::engine::api::{Action, BAT_PAGE, BackgroundControl, Buf, Errno, Event, GiveBackConfig, GivenBack};
-use crate::engine::api::{OpId, ReqId, Request, Status};
+use crate::engine::api::{OpId, ReqId, Request, Status, TrackControl, Tracked};
 use crate::server::remote_error::RemoteError;
 use crate::server::shm::{RequestKey, Shm};
 use crate::server::transport::{Geometry, KernelRequest, Queue, Reply};
@@ -37,12 +37,14 @@ pub const BACKGROUND_THREAD: usize = THREADS + 3;
 pub const OWN_FLUSH: ReqId = ReqId(REQUESTS as u32);
 
 /// What other threads report to the main thread.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Notice {
     Flushed(Result<(), Errno>),
     /// See `Action::BackgroundDone`.
     Merged(Result<(), Errno>),
     GaveBack(Result<GivenBack, Errno>),
+    /// See `Action::Tracked`.
+    Tracked(bool, Result<Tracked, Errno>),
     Closed(Result<(), Errno>),
     /// An I/O thread reads no more requests; those that it had read are known to the engine.
     Quiet,
@@ -102,6 +104,7 @@ pub enum Pending {
     Tick,
     HoldForSpace(bool),
     GiveBack(GiveBackConfig),
+    Track(TrackControl),
     Background(BackgroundControl),
     Close,
 }
@@ -303,6 +306,7 @@ impl Core {
                 Pending::Tick => engine.step(Event::Tick, actions),
                 Pending::HoldForSpace(hold) => engine.step(Event::WaitForSpace(hold), actions),
                 Pending::GiveBack(config) => engine.step(Event::GiveBack(config), actions),
+                Pending::Track(control) => engine.step(Event::Track(control), actions),
                 Pending::Background(control) => engine.step(Event::Background(control), actions),
                 Pending::Close => engine.step(Event::Close, actions),
             }
@@ -360,6 +364,7 @@ impl Core {
                 }
                 Action::BackgroundDone { result } => self.notices.push(Notice::Merged(result)),
                 Action::GaveBack { result } => self.notices.push(Notice::GaveBack(result)),
+                Action::Tracked { begun, result } => self.notices.push(Notice::Tracked(begun, result)),
                 Action::Closed { result } => self.notices.push(Notice::Closed(result)),
             }
         }

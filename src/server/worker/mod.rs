@@ -29,6 +29,7 @@ mod simulated;
 mod supervisor_link;
 mod supervisor_restart;
 mod top_sync;
+mod track;
 
 use std::process::abort;
 use std::sync::mpsc::sync_channel;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::bail;
-use crate::engine::api::{Errno, Request, RequestKind, Status};
+use crate::engine::api::{Errno, Request, RequestKind, Status, TrackControl};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::descriptors::SwitchFds;
 use crate::server::greeting::{self, Incoming};
@@ -23,7 +23,7 @@ use super::init::Inherited;
 use super::queue::Inbox;
 use super::request_journal::RequestJournal;
 use super::supervisor_restart::{SEND_LIMIT, has_successor, start_supervisor, try_top_lock};
-use super::{linger, locked};
+use super::{linger, locked, track};
 
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks without a request after which the device gives the buffers back that it got under load.
@@ -208,6 +208,7 @@ impl SupervisorLink {
                     Notice::Flushed(result) => self.flushed(core, result),
                     Notice::Merged(result) => self.merged(core, result),
                     Notice::GaveBack(result) => tell(&self.socket, self.giving.done(core, result)),
+                    Notice::Tracked(begun, result) => tell(&self.socket, track::report(core, begun, result)),
                     Notice::Finished => self.finished(core),
                     Notice::Quiet => {
                         if let Some(retiring) = &mut self.retiring {
@@ -385,10 +386,12 @@ impl SupervisorLink {
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::GiveBack(order), _))) => tell(&self.socket, self.giving.begin(core, order)),
             Ok(Some((ToWorker::CancelGiveBack, _))) => self.giving.cancel(core),
+            Ok(Some((ToWorker::Track(order), _))) => core.submit_event(MAIN_THREAD, Pending::Track(order.control())),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
             Ok(None) => {
                 core.log.line("the supervisor has ended".into());
+                core.submit_event(MAIN_THREAD, Pending::Track(TrackControl::End));
                 if host::since(self.since) >= STABLE_AFTER {
                     self.pause = FIRST_PAUSE;
                     self.next_try = host::now();
