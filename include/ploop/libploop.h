@@ -348,6 +348,19 @@ struct ploop_resize_param {
     char dummy[32];
 };
 
+/* How to send a copy of a running disk. */
+struct ploop_copy_send_param {
+    const char *device;
+    /* Regular file, pipe or socket. */
+    int ofd;
+    /* Command run before the last pass, or NULL. */
+    const char *flush_cmd;
+    /* Descriptor of the receiver's answers; negative: none (0 is a descriptor). */
+    int feedback_fd;
+    /* Reserved, keep 0. */
+    char dummy[32];
+};
+
 /* How to receive a copy. */
 struct ploop_copy_receive_param {
     /* File to make; must not exist. */
@@ -386,19 +399,6 @@ struct ploop_discard_stat {
     off_t image_size;
     /* Size of the balloon. */
     off_t balloon_size;
-};
-
-/* How to send a copy of a running disk. */
-struct ploop_copy_send_param {
-    const char *device;
-    /* Regular file, pipe or socket. */
-    int ofd;
-    /* Command run before the last pass, or NULL. */
-    const char *flush_cmd;
-    /* Descriptor of the receiver's answers; negative: none (0 is a descriptor). */
-    int feedback_fd;
-    /* Reserved, keep 0. */
-    char dummy[32];
 };
 
 /* Not used by any function. */
@@ -620,6 +620,20 @@ void ploop_cancel_operation(void);
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 
 /*
+ * Sends the top delta of the running device arg->device to arg->ofd: a pipe or socket for ploop_copy_receive() of this library
+ * or of versions 1.12 to 1.15, or a regular file, which is written in place and synced. arg->flush_cmd, for the shell, ends what
+ * writes; then the file systems of the device are frozen for a moment. Nothing need be mounted. Something else than a pipe,
+ * socket or file, or arg->feedback_fd no pipe or socket: SYSEXIT_PARAM; no device: SYSEXIT_DEVICE; levels of it are merged, it is
+ * compacted or copied already: SYSEXIT_EBUSY; the command fails: SYSEXIT_SYS; the receiver cannot sync: SYSEXIT_FSYNC, does not
+ * answer: SYSEXIT_PROTOCOL. With ofd 1 messages below errors are not printed from then on, with 2 none are. A receiver that ends
+ * sends the caller SIGPIPE.
+ */
+int ploop_copy_send(struct ploop_copy_send_param *arg);
+
+/* Old form of ploop_copy_send(), without answers; is_pipe is ignored. */
+PLOOP_DEPRECATED int ploop_send(const char *device, int ofd, const char *flush_cmd, int is_pipe);
+
+/*
  * Receives into the new file arg->file what ploop_copy_send() of this library or of versions 1.12 to 1.15 sends to
  * arg->ifd. The file appears when all of it has come and is durable. It exists: SYSEXIT_CREAT; a descriptor that is no pipe
  * or socket: SYSEXIT_PARAM; the stream ends too early: SYSEXIT_READ; it is none: SYSEXIT_PROTOCOL. With feedback_fd 1 messages
@@ -650,12 +664,6 @@ int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long lo
 
 /* Converts an image to another enum ploop_image_mode. flags: keep 0. Not available: SYSEXIT_PARAM. */
 int ploop_convert_image(struct ploop_disk_images_data *di, int mode, int flags);
-
-/* Sends the top delta of a running device. Not available: SYSEXIT_PARAM. */
-int ploop_copy_send(struct ploop_copy_send_param *arg);
-
-/* Old form of ploop_copy_send(); is_pipe is ignored. Not available: SYSEXIT_PARAM. */
-PLOOP_DEPRECATED int ploop_send(const char *device, int ofd, const char *flush_cmd, int is_pipe);
 
 #ifdef __cplusplus
 } /* extern "C" */
