@@ -13,7 +13,7 @@ import devlib  # noqa: E402
 from devlib import check, log, ploop, run  # noqa: E402
 
 MIB = 1 << 20
-SIZE, ROUNDS, KILLS = devlib.pick(("128m", 2, 6), ("1g", 8, 60))
+SIZE, ROUNDS, KILLS = devlib.pick(("128m", 3, 6), ("1g", 8, 60))
 
 # Writes until the file STOP is there, then makes STOPPED. What it has written it reads again.
 LOAD = """
@@ -121,7 +121,7 @@ def case_under_load(t):
     log(devlib.replay(t, seed))
     rng = random.Random(seed)
     devlib.fill_tree(mnt, 3, 30 * MIB, sizes=(70000, 3000000))
-    forms = ["pipe to 1.15", "file", "socket", "pipe"]
+    forms = ["pipe to 1.15", "file", "socket", "file", "pipe"]
     for i in range(ROUNDS):
         form = forms[i % len(forms)]
         load = Load(t, mnt, seed * 100 + i)
@@ -195,6 +195,20 @@ def case_excludes(t):
     ploop("copy", "-s", "/dev/ploop997", "-d", target, rc=2)
     with open("/dev/null", "w", encoding="ascii") as null:
         check(subprocess.run([devlib.PLOOP, "copy", "-s", dev], stdout=null, stderr=null).returncode == 38, "to /dev/null")
+    log("a supervisor that is killed: the copy fails, the device and the next copy do not")
+    os.unlink(go)
+    os.unlink(go + ".begun")
+    p = subprocess.Popen([devlib.PLOOP, "copy", "-s", dev, "-d", target, "-F", stop])
+    t.later(p.kill)
+    devlib.wait_for("the stop command", lambda: os.path.exists(go + ".begun"), 60)
+    old = devlib.record(os.path.basename(dev))["supervisor"]
+    devlib.kill(old["pid"])
+    devlib.wait_for("another supervisor", lambda: devlib.record(os.path.basename(dev))["supervisor"] != old, 20)
+    open(go, "w").close()
+    check(p.wait(60) not in (0, 38) and not os.path.exists(target), f"the copy ended with {p.returncode}")
+    writable(mnt)
+    ploop("copy", "-s", dev, "-d", target, "-F", "true")
+    check_copy(t, target, sums(mnt))
     ploop("snapshot", dd)
     t.umount("-m", mnt)
     log("a device with nothing mounted")
