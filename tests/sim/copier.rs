@@ -70,7 +70,7 @@ impl World {
 
     /// The engine said Tracked.
     pub fn tracked(&mut self, result: Result<Tracked, Errno>) {
-        let Some(copier) = &mut self.copier else { return self.fail("Tracked, and nothing is copied") };
+        let Some(copier) = &mut self.copier else { self.fail("Tracked, and nothing is copied") };
         match result {
             Ok(answer) => copier.answer = Some(answer),
             Err(BUSY) if copier.refused => self.cover.hit("a copy refused"),

@@ -23,6 +23,13 @@ pub fn changes(act: &Action) -> bool {
     matches!(act, Write { .. } | Clone { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. } | Truncate { .. })
 }
 
+pub const ENOSPC: Errno = 28;
+pub const EDQUOT: Errno = 122;
+
+pub fn lacks_space(e: Errno) -> bool {
+    e == ENOSPC || e == EDQUOT
+}
+
 impl World {
     fn cover_kill(&mut self) {
         let flush = self.reqs.iter().flatten().any(|r| r.sent && r.what.kind == RequestKind::Flush);
