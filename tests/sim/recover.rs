@@ -438,14 +438,13 @@ impl World {
         if paused {
             engine.step(Event::Background(BackgroundControl::Pause), &mut actions);
         }
+        if self.resume_copy(takeover && !failed) {
+            engine.step(Event::Track(TrackControl::Begin { all: true }), &mut actions);
+        }
         self.engine = Some(engine);
         for action in actions {
             self.now += 1;
             self.act(action);
-        }
-        match takeover && !failed {
-            true => self.take_copy_over(),
-            false => self.copier = None,
         }
     }
 }
