@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """The sending end of `ploop copy`: mounted disks under load go to sockets, pipes and files; kills of sender and worker; refusals."""
+import ctypes
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import devlib  # noqa: E402
 from devlib import check, log, ploop, run  # noqa: E402
 
 MIB = 1 << 20
-SIZE, ROUNDS, KILLS = devlib.pick(("128m", 3, 6), ("1g", 8, 60))
+SIZE, ROUNDS, KILLS = devlib.pick(("128m", 3, 4), ("1g", 8, 60))
 
 # Writes until the file STOP is there, then makes STOPPED. What it has written it reads again.
 LOAD = """
@@ -171,6 +172,32 @@ def case_sender_killed(t):
     check_copy(t, target, sums(mnt))
     check(not os.path.exists(target + ".receiving"), "left behind")
     ploop("snapshot", dd)
+    t.umount("-m", mnt)
+
+
+def case_library(t):
+    """ploop_copy_send() writes an open file in place, and ploop_send() a pipe, without answers; what they refuse."""
+    c = ctypes.CDLL(os.path.realpath(os.path.join(devlib.LIBDIR, "libploop.so")))
+
+    class Param(ctypes.Structure):
+        _fields_ = [("device", ctypes.c_char_p), ("ofd", ctypes.c_int), ("flush_cmd", ctypes.c_char_p),
+                    ("feedback_fd", ctypes.c_int), ("dummy", ctypes.c_char * 32)]
+    dd, img, mnt, dev = disk(t, size="64m")
+    target, mark = t.path("copy.hdd"), t.path("mark")
+    with open(target, "wb") as f:
+        check(c.ploop_copy_send(ctypes.byref(Param(dev.encode(), f.fileno(), b"touch " + mark.encode(), -1))) == 0, "ploop_copy_send")
+    check(os.path.exists(mark), "the command was not run")
+    check_copy(t, target, sums(mnt))
+    check(c.ploop_copy_send(None) == 38, "NULL")
+    with open("/dev/null", "wb") as f:
+        check(c.ploop_copy_send(ctypes.byref(Param(dev.encode(), f.fileno(), None, -1))) == 38, "to /dev/null")
+    source, out = os.pipe()
+    p = subprocess.Popen([devlib.PLOOP, "copy", "-d", target, "-i", str(source)], pass_fds=(source,))
+    os.close(source)
+    check(c.ploop_send(dev.encode(), out, None, 1) == 0, "ploop_send")
+    os.close(out)
+    check(p.wait(30) == 0, "the receiver failed")
+    t.judges(target)
     t.umount("-m", mnt)
 
 

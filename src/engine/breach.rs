@@ -102,10 +102,8 @@ pub enum Breach {
     TrackIssued,
     /// Pages of the BAT are not tracked.
     TrackNoTable,
-    /// A cluster that reads as zero and is not written before it is in use is not tracked.
-    TrackNoZeroes,
-    /// What cluster operations write is not tracked.
-    TrackNoCopies,
+    /// A cluster that an entry comes to name is not tracked.
+    TrackNotNamed,
     /// A worker that takes over tracks only what it writes itself.
     TrackForgotten,
 }
@@ -162,8 +160,7 @@ pub const ALL: &[Breach] = &[
     Breach::KeepProgressOfFailed,
     Breach::TrackIssued,
     Breach::TrackNoTable,
-    Breach::TrackNoZeroes,
-    Breach::TrackNoCopies,
+    Breach::TrackNotNamed,
     Breach::TrackForgotten,
 ];
 

@@ -66,12 +66,6 @@ pub struct ClusterOp {
 }
 
 impl ClusterOp {
-    /// The host cluster of the top that its step writes to.
-    pub fn written(&self, top: u8) -> Option<u32> {
-        let writes = matches!(self.step, Step::Filling | Step::Writing) && !breaks(Breach::TrackNoCopies);
-        (self.dest == top && writes).then_some(self.host_cluster)
-    }
-
     /// May wait for space in the host file system. A zeroing must not wait, and a merge is given up instead.
     pub fn may_wait(&self) -> bool {
         self.purpose == Purpose::Request && (!self.zero || breaks(Breach::HoldZeroings))

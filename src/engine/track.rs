@@ -107,10 +107,10 @@ impl<S: Shared> Engine<S> {
         self.tracking.is_some()
     }
 
-    /// An entry names a cluster of the file from now on. It reads as zero if nothing has been written to it; the copy may be
-    /// shorter, or have bytes there of a file that was longer once.
+    /// An entry names a cluster of the file from now on, which a cluster operation has filled, or which reads as zero: there the
+    /// copy may be shorter, or have bytes of a file that was longer once.
     pub(super) fn note_named(&mut self, host_cluster: u32) {
-        if let Some(tracking) = self.tracking.as_mut().filter(|_| !breaks(Breach::TrackNoZeroes)) {
+        if let Some(tracking) = self.tracking.as_mut().filter(|_| !breaks(Breach::TrackNotNamed)) {
             tracking.mark(host_cluster.into()..u64::from(host_cluster) + 1);
         }
     }
@@ -123,16 +123,13 @@ impl<S: Shared> Engine<S> {
         let shift = self.config.cluster_shift;
         let bytes = match op {
             Op::Io(io) => io.written(self.top),
-            Op::Cluster { cluster } => {
-                let host_cluster = self.cluster_ops.get(cluster).and_then(|c| c.written(self.top));
-                host_cluster.map(|at| self.file_off(at)..self.file_off(at) + (1 << shift))
-            }
             Op::BatWrite { .. } if breaks(Breach::TrackNoTable) => None,
             Op::BatWrite { page } => {
                 let at = u64::from(*page) * BAT_PAGE as u64;
                 Some(at..at + BAT_PAGE as u64)
             }
-            Op::Grow | Op::Bat { .. } | Op::Cut { .. } | Op::Background(_) | Op::Sync => None,
+            // What a cluster operation fills is named when all of it has been written.
+            Op::Cluster { .. } | Op::Grow | Op::Bat { .. } | Op::Cut { .. } | Op::Background(_) | Op::Sync => None,
         };
         if let (Some(bytes), Some(tracking)) = (bytes, &mut self.tracking) {
             tracking.mark(bytes.start >> shift..bytes.end.div_ceil(1 << shift));
@@ -146,17 +143,18 @@ mod tests {
 
     #[test]
     fn runs_are_taken_once_in_order() {
+        let one = |run: Range<u32>| Vec::from_iter(std::iter::once(run));
         let mut t = Tracking::default();
         assert!(t.take(0..u32::MAX, 9).is_empty());
         [3..5, 63..66, 200..201, 4..6].into_iter().for_each(|run| t.mark(run));
         assert_eq!(t.set, 7);
-        assert_eq!(t.take(4..200, 1), [4..6]);
-        assert_eq!(t.take(4..200, 9), [63..66]);
+        assert_eq!(t.take(4..200, 1), one(4..6));
+        assert_eq!(t.take(4..200, 9), one(63..66));
         assert_eq!(t.take(0..u32::MAX, 9), [3..4, 200..201]);
         assert!(t.set == 0 && t.take(0..u32::MAX, 9).is_empty());
         t.mark(0..1000);
-        assert_eq!(t.take(10..64, 1), [10..64]);
-        assert_eq!(t.take(0..u32::MAX, 1), [0..10]);
-        assert_eq!(t.take(0..u32::MAX, 1), [64..1000]);
+        assert_eq!(t.take(10..64, 1), one(10..64));
+        assert_eq!(t.take(0..u32::MAX, 1), one(0..10));
+        assert_eq!(t.take(0..u32::MAX, 1), one(64..1000));
     }
 }

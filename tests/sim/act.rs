@@ -6,12 +6,10 @@ use crate::background::level_of;
 use crate::broken::Break;
 use crate::disk::{POISON, SECTOR, Stamp};
 use crate::image::PAGE_SECTORS;
-use crate::recover::changes;
+use crate::recover::{EDQUOT, ENOSPC, changes, lacks_space};
 use crate::world::{Flight, World};
 
 const EIO: Errno = 5;
-const ENOSPC: Errno = 28;
-const EDQUOT: Errno = 122;
 const EOPNOTSUPP: Errno = 95;
 
 impl World {
@@ -70,7 +68,7 @@ impl World {
         (u64::from(off) / SECTOR) as usize..(end / SECTOR) as usize
     }
 
-    /// Memory that an operation in flight uses is not touched by another.
+    /// Memory that an operation in flight reads or fills must not be touched by another.
     fn not_in_flight(&self, buf: Buf, len: u64) {
         for f in &self.flights {
             let (theirs, their_len, _) = match f.act {
@@ -485,10 +483,6 @@ impl World {
             self.fail(format!("a {what} failed and the shared table does not say so"));
         }
     }
-}
-
-fn lacks_space(e: Errno) -> bool {
-    e == ENOSPC || e == EDQUOT
 }
 
 fn overlap(a: Buf, a_len: u64, b: Buf, b_len: u64) -> bool {

@@ -78,14 +78,15 @@ impl World {
         }
     }
 
-    /// Another worker serves the file that is copied: all counts as written.
-    pub fn take_copy_over(&mut self) {
-        let Some(copier) = &mut self.copier else { return };
+    /// Another worker serves the file that is copied, if there is a copy that goes on: all counts as written.
+    pub fn resume_copy(&mut self, goes_on: bool) -> bool {
+        self.copier.take_if(|_| !goes_on);
+        let Some(copier) = &mut self.copier else { return false };
         copier.took_over = true;
         copier.answer = None;
         copier.refused = false;
         self.cover.hit("a copy goes on under another worker");
-        self.order(TrackControl::Begin { all: true });
+        true
     }
 
     fn copy_next(&mut self) -> bool {

@@ -23,6 +23,13 @@ pub fn changes(act: &Action) -> bool {
     matches!(act, Write { .. } | Clone { .. } | WriteBat { .. } | ZeroRange { .. } | Fallocate { .. } | Truncate { .. })
 }
 
+pub const ENOSPC: Errno = 28;
+pub const EDQUOT: Errno = 122;
+
+pub fn lacks_space(e: Errno) -> bool {
+    e == ENOSPC || e == EDQUOT
+}
+
 impl World {
     fn cover_kill(&mut self) {
         let flush = self.reqs.iter().flatten().any(|r| r.sent && r.what.kind == RequestKind::Flush);
@@ -431,14 +438,13 @@ impl World {
         if paused {
             engine.step(Event::Background(BackgroundControl::Pause), &mut actions);
         }
+        if self.resume_copy(takeover && !failed) {
+            engine.step(Event::Track(TrackControl::Begin { all: true }), &mut actions);
+        }
         self.engine = Some(engine);
         for action in actions {
             self.now += 1;
             self.act(action);
-        }
-        match takeover && !failed {
-            true => self.take_copy_over(),
-            false => self.copier = None,
         }
     }
 }
