@@ -294,8 +294,13 @@ impl World {
     fn accident(&mut self) -> bool {
         let s = &self.settings;
         let control = if self.background.as_ref().is_some_and(|b| b.told.is_none()) { s.control } else { 0 };
-        let give = if s.background > 0 { 300 } else { 0 };
-        let copy = if self.copier.is_some() { 4000 } else { s.copy };
+        let give = if s.background > 0 { s.give_back } else { 0 };
+        // Merges exclude copies, and would seldom be seen where one copy follows the other.
+        let copy = match (&self.copier, s.background > 0) {
+            (Some(_), _) => 4000,
+            (None, true) => s.copy / 8,
+            (None, false) => s.copy,
+        };
         let rates = [s.kill, s.power, s.close, s.no_space, 30, s.no_space / 2, control, give, copy];
         let mut at = self.rng.below(100_000);
         for (i, rate) in rates.iter().enumerate() {

@@ -62,6 +62,8 @@ pub struct Settings {
     pub no_space: u32,
     /// Per 100,000 events: a copy begins.
     pub copy: u32,
+    /// Per 100,000 events, where there is background work: space is given back.
+    pub give_back: u32,
     /// In permille of the sessions.
     pub background: u32,
     /// Per 100,000 events.
@@ -109,6 +111,7 @@ impl Settings {
             metadata_full: apart.pick(&[0, 400, 1000]),
             quota: apart.below(3) == 0,
             copy: apart.pick(&[0, 0, 200, 600]),
+            give_back: apart.pick(&[0, 0, 300]),
         }
     }
 }
