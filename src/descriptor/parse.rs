@@ -46,6 +46,16 @@ impl Descriptor {
         parsed.map_err(|e| e.context(format_args!("descriptor {}", place.display())))
     }
 
+    /// Whether the file at this place is no whole XML: an interrupted write, or a damage, has cut it.
+    pub fn is_cut(place: &Place) -> Result<bool> {
+        let mut bytes = Vec::new();
+        let file = place
+            .open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)
+            .ctx(Kind::DiskDescr, || format!("cannot open descriptor {}", place.display()))?;
+        read_limited(file.into(), &place.path(), &mut bytes)?;
+        Ok(xml::parse(&bytes).is_err())
+    }
+
     /// Parses a descriptor whose file lies in the folder `dir` (resolved).
     pub fn parse(bytes: &[u8], dir: &Path) -> Result<Descriptor> {
         Descriptor::parse_in(bytes, &Folder::new(dir))

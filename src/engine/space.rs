@@ -152,7 +152,12 @@ impl Space {
         self.fresh.start - self.free_count
     }
 
-    /// Free clusters before this one.
+    /// Whether there is a free cluster before this one.
+    pub fn has_free_before(&self, limit: u32) -> bool {
+        self.free.first_key_value().is_some_and(|(start, _)| *start < limit)
+    }
+
+    /// Free clusters before this one. Looks at all of them.
     pub fn free_before(&self, limit: u32) -> u32 {
         self.free.range(..limit).map(|(start, end)| end.min(&limit) - start).sum()
     }

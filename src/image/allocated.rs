@@ -2,6 +2,7 @@
 //! is concluded from two of them.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use crate::error::{IoContext, Kind, Result};
@@ -33,6 +34,30 @@ pub fn allocated(file: &File, name: &Path, clusters: &[VirtCluster]) -> Result<V
     Ok(found)
 }
 
+/// The parts of the disk, in bytes, for which a ploop1 image has entries.
+pub fn allocated_ranges(file: &File, name: &Path) -> Result<Vec<Range<u64>>> {
+    let shown = || format!("cannot read the BAT of image {}", name.display());
+    let mut head = [0; header::SIZE];
+    read_exact(file, &mut head, 0).ctx(Kind::Read, shown)?;
+    let header = Header::parse(&head).map_err(|e| e.context(format_args!("image {}", name.display())))?;
+    let (clusters, cluster) = (u64::from(header.clusters()), header.cluster.bytes());
+    let mut found: Vec<Range<u64>> = Vec::new();
+    let mut entries = Vec::new();
+    for first in (0..clusters).step_by(STRETCH as usize) {
+        let count = STRETCH.min(clusters - first) as usize;
+        entries.resize(count * bat::ENTRY_BYTES, 0);
+        read_exact(file, &mut entries, bat::entry_offset(first as VirtCluster)).ctx(Kind::Read, shown)?;
+        for at in (0..count).filter(|at| bat::load(&entries, *at) != 0) {
+            let start = (first + at as u64) * cluster;
+            match found.last_mut() {
+                Some(last) if last.end == start => last.end += cluster,
+                _ => found.push(start..start + cluster),
+            }
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,5 +80,11 @@ mod tests {
         assert_eq!(has(&[0, 1, 4, 5, 6, 69_999, 70_000, 150_000, 199_999]), [0, 5, 70_000, 199_999]);
         assert_eq!(has(&[5, 199_998, 199_999, 200_000, u32::MAX]), [5, 199_999]);
         assert_eq!(has(&[]), [0; 0]);
+        let bytes = |clusters: Range<u64>| clusters.start * cluster.bytes()..clusters.end * cluster.bytes();
+        let last = bytes(199_999..200_000);
+        assert_eq!(allocated_ranges(&file, &path).unwrap(), [bytes(0..1), bytes(5..6), bytes(70_000..70_001), last]);
+        // An entry that no sound image has: a worker may be writing.
+        file.write_all_at(&u32::MAX.to_le_bytes(), bat::entry_offset(6)).unwrap();
+        assert_eq!(allocated_ranges(&file, &path).unwrap()[1], bytes(5..7));
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::compact_running::Estimate;
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
+use super::trim::{self, Inside};
 use super::{disk_lock, image_set, info, partition, recovery};
 use crate::bail;
 use crate::descriptor::{Descriptor, Image, ImageMode, LockedDescriptor};
@@ -16,13 +17,14 @@ use crate::device::{self, Device};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid;
 use crate::fs::mount::{self as mounting, MountSpec};
+use crate::fs::probe::Found;
 use crate::image::compact::{Packed, pack};
 use crate::image::lock::Sharing;
 use crate::image::open::Access;
 use crate::image::target::read_table;
 use crate::report;
 use crate::report::progress::Progress;
-use crate::sys::{freeze, host};
+use crate::sys::host;
 use crate::units::{SECTOR, VirtCluster};
 
 /// Between two looks whether the work is cancelled.
@@ -148,6 +150,17 @@ fn trim_inside(disk: &LockedDescriptor) -> Result<()> {
     detached
 }
 
+/// The same of the file system that is mounted at `point`, from `source`.
+fn trim_mounted(device: &Device, source: &Path, point: &Path) -> Result<u64> {
+    let root = File::open(point).ctx(Kind::Open, || format!("cannot open {}", point.display()))?;
+    let rdev = fs::metadata(source).map(|m| m.rdev()).ok();
+    let start = device::partitions(device)?.iter().find(|p| Some(p.rdev) == rdev).map_or(0, |p| p.start);
+    let fstype = partition::recognised(source).map_or("", Found::name).to_owned();
+    let inside = Inside::of(root, point.to_owned(), fstype, start)?;
+    let parts = trim::worth(device, &inside)?;
+    trim::trim(device, &inside, parts.as_deref(), device.cluster()?.bytes(), &mut report::cancel::requested)
+}
+
 fn trim_device(device: &Device) -> Result<()> {
     let source = partition::source(device, None)?;
     if partition::recognised(&source).is_none() {
@@ -159,14 +172,9 @@ fn trim_device(device: &Device) -> Result<()> {
     }
     let folder = PrivateFolder::make()?;
     mounting::mount_device(&source, folder.path(), &MountSpec::default())?;
-    let trimmed = File::open(folder.path()).and_then(|root| freeze::trim(&root));
+    let trimmed = trim_mounted(device, &source, folder.path());
     mounting::umount(folder.path())?;
-    let bytes = trimmed.ctx(Kind::Sys, || {
-        format!(
-            "the file system on {} cannot discard; ploop compact --no-trim frees what is zero already",
-            source.display()
-        )
-    })?;
+    let bytes = trimmed?;
     report::say(0, format_args!("{} MiB inside are not used", bytes >> 20));
     Ok(())
 }

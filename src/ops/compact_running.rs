@@ -67,7 +67,7 @@ pub fn compact(device: &Device, trim_first: bool, options: &Options) -> Result<C
         let shortest = device.cluster()?.bytes();
         for one in &inside {
             let ranges = trim::worth(device, one)?;
-            trimmed += trim::trim(one, ranges.as_deref(), shortest, &mut report::cancel::requested)?;
+            trimmed += trim::trim(device, one, ranges.as_deref(), shortest, &mut report::cancel::requested)?;
             if report::cancel::requested() {
                 return Err(cancelled(device));
             }
@@ -81,11 +81,15 @@ pub fn compact(device: &Device, trim_first: bool, options: &Options) -> Result<C
 
 /// `Param`.
 fn refuse_preallocated(device: &Device) -> Result<()> {
-    let Some(descriptor) = &device.descriptor else { return Ok(()) };
-    if Descriptor::read(descriptor).is_ok_and(|disk| disk.mode == ImageMode::Preallocated) {
+    if let Some(descriptor) = device.descriptor.as_ref().filter(|_| is_preallocated(device)) {
         bail!(Param, "{} is preallocated: it keeps the space that its owner has chosen to take", descriptor.display());
     }
     Ok(())
+}
+
+pub(super) fn is_preallocated(device: &Device) -> bool {
+    let disk = device.descriptor.as_ref().map(|path| Descriptor::read(path));
+    disk.is_some_and(|disk| disk.is_ok_and(|disk| disk.mode == ImageMode::Preallocated))
 }
 
 fn cancelled(device: &Device) -> Error {

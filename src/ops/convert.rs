@@ -4,7 +4,7 @@
 //! is taken afterwards. To preallocated: each cluster is allocated before its entry is written. To another version: all
 //! images are rewritten in place, with a copy of header and BAT beside each ([`convert_recovery`]).
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::Path;
 
@@ -14,13 +14,14 @@ use crate::bail;
 use crate::descriptor::{self, Image, ImageMode, LockedDescriptor};
 use crate::error::{IoContext, Kind, Result};
 use crate::format::guid;
-use crate::format::header::{Header, Version};
+use crate::format::header::{self, Header, Version};
 use crate::image::lock::{LockedImage, Sharing};
 use crate::image::merge::{BATCH, Merge, MergeLevel, MergeOptions};
 use crate::image::open::{Access, place_beside};
 use crate::image::{fill, version};
 use crate::report;
 use crate::report::progress::Progress;
+use crate::sys::aligned::read_full;
 use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
@@ -169,6 +170,7 @@ fn copy_raw(disk: &LockedDescriptor, held: &LockedImage, scratch: &Place) -> Res
         // The classic's check wants space that was not written to begin and end on cluster borders.
         crate::image::complete::complete_raw(&file, header.cluster, bytes)
             .ctx(Kind::Write, || format!("cannot complete image {shown}"))?;
+        refuse_signature(&file, disk)?;
         store::sync_all(&file).ctx(Kind::Fsync, || format!("cannot sync image {shown}"))?;
         descriptor::sync_folder(&scratch.folder)?;
         Ok(merged.copied + merged.shared)
@@ -176,6 +178,20 @@ fn copy_raw(disk: &LockedDescriptor, held: &LockedImage, scratch: &Place) -> Res
     copy().map(|bytes| (id, bytes)).inspect_err(|_| {
         let _ = store::unlink_file(scratch, id);
     })
+}
+
+/// A raw image that begins like a ploop image would be taken for one, and not be opened by any program.
+fn refuse_signature(file: &File, disk: &LockedDescriptor) -> Result<()> {
+    let mut head = [0; header::SIZE];
+    let got = read_full(file, &mut head, 0).ctx(Kind::Read, || "cannot read the raw image")?;
+    if got == head.len() && header::has_signature(&head) {
+        bail!(
+            Param,
+            "the first bytes of the disk {} are those of a ploop image: as a raw image it could not be told from one",
+            disk.path.display()
+        );
+    }
+    Ok(())
 }
 
 /// An image whose version is to change.

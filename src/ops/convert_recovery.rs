@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::image_set;
 use crate::bail;
 use crate::descriptor::{self, Descriptor, Image, ImageMode, LockedDescriptor};
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::header::Header;
 use crate::image::check::read_header;
 use crate::image::lock::{LockedImage, Sharing};
@@ -114,9 +114,13 @@ impl Found {
 /// A change of versions: where an image of the disk has been completed, all were rewritten, and the rest is completed too;
 /// else every flagged one gets its copy back.
 fn finish_version(disk: &mut LockedDescriptor) -> Result<()> {
-    let found = images(disk);
+    let (found, unreadable) = images(disk);
     if !found.iter().any(|f| f.header.is_converting()) {
         return remove_backups(found);
+    }
+    if let Some(e) = unreadable {
+        // It may be the one that tells whether the change is finished or undone.
+        return Err(e.context("a change of the version was interrupted, and all images are needed to finish it"));
     }
     let forward = found.iter().any(Found::is_converted);
     let mut held: Vec<(LockedImage, &Found)> = Vec::new();
@@ -139,6 +143,11 @@ fn finish_version(disk: &mut LockedDescriptor) -> Result<()> {
             );
         }
     }
+    // The sync after which a flag was gone may have failed: once more, before the copies go.
+    for (image, f) in held.iter().filter(|(_, f)| forward && f.is_converted()) {
+        let closed = f.backup.as_ref().map_or(0, |(_, _, copy)| copy.in_use);
+        version::unflag(&image.file, &f.path, &f.header, closed)?;
+    }
     // The base comes first in `found`; its flag is taken last.
     for (image, f) in held.iter().rev().filter(|(_, f)| f.header.is_converting()) {
         let closed = f.backup.as_ref().map_or(0, |(_, _, copy)| copy.in_use);
@@ -154,16 +163,21 @@ fn finish_version(disk: &mut LockedDescriptor) -> Result<()> {
     remove_backups(found)
 }
 
-/// Images whose headers can be read, the base first.
-fn images(disk: &LockedDescriptor) -> Vec<Found> {
+/// Images whose headers can be read, the base first, and why another one cannot be.
+fn images(disk: &LockedDescriptor) -> (Vec<Found>, Option<Error>) {
     let base = disk.chain(&disk.top).ok().and_then(|c| c.first().map(|i| i.guid));
     let mut all: Vec<&Image> = disk.images.iter().filter(|i| !disk.is_raw(i)).collect();
     all.sort_by_key(|i| Some(i.guid) != base);
-    let one = |image: &Image| {
-        let header = read_header(&image.file, Some(&disk.dir)).ok()?;
-        Some(Found { path: image.file.clone(), header, backup: backup(disk, image, &header) })
-    };
-    all.into_iter().filter_map(one).collect()
+    let (mut found, mut unreadable) = (Vec::new(), None);
+    for image in all {
+        match read_header(&image.file, Some(&disk.dir)) {
+            Ok(header) => {
+                found.push(Found { path: image.file.clone(), header, backup: backup(disk, image, &header) });
+            }
+            Err(e) => unreadable = Some(e),
+        }
+    }
+    (found, unreadable)
 }
 
 fn backup(disk: &LockedDescriptor, image: &Image, header: &Header) -> Option<(Place, File, Header)> {

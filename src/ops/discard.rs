@@ -151,7 +151,7 @@ fn discard_all(
     loop {
         for one in inside {
             let ranges = trim::worth(device, one)?;
-            trim::trim(one, ranges.as_deref(), shortest, &mut report::cancel::requested).map_err(failed)?;
+            trim::trim(device, one, ranges.as_deref(), shortest, &mut report::cancel::requested).map_err(failed)?;
         }
         if ended() {
             break;

@@ -3,6 +3,7 @@
 use crate::bail;
 use crate::device::{self, Device, Maintenance};
 use crate::error::{Kind, Result};
+use crate::ops::compact_running::is_preallocated;
 use crate::ops::give_back::{self, Options};
 use crate::report;
 use crate::report::progress::Progress;
@@ -76,13 +77,19 @@ fn verdict(work: Work, state: Maintenance) -> Verdict {
     }
 }
 
+/// The state that a device has now: `device` may have been looked at before it was completed.
+pub fn now(device: &Device) -> Result<Maintenance> {
+    let found = device::by_node(device.name())?.filter(|now| now.is_same(device));
+    Ok(found.map_or(device.maintenance(), |now| now.maintenance()))
+}
+
 /// Makes a device ready for what is to be done to it: finishes what was begun. `Busy`: its state does not allow it.
 pub fn before(device: &Device, work: Work) -> Result<()> {
-    let state = device.maintenance();
     if !device.state.runs() {
         // What has no server has no state.
         return Ok(());
     }
+    let state = now(device)?;
     match verdict(work, state) {
         Verdict::Go => Ok(()),
         Verdict::Complete => match complete(device) {
@@ -93,6 +100,11 @@ pub fn before(device: &Device, work: Work) -> Result<()> {
             }
             other => other.map(drop),
         },
+        Verdict::Refuse if state == Track => bail!(
+            Busy,
+            "{}: its top is being copied (ploop copy -s): it is in the maintenance state {state}; wait for the end of that",
+            device.node().display()
+        ),
         Verdict::Refuse => bail!(
             Busy,
             "{}: its maintenance state is {state}, another operation is under way or was interrupted; ploop balloon \
@@ -105,7 +117,7 @@ pub fn before(device: &Device, work: Work) -> Result<()> {
 /// Finishes what a balloon or a discard has begun on a device. The state that it had: OFF, and others that are not ended by
 /// this, mean that there was nothing to finish.
 pub fn complete(device: &Device) -> Result<Maintenance> {
-    let state = device.maintenance();
+    let state = now(device)?;
     if verdict(Work::BalloonComplete, state) == Verdict::Complete {
         match state {
             // What was discarded is free already.
@@ -120,6 +132,10 @@ pub fn complete(device: &Device) -> Result<Maintenance> {
 /// Moves what the image's file has at its end into free clusters, and cuts it. The state, FBLOADED or RELOC, is RELOC
 /// meanwhile, and OFF afterwards; FBLOADED if it was cancelled.
 pub fn shorten(device: &Device) -> Result<()> {
+    if is_preallocated(device) {
+        // What is free in its file stays its own.
+        return device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Off);
+    }
     device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Relocation)?;
     let mut shown = Progress::begin("relocating");
     let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));

@@ -24,7 +24,8 @@ const EXT_BLOCK_MAX: u64 = 64 << 10;
 /// Gives a disk `sectors`, rounded up to whole clusters. Larger than it is: the image grows first, then the partition table,
 /// its last partition, and the file system on it; a running disk stays in use meanwhile. Smaller: see
 /// [`shrink`](super::shrink::shrink). Each step is durable before the next; the same call finishes what an interrupted one
-/// has left. `offline`: the file system may be made smaller. Needs root.
+/// has left. `offline`: the file system of a disk that does not run is made smaller; else its balloon takes the difference, as
+/// that of a running one. Needs root.
 pub fn resize_disk(descriptor: &Path, sectors: u64, offline: bool) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
@@ -36,12 +37,7 @@ pub fn resize_disk(descriptor: &Path, sectors: u64, offline: bool) -> Result<()>
     if wanted < disk.size_sectors {
         return match running {
             None if offline => shrink::shrink(&mut disk, wanted),
-            None => bail!(
-                Param,
-                "{} has {} sectors: it is made smaller, {wanted} sectors, only by the offline way, which was not allowed",
-                disk.path.display(),
-                disk.size_sectors
-            ),
+            None => resize_balloon::within_disk(&mut disk, sectors),
             Some(device) => resize_balloon::within_device(&device, sectors),
         };
     }

@@ -8,8 +8,9 @@ use std::path::Path;
 use super::maintenance::{self, Work};
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{balloon, disk_lock, image_set, partition};
+use super::{balloon, disk_lock, image_set, partition, recovery};
 use crate::bail;
+use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
@@ -30,15 +31,26 @@ const RESERVED: u64 = 20;
 /// Gives a disk the largest balloon that there is room for. One that does not run is mounted for a moment. Needs root.
 pub fn largest(descriptor: &Path) -> Result<()> {
     let _operation = report::cancel::begin();
-    let disk = disk_lock::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     if let Some(device) = image_set::writer(&disk)? {
         return with_root(&device, largest_of);
     }
-    let device = mount::mount_locked(&disk, "", &MountParams::default())?.device;
-    let done = with_root(&device, largest_of);
+    attached(&mut disk, |device| with_root(device, largest_of))
+}
+
+/// With a device for the moment, of a disk that does not run.
+fn attached(disk: &mut LockedDescriptor, work: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
+    recovery::before_change(disk)?;
+    let device = mount::mount_locked(disk, "", &MountParams::default())?.device;
+    let done = work(&device);
     let detached = device::detach(device.name());
-    mount::drop_cache(&disk);
+    mount::drop_cache(disk);
     done.and(detached)
+}
+
+/// [`within_device`] of a disk that does not run.
+pub(super) fn within_disk(disk: &mut LockedDescriptor, sectors: u64) -> Result<()> {
+    attached(disk, |device| within_device(device, sectors))
 }
 
 /// Resizes a disk that runs to a size that is smaller than its device: the balloon takes what is to be taken, or the

@@ -25,9 +25,9 @@ const RAW_CLUSTERS: [u64; 6] = [2048, 1024, 512, 256, 128, 64];
 /// is none). A ploop image tells all by its header, and may be marked in use.
 pub fn restore_descriptor(folder: &Path, image: &Path, raw: bool, cluster: Option<ClusterSize>) -> Result<()> {
     let _operation = report::cancel::begin();
-    let folder = fs::canonicalize(folder).ctx(Kind::Open, || format!("cannot open folder {}", folder.display()))?;
-    let descriptor = folder.join(FILE_NAME);
-    if fs::symlink_metadata(&descriptor).is_ok() {
+    let folder = Folder::resolve(folder).ctx(Kind::Open, || format!("cannot open folder {}", folder.display()))?;
+    let descriptor = folder.entry(FILE_NAME);
+    if descriptor.id().ctx(Kind::Open, || format!("cannot look at {}", descriptor.display()))?.is_some() {
         bail!(
             Param,
             "{} is there already; move it away if it is not the descriptor of this disk",
@@ -40,7 +40,7 @@ pub fn restore_descriptor(folder: &Path, image: &Path, raw: bool, cluster: Optio
         false => ploop_disk(&image)?,
     };
     // Names are stored as seen from the descriptor's folder.
-    disk.dir = Folder::new(&folder);
+    disk.dir = folder;
     warn_of_others(&image);
     disk.commit_new(&descriptor)
 }

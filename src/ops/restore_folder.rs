@@ -67,7 +67,8 @@ fn open(folder: &Path) -> Result<Folder> {
     Folder::resolve(folder).ctx(Kind::Open, || format!("cannot open folder {}", folder.display()))
 }
 
-/// The descriptor's place; one that can be read is refused.
+/// The descriptor's place. One that is there and is whole XML stays, whatever is in it: it may be one that this version
+/// refuses by name, of an encrypted disk for example.
 fn wanted(folder: &Folder) -> Result<Place> {
     let to = folder.entry(FILE_NAME);
     match Descriptor::read_at(&to) {
@@ -76,7 +77,15 @@ fn wanted(folder: &Folder) -> Result<Place> {
             "{} is there already, and can be read; move it away if it is not the descriptor of this disk",
             to.display()
         ),
-        Err(_) => Ok(to),
+        Err(e) if e.errno() == Some(libc::ENOENT) => Ok(to),
+        Err(e) if Descriptor::is_cut(&to)? => {
+            report::say(1, e);
+            Ok(to)
+        }
+        Err(e) => Err(e.context(format_args!(
+            "{} is there, and not damaged; move it away if it is not the descriptor of this disk",
+            to.display()
+        ))),
     }
 }
 
@@ -86,8 +95,13 @@ fn store(disk: &Descriptor, to: &Place) -> Result<()> {
     disk.check_tree()?;
     if to.regular().is_ok_and(|found| found.is_some()) {
         let aside = to.suffixed(DAMAGED);
-        store::link(to, &aside)
-            .ctx(Kind::Rename, || format!("the damaged descriptor cannot be kept as {}", aside.display()))?;
+        match store::link(to, &aside) {
+            // An earlier try was interrupted after it.
+            Err(_) if aside.id().is_ok_and(|kept| kept.is_some() && to.id().ok() == Some(kept)) => {}
+            other => other.ctx(Kind::Rename, || {
+                format!("the damaged descriptor cannot be kept as {}; move that away", aside.display())
+            })?,
+        }
         report::say(0, format_args!("The damaged descriptor is kept as {}", aside.display()));
         disk.commit(to)?;
     } else {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::compact::pack_top;
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
-use super::{disk_lock, image_set, partition_table, resize_balloon};
+use super::{disk_lock, image_set, partition_table, recovery, resize_balloon, trim};
 use crate::bail;
 use crate::descriptor::{Image, ImageMode, LockedDescriptor};
 use crate::device::{self, Device};
@@ -47,6 +47,7 @@ pub(super) fn shrink(disk: &mut LockedDescriptor, wanted: u64) -> Result<()> {
     if wanted <= OUTSIDE * cluster {
         bail!(Param, "a size of {wanted} sectors: more than {} wanted, {OUTSIDE} clusters", OUTSIDE * cluster);
     }
+    recovery::before_change(disk)?;
     let Some(top) = disk.image(&disk.top).cloned() else { bail!(DiskDescr, "descriptor: the top has no image") };
     let raw = disk.is_raw(&top);
     let device = mount::mount_locked(disk, "", &MountParams::default())?.device;
@@ -69,11 +70,12 @@ pub(super) fn shrink(disk: &mut LockedDescriptor, wanted: u64) -> Result<()> {
 /// estimate: its files change.
 pub fn least_size(descriptor: &Path) -> Result<u64> {
     let _operation = report::cancel::begin();
-    let disk = disk_lock::open(descriptor)?;
+    let mut disk = disk_lock::open(descriptor)?;
     let cluster = u64::from(disk.blocksize.sectors());
     match image_set::writer(&disk)? {
         Some(device) => least_of(&find(&device)?, cluster),
         None => {
+            recovery::before_change(&mut disk)?;
             let device = mount::mount_locked(&disk, "", &MountParams::default())?.device;
             let least = find(&device).and_then(|content| least_of(&content, cluster));
             let detached = device::detach(device.name());
@@ -137,7 +139,12 @@ fn shrink_inside(device: &Device, wanted: u64, cluster: u64, raw: bool) -> Resul
     let end = (content.start + inside).next_multiple_of(cluster);
     if !raw {
         let last = (content.start + content.length) / cluster * cluster;
-        discard(&disk, node, end * SECTOR..last.max(end) * SECTOR)?;
+        let tail = end * SECTOR..last.max(end) * SECTOR;
+        let parts = trim::parts_of_the_top(device)?.unwrap_or_else(|| vec![tail.clone(); 1]);
+        for part in parts {
+            discard(&disk, node, part.start.max(tail.start)..part.end.min(tail.end))?;
+        }
+        disk.sync_all().ctx(Kind::Fsync, || format!("cannot sync {}", node.display()))?;
         return Ok(wanted);
     }
     let cut = wanted.max(end + cluster);
@@ -156,7 +163,7 @@ fn discard(disk: &File, node: &Path, bytes: std::ops::Range<u64>) -> Result<()> 
             .ctx(Kind::DevIoc, || format!("{} cannot discard what its file system has left", node.display()))?;
         at += len;
     }
-    disk.sync_all().ctx(Kind::Fsync, || format!("cannot sync {}", node.display()))
+    Ok(())
 }
 
 /// Cuts a raw image behind the partition, then the descriptor gets the size.

@@ -196,7 +196,7 @@ impl<S: Shared> Engine<S> {
             let (copying, may_copy) = (b.copying, b.may_copy(idle));
             let Some(work) = self.give_back() else { return false };
             let (cluster, from, budget) = (work.cursor, work.from, work.budget);
-            if cluster >= end || self.space.free_before(from) == 0 {
+            if cluster >= end || !self.space.has_free_before(from) {
                 return copying == 0;
             }
             if !may_copy || budget == 0 {

@@ -60,7 +60,7 @@ pub fn clear(target: &Target) -> Result<()> {
 /// The same of a device; the caller has locked the balloon.
 pub fn clear_state(device: &Device) -> Result<()> {
     maintenance::before(device, Work::BalloonClear)?;
-    if device.maintenance() == Inflating {
+    if maintenance::now(device)? == Inflating {
         device::set_maintenance(device, &[Inflating, Off], Off)?;
     }
     Ok(())
@@ -104,7 +104,7 @@ pub fn change_locked(device: &Device, balloon: &Balloon, sectors: u64) -> Result
         if wanted < now {
             balloon.truncate(wanted)?;
         }
-        if device.maintenance() == Inflating {
+        if maintenance::now(device)? == Inflating {
             // An interrupted change has left it.
             device::set_maintenance(device, &[Inflating, Off], Off)?;
         }

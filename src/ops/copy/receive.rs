@@ -8,8 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
 use nix::sys::stat::{SFlag, fstat};
 
 use super::wire::{self, Packet};
@@ -20,7 +22,7 @@ use crate::sys::cache;
 use crate::sys::file_id::FileId;
 use crate::sys::file_lock;
 use crate::sys::folder::Place;
-use crate::sys::{stdio, store};
+use crate::sys::{stdio, store, wait};
 
 /// Of the file while it is received.
 const SUFFIX: &str = ".receiving";
@@ -28,6 +30,9 @@ const SUFFIX: &str = ".receiving";
 const MODE: u32 = 0o600;
 /// Received data are handed to the disk in pieces of this size, so that a sync has little left to do.
 const WRITE_BACK: u64 = 64 << 20;
+
+/// A request to cancel is looked for so often.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -221,6 +226,8 @@ fn read_all(input: BorrowedFd, mut buf: &mut [u8], received: Received) -> Result
             }
             Ok(n) => buf = &mut buf[n..],
             Err(nix::errno::Errno::EINTR) => {}
+            // The caller's descriptor does not wait.
+            Err(nix::errno::Errno::EAGAIN) => wait::wait(input, PollFlags::POLLIN, Instant::now() + LOOK).map(drop)?,
             Err(e) => return Err(Error::with(Kind::Read, "cannot read the copy stream", e)),
         }
     }
@@ -232,6 +239,9 @@ fn write_all(fd: BorrowedFd, mut data: &[u8]) -> io::Result<()> {
         match nix::unistd::write(fd, data) {
             Ok(n) => data = &data[n..],
             Err(nix::errno::Errno::EINTR) => {}
+            Err(nix::errno::Errno::EAGAIN) => {
+                wait::wait(fd, PollFlags::POLLOUT, Instant::now() + LOOK).map_err(io::Error::other)?;
+            }
             Err(e) => return Err(e.into()),
         }
     }

@@ -25,7 +25,7 @@ use crate::ops::online::freeze;
 use crate::report;
 use crate::sys::aligned::{AlignedBuf, read_full};
 use crate::sys::reopen::{Access, reopen};
-use crate::sys::stdio;
+use crate::sys::{host, stdio};
 
 /// Bytes of the first pass for which what was written before is forgotten at once, as they are read then.
 const WINDOW: u64 = 64 << 20;
@@ -38,6 +38,8 @@ const HEAD: usize = 512;
 /// A new worker needs less to have its images open.
 const OPEN_TRIES: u32 = 100;
 const OPEN_PAUSE: Duration = Duration::from_millis(100);
+/// How long what the server compacts by itself may take to make way.
+const MAKES_WAY: Duration = Duration::from_secs(3);
 
 /// What was sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -85,13 +87,24 @@ fn send(node: &Path, sink: Sink, stop: Stop) -> Result<Sent> {
     let operation = report::cancel::begin();
     let found = find(node)?;
     maintenance::before(&found, Work::Copy)?;
-    let mut tracker = device::track(&found)?;
+    let mut tracker = track(&found)?;
     let (device, top) = open_top(node)?;
     report::say(0, format!("Sending {}", device.top().display()));
     let quiesce = &mut || quiesce(&device, stop);
     let sent = Copying::new(&mut *tracker, top, device.version.is_none(), sink).run(quiesce)?;
     operation.end(true);
     Ok(sent)
+}
+
+/// What the server compacts by itself it ends for a copy, a moment later.
+fn track(device: &Device) -> Result<Box<dyn Tracker>> {
+    let end = host::now() + MAKES_WAY;
+    loop {
+        match device::track(device) {
+            Err(e) if e.kind() == Kind::Busy && host::now() < end => host::sleep(Duration::from_millis(100)),
+            other => return other,
+        }
+    }
 }
 
 fn find(node: &Path) -> Result<Device> {

@@ -27,6 +27,8 @@ const OPEN: Duration = Duration::from_secs(300);
 /// Binding the block device: until a takeover is tried, and until the device is given up.
 const BIND: Duration = Duration::from_secs(60);
 const BIND_AGAIN: Duration = Duration::from_secs(30);
+/// A helper that was not to bind anything after all removes an unbound device.
+const END_BINDER: Duration = Duration::from_secs(5);
 /// Undoing it.
 const UNDO: Duration = Duration::from_secs(60);
 
@@ -247,7 +249,7 @@ impl Supervisor {
     fn end_binder(&mut self, binder: Helper) {
         let Helper { mut process, sock } = binder;
         drop(sock);
-        let end = host::now() + UNDO;
+        let end = host::now() + END_BINDER;
         while process.runs() && host::now() < end {
             self.poll_once(host::now() + Duration::from_millis(2), None);
         }

@@ -48,8 +48,9 @@ impl Supervisor {
     }
 
     pub(super) fn cancel_give_back(&mut self, client: OwnedFd) {
+        // Also what the worker has begun by itself.
+        self.slot.send(&ToWorker::CancelGiveBack);
         if self.giving_back.take().is_some() {
-            self.slot.send(&ToWorker::CancelGiveBack);
             let why = Error::new(Kind::Abort, format!("giving space of {} back was cancelled", self.record.name));
             self.clients.answer(Awaited::GiveBack, &Answer::GaveBack(GaveBack::failed(why)));
         }

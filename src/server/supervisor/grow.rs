@@ -55,13 +55,23 @@ impl Supervisor {
                 self.take_over_size()?;
                 return Ok(warning);
             }
-            // Each step is a change of its own; tokens are odd.
-            let next = ChainSwitch { token: switch.token.wrapping_add(2 * step), ..switch.clone() };
+            let next = ChainSwitch { token: self.unused_token(switch.token.wrapping_add(2 * step)), ..switch.clone() };
             let sent = SwitchFds { new: Vec::new(), commit: duplicate_commit(fds.commit.as_ref())? };
             warning = self.try_change(&next, sent, None)?.or(warning);
             self.wait_while(|s| !s.slot.is_ready(), None)?;
         }
         bail!(Device, "{name} has {} sectors after {STEPS} steps, {sectors} wanted", self.record.size_sectors)
+    }
+
+    /// Each step is a change of its own. A client that asks again brings the token that it brought before: a worker that has
+    /// begun with it would take itself for its successor, and exit.
+    fn unused_token(&self, wanted: u64) -> u64 {
+        let shm = self.shm.as_ref();
+        let used = |token: u64| {
+            token == self.chain.start().token || shm.is_some_and(|s| token == s.serving() || token == s.switched())
+        };
+        // Tokens are odd; at most three are used.
+        (0..4).map(|n| wanted.wrapping_add(n << 32)).find(|token| !used(*token)).unwrap_or(wanted)
     }
 
     /// The block device takes over the size that the worker serves. Its partitions stay.

@@ -90,10 +90,18 @@ impl Giving {
         }
     }
 
+    /// A client copies the top: what the worker does by itself has to make way. The client asks again.
+    pub fn make_way(&mut self, core: &Core) {
+        self.pause = OWN_PAUSE;
+        if self.order.is_none() {
+            self.cancel(core);
+        }
+    }
+
     /// The engine has come to an end with it. What is returned is to be sent to the supervisor.
     pub fn done(&mut self, core: &Core, result: Result<GivenBack, Errno>) -> Option<FromWorker> {
         let ending = core.closing.load(Ordering::Acquire) || core.retiring.load(Ordering::Acquire);
-        if result == Err(libc::ECANCELED) && ending {
+        if result.is_err() && ending {
             // The next worker of the device gets the order anew.
             return None;
         }

@@ -9,13 +9,18 @@ use crate::bail;
 use crate::chain::LevelFile;
 use crate::engine::api::{Shared, SyncState};
 use crate::error::{IoContext, Kind, Result};
+use crate::format::bat;
 use crate::image::grow::{grow, grow_raw, next_size};
 use crate::image::target::Target;
 use crate::server::shm::Shm;
+use crate::sys::store;
 use crate::units::SECTOR;
 
 /// Bytes of the file that are moved at once, at most: requests wait for it.
 const MOVED: u64 = 1 << 20;
+
+/// Tables are written by pages.
+const PAGE: u64 = 4096;
 
 /// Makes the top larger if the change says so; `fds`: by which the supervisor has the `files`. False: it has not got its last size yet, and another change is to follow.
 pub fn grow_top(sectors: Option<u64>, files: &[LevelFile], fds: &[OwnedFd], shm: &Shm) -> Result<bool> {
@@ -23,6 +28,10 @@ pub fn grow_top(sectors: Option<u64>, files: &[LevelFile], fds: &[OwnedFd], shm:
     let (Some(level), Some(fd)) = (files.last(), fds.last()) else {
         bail!(Protocol, "a chain without images is to grow")
     };
+    if shm.failed() || shm.sync_state() == SyncState::Failed {
+        // The durable entries may differ from those that are read.
+        bail!(Fsync, "a sync of {} has failed: it does not grow", level.name.display());
+    }
     let grown = grow_level(level, &open(level, fd)?, sectors);
     match &grown {
         // What of it has reached the disk is not known: nothing more may be relied upon, by any worker.
@@ -59,6 +68,10 @@ fn grow_level(level: &LevelFile, file: &File, sectors: u64) -> Result<bool> {
         return Ok(true);
     }
     let next = next_size(&target.header, sectors, MOVED)?;
+    // Before anything changes: a flush must not meet the lack of space for the longer table half way.
+    let clusters = next / u64::from(target.header.cluster.sectors());
+    store::reserve(file, bat::offset_of(clusters).next_multiple_of(PAGE))
+        .ctx(Kind::Fallocate, || format!("no space for the longer BAT of image {shown}"))?;
     grow(&mut target, next)?;
     Ok(next == sectors)
 }

@@ -386,7 +386,7 @@ impl SupervisorLink {
             Ok(Some((ToWorker::HoldForSpace(hold), _))) => core.submit_event(MAIN_THREAD, Pending::HoldForSpace(hold)),
             Ok(Some((ToWorker::GiveBack(order), _))) => tell(&self.socket, self.giving.begin(core, order)),
             Ok(Some((ToWorker::CancelGiveBack, _))) => self.giving.cancel(core),
-            Ok(Some((ToWorker::Track(order), _))) => core.submit_event(MAIN_THREAD, Pending::Track(order.control())),
+            Ok(Some((ToWorker::Track(order), _))) => track::take(core, &mut self.giving, order),
             Ok(Some((ToWorker::Go, _))) => {}
             Ok(Some((ToWorker::Start(_), _))) => core.log.line("the supervisor sent Start twice".into()),
             Ok(None) => {

@@ -5,11 +5,20 @@ use crate::engine::api::{Errno, Tracked};
 use crate::error::Kind;
 use crate::server::proto::FromWorker;
 use crate::server::remote_error::RemoteError;
-use crate::server::track::TrackReport;
+use crate::server::track::{TrackOrder, TrackReport};
 
-use super::core::Core;
+use super::core::{Core, MAIN_THREAD, Pending};
+use super::give_back::Giving;
 
 /// What the engine has answered, for the supervisor.
+/// Hands an order to the engine.
+pub fn take(core: &Core, giving: &mut Giving, order: TrackOrder) {
+    if matches!(order, TrackOrder::Begin { .. }) {
+        giving.make_way(core);
+    }
+    core.submit_event(MAIN_THREAD, Pending::Track(order.control()));
+}
+
 pub fn report(core: &Core, begun: bool, result: Result<Tracked, Errno>) -> Option<FromWorker> {
     let report = TrackReport { begun, cluster: core.cluster_bytes, ..TrackReport::default() };
     Some(FromWorker::Tracked(match result {

@@ -27,10 +27,11 @@ impl BlockBinding for LoopBinding {
     fn bind(&self, dir: &Path, wanted: &Wanted, steps: &mut dyn BindSteps) -> Result<Binding> {
         let number = wanted.number.filter(|n| *n < NUMBERED);
         let first = (FIRST_LOOP + number.unwrap_or(NUMBERED), number.is_some());
-        let mut disk = dir.join(DISK);
-        if disk.is_dir() {
-            disk.push(shown(&wanted.name));
-        }
+        // Asks the worker: for when it serves.
+        let disk = || {
+            let disk = dir.join(DISK);
+            if disk.is_dir() { disk.join(shown(&wanted.name)) } else { disk }
+        };
         loop_device::attach(&disk, first, wanted.read_only, &wanted.name, steps)
     }
 

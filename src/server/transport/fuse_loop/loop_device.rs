@@ -131,10 +131,10 @@ fn host_queue(file: &Path) -> Option<PathBuf> {
     [disk.join("queue"), disk.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
 }
 
-/// Binds `disk` to a new loop device, its number `first` or above; `own`: no other name has that number. `name` is what
-/// losetup shows.
+/// Binds the file that `disk` names to a new loop device, its number `first` or above; `own`: no other name has that number.
+/// `name` is what losetup shows. The file is not touched before it may be bound: that would wait for the worker.
 pub fn attach(
-    disk: &Path,
+    disk: &dyn Fn() -> PathBuf,
     (first, own): (u32, bool),
     read_only: bool,
     name: &str,
@@ -157,18 +157,21 @@ pub fn attach(
         };
         // The number is enough to find and undo it; the sequence number comes with the binding.
         let mut binding = Binding { backing, rdev, diskseq: 0 };
+        // Open from here on: the helper that removes a former device of this number would take it away as unbound.
+        let options = OpenOptions::new().read(true).write(!read_only).clone();
+        let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
+            .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
         let prepared = steps.made(&binding).and_then(|()| {
             prepare(&binding.backing);
             steps.wait_to_bind()
         });
         if let Err(e) = prepared {
+            drop(device);
             remove_unbound(&binding.backing, rdev);
             return Err(e);
         }
-        let options = OpenOptions::new().read(true).write(!read_only).clone();
-        let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
-            .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
-        let file = match options.open(disk) {
+        let disk = disk();
+        let file = match options.open(&disk) {
             Ok(file) => file,
             Err(e) => {
                 drop(device);
