@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::disk_lock::Disk;
 use super::mount_images::{advise_cut_off, host_checks, raw_cluster, refuse_frozen, tell_cut_off};
@@ -22,7 +21,6 @@ use crate::image::open;
 use crate::report;
 use crate::sys::file_id::FileId;
 use crate::sys::folder::Folder;
-use crate::sys::host;
 use crate::units::ClusterSize;
 
 /// Logs every request of the device.
@@ -394,9 +392,6 @@ fn finish(device: Device, params: &MountParams) -> Result<Mounted> {
     }
 }
 
-/// How long the node of a partition may be away while the supervisor makes it anew.
-const PARTITION_BACK: Duration = Duration::from_secs(4);
-
 fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     if report::cancel::requested() {
         bail!(Sys, "the mount of {} was cancelled", device.base().display());
@@ -418,31 +413,9 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
             quota: params.quota,
             options: params.options.clone(),
         };
-        mount_again(device, params.partition, source, target, &spec)?;
+        partition::mount(device, params.partition, source, target, &spec)?;
     }
     Ok(fsck_rc)
-}
-
-/// Mounts the file system on `source`. Where its node went meanwhile, the kernel has read the partition table anew: it is waited
-/// for, and mounted then.
-fn mount_again(
-    device: &Device,
-    number: Option<u32>,
-    mut source: PathBuf,
-    target: &Path,
-    spec: &MountSpec,
-) -> Result<()> {
-    let end = host::now() + PARTITION_BACK;
-    loop {
-        match mount::mount_device(&source, target, spec) {
-            Err(e) if !source.exists() && target.exists() && host::now() < end => {
-                report::say(1, format_args!("{} was away for a moment: {e}", source.display()));
-                host::sleep(Duration::from_millis(20));
-                source = partition::source(device, number)?;
-            }
-            other => return other,
-        }
-    }
 }
 
 /// What of a device is mounted.

@@ -1,12 +1,15 @@
 //! Which partition of a disk is mounted.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::bail;
 use crate::device::{self, Device, Partition};
 use crate::error::Result;
+use crate::fs::mount::{self as mounting, MountSpec};
 use crate::fs::probe::{self, Found};
 use crate::report;
+use crate::sys::host;
 
 /// What to mount of a device: the partition of that number; without one the first partition, or, if no file system of
 /// Linux is recognised there, the largest partition that has one; of a disk without partitions the disk. `Param`: no such
@@ -42,6 +45,31 @@ pub fn source(device: &Device, number: Option<u32>) -> Result<PathBuf> {
         ),
     );
     Ok(node)
+}
+
+/// How long the node of a partition may be away while the supervisor makes it anew.
+const PARTITION_BACK: Duration = Duration::from_secs(4);
+
+/// Mounts the file system on `source`. Where its node went meanwhile, the kernel has read the partition table anew: it is waited
+/// for, and mounted then.
+pub(super) fn mount(
+    device: &Device,
+    number: Option<u32>,
+    mut source: PathBuf,
+    target: &Path,
+    spec: &MountSpec,
+) -> Result<()> {
+    let end = host::now() + PARTITION_BACK;
+    loop {
+        match mounting::mount_device(&source, target, spec) {
+            Err(e) if !source.exists() && target.exists() && host::now() < end => {
+                report::say(1, format_args!("{} was away for a moment: {e}", source.display()));
+                host::sleep(Duration::from_millis(20));
+                source = self::source(device, number)?;
+            }
+            other => return other,
+        }
+    }
 }
 
 /// What cannot be read has no file system that can be mounted.
