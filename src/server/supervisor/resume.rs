@@ -82,7 +82,10 @@ fn take_over(worker: Worker, mut start: WorkerStart, received: Received, client:
     let name = start.device_name.clone();
     runtime::check_name(&name)?;
     let dir = runtime::device_dir(&name);
-    let found = runtime::read_record(&dir).ok().flatten().filter(|r| r.name == name && runtime::is_this_boot(&r.boot));
+    // The name may be another device's by now.
+    let ours = |r: &DeviceRecord| r.token.is_empty() || start.attach.token.is_empty() || r.token == start.attach.token;
+    let found = runtime::read_record(&dir).ok().flatten();
+    let found = found.filter(|r| r.name == name && runtime::is_this_boot(&r.boot) && ours(r));
     // Without a record the device goes on, but cannot be found any more.
     let (dir, record) = match found {
         Some(record) => (dir, record),
