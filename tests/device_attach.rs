@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 
 use device_common::*;
 use ploop::device::{self, State};
-use ploop::server::transport::{BindSteps, Binding, Patience, Transport, Wanted};
+use ploop::server::transport::{Patience, Transport, Wanted};
 
 #[test]
 fn attach_list_write_detach() {
@@ -43,34 +43,6 @@ fn attach_list_write_detach() {
     t.sound(&image);
 }
 
-/// Looks at each device when it may be bound.
-#[derive(Default)]
-struct Steps {
-    made: Vec<Binding>,
-    refuses: bool,
-}
-
-impl BindSteps for Steps {
-    fn made(&mut self, binding: &Binding) -> ploop::error::Result<()> {
-        self.made.push(binding.clone());
-        Ok(())
-    }
-
-    fn wait_to_bind(&mut self) -> ploop::error::Result<()> {
-        let binding = self.made.last().unwrap();
-        assert!(!Transport::FuseLoop.binding().is_bound(&binding.backing));
-        assert_eq!(queue(binding, "max_sectors_kb"), "1024");
-        match self.refuses {
-            true => Err(ploop::error::Error::new(ploop::error::Kind::Sys, "refused")),
-            false => Ok(()),
-        }
-    }
-}
-
-fn queue(binding: &Binding, what: &str) -> String {
-    fs::read_to_string(format!("/sys/block/{}/queue/{what}", binding.backing)).unwrap().trim().into()
-}
-
 #[test]
 fn a_bound_block_device_follows_the_size_of_its_file() {
     let Some(t) = Bench::new("capacity") else { return };
@@ -80,16 +52,13 @@ fn a_bound_block_device_follows_the_size_of_its_file() {
     disk.set_len(4 << 20).unwrap();
     let block_device = Transport::FuseLoop.binding();
     let wanted = Wanted { number: None, read_only: false, name: "capacity".into() };
-    let mut refused = Steps { refuses: true, ..Default::default() };
-    block_device.bind(&dir, &wanted, &mut refused).unwrap_err();
-    let left = refused.made.pop().unwrap().backing;
-    assert!(!fs::exists(format!("/sys/block/{left}")).unwrap(), "{left} stays");
-    let mut steps = Steps::default();
-    let binding = block_device.bind(&dir, &wanted, &mut steps).unwrap();
-    assert_eq!(steps.made.last().map(|b| b.rdev), Some(binding.rdev));
-    // What was set before the bind is not lost by it: setting it later stops the requests of the first user.
-    assert_eq!(queue(&binding, "max_sectors_kb"), "1024");
-    assert!(queue(&binding, "scheduler").contains("[none]"));
+    let mut made = Vec::new();
+    let binding = block_device.bind(&dir, &wanted, &mut |b| {
+        made.push(b.rdev);
+        Ok(())
+    });
+    let binding = binding.unwrap();
+    assert_eq!(made.last(), Some(&binding.rdev));
     assert_eq!(Transport::of(&binding.backing), Transport::FuseLoop);
     let sectors = || fs::read_to_string(format!("/sys/block/{}/size", binding.backing)).unwrap();
     assert_eq!(sectors().trim(), "8192");

@@ -25,7 +25,10 @@ BUILD_LIMIT = 1800
 CARGO_LIMIT = devlib.pick(3600, 14400)
 
 # Test binaries of cargo's that use no device: they run beside the others, at low priority, in the time in which those wait.
-BESIDE = ("cargo.lib", "cargo.sim", "cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering")
+BESIDE = ("cargo.lib", "cargo.sim", "cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering",
+          "cargo.damage", "cargo.offline_differential", "cargo.cmd", "cargo.abi")
+# Scripts that build with cargo: they would wait for the build beside them.
+AFTER_BUILD = ("groups.parsers",)
 
 # Scripts beside the groups that are run by name only.
 SLOW = ("chroot", "oldkernel")
@@ -314,11 +317,11 @@ def main():
     try:
         lane.start()
         # The scripts need only what was built before; cargo's tests of devices come when the lane beside has built them.
-        for name, kind, args in sorted(chosen, key=lambda test: test[1] == "cargo"):
+        for name, kind, args in sorted(chosen, key=lambda test: test[1] == "cargo" or test[0] in AFTER_BUILD):
             if (name, kind, args) in beside:
                 continue
             t = time.monotonic()
-            if kind == "cargo" and not built.is_set():
+            if (kind == "cargo" or name in AFTER_BUILD) and not built.is_set():
                 built.wait()
                 stages["waiting for the build"] = time.monotonic() - t
                 t = time.monotonic()

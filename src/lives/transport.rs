@@ -18,8 +18,8 @@ use crate::bail;
 use crate::engine::api::Errno;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::transport::{
-    BindSteps, Binding, BlockBinding, Connection, Geometry, HEAD, KernelRequest, Limits, Op, Patience, QueueReader,
-    ReadError, Recovery, Reply, RequestQueue, Wanted,
+    Binding, BlockBinding, Connection, Geometry, HEAD, KernelRequest, Limits, Op, Patience, QueueReader, ReadError,
+    Recovery, Reply, RequestQueue, Wanted,
 };
 use crate::sys::arena::{Arena, Span};
 use crate::sys::host;
@@ -364,14 +364,12 @@ pub fn disk_identity(backing: &str) -> Option<(u64, u64)> {
 pub struct SimBinding;
 
 impl BlockBinding for SimBinding {
-    fn bind(&self, dir: &Path, _wanted: &Wanted, steps: &mut dyn BindSteps) -> Result<Binding> {
+    fn bind(&self, dir: &Path, _wanted: &Wanted, chosen: &mut dyn FnMut(&Binding) -> Result<()>) -> Result<Binding> {
         let text = fs::read_to_string(dir.join(DISK)).ctx(Kind::Open, || "no connection")?;
         let number: u32 = text.parse().map_err(|_| Error::new(Kind::Device, "no number"))?;
         let rdev = rdev(number);
         let mut binding = Binding { backing: format!("{BLOCK_DEVICES}{number}"), rdev, diskseq: 0 };
-        steps.made(&binding)?;
-        host::step("prepare the device").ctx(Kind::Loop, || "killed")?;
-        steps.wait_to_bind()?;
+        chosen(&binding)?;
         host::step("bind the device").ctx(Kind::Loop, || "killed")?;
         let devices = world().devices.clone();
         match devices.lock().get_mut(&number) {

@@ -399,10 +399,12 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
     if params.target.is_none() && !params.fsck {
         return Ok(None);
     }
-    let source = partition::source(device, params.partition)?;
+    let mut source = partition::source(device, params.partition)?;
     let ext = params.fstype.as_deref().is_none_or(|t| t.starts_with("ext"));
     let fsck_rc = match params.fsck && ext {
-        true => Some(mount::fsck(&source, params.read_only)?),
+        true => Some(partition::work_on(device, params.partition, &mut source, &mut |source| {
+            mount::fsck(source, params.read_only)
+        })?),
         false => None,
     };
     if let Some(target) = &params.target {
@@ -413,7 +415,9 @@ fn mount_fs(device: &Device, params: &MountParams) -> Result<Option<i32>> {
             quota: params.quota,
             options: params.options.clone(),
         };
-        partition::mount(device, params.partition, source, target, &spec)?;
+        partition::work_on(device, params.partition, &mut source, &mut |source| {
+            mount::mount_device(source, target, &spec)
+        })?;
     }
     Ok(fsck_rc)
 }

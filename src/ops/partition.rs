@@ -6,7 +6,6 @@ use std::time::Duration;
 use crate::bail;
 use crate::device::{self, Device, Partition};
 use crate::error::Result;
-use crate::fs::mount::{self as mounting, MountSpec};
 use crate::fs::probe::{self, Found};
 use crate::report;
 use crate::sys::host;
@@ -50,22 +49,21 @@ pub fn source(device: &Device, number: Option<u32>) -> Result<PathBuf> {
 /// How long the node of a partition may be away while the supervisor makes it anew.
 const PARTITION_BACK: Duration = Duration::from_secs(4);
 
-/// Mounts the file system on `source`. Where its node went meanwhile, the kernel has read the partition table anew: it is waited
-/// for, and mounted then.
-pub(super) fn mount(
+/// Works on what is mounted of a device. Where its node went meanwhile, the kernel has read the partition table anew: it is
+/// waited for, and the work is done then.
+pub(super) fn work_on<T>(
     device: &Device,
     number: Option<u32>,
-    mut source: PathBuf,
-    target: &Path,
-    spec: &MountSpec,
-) -> Result<()> {
+    source: &mut PathBuf,
+    work: &mut dyn FnMut(&Path) -> Result<T>,
+) -> Result<T> {
     let end = host::now() + PARTITION_BACK;
     loop {
-        match mounting::mount_device(&source, target, spec) {
-            Err(e) if !source.exists() && target.exists() && host::now() < end => {
+        match work(source) {
+            Err(e) if !source.exists() && host::now() < end => {
                 report::say(1, format_args!("{} was away for a moment: {e}", source.display()));
                 host::sleep(Duration::from_millis(20));
-                source = self::source(device, number)?;
+                *source = self::source(device, number)?;
             }
             other => return other,
         }

@@ -12,7 +12,7 @@ use crate::server::greeting::Greeting;
 use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::own_greeting;
 use crate::server::remote_error::RemoteError;
-use crate::server::transport::{self, BindSteps, Binding, BlockBinding, Patience, Transport};
+use crate::server::transport::{self, Binding, BlockBinding, Patience, Transport};
 use crate::server::{balloon, control, daemon, frame, freeze, mounts, nodes, partitions, runtime, unflushed};
 use crate::sys::host::{self, Process};
 use crate::sys::process;
@@ -22,8 +22,6 @@ const MOMENT: Duration = Duration::from_secs(2);
 
 /// Longest wait of a helper for its parent.
 const PARENT: Duration = Duration::from_secs(30);
-/// Longest wait for the worker, which opens the images meanwhile: longer than the supervisor's own limit.
-const WORKER_OPENS: Duration = Duration::from_secs(400);
 
 /// A running helper.
 pub struct Helper {
@@ -130,7 +128,11 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
     let _ = process::set_io_flusher();
     match job {
         Job::Attach { transport, dir, wanted } => {
-            let binding = transport.binding().bind(&dir, &wanted, &mut SupervisorSteps { sock })?;
+            let mut chosen = |binding: &Binding| {
+                frame::send(sock, &JobEvent::Chosen(binding.clone()), &[])?;
+                wait_for_go(sock)
+            };
+            let binding = transport.binding().bind(&dir, &wanted, &mut chosen)?;
             // The device works without; the supervisor looks again when the table changes.
             let _ = scan(&binding);
             Ok(JobEvent::Attached(binding))
@@ -141,7 +143,7 @@ fn run(job: Job, fds: Vec<OwnedFd>, sock: BorrowedFd) -> Result<JobEvent> {
         Job::Detach { binding, patience } => {
             let mut opened = || {
                 frame::send(sock, &JobEvent::Opened, &[])?;
-                wait_for_go(sock, PARENT)
+                wait_for_go(sock)
             };
             block_device(&binding).unbind(&binding, patience, &mut opened).map(|()| JobEvent::Done)
         }
@@ -165,23 +167,8 @@ fn block_device(binding: &Binding) -> &'static dyn BlockBinding {
     Transport::of(&binding.backing).binding()
 }
 
-/// The supervisor's part in a bind, over the helper's socket.
-struct SupervisorSteps<'a> {
-    sock: BorrowedFd<'a>,
-}
-
-impl BindSteps for SupervisorSteps<'_> {
-    fn made(&mut self, binding: &Binding) -> Result<()> {
-        frame::send(self.sock, &JobEvent::Chosen(binding.clone()), &[])
-    }
-
-    fn wait_to_bind(&mut self) -> Result<()> {
-        wait_for_go(self.sock, WORKER_OPENS)
-    }
-}
-
-fn wait_for_go(sock: BorrowedFd, limit: Duration) -> Result<()> {
-    match frame::recv_within::<Go>(sock, limit)? {
+fn wait_for_go(sock: BorrowedFd) -> Result<()> {
+    match frame::recv_within::<Go>(sock, PARENT)? {
         Some(_) => Ok(()),
         None => bail!(Sys, "the supervisor exited"),
     }

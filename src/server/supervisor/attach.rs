@@ -27,8 +27,6 @@ const OPEN: Duration = Duration::from_secs(300);
 /// Binding the block device: until a takeover is tried, and until the device is given up.
 const BIND: Duration = Duration::from_secs(60);
 const BIND_AGAIN: Duration = Duration::from_secs(30);
-/// A helper that was not to bind anything after all removes an unbound device.
-const END_BINDER: Duration = Duration::from_secs(5);
 /// Undoing it.
 const UNDO: Duration = Duration::from_secs(60);
 
@@ -202,14 +200,9 @@ impl Supervisor {
         let adopts = self.chain.attach().unflushed;
         self.chain.set_adopts(adopts);
         self.start_worker(adopts);
-        // It makes and prepares the block device while the worker opens the images.
-        let binder = self.start_binder()?;
-        if let Err(e) = self.wait_ready(host::now() + OPEN) {
-            self.end_binder(binder);
-            return Err(e);
-        }
+        self.wait_ready(host::now() + OPEN)?;
         self.chain.set_adopts(false);
-        self.bind(binder)?;
+        self.bind()?;
         self.chain.transport().hide(&self.dir)?;
         self.names.create(self.record.rdev)?;
         self.record.state = "running".into();
@@ -239,25 +232,11 @@ impl Supervisor {
         }
     }
 
-    fn start_binder(&mut self) -> Result<Helper> {
+    fn bind(&mut self) -> Result<()> {
         let name = top_name(&self.record);
         let wanted = Wanted { number: runtime::number(&self.record.name), read_only: self.record.read_only, name };
-        self.helper(&Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted })
-    }
-
-    /// The images cannot be served: the helper removes the device that it may have made when its socket closes.
-    fn end_binder(&mut self, binder: Helper) {
-        let Helper { mut process, sock } = binder;
-        drop(sock);
-        let end = host::now() + END_BINDER;
-        while process.runs() && host::now() < end {
-            self.poll_once(host::now() + Duration::from_millis(2), None);
-        }
-        process.kill();
-    }
-
-    /// The worker serves: `helper` binds the block device.
-    fn bind(&mut self, helper: Helper) -> Result<()> {
+        let job = Job::Attach { transport: self.chain.transport(), dir: self.dir.clone(), wanted };
+        let helper = self.helper(&job)?;
         let mut end = host::now() + BIND;
         let mut again = true;
         let result = loop {

@@ -43,21 +43,11 @@ pub struct Patience {
     pub mounted: Duration,
 }
 
-/// What the supervisor takes part in while a device is bound. A device is made and prepared while the worker still opens
-/// the images, and bound when the supervisor says so.
-pub trait BindSteps {
-    /// Learns each device that is made.
-    fn made(&mut self, binding: &Binding) -> Result<()>;
-
-    /// Returns when the last device made may be bound: it is recorded, and the worker serves.
-    fn wait_to_bind(&mut self) -> Result<()>;
-}
-
 /// The block devices of one transport.
 pub trait BlockBinding {
-    /// Makes a block device and binds it to the connection in the folder `dir`; see [`BindSteps`]. An error of a step ends
-    /// the attempt, and the device goes again.
-    fn bind(&self, dir: &Path, wanted: &Wanted, steps: &mut dyn BindSteps) -> Result<Binding>;
+    /// Makes a block device and binds it to the connection in the folder `dir`. `chosen` learns each device that is
+    /// made, before it is bound; its error ends the attempt.
+    fn bind(&self, dir: &Path, wanted: &Wanted, chosen: &mut dyn FnMut(&Binding) -> Result<()>) -> Result<Binding>;
 
     /// Something is bound to it, as /sys shows it.
     fn is_bound(&self, backing: &str) -> bool;

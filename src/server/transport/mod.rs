@@ -22,7 +22,7 @@ use crate::lives::transport::{SimBinding, SimQueue, SimReader, SimSession};
 use crate::sys::arena::{Arena, Span};
 use crate::sys::ring::Ring;
 
-pub use self::binding::{BindSteps, Binding, BlockBinding, Patience, Wanted};
+pub use self::binding::{Binding, BlockBinding, Patience, Wanted};
 use self::fuse_loop::binding::LoopBinding;
 use self::fuse_loop::connection::FuseSession;
 use self::fuse_loop::queue::{FuseQueue, FuseReader};

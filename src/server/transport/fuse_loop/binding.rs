@@ -10,7 +10,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{IoContext, Kind, Result};
-use crate::server::transport::binding::{BindSteps, Binding, BlockBinding, Patience, Wanted};
+use crate::server::transport::binding::{Binding, BlockBinding, Patience, Wanted};
 use crate::sys::loopdev;
 
 use super::{DISK, is_shown, loop_device, shown};
@@ -24,15 +24,14 @@ const NUMBERED: u32 = 5_000;
 pub struct LoopBinding;
 
 impl BlockBinding for LoopBinding {
-    fn bind(&self, dir: &Path, wanted: &Wanted, steps: &mut dyn BindSteps) -> Result<Binding> {
+    fn bind(&self, dir: &Path, wanted: &Wanted, chosen: &mut dyn FnMut(&Binding) -> Result<()>) -> Result<Binding> {
         let number = wanted.number.filter(|n| *n < NUMBERED);
         let first = (FIRST_LOOP + number.unwrap_or(NUMBERED), number.is_some());
-        // Asks the worker: for when it serves.
-        let disk = || {
-            let disk = dir.join(DISK);
-            if disk.is_dir() { disk.join(shown(&wanted.name)) } else { disk }
-        };
-        loop_device::attach(&disk, first, wanted.read_only, &wanted.name, steps)
+        let mut disk = dir.join(DISK);
+        if disk.is_dir() {
+            disk.push(shown(&wanted.name));
+        }
+        loop_device::attach(&disk, first, wanted.read_only, &wanted.name, chosen)
     }
 
     fn is_bound(&self, backing: &str) -> bool {

@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, major, makedev, minor, mknod};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::server::sysfs::disk_identity;
-use crate::server::transport::binding::{BindSteps, Binding, Patience};
+use crate::server::transport::binding::{Binding, Patience};
 use crate::server::{mounts, partitions};
 use crate::sys::{loopdev, partition, processes};
 
@@ -89,17 +89,10 @@ fn set_queue(backing: &str, what: &str, value: &str) {
     }
 }
 
-/// Requests as large as the queue takes them in one piece, in the order in which they come. Both stay when the device is
-/// bound, on kernels that know limits set by users (Linux 6.5).
-fn prepare(backing: &str) {
-    set_queue(backing, "max_sectors_kb", "1024");
-    set_queue(backing, "scheduler", "none");
-}
-
-/// Shows whether the disk under the image rotates: file systems and databases choose by it. A bind resets that. What the
-/// bind has also reset of [`prepare`]'s work is done again.
+/// Makes requests as large as the queue takes them in one piece, and shows whether the disk under the image rotates: file
+/// systems and databases choose by it.
 pub fn tune(backing: &str, image: &Path) {
-    prepare(backing);
+    set_queue(backing, "max_sectors_kb", "1024");
     if let Some(queue) = host_queue(image)
         && let Ok(rotates) = fs::read_to_string(queue.join("rotational"))
     {
@@ -131,14 +124,14 @@ fn host_queue(file: &Path) -> Option<PathBuf> {
     [disk.join("queue"), disk.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
 }
 
-/// Binds the file that `disk` names to a new loop device, its number `first` or above; `own`: no other name has that number.
-/// `name` is what losetup shows. The file is not touched before it may be bound: that would wait for the worker.
+/// Binds `disk` to a new loop device, its number `first` or above; `own`: no other name has that number. `chosen` learns
+/// each device that is made, before it is bound; its error ends the attempt. `name` is what losetup shows.
 pub fn attach(
-    disk: &dyn Fn() -> PathBuf,
+    disk: &Path,
     (first, own): (u32, bool),
     read_only: bool,
     name: &str,
-    steps: &mut dyn BindSteps,
+    chosen: &mut dyn FnMut(&Binding) -> Result<()>,
 ) -> Result<Binding> {
     let control = control()?;
     for n in first..first + TRIES {
@@ -157,21 +150,15 @@ pub fn attach(
         };
         // The number is enough to find and undo it; the sequence number comes with the binding.
         let mut binding = Binding { backing, rdev, diskseq: 0 };
-        // Open from here on: the helper that removes a former device of this number would take it away as unbound.
-        let options = OpenOptions::new().read(true).write(!read_only).clone();
-        let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
-            .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
-        let prepared = steps.made(&binding).and_then(|()| {
-            prepare(&binding.backing);
-            steps.wait_to_bind()
-        });
-        if let Err(e) = prepared {
-            drop(device);
+        if let Err(e) = chosen(&binding) {
             remove_unbound(&binding.backing, rdev);
             return Err(e);
         }
-        let disk = disk();
-        let file = match options.open(&disk) {
+        set_queue(&binding.backing, "scheduler", "none");
+        let options = OpenOptions::new().read(true).write(!read_only).clone();
+        let device = open_special(&binding.backing, SFlag::S_IFBLK, rdev, &options)
+            .ctx(Kind::Loop, || format!("cannot open /dev/{}", binding.backing))?;
+        let file = match options.open(disk) {
             Ok(file) => file,
             Err(e) => {
                 drop(device);
