@@ -56,10 +56,10 @@ def case_init_like_debian(t):
     """Images made without a file system equal those of 1.15 byte for byte, descriptor included (but for CIF_Empty of
     preallocated ones, which 1.15 leaves set)."""
     devlib.debian_is_debians()
-    for version, bs, fmt, size in ((1, 2048, "ploop1", "1g"), (2, 2048, "expanded", "1g"), (2, 64, "ploop1", "700m"),
-                                   (2, 131072, "ploop1", "1g"), (2, 2048, "ploop1", "2100001"), (1, 128, "preallocated", "100m"),
-                                   (2, 2048, "preallocated", "100m"), (2, 2048, "raw", "33m"),
-                                   *(((1, 64, "ploop1", "3g"), (1, 2048, "ploop1", "300g"), (2, 2048, "ploop1", "8t"),
+    for version, bs, fmt, size in ((1, 2048, "ploop1", "1g"), (2, 64, "ploop1", "700m"), (2, 2048, "ploop1", "2100001"),
+                                   (1, 128, "preallocated", "100m"), (2, 2048, "raw", "33m"),
+                                   *(((2, 2048, "expanded", "1g"), (2, 131072, "ploop1", "1g"), (2, 2048, "preallocated", "100m"),
+                                      (1, 64, "ploop1", "3g"), (1, 2048, "ploop1", "300g"), (2, 2048, "ploop1", "8t"),
                                       (1, 2048, "ploop1", "1t")) if devlib.FULL else ())):
         made = []
         for who in ("ours", "theirs"):

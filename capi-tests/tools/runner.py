@@ -316,12 +316,15 @@ def main():
     lane = threading.Thread(target=run_beside, daemon=True)
     try:
         lane.start()
-        # The scripts need only what was built before; cargo's tests of devices come when the lane beside has built them.
-        for name, kind, args in sorted(chosen, key=lambda test: test[1] == "cargo" or test[0] in AFTER_BUILD):
+        # Groups need only what was built before, and no device: they run beside the build. Devices are tested after it.
+        def beside_build(test):
+            return test[1] == "group" and test[0] not in AFTER_BUILD
+
+        for name, kind, args in sorted(chosen, key=lambda test: not beside_build(test)):
             if (name, kind, args) in beside:
                 continue
             t = time.monotonic()
-            if (kind == "cargo" or name in AFTER_BUILD) and not built.is_set():
+            if not beside_build((name, kind, args)) and not built.is_set():
                 built.wait()
                 stages["waiting for the build"] = time.monotonic() - t
                 t = time.monotonic()
