@@ -237,8 +237,8 @@ fn clean(name: &str, wait: bool) -> Result<()> {
 
 /// The disk's node must have the recorded number; partitions' nodes of a name that was ours are ours.
 fn remove_nodes(name: &str, rdev: u64) {
-    let dev = Path::new("/dev");
-    for (path, number) in nodes::existing(dev, name) {
+    let dev = runtime::dev_dir();
+    for (path, number) in nodes::existing(&dev, name) {
         if path != dev.join(name) || number == rdev {
             let _ = fs::remove_file(path);
         }
