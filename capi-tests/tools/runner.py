@@ -24,9 +24,9 @@ BUILD_LIMIT = 1800
 # The full counts take hours, one of them for the fuzzers.
 CARGO_LIMIT = devlib.pick(3600, 14400)
 
-# Test binaries of cargo's that use no device: they run beside the others, at low priority, in the time in which those wait.
-BESIDE = ("cargo.lib", "cargo.sim", "cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering",
-          "cargo.damage", "cargo.offline_differential", "cargo.cmd", "cargo.abi")
+# Test binaries of cargo's that use no device: they come last in cargo's lane, at low priority, in the time in which the device tests wait.
+GENTLE = ("cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering", "cargo.damage",
+          "cargo.offline_differential", "cargo.cmd", "cargo.abi", "cargo.doc", "cargo.lib", "cargo.sim", "cargo.lints")
 # Scripts that build with cargo: they would wait for the build beside them.
 AFTER_BUILD = ("groups.parsers",)
 
@@ -62,7 +62,11 @@ def cargo_targets():
         if t["test"] and kind in ("lib", "bin", "test"):
             out.append(Target(kind, t["name"], ["--lib"] if kind == "lib" else [f"--{kind}", t["name"]]))
     out.sort(key=lambda t: (("lib", "bin", "test").index(t.kind), t.name))
-    return out + [Target("doc", "doc", [], ["cargo", "test", "--locked", "--doc"])]
+    out.append(Target("doc", "doc", [], ["cargo", "test", "--locked", "--doc"]))
+    if STRICT:
+        # Where the package is only tried out, the lints of another toolchain are no fault of it.
+        out.append(Target("lints", "lints", [], ["cargo", "clippy", "--locked", "--all-targets", "--", "-D", "warnings"]))
+    return out
 
 
 class Runner:
@@ -153,7 +157,7 @@ class Runner:
         targets = [t for t in targets if not t.command]
         if not targets:
             return
-        choice = [] if targets == cargo_targets()[:-1] else [w for t in targets for w in t.select]
+        choice = [] if targets == [t for t in cargo_targets() if not t.command] else [w for t in targets for w in t.select]
         rc, seconds = self.command("cargo.build", ["cargo", "test", "--locked", "--no-run", "--message-format=json-render-diagnostics",
                                                    *choice], BUILD_LIMIT, nice=nice)
         with open(self.log("cargo.build"), errors="replace") as f:
@@ -299,49 +303,56 @@ def main():
     if not os.path.exists(devlib.PLOOP):
         print(f"note: {devlib.PLOOP} is not built; --build builds it", flush=True)
     stages = {}
-    beside = [t for t in chosen if t[0] in BESIDE]
+    # Two lanes: cargo's tests, and the scripts'. Groups need only what was built before: they run beside the build.
+    cargos = sorted((t for t in chosen if t[1] == "cargo"), key=lambda t: GENTLE.index(t[0]) if t[0] in GENTLE else -1)
+    beside_build = [t for t in chosen if t[1] == "group" and t[0] not in AFTER_BUILD]
+    rest = [t for t in chosen if t[1] != "cargo" and t not in beside_build]
     # Alone they need not be gentle.
-    beside = beside if len(beside) < len(chosen) else []
-
+    nice = 15 if len(cargos) < len(chosen) else 0
     built = threading.Event()
 
-    def run_beside():
-        wanted_binaries = [a[0] for _, kind, a in chosen if kind == "cargo"]
-        if wanted_binaries:
-            runner.build(wanted_binaries, nice=5)
-        built.set()
-        for name, _, args in beside:
-            runner.cargo(name, *args, nice=15)
+    def timed(stage, begin):
+        stages[stage] = stages.get(stage, 0) + time.monotonic() - begin
 
-    lane = threading.Thread(target=run_beside, daemon=True)
+    def run_cargos():
+        t = time.monotonic()
+        try:
+            runner.build([args[0] for _, _, args in cargos], nice=nice and 5)
+        finally:
+            built.set()
+        timed("cargo's build", t)
+        for name, _, args in cargos:
+            t = time.monotonic()
+            runner.cargo(name, *args, nice=nice if name in GENTLE else 0)
+            timed("cargo's quiet tests" if name in GENTLE else "cargo's device tests", t)
+
+    def run_one(name, kind, args):
+        if kind == "group":
+            runner.group(name, *args)
+        elif kind == "device":
+            runner.device(name, *args)
+        else:
+            rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, f"capi-tests/{name}.sh")], 3600)
+            runner.after(name, rc)
+            runner.note(name, rc, seconds)
+
+    lane = threading.Thread(target=run_cargos, daemon=True)
     try:
         lane.start()
-        # Groups need only what was built before, and no device: they run beside the build. Devices are tested after it.
-        def beside_build(test):
-            return test[1] == "group" and test[0] not in AFTER_BUILD
-
-        for name, kind, args in sorted(chosen, key=lambda test: not beside_build(test)):
-            if (name, kind, args) in beside:
-                continue
+        t = time.monotonic()
+        for test in beside_build:
+            run_one(*test)
+        timed("groups", t)
+        t = time.monotonic()
+        built.wait()
+        timed("waiting for the build", t)
+        for test in rest:
             t = time.monotonic()
-            if not beside_build((name, kind, args)) and not built.is_set():
-                built.wait()
-                stages["waiting for the build"] = time.monotonic() - t
-                t = time.monotonic()
-            if kind == "cargo":
-                runner.cargo(name, *args)
-            elif kind == "group":
-                runner.group(name, *args)
-            elif kind == "device":
-                runner.device(name, *args)
-            else:
-                rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, f"capi-tests/{name}.sh")], 3600)
-                runner.after(name, rc)
-                runner.note(name, rc, seconds)
-            stages[kind] = stages.get(kind, 0) + time.monotonic() - t
+            run_one(*test)
+            timed(test[1] + " scripts", t)
         t = time.monotonic()
         lane.join()
-        stages["waiting for those beside"] = time.monotonic() - t
+        timed("waiting for cargo's tests", t)
     finally:
         runner.finish()
     for kind, seconds in stages.items():

@@ -59,7 +59,7 @@ impl World {
         if !len.is_multiple_of(self.shape.spc) || first < self.shape.levels[level].first_data {
             self.fail(format!("the file is cut to {len} sectors"));
         }
-        if let Some((host_cluster, clusters)) = self.owners().iter().find(|(p, _)| **p >= first) {
+        if let Some((host_cluster, clusters)) = self.owners().iter().filter(|(p, _)| **p >= first).min() {
             let text = format!("cut to {first} host clusters: clusters {clusters:?} may be at {host_cluster}");
             self.fail(text);
         }
