@@ -1,5 +1,6 @@
 """Runs the tests for capi-tests/run: see there."""
 
+import collections
 import functools
 import glob
 import json
@@ -29,6 +30,8 @@ GENTLE = ("cargo.storage_differential", "cargo.bad_input", "cargo.create", "carg
           "cargo.offline_differential", "cargo.cmd", "cargo.abi", "cargo.doc", "cargo.lib", "cargo.sim", "cargo.lints")
 # Scripts that build with cargo: they would wait for the build beside them.
 AFTER_BUILD = ("groups.parsers",)
+# Devices that these tests ask for by number must be free: nothing else runs beside them.
+ALONE = ("wiki",)
 
 # Scripts beside the groups that are run by name only.
 SLOW = ("chroot", "oldkernel")
@@ -303,13 +306,15 @@ def main():
     if not os.path.exists(devlib.PLOOP):
         print(f"note: {devlib.PLOOP} is not built; --build builds it", flush=True)
     stages = {}
-    # Two lanes: cargo's tests, and the scripts'. Groups need only what was built before: they run beside the build.
+    # Two lanes: cargo's tests, and the scripts', which need only what was built before. The lane that is done first takes over what
+    # is left of the scripts, from the end.
     cargos = sorted((t for t in chosen if t[1] == "cargo"), key=lambda t: GENTLE.index(t[0]) if t[0] in GENTLE else -1)
-    beside_build = [t for t in chosen if t[1] == "group" and t[0] not in AFTER_BUILD]
-    rest = [t for t in chosen if t[1] != "cargo" and t not in beside_build]
+    alone = [t for t in chosen if t[0].split(".")[0] in ALONE]
+    scripts = [t for t in chosen if t[1] != "cargo" and t not in alone]
+    scripts = collections.deque(sorted(scripts, key=lambda t: t[0] in AFTER_BUILD))
     # Alone they need not be gentle.
     nice = 15 if len(cargos) < len(chosen) else 0
-    built = threading.Event()
+    built, taking = threading.Event(), threading.Lock()
 
     def timed(stage, begin):
         stages[stage] = stages.get(stage, 0) + time.monotonic() - begin
@@ -325,6 +330,14 @@ def main():
             t = time.monotonic()
             runner.cargo(name, *args, nice=nice if name in GENTLE else 0)
             timed("cargo's quiet tests" if name in GENTLE else "cargo's device tests", t)
+        while (test := take(-1)):
+            run_one(*test)
+
+    def take(end):
+        with taking:
+            if not scripts:
+                return None
+            return scripts.popleft() if end == 0 else scripts.pop()
 
     def run_one(name, kind, args):
         if kind == "group":
@@ -339,20 +352,17 @@ def main():
     lane = threading.Thread(target=run_cargos, daemon=True)
     try:
         lane.start()
-        t = time.monotonic()
-        for test in beside_build:
-            run_one(*test)
-        timed("groups", t)
-        t = time.monotonic()
-        built.wait()
-        timed("waiting for the build", t)
-        for test in rest:
+        while (test := take(0)):
+            if test[0] in AFTER_BUILD:
+                built.wait()
             t = time.monotonic()
             run_one(*test)
             timed(test[1] + " scripts", t)
         t = time.monotonic()
         lane.join()
         timed("waiting for cargo's tests", t)
+        for test in alone:
+            run_one(*test)
     finally:
         runner.finish()
     for kind, seconds in stages.items():
