@@ -2,6 +2,8 @@
 //!
 //! The worker never makes up data: reads of what is gone fail with EIO, never return zeroes. It serves the files that it
 //! opened, whatever the names lead to by now, and never touches files that took their place.
+//!
+//! Another process may also freeze and thaw the file system on a device: it is told when it was not frozen all the time.
 
 mod device_common;
 
@@ -370,4 +372,66 @@ fn deleted_and_renamed_images_are_named_and_copied_back() {
     fs::remove_file(&files[1]).unwrap();
     let (code, text) = said(&["umount", "--discard-deleted"], &dd);
     assert!(code == 0 && !files[1].exists() && !node.exists(), "{code}: {text}");
+}
+
+/// Thaws and unmounts, also when the test fails.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(self.0).output();
+        let _ = Command::new("umount").arg(self.0).output();
+    }
+}
+
+#[test]
+fn a_freeze_that_another_process_ends_is_told() {
+    let Some(t) = Bench::new("a_freeze_that_another_process_ends_is_told") else { return };
+    let image = t.image("a.hdd", "64M");
+    let device = t.attach(&image).unwrap();
+    let point = t.dir.path().join("mnt");
+    fs::create_dir(&point).unwrap();
+    let run = |program: &str, args: &[&Path]| {
+        let out = Command::new(program).args(args).output().unwrap();
+        assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    run("mkfs.ext4", &[Path::new("-q"), device.node()]);
+    run("mount", &[device.node(), &point]);
+    let mounted = Mounted(&point);
+    let by_another = |flag: &str| run("fsfreeze", &[Path::new(flag), &point]);
+    let is_frozen = || {
+        let frozen = !Command::new("fsfreeze").arg("-f").arg(&point).output().unwrap().status.success();
+        if !frozen {
+            by_another("-u");
+        }
+        frozen
+    };
+    let frozen = || {
+        let mut frozen = device::freeze(&device, vec![File::open(&point).unwrap()]).unwrap();
+        frozen.freeze().unwrap();
+        assert!(is_frozen());
+        frozen
+    };
+    frozen().thaw().unwrap();
+    assert!(!is_frozen());
+
+    let mut thawed_early = frozen();
+    by_another("-u");
+    let e = thawed_early.thaw().unwrap_err();
+    drop(thawed_early);
+    assert!(e.to_string().contains("before its time"), "{e}");
+
+    // Frozen by another process from the beginning to the end: that process thaws it.
+    by_another("-f");
+    frozen().thaw().unwrap();
+    assert!(is_frozen());
+    let mut thawed_early = frozen();
+    by_another("-u");
+    let e = thawed_early.thaw().unwrap_err();
+    drop(thawed_early);
+    assert!(e.to_string().contains("before its time"), "{e}");
+    assert!(!is_frozen());
+
+    drop(mounted);
+    device::detach(device.name()).unwrap();
 }

@@ -192,3 +192,84 @@ fn flushes_wait_on_a_full_btrfs_and_under_a_used_up_quota() {
         again(&t, device, &top, &wanted);
     }
 }
+
+/// Operations that find no space end with a message that says so, leave no file behind, and the disk as it was.
+#[test]
+fn operations_on_a_full_host_leave_the_disk_as_it_was() {
+    let Some(t) = Bench::new("operations_on_a_full_host_leave_the_disk_as_it_was") else { return };
+    if !common::skip::program("mkfs.ext4") {
+        return;
+    }
+    let host = Host::new(&t, "ext4", "160M");
+    let ploop = |args: &[&str]| {
+        let mut command = Command::new("timeout");
+        command.arg("60").arg(env!("CARGO_BIN_EXE_ploop")).args(args);
+        output(&mut command)
+    };
+    let right = |args: &[&str]| {
+        let out = ploop(args);
+        assert!(out.status.success(), "{args:?}: {out:?}");
+    };
+    let (image, dd, mnt) = (host.path("root.hds"), host.path("DiskDescriptor.xml"), t.dir.path().join("mnt"));
+    let node = format!("/dev/ploop-test-{}-full-host", std::process::id());
+    let [image, dd] = [image.to_str().unwrap(), dd.to_str().unwrap()];
+    let mount = || right(&["mount", "-d", &node, dd]);
+    fs::create_dir(&mnt).unwrap();
+    right(&["init", "-s", "64m", "-t", "none", "-b", "64", image]);
+    mount();
+    for i in 0..24 {
+        write(Path::new(&node), i * 2 * MIB, i).unwrap();
+    }
+    right(&["snapshot", dd]);
+    for i in 0..8 {
+        write(Path::new(&node), i * 3 * MIB, 100 + i).unwrap();
+    }
+    let content = || {
+        let out = output(Command::new("sha256sum").stdin(File::open(&node).unwrap()));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let names = || {
+        let mut names: Vec<_> = fs::read_dir(&host.0).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = content();
+    fs::create_dir(host.path("sub")).unwrap();
+    host.fill();
+    let files = names();
+    let full = |args: &[&str]| {
+        let out = ploop(args);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && out.status.code() != Some(124), "{args:?}: {out:?}");
+        assert!(said.contains("No space left"), "{args:?}: {said}");
+        assert_eq!(names(), files, "{args:?}");
+    };
+    let beside = host.path("beside");
+    let beside = beside.to_str().unwrap();
+    full(&["snapshot", dd]);
+    full(&["snapshot", "-d", &node, beside]);
+    full(&["copy", "-s", &node, "-d", beside]);
+    let sub = host.path("sub");
+    full(&["init", "-s", "32m", "-t", "none", "-f", "preallocated", sub.join("root.hds").to_str().unwrap()]);
+    assert_eq!(fs::read_dir(&sub).unwrap().count(), 0);
+    full(&["grow", "-s", "40g", dd]);
+    assert_eq!(content(), before);
+
+    right(&["umount", dd]);
+    // What the device has freed is used up, too.
+    host.fill();
+    full(&["snapshot", dd]);
+    full(&["convert", "-f", "preallocated", dd]);
+    full(&["convert", "-f", "raw", dd]);
+    full(&["grow", "-s", "40g", dd]);
+    full(&["snapshot-merge", "-A", "-n", beside, dd]);
+    right(&["check", dd]);
+    mount();
+    assert_eq!(content(), before);
+    // With room again nothing is in the way.
+    host.make_room();
+    right(&["grow", "-s", "4g", dd]);
+    right(&["snapshot-merge", "-A", dd]);
+    right(&["umount", dd]);
+    right(&["check", dd]);
+}

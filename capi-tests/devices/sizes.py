@@ -368,5 +368,106 @@ def busy(dd):
     return False
 
 
+def pattern(seed, size=64 << 10):
+    return random.Random(seed).randbytes(size)
+
+
+def put(dev, at, seed):
+    fd = os.open(dev, os.O_WRONLY)
+    try:
+        os.pwrite(fd, pattern(seed), at)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def has(dev, at, seed):
+    fd = os.open(dev, os.O_RDONLY)
+    try:
+        check(os.pread(fd, 64 << 10, at) == pattern(seed), f"other content at {at} of {dev}, written was {seed}")
+    finally:
+        os.close(fd)
+
+
+@devlib.limit(300)
+def case_edges(t):
+    """The smallest and the largest clusters, and 16 TiB: written at both ends through snapshot, merge, grow and compact."""
+    for cluster, size in ((64, 64 << 30), (131072, 16 << 40), (2048, 16 << 40)):
+        folder = t.mkdir(f"c{cluster}")
+        img, dd = os.path.join(folder, "root.hdd"), os.path.join(folder, "DiskDescriptor.xml")
+        first = size - (1 << 30)
+        ploop("init", "-s", str(first >> 9), "-t", "none", "-b", str(cluster), img)
+        dev = t.mount(dd)
+        places = [0, first // 2, first - (64 << 10)]
+        for n, at in enumerate(places):
+            put(dev, at, n)
+        ploop("snapshot", dd)
+        put(dev, first // 2, 3)
+        ploop("grow", "-s", str(size >> 9), dd)
+        check(devlib.device_size(dev) == size, f"{dev} has {devlib.device_size(dev)} bytes, {size} wanted")
+        put(dev, size - (64 << 10), 4)
+        contents = list(zip(places + [size - (64 << 10)], (0, 3, 2, 4)))
+        for at, seed in contents:
+            has(dev, at, seed)
+        ploop("snapshot-merge", dd)
+        run("blkdiscard", "-f", "-o", "0", "-l", str(max(cluster << 9, 64 << 10)), dev)
+        ploop("compact", dd)
+        t.umount(dd)
+        ploop("check", dd)
+        # Nothing is as large as the disk: its table, and a cluster for each piece.
+        blocks = os.stat(img).st_blocks << 9
+        most = size // (cluster << 9) * 4 + 8 * max(cluster << 9, MIB)
+        check(blocks <= most, f"clusters of {cluster} sectors: the image takes {blocks} bytes, at most {most} wanted")
+        dev = t.mount("-r", dd)
+        for at, seed in contents[1:]:
+            has(dev, at, seed)
+        t.umount(dd)
+        # The limit of the format.
+        if cluster == 2048:
+            r = ploop("grow", "-s", str((0xffffffff << 9) // 512 * 512), dd, rc=None)
+            check(r.rc in (11, 38), f"a size that no program can name: {r.rc}: {r.text}")
+
+
+@devlib.limit(120)
+def case_large_sectors(t):
+    """A host whose disk has sectors of 4 KiB: each operation on an image there."""
+    host, point = os.path.join(t.dir, "host"), t.mkdir("host-m")
+    with open(host, "wb") as f:
+        f.truncate(1 << 30)
+    loop = run("losetup", "-f", "--show", "--sector-size", "4096", "--direct-io=on", host, rc=None)
+    if loop.rc:
+        loop = run("losetup", "-f", "--show", "--sector-size", "4096", host)
+    loop = loop.out.strip()
+    t.later(run, "losetup", "-d", loop)
+    run("mkfs.xfs", "-q", "-s", "size=4096", loop, quiet=True)
+    run("mount", loop, point)
+    t.later(run, "umount", point)
+    img, dd = os.path.join(point, "root.hdd"), os.path.join(point, "DiskDescriptor.xml")
+    ploop("init", "-s", "300m", "-b", "64", img)
+    m = t.mkdir("m")
+    dev = t.mount("-m", m, dd)
+    sums = devlib.fill_tree(os.path.join(m, "data"), 11, 20 * MIB)
+    ploop("snapshot", dd)
+    more = devlib.fill_tree(os.path.join(m, "more"), 12, 10 * MIB)
+    ploop("resize", "-s", "400m", dd, rc=None)
+    # One sector of 512 bytes, past every cache: what the device offers.
+    fd = os.open(dev, os.O_RDONLY | os.O_DIRECT)
+    os.close(fd)
+    ploop("snapshot-merge", dd)
+    run("rm", "-r", os.path.join(m, "more"))
+    ploop("compact", dd)
+    devlib.compare_tree(os.path.join(m, "data"), sums)
+    t.umount("-m", m)
+    ploop("resize", "-s", "350m", dd)
+    ploop("convert", "-v", "1", dd)
+    ploop("convert", "-f", "preallocated", dd)
+    ploop("check", dd)
+    t.judges(img)
+    t.mount("-m", m, dd)
+    devlib.compare_tree(os.path.join(m, "data"), sums)
+    t.umount("-m", m)
+    check(more, "nothing was written")
+
+
 if __name__ == "__main__":
     devlib.main()

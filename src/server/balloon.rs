@@ -69,6 +69,8 @@ pub fn serve(binding: &Binding, fds: Vec<OwnedFd>) -> Result<JobEvent> {
             Err(e) => failed(&e),
         })?;
     }
+    // The initiator waits for the end of its socket: after it nothing of the file system is open here.
+    drop(balloon);
     Ok(JobEvent::Done)
 }
 

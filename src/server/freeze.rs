@@ -55,6 +55,9 @@ fn run(fds: Vec<OwnedFd>, later: bool) -> Result<JobEvent> {
         Ok(()) => JobEvent::Done,
         Err(e) => JobEvent::Error { code: e.code(), message: e.to_string() },
     };
+    // What the owner does next may be an unmount: nothing of the file systems stays open here.
+    drop(frozen);
+    drop(files);
     // Perhaps there is no owner any more.
     let _ = frame::send(&owner, &event, &[]);
     Ok(JobEvent::Done)
@@ -67,14 +70,20 @@ fn sync_all(files: &[File]) -> Result<()> {
     })
 }
 
-fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<&'a File>) -> Result<()> {
+/// A file system that is frozen.
+struct Frozen<'a> {
+    file: &'a File,
+    /// By another process, for longer than one waits for it: then that process thaws it.
+    by_another: bool,
+}
+
+fn freeze_all<'a>(files: &'a [File], frozen: &mut Vec<Frozen<'a>>) -> Result<()> {
     sync_all(files)?;
     for file in files {
         match freeze_or_wait(file) {
-            Ok(()) => frozen.push(file),
+            Ok(()) => frozen.push(Frozen { file, by_another: false }),
             Err(e) => match e.raw_os_error() {
-                // Another process has frozen it, for longer.
-                Some(libc::EBUSY) => {}
+                Some(libc::EBUSY) => frozen.push(Frozen { file, by_another: true }),
                 Some(libc::EOPNOTSUPP | libc::ENOTTY) => {
                     freeze::sync_file_system(file).ctx(Kind::Fsync, || "cannot sync the file system of the device")?;
                 }
@@ -106,24 +115,32 @@ fn wait(owner: &OwnedFd) -> Result<()> {
     }
 }
 
-fn thaw_all(files: &[&File]) -> Result<()> {
-    let mut result = Ok(());
-    for file in files {
-        match freeze::thaw(file) {
-            // By another process.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-            other => {
-                let other = other.ctx(Kind::DevIoc, || "cannot thaw the file system of the device");
-                result = result.and(other);
-            }
+/// Thaws what this process has frozen. An error: one of them was not frozen until now.
+fn thaw_all(frozen: &[Frozen]) -> Result<()> {
+    let ended = |Frozen { file, by_another }: &Frozen| {
+        let thawed_early = match by_another {
+            false => match freeze::thaw(file) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => true,
+                other => {
+                    other.ctx(Kind::DevIoc, || "cannot thaw the file system of the device")?;
+                    false
+                }
+            },
+            // It can be frozen only if it is not frozen any more.
+            true => freeze::freeze(file).is_ok_and(|()| freeze::thaw(file).is_ok()),
+        };
+        if thawed_early {
+            bail!(DevIoc, "another process thawed the file system of the device before its time")
         }
-    }
-    result
+        Ok(())
+    };
+    // All are thawed, whatever one says.
+    frozen.iter().map(ended).fold(Ok(()), Result::and)
 }
 
 /// For an owner whose freezing process has exited.
 pub fn thaw_directly(files: &[File]) -> Result<()> {
-    thaw_all(&files.iter().collect::<Vec<_>>())
+    thaw_all(&files.iter().map(|file| Frozen { file, by_another: false }).collect::<Vec<_>>())
 }
 
 /// Sends the message that begins a freeze that was prepared, or ends one.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::bail;
 use crate::device::driver::BalloonDiscard;
 use crate::device::model::Device;
+use crate::device::served::freeze::end_helper;
 use crate::device::served::{clean, record};
 use crate::device::state::State;
 use crate::error::Result;
@@ -77,6 +78,12 @@ impl Discarder {
                 bail!(Sys, "the helper process that gives back the balloon of {} exited", self.name)
             }
         }
+    }
+}
+
+impl Drop for Discarder {
+    fn drop(&mut self) {
+        end_helper(&self.helper);
     }
 }
 

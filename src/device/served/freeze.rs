@@ -3,9 +3,11 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
+
+use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::bail;
 use crate::device::driver::Freeze;
@@ -16,11 +18,14 @@ use crate::server::helper::remote_error;
 use crate::server::jobs::JobEvent;
 use crate::server::proto::Command;
 use crate::server::{control, frame, freeze, runtime};
+use crate::sys::host;
 
 /// Limit for freezing, in which the kernel writes back dirty memory.
 const FREEZE: Duration = Duration::from_secs(300);
 /// Limit for thawing, in which the kernel writes a block.
 const THAW: Duration = Duration::from_secs(60);
+/// Limit for the exit of a helper that has nothing more to do.
+const EXIT: Duration = Duration::from_secs(2);
 
 /// File systems that are to be frozen; dropping thaws them. When this process exits, the helper process thaws them.
 #[derive(Debug)]
@@ -94,8 +99,9 @@ impl Freeze for FreezeHelper {
 
     fn thaw(&mut self) -> Result<()> {
         let Some(helper) = self.helper.as_ref().filter(|_| self.frozen) else {
-            // A helper that waits exits.
-            self.helper = None;
+            if let Some(waiting) = self.helper.take() {
+                end_helper(&waiting);
+            }
             return Ok(());
         };
         // If the helper has exited this fails, no answer follows, and this process thaws.
@@ -107,6 +113,14 @@ impl Freeze for FreezeHelper {
             Some(_) => Ok(()),
             None => freeze::thaw_directly(&self.files),
         }
+    }
+}
+
+/// Has a helper that waits for its initiator exit, so that what it holds open is in the way of no unmount that follows.
+pub(super) fn end_helper(helper: &OwnedFd) {
+    if shutdown(helper.as_raw_fd(), Shutdown::Write).is_ok() {
+        let end = host::now() + EXIT;
+        while host::now() < end && matches!(frame::recv_within::<serde_json::Value>(helper, EXIT), Ok(Some(_))) {}
     }
 }
 

@@ -37,9 +37,7 @@ pub fn snapshot(
     drop(rest);
     match ended {
         Ended::Changed(Ok(())) => {
-            if let Err(e) = thawed {
-                report::warn(format_args!("the snapshot is taken, but perhaps not of a file system at rest: {e}"));
-            }
+            warn_of_early_thaw(thawed);
             Ok(())
         }
         Ended::Changed(Err(e)) => Err(e.context("the snapshot is taken, but its image could not be closed")),
@@ -84,7 +82,14 @@ fn put_on(device: &Device, place: &Place, file: FileId, sync: bool) -> Result<()
     let mut thawed = Ok(());
     let spec = SwitchSpec { levels, commit: None, linger: 0 };
     device::switch_prepared(device, &spec, &mut || rest.freeze(), &mut |_| thawed = rest.thaw())?;
-    thawed
+    warn_of_early_thaw(thawed);
+    Ok(())
+}
+
+fn warn_of_early_thaw(thawed: Result<()>) {
+    if let Err(e) = thawed {
+        report::warn(format_args!("the snapshot is taken, but perhaps not of a file system at rest: {e}"));
+    }
 }
 
 /// The file systems of a device, perhaps at rest.

@@ -24,8 +24,8 @@ pub enum Awaited {
     FormerTop,
     /// The end of a merge.
     Merge,
-    /// That space is given back.
-    GiveBack,
+    /// That space is given back, for the client with this token.
+    GiveBack(u64),
     Flush,
 }
 
@@ -34,6 +34,13 @@ pub struct Asked {
     pub command: Command,
     pub fds: Vec<OwnedFd>,
     pub client: OwnedFd,
+}
+
+/// The other end of the connection is closed.
+fn is_gone(client: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(client.as_fd(), PollFlags::empty())];
+    let found = host::poll(&mut fds, PollTimeout::ZERO).unwrap_or(0) > 0;
+    found && fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
 }
 
 /// See the module.
@@ -104,12 +111,12 @@ impl Clients {
 
     /// All that waited for this have closed their connections.
     pub fn is_abandoned(&self, awaited: Awaited) -> bool {
-        let gone = |client: &OwnedFd| {
-            let mut fds = [PollFd::new(client.as_fd(), PollFlags::empty())];
-            let found = host::poll(&mut fds, PollTimeout::ZERO).unwrap_or(0) > 0;
-            found && fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP))
-        };
-        self.waiting.get(&awaited).is_some_and(|w| !w.is_empty() && w.iter().all(gone))
+        self.waiting.get(&awaited).is_some_and(|w| !w.is_empty() && w.iter().all(is_gone))
+    }
+
+    /// A client that is still connected waits for this.
+    pub fn is_awaited_by_client(&self, awaited: Awaited) -> bool {
+        self.waiting.get(&awaited).is_some_and(|w| !w.iter().all(is_gone))
     }
 
     /// Answers all that wait for this.

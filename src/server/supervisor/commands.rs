@@ -32,7 +32,7 @@ impl Supervisor {
                 let total = self.record.size_sectors.div_ceil(u64::from(self.record.cluster_sectors.max(1)));
                 let progress = (status.background_seen.min(total), total);
                 let merging = self.chain.merge().map(|_| progress);
-                let giving_back = self.giving_back.map(|_| progress);
+                let giving_back = self.giving_back.as_ref().map(|_| progress);
                 // With what the device is in now, which the stored record does not tell of merges and copies.
                 let record = DeviceRecord { maintenance: self.maintenance().word().to_owned(), ..self.record.clone() };
                 let stalled = self.slot.stalled().map(|time| time.as_secs());
@@ -72,7 +72,7 @@ impl Supervisor {
             Command::CancelMerge => self.cancel_merge(client),
             Command::GiveBack(order) if self.can_change() => self.begin_give_back(order, client),
             Command::Track if self.can_change() => self.chain.request(ChangeRequest::Track, Some(client)),
-            Command::CancelGiveBack => self.cancel_give_back(client),
+            Command::CancelGiveBack { token } => self.cancel_give_back(token, client),
             Command::Reload { token } if self.can_change() => {
                 let program = fds.into_iter().next();
                 let program = program.ok_or_else(|| Error::new(Kind::Protocol, "no program was sent"));

@@ -33,7 +33,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Kind, Result};
 use crate::server::descriptors::Descriptors;
-use crate::server::give_back::GiveBackOrder;
 use crate::server::helper::Helper;
 use crate::server::jobs::{Job, JobEvent};
 use crate::server::kernel_log::log;
@@ -43,6 +42,7 @@ use crate::server::remote_error::RemoteError;
 use crate::server::shm::Shm;
 use crate::server::supervisor::chain_state::ChainState;
 use crate::server::supervisor::clients::{Awaited, Clients};
+use crate::server::supervisor::give_back::GivingBack;
 use crate::server::supervisor::last_mount::LastMount;
 use crate::server::supervisor::names::{Followed, Names};
 use crate::server::supervisor::track::Tracking;
@@ -84,7 +84,7 @@ pub struct Supervisor {
     /// A flush that the worker has not answered; its successor gets it anew.
     flush_sent: bool,
     /// Space that no worker has given back yet.
-    giving_back: Option<GiveBackOrder>,
+    giving_back: Option<GivingBack>,
     /// The client that copies the top.
     tracking: Option<Tracking>,
     /// No worker can serve the device: why.
@@ -406,7 +406,8 @@ impl Supervisor {
     fn on_worker_exit(&mut self) {
         // Before the device exists no successor is needed; the attach that waits for the first worker sees the exit.
         match self.slot.on_exit(self.record.state == "starting", self.shm.as_ref()) {
-            Exit::Expected | Exit::Restart => {}
+            Exit::Expected | Exit::Restart { killed: true } => {}
+            Exit::Restart { killed: false } => self.on_failed_worker(),
             Exit::Final(why) => self.fail(format!("no worker can serve it: {why}")),
         }
     }
@@ -420,9 +421,9 @@ impl Supervisor {
         self.record.state = "failed".into();
         self.save();
         let reply = Answer::Error { code: Kind::Device.code(), message: why };
-        self.giving_back = None;
+        self.answer_give_back(&reply);
         self.refuse_tracking(&reply);
-        for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge, Awaited::GiveBack] {
+        for awaited in [Awaited::Flush, Awaited::FormerTop, Awaited::Merge] {
             self.clients.answer(awaited, &reply);
         }
     }

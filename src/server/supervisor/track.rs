@@ -13,6 +13,7 @@ use crate::server::supervisor::chain_state::ChangeRequest;
 use crate::server::supervisor::merge::not_merged;
 use crate::server::track::{TakeWritten, TrackOrder, TrackReport};
 use crate::server::{control, frame};
+use crate::sys::host;
 
 /// The client that copies the top.
 pub struct Tracking {
@@ -96,8 +97,13 @@ impl Supervisor {
 
     /// What keeps clusters of the top in their places.
     pub(super) fn copied(&self) -> Option<Error> {
-        self.tracking.as_ref()?;
-        let text = format!("{}: its top is being copied (ploop copy -s); wait for the end of that", self.record.name);
+        let tracking = self.tracking.as_ref()?;
+        let by = host::peer(&tracking.client)
+            .ok()
+            .filter(|pid| *pid > 0)
+            .map_or(String::new(), |pid| format!(" by process {pid}"));
+        let text =
+            format!("{}: its top is being copied{by} (ploop copy -s); wait for its end, or end it", self.record.name);
         Some(Error::new(Kind::Busy, text))
     }
 

@@ -27,8 +27,8 @@ enum ExitHandler {
 pub enum Exit {
     /// No successor is started here: the worker has closed the image, never served, or other code handles its exit.
     Expected,
-    /// A successor is started when it is time.
-    Restart,
+    /// A successor is started when it is time. `killed`: a signal from outside ended the worker, it did not fail by itself.
+    Restart { killed: bool },
     /// No successor could serve either: why.
     Final(String),
 }
@@ -265,7 +265,7 @@ impl WorkerSlot {
         match self.next_start(WorkerExit { served, killed, named: shm.is_some_and(Shm::is_request_marked) }) {
             Some(at) => {
                 self.due = Some(at);
-                Exit::Restart
+                Exit::Restart { killed }
             }
             None => Exit::Final(why),
         }

@@ -33,6 +33,8 @@ pub struct Giving {
     order: Option<GiveBackOrder>,
     outcome: Option<GaveBack>,
     running: bool,
+    /// It is being ended; an order that came later is carried out after that.
+    cancelled: bool,
     /// The worker begins by itself, too.
     own: bool,
     /// Ticks before it may do so again.
@@ -51,7 +53,7 @@ impl Giving {
         let same = self.order.is_some_and(|o| o.token == order.token);
         self.order = Some(order);
         if self.running {
-            // The client of an order whose supervisor was killed may be gone: this one gets the outcome. What the worker
+            // The order is carried out when the engine has ended what was cancelled, see `done`. Or: the client of an order whose supervisor was killed may be gone: this one gets the outcome. What the worker
             // does by itself goes on at its rate.
             return None;
         }
@@ -63,7 +65,7 @@ impl Giving {
     }
 
     fn start(&mut self, core: &Core, order: GiveBackOrder) {
-        (self.outcome, self.running) = (None, true);
+        (self.outcome, self.running, self.cancelled) = (None, true, false);
         core.submit_event(MAIN_THREAD, Pending::GiveBack(order.config(core.cluster_bytes)));
     }
 
@@ -84,8 +86,9 @@ impl Giving {
         }
     }
 
-    pub fn cancel(&self, core: &Core) {
+    pub fn cancel(&mut self, core: &Core) {
         if self.running {
+            (self.order, self.cancelled) = (None, true);
             core.submit_event(MAIN_THREAD, Pending::Background(BackgroundControl::Cancel));
         }
     }
@@ -106,6 +109,10 @@ impl Giving {
             return None;
         }
         self.running = false;
+        if let (true, Some(order), Err(libc::ECANCELED)) = (self.cancelled, self.order, &result) {
+            self.start(core, order);
+            return None;
+        }
         if self.order.is_none() {
             core.log.line(format!("space of {} was given back: {result:?}", core.top().name.display()));
         }
