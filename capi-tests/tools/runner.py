@@ -30,8 +30,8 @@ GENTLE = ("cargo.storage_differential", "cargo.bad_input", "cargo.create", "carg
           "cargo.offline_differential", "cargo.cmd", "cargo.abi", "cargo.doc", "cargo.lib", "cargo.sim", "cargo.lints")
 # Scripts that build with cargo: they would wait for the build beside them.
 AFTER_BUILD = ("groups.parsers",)
-# Devices that these tests ask for by number must be free: nothing else runs beside them.
-ALONE = ("wiki",)
+# Nothing else runs beside these: the one asks for devices by number, the other changes all disks on the machine.
+ALONE = ("wiki", "compact.cancelled_estimated_all")
 
 # Scripts beside the groups that are run by name only.
 SLOW = ("chroot", "oldkernel")
@@ -309,7 +309,7 @@ def main():
     # Two lanes: cargo's tests, and the scripts', which need only what was built before. The lane that is done first takes over what
     # is left of the scripts, from the end.
     cargos = sorted((t for t in chosen if t[1] == "cargo"), key=lambda t: GENTLE.index(t[0]) if t[0] in GENTLE else -1)
-    alone = [t for t in chosen if t[0].split(".")[0] in ALONE]
+    alone = [t for t in chosen if t[0] in ALONE or t[0].split(".")[0] in ALONE]
     scripts = [t for t in chosen if t[1] != "cargo" and t not in alone]
     scripts = collections.deque(sorted(scripts, key=lambda t: t[0] in AFTER_BUILD))
     # Alone they need not be gentle.
