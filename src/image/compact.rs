@@ -14,7 +14,8 @@ use super::target::Target;
 
 /// Clusters that are moved before their entries are published.
 const BATCH: usize = 256;
-/// Bytes looked at at once.
+/// Bytes looked at first, which tell of most clusters that they are not zero, and at once from there on.
+const PROBE: u64 = 4096;
 const PIECE: u64 = 1 << 20;
 
 /// What [`pack`] has done, in clusters.
@@ -81,8 +82,10 @@ fn is_zero(target: &Target<'_>, at: ImageCluster) -> Result<bool> {
     let (start, mut buf, mut zero) = (u64::from(at) * size, AlignedBuf::new(PIECE as usize), true);
     fiemap::each_data(target.file, start, start + size, &mut |from, end| {
         let (mut at, end) = (from / SECTOR * SECTOR, end.next_multiple_of(SECTOR).min(start + size));
+        let begin = at;
         while zero && at < end {
-            let piece = buf.get_mut(..(end - at).min(PIECE) as usize).unwrap_or_default();
+            let most = if at == begin { PROBE } else { PIECE };
+            let piece = buf.get_mut(..(end - at).min(most) as usize).unwrap_or_default();
             read_exact(target.file, piece, at)?;
             zero = piece.iter().all(|b| *b == 0);
             at += piece.len() as u64;
