@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # In a Debian that is thrown away (capi-tests/chroot.sh calls it there): the .deb packages are built from vendor/, without a network
 # for cargo; lintian finds no error; they take the place of Debian's own, work, and leave nothing when they are removed.
+#
+#   PLOOP_DISPOSABLE=1 capi-tests/deb.sh [FOLDER]     FOLDER: has packages that are built already
 set -u
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 [ "${PLOOP_DISPOSABLE:-}" = 1 ] || { echo "capi-tests/deb.sh installs and removes packages: PLOOP_DISPOSABLE=1 says that this system is for that" >&2; exit 1; }
@@ -31,7 +33,11 @@ apt() {
 apt install debhelper dpkg-dev lintian pkg-config man-db
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
-quietly packaging/build deb "$debs"
+if [ $# = 1 ]; then
+    cp "$1"/*.deb "$1"/*.changes "$1"/*.buildinfo "$debs" || exit 1
+else
+    quietly packaging/build deb "$debs"
+fi
 grep -i 'dpkg-shlibdeps: warning\|dh_.*: warning' "$log"
 echo "built: $(cd "$debs" && du -k *.deb | awk '{ print $2 " " $1 "k" }' | xargs)"
 
