@@ -40,6 +40,8 @@ while IFS= read -r path; do
     owners=0
     for recipe in debian/*.install; do
         while IFS= read -r pattern; do
+            # A folder that debian/rules names.
+            pattern=${pattern/'${env:UNITDIR}'/usr/lib/systemd/system}
             # shellcheck disable=SC2254 # patterns
             case ${path#/} in
             $pattern | $pattern/*)
@@ -51,7 +53,7 @@ while IFS= read -r path; do
     done
     [ $owners = 1 ] || fail "$path is in $owners packages of debian/"
 done <"$SCRATCH/list"
-grep -H . debian/*.install | sed 's/:/ /' | LC_ALL=C sort | diff -u - <(LC_ALL=C sort -u "$SCRATCH/used") || fail "lines of debian/*.install without a file"
+grep -H . debian/*.install | sed 's/:/ /; s|${env:UNITDIR}|usr/lib/systemd/system|' | LC_ALL=C sort | diff -u - <(LC_ALL=C sort -u "$SCRATCH/used") || fail "lines of debian/*.install without a file"
 
 sed -n '/^%files/,/^%changelog/p' packaging/ploop.spec | sed -n 's/^%{/{/p' |
     sed -e 's|{_sbindir}|/usr/sbin|; s|{_libexecdir}|/usr/libexec|; s|{_mandir}|/usr/share/man|; s|{_datadir}|/usr/share|; s|{_includedir}|/usr/include|' \
