@@ -1,17 +1,19 @@
 #!/bin/sh
-# Installs what `cargo build --release` built: library, command, server, headers, manual page, units.
+# Installs what `cargo build --release` built: library, command, server, headers, manual pages, completions, units.
 #
-#   ./install.sh [--uninstall] [--force] [NAME=VALUE...]
+#   ./install.sh [--uninstall | --list] [--force] [NAME=VALUE...]
 #
 #   PREFIX=/usr         DESTDIR=        root of a package's tree, before all other paths
 #   LIBDIR              PREFIX/lib/TRIPLE on Debian and the like, PREFIX/lib64 where that is a folder of its own, else PREFIX/lib
 #   SBINDIR=PREFIX/sbin LIBEXECDIR=PREFIX/libexec      INCLUDEDIR=PREFIX/include   MANDIR=PREFIX/share/man
 #   DATADIR=PREFIX/share   completions of shells
+#   ZSHDIR              DATADIR/zsh/site-functions; below /usr on Debian and the like DATADIR/zsh/vendor-completions
 #   UNITDIR, TMPFILESDIR, UDEVDIR       systemd/system, tmpfiles.d and udev/rules.d below PREFIX/lib
 #   TARGET              the folder with the built files ($CARGO_TARGET_DIR/release, else target/release)
 #   STRIP=strip         `STRIP=:` keeps the names of functions
 #
 #   --uninstall   removes what the same call without it installs
+#   --list        prints the paths that it installs, without DESTDIR
 #   --force       also over files that belong to a package of the distribution (Debian's ploop and libploop)
 #
 # The same names are read from the environment. mount(8) looks for mount.ploop in /sbin alone, and systemd and udev for their
@@ -24,16 +26,16 @@ fail() {
     exit 1
 }
 
-uninstall= force=
+action= force=
 for argument; do
     case $argument in
-    --uninstall) uninstall=1 ;;
+    --uninstall | --list) action=$argument ;;
     --force) force=1 ;;
     -h | --help)
         sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    PREFIX=* | DESTDIR=* | LIBDIR=* | SBINDIR=* | LIBEXECDIR=* | INCLUDEDIR=* | MANDIR=* | DATADIR=* | UNITDIR=* | TMPFILESDIR=* | UDEVDIR=* | TARGET=* | STRIP=*)
+    PREFIX=* | DESTDIR=* | LIBDIR=* | SBINDIR=* | LIBEXECDIR=* | INCLUDEDIR=* | MANDIR=* | DATADIR=* | ZSHDIR=* | UNITDIR=* | TMPFILESDIR=* | UDEVDIR=* | TARGET=* | STRIP=*)
         # The value is not looked at by the shell again.
         eval "${argument%%=*}=\${argument#*=}"
         ;;
@@ -73,6 +75,11 @@ LIBEXECDIR=${LIBEXECDIR:-$PREFIX/libexec}
 INCLUDEDIR=${INCLUDEDIR:-$PREFIX/include}
 MANDIR=${MANDIR:-$PREFIX/share/man}
 DATADIR=${DATADIR:-$PREFIX/share}
+# Debian's zsh looks below /usr in this folder alone.
+case $PREFIX in
+/usr) [ ! -e /etc/debian_version ] || ZSHDIR=${ZSHDIR:-$DATADIR/zsh/vendor-completions} ;;
+esac
+ZSHDIR=${ZSHDIR:-$DATADIR/zsh/site-functions}
 UNITDIR=${UNITDIR:-$PREFIX/lib/systemd/system}
 TMPFILESDIR=${TMPFILESDIR:-$PREFIX/lib/tmpfiles.d}
 UDEVDIR=${UDEVDIR:-$PREFIX/lib/udev/rules.d}
@@ -80,7 +87,8 @@ TARGET=${TARGET:-${CARGO_TARGET_DIR:-target}/release}
 STRIP=${STRIP:-strip}
 version=$(sed -n 's/^version = "\([0-9]*\.[0-9]*\).*"/\1/p' Cargo.toml | head -n 1)
 
-for dir in "$PREFIX" "$LIBDIR" "$SBINDIR" "$LIBEXECDIR" "$INCLUDEDIR" "$MANDIR" "$DATADIR" "$UNITDIR" "$TMPFILESDIR" "$UDEVDIR"; do
+for dir in "$PREFIX" "$LIBDIR" "$SBINDIR" "$LIBEXECDIR" "$INCLUDEDIR" "$MANDIR" "$DATADIR" "$ZSHDIR" "$UNITDIR" "$TMPFILESDIR" \
+    "$UDEVDIR"; do
     case $dir in
     /*) ;;
     *) fail "$dir: want an absolute path" ;;
@@ -92,8 +100,10 @@ list() {
     so=$LIBDIR/libploop.so
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
-        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
-        "$DATADIR/bash-completion/completions/ploop" "$DATADIR/zsh/site-functions/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" \
+        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" \
+        "$MANDIR/man3/libploop.3" "$MANDIR/man8/ploop.8" "$MANDIR/man8/ploop-balloon.8" "$MANDIR/man8/mount.ploop.8" \
+        "$MANDIR/man8/umount.ploop.8" "$DATADIR/bash-completion/completions/ploop" "$DATADIR/bash-completion/completions/ploop-balloon" \
+        "$ZSHDIR/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" "$DATADIR/fish/vendor_completions.d/ploop-balloon.fish" \
         "$UNITDIR/ploop-shutdown.service" "$UNITDIR/ploop-compact.service" "$UNITDIR/ploop-compact.timer" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
 
@@ -118,7 +128,11 @@ refuse_running() {
     done
 }
 
-if [ -n "$uninstall" ]; then
+if [ "$action" = --list ]; then
+    list
+    exit 0
+fi
+if [ "$action" = --uninstall ]; then
     refuse_packages
     refuse_running
     if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null; then
@@ -186,10 +200,16 @@ done
 for header in libploop.h dynload.h; do
     put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
 done
-put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
+put 644 man/libploop.3 "$MANDIR/man3/libploop.3"
+for page in ploop.8 ploop-balloon.8 mount.ploop.8; do
+    put 644 "man/$page" "$MANDIR/man8/$page"
+done
+link mount.ploop.8 "$MANDIR/man8/umount.ploop.8"
 put 644 src/bin/ploop/completion/ploop.bash "$DATADIR/bash-completion/completions/ploop"
-put 644 src/bin/ploop/completion/ploop.zsh "$DATADIR/zsh/site-functions/_ploop"
+link ploop "$DATADIR/bash-completion/completions/ploop-balloon"
+put 644 src/bin/ploop/completion/ploop.zsh "$ZSHDIR/_ploop"
 put 644 src/bin/ploop/completion/ploop.fish "$DATADIR/fish/vendor_completions.d/ploop.fish"
+link ploop.fish "$DATADIR/fish/vendor_completions.d/ploop-balloon.fish"
 for unit in ploop-shutdown.service ploop-compact.service ploop-compact.timer; do
     put 644 "$(adapted "systemd/$unit")" "$UNITDIR/$unit"
 done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A fresh, minimal Debian with nothing but a Rust toolchain and gcc added: the two commands of README's "Start" run there as
-# they stand. The toolchain is that of the running user, bound read-only; crates come from `cargo vendor`, so that the
-# package is also seen to build offline.
+# they stand; then capi-tests/deb.sh builds, installs and removes the packages. The toolchain is that of the running user, bound
+# read-only; crates come from `cargo vendor`, so that the package is also seen to build offline.
 #
 # $PLOOP_CHROOT_CACHE: folder that keeps the unpacked packages of debootstrap between runs (default: none).
 # $PLOOP_CHROOT_SUITE: default bookworm. $PLOOP_CHROOT_COMMANDS: other commands than README's, one a line.
@@ -86,6 +86,8 @@ printf '\n[net]\noffline = true\n' >>"$fs/src/.cargo/config.toml"
 
 commands=${PLOOP_CHROOT_COMMANDS:-$(awk '/^## /{on = ($2 == "Start")} on && /^    /{sub(/^ +/, ""); sub(/ +#.*$/, ""); print}' "$root/README.md")}
 [ -n "$commands" ] || { echo "README.md has no indented commands under \"## Start\""; exit 1; }
+[ -n "${PLOOP_CHROOT_COMMANDS:-}" ] || commands="$commands
+PLOOP_DISPOSABLE=1 capi-tests/deb.sh"
 failed=0
 while IFS= read -r line; do
     step "$line"

@@ -1,6 +1,9 @@
 //! The C ABI against the golden tables in `tests/abi/`: layouts and numbers of the classic 1.15, and the committed header
 //! against the one made from the sources.
 
+#[path = "abi/manual.rs"]
+mod manual;
+
 use ploop::Kind;
 use ploop::capi::consts::*;
 use ploop::capi::dynload::ploop_functions;
@@ -229,4 +232,32 @@ fn is_the_generated_one(name: &str, generated: &str) {
 fn the_committed_headers_are_the_generated_ones() {
     is_the_generated_one("libploop.h", GENERATED);
     is_the_generated_one("dynload.h", GENERATED_TABLE);
+}
+
+#[test]
+fn the_manual_page_is_that_of_the_headers() {
+    let path = manual::path();
+    let page = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let (head, committed, tail) = manual::split(&page);
+    let made = manual::made(GENERATED, GENERATED_TABLE);
+    if std::env::var_os("PLOOP_UPDATE_HEADER").is_some() {
+        std::fs::write(&path, format!("{head}{made}{tail}")).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    } else if let Some((a, b)) = committed.lines().zip(made.lines()).find(|(a, b)| a != b) {
+        panic!(
+            "{} has:\n  {a}\nthe headers:\n  {b}\nrefresh it with: PLOOP_UPDATE_HEADER=1 cargo test --test abi",
+            path.display()
+        );
+    } else {
+        assert!(
+            committed == made,
+            "{} is too short or too long: PLOOP_UPDATE_HEADER=1 cargo test --test abi",
+            path.display()
+        );
+    }
+    // Whatever the headers look like to the code that makes the page: each exported function that they declare is there.
+    let undeclared = include_str!("../capi-tests/symbols/undeclared");
+    for name in include_str!("abi/libploop.so.1.symbols").lines().filter(|n| undeclared.lines().all(|u| u != *n)) {
+        let heading = |l: &str| l.starts_with(".B ") && l.contains(&format!("{name}("));
+        assert!(made.lines().any(heading), "libploop(3) has nothing on {name}()");
+    }
 }

@@ -58,13 +58,21 @@ fn a_command_that_a_signal_stopped_ends_with_128_and_its_number_and_has_made_not
 
 /// What bash offers for the last of these words.
 fn completed(folder: &Path, words: &[&str]) -> Vec<String> {
+    completed_by("", folder, words)
+}
+
+/// The same of ploop with another ending of its name.
+fn completed_by(ending: &str, folder: &Path, words: &[&str]) -> Vec<String> {
     let script = r#"
         . <("$1" completion bash) || exit 1
-        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        COMP_WORDS=("$1$ENDING" "${@:2}") COMP_CWORD=$(($# - 1))
         _ploop; printf '%s\n' "${COMPREPLY[@]}"
     "#;
     let mut bash = Command::new("bash");
-    bash.current_dir(folder).args(["-c", script, "bash", env!("CARGO_BIN_EXE_ploop")]).args(words);
+    bash.current_dir(folder)
+        .env("ENDING", ending)
+        .args(["-c", script, "bash", env!("CARGO_BIN_EXE_ploop")])
+        .args(words);
     let out = bash.output().unwrap();
     assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
     String::from_utf8(out.stdout).unwrap().lines().filter(|l| !l.is_empty()).map(String::from).collect()
@@ -86,6 +94,8 @@ fn bash_completes_commands_options_and_the_snapshots_of_the_disk() {
     assert_eq!(completed(&disk, &["snapshot-delete", "-u", "1"]), [guid]);
     assert_eq!(completed(dir.path(), &["snapshot-delete", "a disk", "-u", "1"]), [guid]);
     assert!(completed(dir.path(), &["snapshot-delete", "-u", ""]).is_empty());
+    assert_eq!(completed_by("-balloon", dir.path(), &["ch"]), ["change", "check"].map(String::from));
+    assert_eq!(completed_by("-balloon", dir.path(), &["discard", "--to"]), ["--to-free"]);
     // The shell's own words.
     assert!(completed(dir.path(), &["check", ""]).is_empty());
 }

@@ -14,6 +14,13 @@ try() {
     shift 2
     "$ROOT/install.sh" DESTDIR="$tree" PREFIX="$prefix" TARGET="$(dirname "$LIB")" "$@" || fail "install.sh failed"
     libdir=$(dirname "$(find "$tree$prefix" -name libploop.so.1.15)")
+    # Exactly these files, whatever install.sh itself believes.
+    local zsh=site-functions
+    [ "$prefix" != /usr ] || [ ! -e /etc/debian_version ] || zsh=vendor-completions
+    sed "s|^LIB|${libdir#"$tree$prefix"/}|; s|ZSH|$zsh|" "$ROOT/capi-tests/tools/installed" | LC_ALL=C sort |
+        diff -u - <(cd "$tree$prefix" && find . ! -type d | sed 's|^\./||' | LC_ALL=C sort) || fail "other files were installed (+) than in capi-tests/tools/installed (-)"
+    "$ROOT/install.sh" --list DESTDIR="$tree" PREFIX="$prefix" "$@" | sed "s|^$prefix/||" | LC_ALL=C sort |
+        diff -u - <(cd "$tree$prefix" && find . ! -type d | sed 's|^\./||' | LC_ALL=C sort) || fail "install.sh --list has other files (-) than it installs (+)"
     case $(${CC:-cc} -print-multiarch):$prefix in
     ?*:/usr) [ "$libdir" = "$tree/usr/lib/$(cc -print-multiarch)" ] || fail "the libraries are in $libdir" ;;
     esac
@@ -26,8 +33,11 @@ try() {
         readelf -SW "$file" | grep -q '\.symtab' && fail "$file is not stripped"
     done
     [ "$(readlink -f "$libdir/libploop.so")" = "$(readlink -f "$libdir/libploop.so.1.15")" ] || fail "libploop.so leads elsewhere"
+    # The loader's tool makes the link that the soname asks for, if it is missing.
+    rm "$libdir/libploop.so.1" && /sbin/ldconfig -n "$libdir" && [ "$(readlink "$libdir/libploop.so.1")" = libploop.so.1.15 ] ||
+        fail "ldconfig -n does not resolve libploop.so.1"
     readelf -dW "$libdir/libploop.so.1" | grep -q 'SONAME.*libploop\.so\.1\]' || fail "the soname is not libploop.so.1"
-    for file in share/man/man8/ploop.8 share/bash-completion/completions/ploop lib/systemd/system/ploop-{shutdown,compact}.service lib/systemd/system/ploop-compact.timer lib/tmpfiles.d/ploop.conf lib/udev/rules.d/59-ploop.rules; do
+    for file in share/man/man8/{ploop,ploop-balloon,mount.ploop,umount.ploop}.8 share/man/man3/libploop.3 share/bash-completion/completions/ploop lib/systemd/system/ploop-{shutdown,compact}.service lib/systemd/system/ploop-compact.timer lib/tmpfiles.d/ploop.conf lib/udev/rules.d/59-ploop.rules; do
         [ -s "$tree$prefix/$file" ] || fail "$file is not there"
     done
     grep -q "ExecStop=$prefix/sbin/ploop umount" "$tree$prefix/lib/systemd/system/ploop-shutdown.service" || fail "the unit names another program"

@@ -7,7 +7,7 @@ use ploop::error::{Error, Kind};
 use ploop::ops::balloon::{self, Target};
 
 use crate::getopt::Parsed;
-use crate::{CONSOLE, Command, Fail, balloon_discard, disk, ended, misuse, result, run, values, write_out};
+use crate::{CONSOLE, Command, Fail, balloon_discard, disk, ended, misuse, result, run, values, version, write_out};
 
 const USAGE: &str = "\
 Usage: ploop balloon show     TARGET
@@ -62,6 +62,7 @@ pub fn main(args: &[OsString]) -> u8 {
     match COMMANDS.iter().find(|c| c.name.strip_prefix("balloon ").is_some_and(|n| name == n)) {
         Some(command) => run(command, args),
         None if name == "--help" || name == "-h" => ended(USAGE, write_out(USAGE.as_bytes())),
+        None if name == "--version" => ended(USAGE, version()),
         None => {
             let message = format!("ploop balloon: unknown command {}", name.to_string_lossy());
             ended(USAGE, Err(Fail::Usage(Some(message))))

@@ -47,6 +47,10 @@ The second form checks a single image file:
   -b, --blocksize CLUSTER
 
   --json               the result for programs
+
+For example:
+  ploop check /vz/1/DiskDescriptor.xml
+  ploop check -f -c -r /vz/1/root.hds
 ";
 
 pub const COMMAND: Command = Command { name: "check", short: SHORT, long: LONG, usage: USAGE, run };

@@ -17,6 +17,9 @@ const MTAB: &str = "/etc/mtab";
 /// Log file for messages at boot, when no user is logged in.
 const LOG: &str = "/var/log/ploop_mount.log";
 
+/// The letters that mount(8) and umount(8) give their helpers, as for getopt. Others are ignored, too.
+pub const LETTERS: &str = "o:vflhnsrt:N:";
+
 /// What mount(8) and umount(8) give their helpers.
 #[derive(Default)]
 struct Given {
@@ -39,13 +42,14 @@ impl Given {
                 continue;
             };
             for (i, letter) in letters.iter().enumerate() {
+                let known = LETTERS.find(char::from(*letter)).map(|at| &LETTERS[at + 1..]);
                 match letter {
                     b'v' => given.verbose = true,
                     b'f' => given.fake = true,
                     b'l' => given.lazy = true,
                     b'h' => given.help = true,
-                    // With a value: options, a type, a namespace.
-                    b'o' | b't' | b'N' => {
+                    // Options, a type, a namespace.
+                    _ if known.is_some_and(|rest| rest.starts_with(':')) => {
                         let value = match &letters[i + 1..] {
                             [] => rest.next().map(|v| v.as_bytes()).unwrap_or_default(),
                             attached => attached,

@@ -25,6 +25,9 @@ changed. Of a disk that is in use any image but the top can be replaced.
   -o FILE          this image
   -k, --keep-name  NEW gets the name of the image that it replaces
   -i NEW           the copy
+
+For example:
+  ploop replace -u 5a4c2f8e-7d1b-4a0e-9a53-0c9b7f1d2e66 -i /fast/copy.hds /vz/1/DiskDescriptor.xml
 ",
     run,
 };

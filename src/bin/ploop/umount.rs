@@ -50,6 +50,10 @@ the file.
 
   --save-deleted     copy the image back under its name
   --discard-deleted  let it go
+
+For example:
+  ploop umount /vz/1/DiskDescriptor.xml
+  ploop umount --all --timeout 300
 ",
     run,
 };
