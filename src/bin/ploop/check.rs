@@ -47,6 +47,9 @@ The second form checks a single image file:
   -b, --blocksize CLUSTER
 
   --json               the result for programs
+
+For example:
+  ploop check /vz/1/DiskDescriptor.xml
 ";
 
 pub const COMMAND: Command = Command { name: "check", short: SHORT, long: LONG, usage: USAGE, run };

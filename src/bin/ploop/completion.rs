@@ -18,7 +18,7 @@ pub const COMMAND: Command = Command {
 Usage: ploop completion bash|zsh|fish
 
 Prints the script that lets this shell complete commands, options, devices, mount points and the GUIDs of a disk's snapshots.
-install.sh installs it; without:
+install.sh installs it; without, for example:
 
   . <(ploop completion bash)                                       in ~/.bashrc
   ploop completion zsh > ~/.zfunc/_ploop                           with ~/.zfunc in fpath

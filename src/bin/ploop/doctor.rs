@@ -17,6 +17,9 @@ Shows what this machine has of what disks need, what is missing and how to get i
 Exit status 0: all is well; 1: something is missing, or a device needs a look.
 
   --json  the same for programs
+
+For example:
+  ploop doctor
 ",
     run,
 };

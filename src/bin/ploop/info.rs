@@ -25,6 +25,9 @@ Without options: size and use of the file system. It is mounted for a moment if 
   -d             the device that runs the disk
   --image FILE   what is in an image file: header, table, partition table, file system
   --json         the same for programs
+
+For example:
+  ploop info -s /vz/1/DiskDescriptor.xml
 ",
     run,
 };

@@ -31,6 +31,9 @@ Makes the image FILE and DiskDescriptor.xml beside it; neither may exist.
   -i BYTES     one inode of the file system for so many bytes (default 16384; fewer bytes for many small files)
   --inodes N   so many inodes; a file system that grows gets more of them in proportion
   -n, --nolazy write the inode tables now, not at the first mount
+
+For example:
+  ploop init -s 10g /vz/1/root.hds
 ",
     run,
 };

@@ -21,6 +21,9 @@ doctor), one whose snapshots are being merged how far that is.
 
   -a      with mount points
   --json  the same for programs, with mount points
+
+For example:
+  ploop list -a
 ",
     run,
 };

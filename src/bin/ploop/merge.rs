@@ -24,6 +24,9 @@ merge that has begun is not undone: if it is interrupted, the same command finis
   -U UUID2  with all that it stands on, down to this one
   -A        everything, from the top down to the base
   -n FILE   into a new file; the old ones are removed
+
+For example:
+  ploop snapshot-merge -A /vz/1/DiskDescriptor.xml
 ",
     run: snapshots,
 };
@@ -42,6 +45,9 @@ stay where they are; no descriptor is changed. For a disk with a descriptor ther
 
   -f raw   the last file is a raw image
   -n FILE  into a new file
+
+For example:
+  ploop merge -d /dev/ploop0 -l 0..2
 ",
     run: images,
 };

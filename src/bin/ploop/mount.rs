@@ -39,6 +39,9 @@ Makes a block device of a disk, or of image files, base first, and mounts its fi
   --auto-compact
                 give space of the image back by itself, when more than a tenth of it, and 1 GiB, is free and the disk is idle;
                 the file system inside has to discard (-o discard, or fstrim)
+
+For example:
+  ploop mount -m /mnt /vz/1/DiskDescriptor.xml
 ",
     run,
 };

@@ -18,6 +18,9 @@ stays, its I/O waits for a moment. If the new program cannot serve it the old on
 (state failed, I/O waits) another try is made, once the image is right again.
 
   -a   all devices that run
+
+For example:
+  ploop reload -a
 ",
     run,
 };

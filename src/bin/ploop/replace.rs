@@ -25,6 +25,9 @@ changed. Of a disk that is in use any image but the top can be replaced.
   -o FILE          this image
   -k, --keep-name  NEW gets the name of the image that it replaces
   -i NEW           the copy
+
+For example:
+  ploop replace -l 0 -i /vz2/root.hds /vz/1/DiskDescriptor.xml
 ",
     run,
 };

@@ -24,6 +24,9 @@ The second one puts a new image FILE on top of a running device; no descriptor i
   -u UUID    of the snapshot; else a random one
   -d DEVICE  like /dev/ploop0
   -F         bring the file system of the device to rest first
+
+For example:
+  ploop snapshot /vz/1/DiskDescriptor.xml
 ",
     run: take,
 };
@@ -43,6 +46,9 @@ its snapshots removes it.
   -m DIR   mount its file system here; without it only the device is made
   -o OPTIONS
            mount options
+
+For example:
+  ploop tsnapshot -u 11111111-2222-4333-8444-555555555555 -c backup -m /mnt /vz/1/DiskDescriptor.xml
 ",
     run: take_temporary,
 };
@@ -58,6 +64,9 @@ Goes back to a snapshot: what was written since is dropped. The disk must not be
 
   -u UUID  of the snapshot
   -D       keep what was written since as another snapshot
+
+For example:
+  ploop snapshot-switch -u 11111111-2222-4333-8444-555555555555 /vz/1/DiskDescriptor.xml
 ",
     run: switch_to,
 };
@@ -71,6 +80,9 @@ Usage: ploop snapshot-delete -u UUID DiskDescriptor.xml
 
 Deletes a snapshot. Deltas that stand on it keep their content. A snapshot on which several deltas stand is removed when
 only one of them is left.
+
+For example:
+  ploop snapshot-delete -u 11111111-2222-4333-8444-555555555555 /vz/1/DiskDescriptor.xml
 ",
     run: delete,
 };

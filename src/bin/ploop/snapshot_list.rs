@@ -35,6 +35,9 @@ One line for each snapshot and for the top, in the descriptor's order; * marks t
   -s, --snapshot       snapshots alone, without the top; * marks the one that the top stands on
   -u, --uuid UUID      this snapshot and what it stands on, down to the base
   --json               all of it for programs
+
+For example:
+  ploop snapshot-list -H -o uuid,fname /vz/1/DiskDescriptor.xml
 ",
     run,
 };

@@ -19,6 +19,9 @@ Usage: ploop tour [DIR]
 Makes a disk in a temporary folder (in DIR, else in $TMPDIR or /tmp; 600 MB), mounts it, writes, unmounts,
 mounts again, compares and measures. Shows each command and what came of it, and cleans up. Needs root.
 Exit status 0: all of it worked; 2: something is missing here, it says what; else the code of the step that failed.
+
+For example:
+  ploop tour /var/tmp
 ",
     run,
 };

@@ -50,6 +50,9 @@ the file.
 
   --save-deleted     copy the image back under its name
   --discard-deleted  let it go
+
+For example:
+  ploop umount /mnt
 ",
     run,
 };
