@@ -74,7 +74,7 @@ pub fn open(name: &str) -> Result<Option<File>> {
     }
     let path = path(name);
     match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         other => {
             let file = other.ctx(Kind::Open, || format!("cannot open {}", path.display()))?;
             runtime::verify_dir(&runtime::run_dir())?;
