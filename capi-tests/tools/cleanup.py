@@ -48,6 +48,19 @@ def records():
     return out
 
 
+def stopped():
+    """{name: record} of devices that `ploop stop` has stopped."""
+    out = {}
+    for n in os.listdir(devlib.RUN) if os.path.isdir(devlib.RUN) else []:
+        if n.startswith(".stopped-"):
+            try:
+                with open(os.path.join(devlib.RUN, n)) as f:
+                    out[n.removeprefix(".stopped-")] = json.load(f)["device"]
+            except (OSError, ValueError, KeyError):
+                pass
+    return out
+
+
 def is_ours(rec, scratch):
     return rec is not None and (below(rec.get("descriptor"), scratch) or any(below(l["path"], scratch) for l in rec.get("levels", [])))
 
@@ -198,6 +211,10 @@ def clean(scratch):
     for name, rec in ours.items():
         said.append(f"device {name}")
         said += drop_device(name, rec)
+    for name, rec in stopped().items():
+        if is_ours(rec, scratch):
+            said.append(f"stopped device {name}")
+            quietly(devlib.PLOOP, "clear", "-d", name)
     for point, source, _, kind in reversed(mounts()):
         if below(point, scratch):
             said.append(f"mount {point} ({source})")

@@ -26,7 +26,8 @@
 //! - [`log`]: ploop_get_last_error, ploop_set_log_file, ploop_set_log_level, ploop_set_verbose_level,
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
-//! - [`unavailable`], [`unavailable_tools`]: functions of the classic that this release does not have; they fail and say so
+//! - [`device_state`], undeclared: ploop_get_attr, ploop_getdevice
+//! - [`unavailable`]: functions of the classic that this release does not have; they fail and say so
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
@@ -40,6 +41,7 @@ pub mod conversions;
 mod convert;
 pub mod copies;
 pub mod descriptor;
+pub mod device_state;
 pub mod devices;
 pub mod discard;
 pub mod discard_tools;
@@ -55,4 +57,3 @@ mod state;
 pub mod tools;
 pub mod types;
 pub mod unavailable;
-pub mod unavailable_tools;

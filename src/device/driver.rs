@@ -3,10 +3,11 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
-use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{Error, Kind, Result};
 use crate::format::balloon_piece::Piece;
@@ -121,6 +122,57 @@ pub trait Driver: Sync {
 
     /// Makes a block device of an image chain; it outlives this process. After an error nothing is left behind.
     fn attach(&self, spec: AttachSpec) -> Result<Device>;
+
+    /// Detaches the device and closes its images cleanly, but keeps what it takes to start it again. Busy: an error of kind
+    /// `DevIoc`, nothing changed.
+    fn stop(&self, _device: &Device) -> Result<()> {
+        Err(self.unsupported("stopping a device"))
+    }
+
+    /// Devices that are stopped, by number. They are not among those of [`list`](Self::list).
+    fn stopped(&self) -> Result<Vec<Device>> {
+        Ok(Vec::new())
+    }
+
+    /// The device of this name or node, if it is stopped.
+    fn find_stopped(&self, _node: &str) -> Result<Option<Device>> {
+        Ok(None)
+    }
+
+    /// An error if a file of a stopped device is another one by now, or was changed since.
+    fn changed(&self, _stopped: &Device) -> Result<()> {
+        Err(self.unsupported("starting a device"))
+    }
+
+    /// Attaches a stopped device again. `levels`: its files, base first, which must be unchanged.
+    fn start(&self, _stopped: &Device, _levels: Vec<Level>) -> Result<Device> {
+        Err(self.unsupported("starting a device"))
+    }
+
+    /// Forgets a stopped device.
+    fn forget(&self, _stopped: &Device) -> Result<()> {
+        Err(self.unsupported("forgetting a stopped device"))
+    }
+
+    /// Drops a level of a stopped device; how many are left. With the last one the device is forgotten.
+    fn drop_level(&self, _stopped: &Device, _level: usize) -> Result<usize> {
+        Err(self.unsupported("dropping a level of a stopped device"))
+    }
+
+    /// Counters of a running device, by name.
+    fn counters(&self, _device: &Device) -> Result<Vec<(String, u64)>> {
+        Err(self.unsupported("counting requests"))
+    }
+
+    /// Sets counters; names that are not there are passed over.
+    fn set_counters(&self, _device: &Device, _values: &[(String, u64)]) -> Result<()> {
+        Err(self.unsupported("counting requests"))
+    }
+
+    /// The minor that the next device would get, kept from other devices as long as the descriptor is open.
+    fn reserve_minor(&self) -> Result<(u32, OwnedFd)> {
+        Err(self.unsupported("reserving a minor"))
+    }
 
     /// Starts a process of its own that has the temporary snapshots of a running disk merged, without waiting for it.
     fn start_merges(&self, _descriptor: &Path) -> Result<()> {

@@ -1,13 +1,14 @@
 //! The drivers of this version, and the choice of the driver for a device.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
 use crate::device::served::Served;
-use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::maintenance::Maintenance;
@@ -107,6 +108,66 @@ pub fn start_merges(descriptor: &Path) -> Result<()> {
 /// reported; the device is gone then, and the image stays marked in use.
 pub fn detach(name: &str) -> Result<()> {
     of_name(name)?.detach(name)
+}
+
+/// Detaches the device and closes its images cleanly, but keeps what it takes to [`start`] it again. Busy: error 3, nothing
+/// changed.
+pub fn stop(device: &Device) -> Result<()> {
+    of(device).stop(device)
+}
+
+/// Devices that are stopped, by number. No process serves them, and they have no node.
+pub fn stopped() -> Result<Vec<Device>> {
+    let mut found = Vec::new();
+    for driver in DRIVERS {
+        found.extend(driver.stopped()?);
+    }
+    Ok(found)
+}
+
+/// The device of this name or node, if it is stopped.
+pub fn find_stopped(node: &str) -> Result<Option<Device>> {
+    for driver in DRIVERS {
+        if let Some(device) = driver.find_stopped(node)? {
+            return Ok(Some(device));
+        }
+    }
+    Ok(None)
+}
+
+/// An error, which names the file, if a file of a stopped device is another one by now, or was changed since.
+pub fn changed(stopped: &Device) -> Result<()> {
+    of(stopped).changed(stopped)
+}
+
+/// Attaches a stopped device again. `levels`: its files, base first, which must be unchanged.
+pub fn start(stopped: &Device, levels: Vec<Level>) -> Result<Device> {
+    of(stopped).start(stopped, levels)
+}
+
+/// Forgets a stopped device.
+pub fn forget(stopped: &Device) -> Result<()> {
+    of(stopped).forget(stopped)
+}
+
+/// Drops a level of a stopped device; how many are left. With the last one the device is forgotten.
+pub fn drop_level(stopped: &Device, level: usize) -> Result<usize> {
+    of(stopped).drop_level(stopped, level)
+}
+
+/// Counters of a running device, by name.
+pub fn counters(device: &Device) -> Result<Vec<(String, u64)>> {
+    of(device).counters(device)
+}
+
+/// Sets counters of a running device; names that are not there are passed over.
+pub fn set_counters(device: &Device, values: &[(String, u64)]) -> Result<()> {
+    of(device).set_counters(device, values)
+}
+
+/// The minor that the next device would get, kept from other devices as long as the descriptor is open.
+pub fn reserve_minor() -> Result<(u32, OwnedFd)> {
+    driver()?.reserve_minor()
 }
 
 /// Whether writes that find no space in the host's file system wait for it (the rule) or fail.

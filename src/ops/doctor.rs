@@ -198,11 +198,16 @@ pub fn devices() -> Vec<Finding> {
         Ok(devices) => devices,
         Err(e) => return vec![bad(Grade::Warning, "devices", e.to_string(), "run it as root")],
     };
-    devices.iter().map(one).chain(device::all_unflushed().iter().map(unflushed)).collect()
+    let stopped = match device::stopped() {
+        Ok(devices) => devices.iter().map(stopped).collect(),
+        Err(e) => vec![bad(Grade::Warning, "stopped devices", e.to_string(), "look at the file that is named")],
+    };
+    let unflushed = device::all_unflushed();
+    devices.iter().map(one).chain(stopped).chain(unflushed.iter().map(unflushed_changes)).collect()
 }
 
 /// Changes that wait for the next mount.
-fn unflushed((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
+fn unflushed_changes((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
     let image = images.last().map_or("an image".into(), |i| i.display().to_string());
     bad(
         Grade::Warning,
@@ -213,6 +218,26 @@ fn unflushed((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
             folder.display()
         ),
     )
+}
+
+/// A device that `ploop stop` has stopped.
+fn stopped(d: &Device) -> Finding {
+    let subject = d.node().display().to_string();
+    match device::changed(d) {
+        Ok(()) => good(
+            &subject,
+            format!(
+                "stopped, of {}: ploop start -d {subject} attaches it again, ploop clear -d {subject} forgets it",
+                d.top().display()
+            ),
+        ),
+        Err(e) => bad(
+            Grade::Warning,
+            &subject,
+            format!("stopped, and cannot be started: {e}"),
+            format!("ploop clear -d {subject}"),
+        ),
+    }
 }
 
 fn one(d: &Device) -> Finding {

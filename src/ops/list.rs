@@ -47,5 +47,30 @@ pub fn devices(with_mounts: bool) -> Result<Vec<Line>> {
             deleted,
         }
     };
-    Ok(devices.into_iter().map(line).collect())
+    let mut lines: Vec<Line> = devices.into_iter().map(line).collect();
+    let stopped = device::stopped()?;
+    if !stopped.is_empty() {
+        lines.extend(stopped.into_iter().map(stopped_line));
+        lines.sort_by_key(|l| (number(&l.name).is_none(), number(&l.name), l.name.clone()));
+    }
+    Ok(lines)
+}
+
+/// N of `ploopN`.
+fn number(name: &str) -> Option<u32> {
+    name.strip_prefix("ploop")?.parse().ok()
+}
+
+/// A device that `ploop start` attaches again.
+fn stopped_line(device: Device) -> Line {
+    Line {
+        name: device.name().to_owned(),
+        base: device.base().to_owned(),
+        mount_points: Vec::new(),
+        component: device.component().to_owned(),
+        state: device.state.as_str().to_owned(),
+        trouble: Some(device.state.as_str().to_owned()),
+        merging: None,
+        deleted: Vec::new(),
+    }
 }

@@ -1,12 +1,12 @@
 //! Mounting: a chain of images becomes a device, its file system appears at a folder. A step that fails undoes the ones
 //! before it.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::disk_lock::Disk;
 use super::mount_images::{advise_cut_off, host_checks, raw_cluster, refuse_frozen, tell_cut_off};
+use super::mount_levels::{level, refuse_stopped, refuse_twice, refuse_used};
 use super::{disk_lock, find, image_set, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
@@ -19,8 +19,6 @@ use crate::fs::probe::{self, Found};
 use crate::fs::stat;
 use crate::image::open;
 use crate::report;
-use crate::sys::file_id::FileId;
-use crate::sys::folder::Folder;
 use crate::units::ClusterSize;
 
 /// Logs every request of the device.
@@ -126,6 +124,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         .collect::<Result<Vec<Level>>>()?;
     refuse_twice(&levels).map_err(|e| e.as_kind(Kind::DiskDescr).context(disk.path.display()))?;
     refuse_used(&levels, params.read_only)?;
+    refuse_stopped(&levels, params.read_only)?;
     host_checks(&levels)?;
     let device = attach(AttachSpec {
         levels,
@@ -173,6 +172,7 @@ pub fn mount_list(files: &[PathBuf], raw: bool, params: &MountParams) -> Result<
     let only_look = params.force && params.read_only;
     if !only_look {
         refuse_used(&levels, params.read_only)?;
+        refuse_stopped(&levels, params.read_only)?;
     }
     let raw_cluster = match raw {
         true => Some(raw_cluster(&levels[0], params.cluster)?),
@@ -304,66 +304,6 @@ fn refuse_found(disk: &Descriptor, found: Option<Device>, component: &str) -> Re
     }
 }
 
-/// Opens one image for the server. A missing one is `Mount`.
-fn level(path: &Path, dir: Option<&Folder>, raw: bool) -> Result<Level> {
-    let fd = open::open_level(path, dir).map_err(|e| match e.errno() {
-        Some(libc::ENOENT) => e.as_kind(Kind::Mount),
-        _ => e,
-    })?;
-    Ok(Level { path: path.to_owned(), raw, fd })
-}
-
-fn identity(level: &Level) -> Result<FileId> {
-    FileId::of(&level.fd).ctx(Kind::Fstat, || format!("cannot look at {}", level.path.display()))
-}
-
-/// Refuses a chain that has one file twice, whatever the names. `Param`.
-fn refuse_twice(levels: &[Level]) -> Result<()> {
-    let mut seen = HashMap::new();
-    for level in levels {
-        if let Some(other) = seen.insert(identity(level)?, &level.path) {
-            bail!(
-                Param,
-                "image {} is there twice, the other time as {}: each level of a chain is a file of its own",
-                level.path.display(),
-                other.display()
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Refuses images that another device writes to, and a top that another device reads. `Mount`.
-fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
-    let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
-    let top = ids.last().copied().filter(|_| !read_only);
-    let clash = |device: &Device| {
-        let written = device.written_id().filter(|w| ids.contains(w));
-        let file = written.or(top.filter(|t| device.level_of(*t).is_some()))?;
-        ids.iter().position(|i| *i == file).and_then(|at| levels.get(at))
-    };
-    for device in &device::list_of(|d| clash(d).is_some())? {
-        let Some(level) = clash(device) else { continue };
-        if device.state == State::Dead {
-            if !read_only {
-                // What another server left of the same images, by another component or as a list of files.
-                device::clean(device.name()).map_err(|e| {
-                    e.context(format!("left by a dead server: {} as {}", level.path.display(), device.node().display()))
-                })?;
-            }
-            continue;
-        }
-        bail!(
-            Mount,
-            "image {} is in use by {}: an image that is written to has one user; unmount that first (ploop umount -d {})",
-            level.path.display(),
-            device.node().display(),
-            device.node().display()
-        );
-    }
-    Ok(())
-}
-
 fn attach(spec: AttachSpec) -> Result<Device> {
     let mode = if spec.read_only { "ro" } else { "rw" };
     // Kept for messages; the server gets the others.
@@ -479,12 +419,6 @@ mod tests {
         for unknown in ["{bbbbbbbb-2222-4333-8444-555555555555}", "Base", ""] {
             assert_eq!(wanted(&disk, Some(unknown)).unwrap_err().kind(), Kind::NoSnap, "{unknown}");
         }
-    }
-
-    #[test]
-    fn an_image_that_is_missing() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(level(&dir.path().join("gone"), None, false).unwrap_err().kind(), Kind::Mount);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::deleted::{self, Deleted, Rescue};
 use super::disk_lock::Disk;
 use super::find::{self, UNTIL_UMOUNT};
 use super::maintenance::{self, Work};
+use super::stopped;
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, Image, State};
@@ -49,6 +50,9 @@ impl Umount {
                 self.device(&device, Some(disk))
             }
             None => {
+                if stopped::forget_of(disk, component)? {
+                    return Ok(());
+                }
                 find::refuse_replaced(disk)?;
                 let of = if component.is_empty() { String::new() } else { format!(" under component {component}") };
                 bail!(DevNotMounted, "{} is not mounted{of}", place.display())
@@ -60,6 +64,9 @@ impl Umount {
     /// system is remembered beside the image. `Device` if there is no such device.
     pub fn node(self, name: &str, descriptor: Option<&Path>) -> Result<()> {
         let _operation = report::cancel::begin();
+        if device::find_stopped(name).is_ok_and(|d| d.is_some()) {
+            return stopped::clear(name);
+        }
         let Some(device) = device::by_node(name)? else {
             bail!(Device, "{name} is no ploop device that this machine runs; ploop list shows them")
         };

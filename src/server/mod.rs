@@ -2,6 +2,7 @@
 
 pub mod balloon;
 pub mod control;
+pub mod counters;
 pub mod daemon;
 pub mod descriptors;
 mod exclusion;
@@ -13,6 +14,7 @@ pub mod helper;
 pub mod jobs;
 pub mod kernel_log;
 pub mod maintenance;
+pub mod minors;
 pub mod mounts;
 pub mod nodes;
 pub mod partitions;
@@ -22,6 +24,7 @@ pub mod roles;
 pub mod runtime;
 pub mod shm;
 pub mod spawn;
+pub mod stopped;
 pub mod supervisor;
 pub mod sysfs;
 pub mod track;

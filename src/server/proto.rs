@@ -115,6 +115,9 @@ pub struct DeviceRecord {
     /// [`Maintenance`](crate::format::maintenance::Maintenance); empty: none.
     #[serde(default)]
     pub maintenance: String,
+    /// The device is being stopped, and is to be started again from its record.
+    #[serde(default)]
+    pub keep: bool,
     /// What the supervisor understands; a client reads it before it sends a command.
     #[serde(default)]
     pub greeting: Greeting,
@@ -380,6 +383,8 @@ pub enum Command {
     Info,
     /// Detach, close the image cleanly, forget the device. Busy: error 3, nothing changed.
     Stop,
+    /// The same, but keep a record from which the device can be started again; see [`stopped`](super::stopped).
+    StopAndKeep,
     Flush,
     /// Whether writes that find no space wait for it (the rule) or fail; a device that cannot be stopped because they
     /// wait is stopped after this.
@@ -442,6 +447,9 @@ pub enum Answer {
         /// Seconds for which the worker has shown no sign of running.
         #[serde(default)]
         stalled: Option<u64>,
+        /// Counters of the worker: names and values.
+        #[serde(default)]
+        counters: Vec<(String, u64)>,
     },
     /// Requests are held as soon as the initiator sends `Go`.
     Prepared,

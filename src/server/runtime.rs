@@ -24,11 +24,16 @@ pub const RUN: &str = "/run/ploop";
 pub const STATE: &str = "state";
 pub const CONTROL: &str = "control";
 pub const LOG: &str = "worker.log";
+/// A record that is being written.
+pub const NEW_STATE: &str = "state.new";
+/// What users have set counters of the device to, and such a file that is being written.
+pub const COUNTERS: &str = "counters";
+pub const NEW_COUNTERS: &str = "counters.new";
 /// What workers leave to each other: see [`unflushed`](super::unflushed).
 pub const MEMORY: &str = "unflushed";
 
 /// The files that are of no use without the device's processes.
-pub const FILES_OF_PROCESSES: [&str; 4] = [transport::FILES[0], CONTROL, LOG, "state.new"];
+pub const FILES_OF_PROCESSES: [&str; 6] = [transport::FILES[0], CONTROL, LOG, NEW_STATE, COUNTERS, NEW_COUNTERS];
 
 /// Names of new folders before they are complete.
 const NEW_PREFIX: &str = ".new-";
@@ -247,7 +252,7 @@ pub fn read_record(dir: &Path) -> Result<Option<DeviceRecord>> {
 /// Replaces the record in a device's folder.
 pub fn write_record(dir: &Path, record: &DeviceRecord) -> Result<()> {
     let text = serde_json::to_vec(record).map_err(|e| Error::with(Kind::Protocol, "cannot encode the record", e))?;
-    let new = dir.join("state.new");
+    let new = dir.join(NEW_STATE);
     let write = || {
         host::step("write the record")?;
         let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;

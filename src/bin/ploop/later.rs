@@ -4,8 +4,7 @@ use std::ffi::OsStr;
 
 use ploop::error::Kind;
 
-const CLASSIC: [&str; 10] =
-    ["clear", "delete", "getdev", "rm", "start", "stat", "stop", "encrypt", "degrade", "fscheck"];
+const CLASSIC: [&str; 3] = ["encrypt", "degrade", "fscheck"];
 
 /// Is it a command of the classic tool?
 pub fn is_classic(name: &OsStr) -> bool {

@@ -12,6 +12,7 @@ mod convert;
 mod copy;
 mod disk;
 mod doctor;
+mod getdev;
 mod getopt;
 mod grow;
 mod helpers;
@@ -30,6 +31,8 @@ mod resize;
 mod restore;
 mod snapshot;
 mod snapshot_list;
+mod stat;
+mod stop;
 mod tour;
 mod umount;
 mod values;
@@ -100,7 +103,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 25] = [
+const COMMANDS: [&Command; 32] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -120,6 +123,13 @@ const COMMANDS: [&Command; 25] = [
     &grow::COMMAND,
     &compact::COMMAND,
     &convert::COMMAND,
+    &stop::STOP,
+    &stop::START,
+    &stop::CLEAR,
+    &stop::DELETE,
+    &stop::RM,
+    &stat::COMMAND,
+    &getdev::COMMAND,
     &copy::COMMAND,
     &restore::COMMAND,
     &tour::COMMAND,
@@ -176,6 +186,12 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop copy -d FILE                 receive a copy of an image
   ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
+  ploop stop -d DEVICE               detach a device, but keep its name and images in mind
+  ploop start -d DEVICE              attach it again
+  ploop clear -d DEVICE              forget it
+  ploop delete -d DEVICE -l LEVEL    drop an image of a stopped device; rm is the same
+  ploop stat [-c|-l] -d DEVICE       counters of a device
+  ploop getdev                       the minor that the next device would have
   ploop tour                         see all of it work, in a temporary folder
   ploop doctor                       what this machine offers, and what is wrong with devices
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use crate::bail;
 use crate::device::model::Device;
 use crate::device::served::model::device_of;
-use crate::device::served::{clean, find, unflushed};
+use crate::device::served::{clean, find, stopped, unflushed};
 use crate::device::spec::AttachSpec;
 use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
@@ -21,6 +21,15 @@ const NAMES: usize = 8;
 
 /// Starts a server for an image chain and waits for its device. Needs root.
 pub fn attach(spec: AttachSpec) -> Result<Device> {
+    let wanted = spec.device.as_deref().map(runtime::chosen_name).transpose()?;
+    if let Some(stopped) = wanted.map(|name| stopped::find(&name)).transpose()?.flatten() {
+        return Err(stopped::refusal(&stopped).as_kind(Kind::Busy));
+    }
+    attach_named(spec)
+}
+
+/// The same for a device that may have the name of one that is stopped.
+pub(super) fn attach_named(spec: AttachSpec) -> Result<Device> {
     if spec.levels.is_empty() || spec.levels.len() > MAX_CHAIN {
         bail!(Param, "{} images given: 1 to {MAX_CHAIN} can be attached", spec.levels.len());
     }

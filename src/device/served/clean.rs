@@ -14,7 +14,7 @@ use crate::report;
 use crate::server::helper::Helper;
 use crate::server::jobs::Job;
 use crate::server::proto::{Answer, Command};
-use crate::server::{control, frame, runtime, spawn};
+use crate::server::{control, frame, runtime, spawn, stopped};
 use crate::sys::host;
 use crate::sys::wait::wait;
 
@@ -113,6 +113,7 @@ pub(super) fn clean_dead() -> Result<()> {
     let _lock = lock::global()?;
     runtime::remove_unborn();
     runtime::remove_earlier_boots();
+    stopped::forget_earlier_boots();
     for name in runtime::names()? {
         if find::is_dead(&name) {
             // Without waiting: there may be hundreds of dead devices that are mounted in containers.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::bail;
 use crate::device::model::Device;
 use crate::device::served::model::device_of;
+use crate::device::served::stopped;
 use crate::device::state::State;
 use crate::error::{IoContext, Kind, Result};
 use crate::server::proto::{Answer, Command, DeviceRecord};
@@ -127,6 +128,9 @@ pub(super) fn by_node(node: &str) -> Result<Option<Device>> {
     match &found {
         Some(device) => verify_node(device)?,
         None => {
+            if let Some(stopped) = stopped::find(&name)? {
+                return Err(stopped::refusal(&stopped));
+            }
             if let Some(rdev) = nodes::block_node(&Path::new("/dev").join(&name))
                 && runtime::number(&name).is_some()
             {

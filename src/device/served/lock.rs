@@ -24,7 +24,7 @@ pub struct GlobalLock {
     _file: Flock<File>,
 }
 
-fn lock_dir() -> PathBuf {
+pub(super) fn lock_dir() -> PathBuf {
     #[cfg(test)]
     if let Some(root) = host::root() {
         return root.join("lock");
@@ -33,7 +33,7 @@ fn lock_dir() -> PathBuf {
 }
 
 /// Makes the folder. /var/lock is a link to /run/lock, which is not there on each system: it is made, too.
-fn make(dir: &Path) -> io::Result<()> {
+pub(super) fn make(dir: &Path) -> io::Result<()> {
     let create = |dir: &Path| DirBuilder::new().mode(0o755).recursive(true).create(dir);
     if let Some(parent) = dir.parent()
         && let Ok(target) = fs::read_link(parent)

@@ -6,27 +6,32 @@
 mod attach;
 mod balloon;
 mod clean;
+mod counters;
 mod find;
 mod freeze;
 mod give_back;
 mod images;
 mod lock;
 mod merge;
+mod minors;
 mod model;
 mod mount_source;
+mod restart;
 mod size;
+mod stopped;
 mod switch;
 mod track;
 mod unflushed;
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
 use crate::device::model::{Aliases, Device, Partition, Whereabouts};
-use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
+use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::Result;
 use crate::format::maintenance::Maintenance;
@@ -84,6 +89,46 @@ impl Driver for Served {
 
     fn attach(&self, spec: AttachSpec) -> Result<Device> {
         attach::attach(spec)
+    }
+
+    fn stop(&self, device: &Device) -> Result<()> {
+        restart::stop(device)
+    }
+
+    fn stopped(&self) -> Result<Vec<Device>> {
+        stopped::list()
+    }
+
+    fn find_stopped(&self, node: &str) -> Result<Option<Device>> {
+        stopped::find(&runtime::name_of(node)?)
+    }
+
+    fn changed(&self, stopped: &Device) -> Result<()> {
+        stopped::changed(stopped)
+    }
+
+    fn start(&self, stopped: &Device, levels: Vec<Level>) -> Result<Device> {
+        restart::start(stopped, levels)
+    }
+
+    fn forget(&self, stopped: &Device) -> Result<()> {
+        stopped::forget(stopped)
+    }
+
+    fn drop_level(&self, stopped: &Device, level: usize) -> Result<usize> {
+        stopped::drop_level(stopped, level)
+    }
+
+    fn counters(&self, device: &Device) -> Result<Vec<(String, u64)>> {
+        counters::read(device)
+    }
+
+    fn set_counters(&self, device: &Device, values: &[(String, u64)]) -> Result<()> {
+        counters::set(device, values)
+    }
+
+    fn reserve_minor(&self) -> Result<(u32, OwnedFd)> {
+        minors::reserve()
     }
 
     fn start_merges(&self, descriptor: &Path) -> Result<()> {

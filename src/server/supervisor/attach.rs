@@ -16,7 +16,7 @@ use crate::server::jobs::{Go, Job, JobEvent};
 use crate::server::proto::{AttachReply, AttachRequest, DeviceRecord, ToWorker, WorkerStart, own_greeting};
 use crate::server::supervisor::Supervisor;
 use crate::server::transport::{self, Connection, Recovery, Session, Transport, Wanted};
-use crate::server::{control, daemon, frame, runtime, shm, unflushed};
+use crate::server::{control, daemon, frame, minors, runtime, shm, stopped, unflushed};
 use crate::sys::file_id::FileId;
 use crate::sys::host;
 
@@ -150,8 +150,8 @@ fn choose_name(request: &AttachRequest) -> Result<(PathBuf, DeviceRecord, OwnedF
         runtime::check_name(&name)?;
         record.node = dev.join(&name);
         record.name = name;
-        let taken = std::fs::symlink_metadata(&record.node).is_ok()
-            || Path::new("/sys/class/block").join(&record.name).exists();
+        let reserved = request.device.is_none() && minors::is_reserved(&record.name);
+        let taken = reserved || minors::is_taken(&record.name);
         if !taken {
             runtime::write_record(&new, &record)?;
             if runtime::publish(&new, &record.name)? {
@@ -314,7 +314,13 @@ impl Supervisor {
             self.poll_once(end, None);
         }
         let closed = self.slot.worker().is_some_and(|w| w.closed == Some(None));
+        let started = stopped::is_recorded(&self.record.name);
+        let levels = if started { self.share_levels() } else { Vec::new() };
         self.give_up();
+        if started && closed {
+            stopped::renew(&self.record, &levels);
+        }
+        drop(levels);
         let _ = if closed { runtime::remove_dir(&self.dir) } else { unflushed::retire(&self.dir) };
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::server::control;
+use crate::server::counters;
 use crate::server::descriptors::{Descriptors, SwitchFds};
 use crate::server::greeting::Greeting;
 use crate::server::helper::Helper;
@@ -36,11 +37,14 @@ impl Supervisor {
                 // With what the device is in now, which the stored record does not tell of merges and copies.
                 let record = DeviceRecord { maintenance: self.maintenance().word().to_owned(), ..self.record.clone() };
                 let stalled = self.slot.stalled().map(|time| time.as_secs());
-                let answer = Answer::Info { record, no_space: status.no_space, failed, merging, giving_back, stalled };
+                let (no_space, counters) = (status.no_space, counters::of(&status));
+                let answer = Answer::Info { record, no_space, failed, merging, giving_back, stalled, counters };
                 control::answer(&client, &answer);
             }
             Command::Abort if self.record.state != "starting" => self.clients.wait(Awaited::Abort, [client]),
-            Command::Stop if self.record.state != "starting" && self.failed.is_none() => {
+            Command::Stop | Command::StopAndKeep if self.record.state != "starting" && self.failed.is_none() => {
+                // Of several clients the last one decides.
+                self.record.keep = matches!(command, Command::StopAndKeep);
                 self.clients.wait(Awaited::Stop, [client]);
             }
             Command::HoldForSpace(hold) if self.failed.is_none() => {

@@ -1,6 +1,7 @@
 //! How a device ends: cleanly, or given up.
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
@@ -12,7 +13,7 @@ use crate::server::shm::Shm;
 use crate::server::supervisor::clients::Awaited;
 use crate::server::supervisor::{Supervisor, log};
 use crate::server::transport::Patience;
-use crate::server::{frame, runtime, unflushed};
+use crate::server::{frame, runtime, stopped, unflushed};
 use crate::sys::host;
 
 /// How long other processes may keep the device busy.
@@ -33,7 +34,7 @@ impl Supervisor {
     /// was.
     pub(super) fn stop(&mut self) -> bool {
         let asked = self.clients.is_awaited(Awaited::Stop);
-        let result = match self.unbind(if asked { BUSY } else { UNASKED }) {
+        let mut result = match self.unbind(if asked { BUSY } else { UNASKED }) {
             Ok(()) => self.close(),
             Err(e) => Err(e),
         };
@@ -51,12 +52,20 @@ impl Supervisor {
         if gone {
             let why = Error::new(Kind::Abort, format!("the merge was ended, since {} was detached", self.record.name));
             self.refuse_merging(&why);
+            let levels = if self.record.keep { self.share_levels() } else { Vec::new() };
             self.give_up();
+            if self.record.keep && result.is_ok() {
+                let kept = stopped::keep(&self.dir, &self.record, self.chain.attach(), &levels);
+                result = kept.map_err(|e| e.context("its images are closed, but it cannot be started again"));
+            }
+            drop(levels);
             // What the image lacks the next device can take over, unless a sync has failed.
             let _ = match &result {
                 Err(_) if !self.shm.as_ref().is_some_and(Shm::failed) => unflushed::retire(&self.dir),
                 _ => runtime::remove_dir(&self.dir),
             };
+        } else {
+            self.record.keep = false;
         }
         let answer = match &result {
             Ok(()) => Answer::Done,
@@ -67,6 +76,12 @@ impl Supervisor {
         }
         self.clients.answer(Awaited::Stop, &answer);
         gone
+    }
+
+    /// The images, in descriptors that stay when the device's own are closed.
+    pub(super) fn share_levels(&self) -> Vec<OwnedFd> {
+        let levels = self.fds.iter().flat_map(|fds| &fds.levels);
+        levels.filter_map(|fd| fd.try_clone().ok()).collect()
     }
 
     /// Takes the block device away from under its name. Busy: error 3, nothing changed.

@@ -48,7 +48,7 @@ use crate::server::supervisor::names::{Followed, Names};
 use crate::server::supervisor::track::Tracking;
 use crate::server::supervisor::worker_slot::{Exit, WorkerSlot};
 use crate::server::transport::Binding;
-use crate::server::{frame, runtime};
+use crate::server::{frame, runtime, stopped};
 use crate::sys::host;
 
 /// Longest sleep.
@@ -143,6 +143,10 @@ impl Supervisor {
     /// Serves until the device has ended.
     fn run(mut self) {
         host::show_device(&self.record.name);
+        if !self.dir.as_os_str().is_empty() && self.record.state == "running" {
+            // A device that runs is not stopped any more.
+            let _ = stopped::forget(&self.record.name);
+        }
         loop {
             self.poll_once(host::now() + TICK, None);
             if self.is_aborted() {

@@ -86,6 +86,7 @@ fn operand(command: &str) -> Kind {
     match command {
         "umount" => Kind::MountPoint,
         "reload" => Kind::Device,
+        "stop" | "start" | "clear" | "delete" | "rm" | "stat" | "getdev" => Kind::Free,
         "tour" => Kind::Folder,
         "list" | "doctor" => Kind::Free,
         "completion" => Kind::OneOf(&["bash", "zsh", "fish"]),
@@ -205,6 +206,7 @@ fn of_kind(kind: Kind, before: &[&OsString], typed: &str) -> Vec<Candidate> {
         Kind::Device => device::list()
             .unwrap_or_default()
             .iter()
+            .chain(&device::stopped().unwrap_or_default())
             .map(|d| word(d.node().display().to_string(), d.base().display().to_string()))
             .collect(),
         Kind::MountPoint => list::devices(true)
