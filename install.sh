@@ -92,7 +92,7 @@ list() {
     so=$LIBDIR/libploop.so
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
-        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$MANDIR/man8/ploop.8" \
+        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$INCLUDEDIR/ploop/ploop_if.h" "$INCLUDEDIR/ploop/ploop1_image.h" "$MANDIR/man8/ploop.8" \
         "$DATADIR/bash-completion/completions/ploop" "$DATADIR/zsh/site-functions/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" \
         "$UNITDIR/ploop-shutdown.service" "$UNITDIR/ploop-compact.service" "$UNITDIR/ploop-compact.timer" "$TMPFILESDIR/ploop.conf" "$UDEVDIR/59-ploop.rules"
 }
@@ -183,7 +183,7 @@ put 755 "$(stripped --strip-all ploop)" "$SBINDIR/ploop"
 for name in mount.ploop umount.ploop ploop-balloon; do
     link ploop "$SBINDIR/$name"
 done
-for header in libploop.h dynload.h; do
+for header in libploop.h dynload.h ploop_if.h ploop1_image.h; do
     put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
 done
 put 644 man/ploop.8 "$MANDIR/man8/ploop.8"
