@@ -85,6 +85,10 @@ def case_python(t):
     # The top's file has clusters of 1 MiB: the header and ten more.
     must(lib, lib.ploop_set_max_delta_size(disk, 11 * 2048), "limit")
     check(disk.contents.max_delta_size == 11 * 2048, f"{disk.contents.max_delta_size} in the object")
+    # The next worker has it from the one before.
+    old = devlib.record(param.device.decode())["worker"]["pid"]
+    devlib.kill(old)
+    devlib.running_worker(param.device.decode(), old)
     error = write_until_refused(mnt)
     check(error == errno.EIO, f"beyond the limit a write fails with {error}")
     must(lib, lib.ploop_umount_image(disk), "unmount")
