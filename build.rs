@@ -18,8 +18,11 @@ const SOURCES: [&str; 12] = [
     "conversions",
     "copies",
     "discard",
-    "unavailable",
+    "descriptor_files",
 ];
+
+/// File with the functions of the feature `vz`.
+const NEWER: &str = "vz";
 
 /// File with the table of dynload.h.
 const TABLE: &str = "dynload";
@@ -32,11 +35,14 @@ fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is readable");
-    for name in SOURCES.iter().chain(&[TABLE]) {
+    for name in SOURCES.iter().chain(&[TABLE, NEWER]) {
         println!("cargo::rerun-if-changed=src/capi/{name}.rs");
     }
     fs::write(out.join("libploop.h"), header(&root, config.clone(), &SOURCES)).expect("OUT_DIR is writable");
-    fs::write(out.join("dynload.h"), dynload(&header(&root, config, &["types", TABLE]))).expect("OUT_DIR is writable");
+    let table = dynload(&header(&root, config.clone(), &["types", TABLE]));
+    fs::write(out.join("dynload.h"), table).expect("OUT_DIR is writable");
+    let newer = newer(&header(&root, config, &["types", NEWER]));
+    fs::write(out.join("libploop_vz.h"), newer).expect("OUT_DIR is writable");
 }
 
 /// The header of these files of `src/capi`.
@@ -60,9 +66,24 @@ fn dynload(header: &str) -> String {
     let table = from("/*\n * The functions of libploop.h", "\n};\n");
     let function = from("/* Stores the address", ");\n");
     format!(
-        "/* For programs that load libploop.so.1 by dlopen(); include it after libploop.h. Generated from src/capi. */\n\n\
-         #ifndef _PLOOP_DYNLOAD_H_\n#define _PLOOP_DYNLOAD_H_\n\n{table}\n#ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n\
+        "/* For programs that load libploop.so.1 by dlopen(). Generated from src/capi. */\n\n\
+         #ifndef _PLOOP_DYNLOAD_H_\n#define _PLOOP_DYNLOAD_H_\n\n#include \"libploop.h\"\n\n{table}\n#ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n\
          {function}\n#ifdef __cplusplus\n}}\n#endif\n\n#endif /* _PLOOP_DYNLOAD_H_ */\n"
+    )
+}
+
+/// libploop_vz.h, which adds to libploop.h: of a header with the types of both, its struct and functions.
+fn newer(header: &str) -> String {
+    let (_, of_struct) =
+        header.split_once("/* Size and use of a disk's file system, and its nodes. */\n").expect("the struct");
+    let (of_struct, _) = of_struct.split_once("\n};\n").expect("the struct ends");
+    let (_, functions) = header.split_once("#endif /* __cplusplus */\n").expect("the functions begin");
+    let (functions, _) = functions.split_once("#ifdef __cplusplus").expect("the functions end");
+    format!(
+        "/*\n * Functions of the newer line of the library (Virtuozzo) beside those of the classic: of a library built with the Cargo\n \
+         * feature vz. Generated from src/capi.\n */\n\n#ifndef _LIBPLOOP_VZ_H_\n#define _LIBPLOOP_VZ_H_\n\n#include \
+         <ploop/libploop.h>\n\n/* Size and use of a disk's file system, and its nodes. */\n{of_struct}\n}};\n\n#ifdef \
+         __cplusplus\nextern \"C\" {{\n#endif\n{functions}#ifdef __cplusplus\n}}\n#endif\n\n#endif /* _LIBPLOOP_VZ_H_ */\n"
     )
 }
 

@@ -100,7 +100,7 @@ list() {
     so=$LIBDIR/libploop.so
     printf '%s\n' "$so.$version" "$so.1" "$so" "$LIBDIR/libploop.a" "$LIBDIR/pkgconfig/ploop.pc" \
         "$SBINDIR/ploop" "$SBINDIR/mount.ploop" "$SBINDIR/umount.ploop" "$SBINDIR/ploop-balloon" "$LIBEXECDIR/ploop/ploop-server" \
-        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" \
+        "$INCLUDEDIR/ploop/libploop.h" "$INCLUDEDIR/ploop/dynload.h" "$INCLUDEDIR/ploop/ploop_if.h" "$INCLUDEDIR/ploop/ploop1_image.h" \
         "$MANDIR/man3/libploop.3" "$MANDIR/man8/ploop.8" "$MANDIR/man8/ploop-balloon.8" "$MANDIR/man8/mount.ploop.8" \
         "$MANDIR/man8/umount.ploop.8" "$DATADIR/bash-completion/completions/ploop" "$DATADIR/bash-completion/completions/ploop-balloon" \
         "$ZSHDIR/_ploop" "$DATADIR/fish/vendor_completions.d/ploop.fish" "$DATADIR/fish/vendor_completions.d/ploop-balloon.fish" \
@@ -197,7 +197,7 @@ put 755 "$(stripped --strip-all ploop)" "$SBINDIR/ploop"
 for name in mount.ploop umount.ploop ploop-balloon; do
     link ploop "$SBINDIR/$name"
 done
-for header in libploop.h dynload.h; do
+for header in libploop.h dynload.h ploop_if.h ploop1_image.h; do
     put 644 "include/ploop/$header" "$INCLUDEDIR/ploop/$header"
 done
 put 644 man/libploop.3 "$MANDIR/man3/libploop.3"

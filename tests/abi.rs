@@ -18,6 +18,8 @@ const CONSTANTS: &str = include_str!("abi/libploop.so.1.constants.tsv");
 const GENERATED: &str = include_str!(concat!(env!("OUT_DIR"), "/libploop.h"));
 const GENERATED_TABLE: &str = include_str!(concat!(env!("OUT_DIR"), "/dynload.h"));
 
+const GENERATED_NEWER: &str = include_str!(concat!(env!("OUT_DIR"), "/libploop_vz.h"));
+
 /// Structs of the table that another header declares (or none), and that the library does not have as C types.
 const ELSEWHERE: [&str; 17] = [
     "ploop_ctl_chunk",
@@ -209,7 +211,7 @@ fn error_kinds_are_the_exit_codes() {
 
 /// A committed header against the one that build.rs made.
 fn is_the_generated_one(name: &str, generated: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/ploop").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("include").join(name);
     if std::env::var_os("PLOOP_UPDATE_HEADER").is_some() {
         std::fs::write(&path, generated).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
@@ -230,8 +232,26 @@ fn is_the_generated_one(name: &str, generated: &str) {
 
 #[test]
 fn the_committed_headers_are_the_generated_ones() {
-    is_the_generated_one("libploop.h", GENERATED);
-    is_the_generated_one("dynload.h", GENERATED_TABLE);
+    is_the_generated_one("ploop/libploop.h", GENERATED);
+    is_the_generated_one("ploop/dynload.h", GENERATED_TABLE);
+    is_the_generated_one("vz/libploop_vz.h", GENERATED_NEWER);
+}
+
+/// Functions that a header declares, each with the line before it.
+fn declarations(header: &str) -> Vec<(&str, &str)> {
+    let lines: Vec<&str> = header.lines().collect();
+    let is_function = |line: &str| line.ends_with(");") && line.starts_with(|c: char| c.is_ascii_alphabetic());
+    lines.windows(2).filter(|w| is_function(w[1])).map(|w| (w[1], w[0])).collect()
+}
+
+#[test]
+fn each_declared_function_has_a_comment() {
+    let declared: Vec<_> = declarations(GENERATED).into_iter().chain(declarations(GENERATED_TABLE)).collect();
+    assert_eq!(declared.len(), 54, "functions of libploop.h and dynload.h");
+    let declared = declared.into_iter().chain(declarations(GENERATED_NEWER));
+    for (function, before) in declared {
+        assert!(before.trim_end().ends_with("*/"), "no comment before: {function}");
+    }
 }
 
 #[test]

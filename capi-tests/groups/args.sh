@@ -9,6 +9,15 @@ mkdir "$SCRATCH/disks"
 rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
 env -i PATH="$PATH" PLOOP_TEST_LIBRARY="$LIB" "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c with a small environment"
 
+compile "$SCRATCH/hostile" "$ROOT/capi-tests/args/hostile.c"
+# hostile [COMMAND...]: in a folder of its own.
+hostile() {
+    rm -rf "$SCRATCH/hostile.d" && mkdir "$SCRATCH/hostile.d"
+    # shellcheck disable=SC2046 # one word a symbol
+    "$@" "$SCRATCH/hostile" "$SCRATCH/hostile.d" $(cat "$ROOT/tests/abi/libploop.so.1.symbols") </dev/null
+}
+hostile || fail "hostile.c"
+
 compile "$SCRATCH/snapshots" "$ROOT/capi-tests/args/snapshots.c"
 mkdir "$SCRATCH/tree"
 "$SCRATCH/snapshots" "$SCRATCH/tree" || fail "snapshots.c"
@@ -27,7 +36,14 @@ if command -v pkg-config >/dev/null; then
     [ "$(PKG_CONFIG_PATH=$SCRATCH pkg-config --modversion ploop)" = 1.15 ] || fail "version of ploop.pc"
 fi
 
+compile "$SCRATCH/rounds" "$ROOT/capi-tests/args/rounds.c"
+mkdir "$SCRATCH/rounds.d"
+rounds=100
+[ "${PLOOP_TEST:-}" != full ] || rounds=1000
+"$SCRATCH/rounds" "$SCRATCH/rounds.d" $rounds || fail "rounds.c"
+
 if command -v valgrind >/dev/null && [ "${PLOOP_TEST:-}" = full ]; then
+    hostile valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 || fail "hostile.c under valgrind"
     rm -rf "$SCRATCH/disks" && mkdir "$SCRATCH/disks"
     valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=9 \
         "$SCRATCH/args" "$SCRATCH/disks" || fail "args.c under valgrind"

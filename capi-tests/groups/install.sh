@@ -25,8 +25,9 @@ try() {
     ?*:/usr) [ "$libdir" = "$tree/usr/lib/$(cc -print-multiarch)" ] || fail "the libraries are in $libdir" ;;
     esac
 
+    [ "$(ls "$tree$prefix/include/ploop")" = "$(ls "$ROOT/include/ploop")" ] || fail "other headers: $(ls "$tree$prefix/include/ploop")"
     # Modes, links, sizes.
-    [ "$(stat -c %a "$tree$prefix/include/ploop/libploop.h" "$libdir/libploop.so.1.15" "$libdir/libploop.a" | sort -u)" = 644 ] ||
+    [ "$(stat -c %a "$tree$prefix"/include/ploop/*.h "$libdir/libploop.so.1.15" "$libdir/libploop.a" | sort -u)" = 644 ] ||
         fail "headers and libraries are not 0644: $(ls -lR "$tree$prefix")"
     for file in "$tree$prefix"/sbin/{ploop,mount.ploop,umount.ploop,ploop-balloon} "$tree$prefix/libexec/ploop/ploop-server"; do
         [ -x "$file" ] || fail "$file is not there, or no program"

@@ -1,7 +1,9 @@
-/* For programs that load libploop.so.1 by dlopen(); include it after libploop.h. Generated from src/capi. */
+/* For programs that load libploop.so.1 by dlopen(). Generated from src/capi. */
 
 #ifndef _PLOOP_DYNLOAD_H_
 #define _PLOOP_DYNLOAD_H_
+
+#include "libploop.h"
 
 /*
  * The functions of libploop.h by their names without ploop_. A new function takes the first element of padding; order

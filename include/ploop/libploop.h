@@ -660,13 +660,26 @@ int ploop_discard(struct ploop_disk_images_data *di, struct ploop_discard_param 
 /* Stores the sizes that tell what ploop_discard() could free in *pd_stat. The disk has to be mounted: SYSEXIT_PARAM. */
 int ploop_discard_get_stat(struct ploop_disk_images_data *di, struct ploop_discard_stat *pd_stat);
 
-/* Writes di to the descriptor fname. Not available: SYSEXIT_PARAM. */
+/*
+ * Stores di, as it was read last, in the descriptor fname: atomically, over the file that is there. No lock is taken, and
+ * what other programs have stored since is lost. An old-style GUID of the top becomes the fixed one; the paths of images in
+ * the folder of fname are stored relative to it. di stays bound to its own descriptor. Not read yet, no whole tree, no such
+ * folder: SYSEXIT_DISKDESCR.
+ */
 int ploop_store_diskdescriptor(const char *fname, struct ploop_disk_images_data *di);
 
-/* Writes a descriptor for the image param->image, which need not exist. Not available: SYSEXIT_PARAM. */
+/*
+ * Stores a new descriptor ddxml for the image param->image, which need not exist and is not looked at; a relative path of it
+ * counts from the folder of ddxml. param->size (sectors, rounded up to whole clusters), mode and blocksize are stored, too.
+ * ddxml exists: SYSEXIT_PARAM, and it stays.
+ */
 int ploop_create_dd(const char *ddxml, struct ploop_create_param *param);
 
-/* Sets the limit of the top delta, in sectors. Not available: SYSEXIT_PARAM. */
+/*
+ * Limits the file of the top delta to size sectors, 0: no limit. Kept in the descriptor; a running disk has it from now on,
+ * and another one from its next mount on: a write that needs more space in that file fails with EIO. What the file has
+ * already stays. A disk whose only image is raw keeps the number, and has no such limit.
+ */
 int ploop_set_max_delta_size(struct ploop_disk_images_data *di, unsigned long long size);
 
 #ifdef __cplusplus

@@ -11,7 +11,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 fn run<R>(name: &str, body: impl FnOnce() -> Result<R>) -> Result<R, Kind> {
     let operation = report::cancel::begin();
     // A panic may leave a disk object half changed. The object is then marked unusable (`handle::Disk`).
-    let error = match catch_unwind(AssertUnwindSafe(body)) {
+    let guarded = || {
+        inject(name);
+        body()
+    };
+    let error = match catch_unwind(AssertUnwindSafe(guarded)) {
         Ok(Ok(value)) => {
             operation.end(true);
             return Ok(value);
@@ -72,6 +76,17 @@ pub fn or<R>(name: &str, otherwise: R, body: impl FnOnce() -> Result<R>) -> R {
 pub fn void(name: &str, body: impl FnOnce() -> Result<()>) {
     let _ = run(name, body);
 }
+
+/// For tests of callers: a debug build panics in the function that `$PLOOP_PANIC_IN` names, or with `*` in each.
+#[cfg(debug_assertions)]
+fn inject(name: &str) {
+    if std::env::var_os("PLOOP_PANIC_IN").is_some_and(|wanted| wanted == name || wanted == "*") {
+        panic!("injected into {name}");
+    }
+}
+
+#[cfg(not(debug_assertions))]
+fn inject(_name: &str) {}
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic

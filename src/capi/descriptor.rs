@@ -38,8 +38,7 @@ pub unsafe extern "C" fn ploop_open_dd(di: *mut *mut ploop_disk_images_data, fna
 pub unsafe extern "C" fn ploop_close_dd(di: *mut ploop_disk_images_data) {
     boundary::void("ploop_close_dd", || {
         // SAFETY: the caller's object, which it gives up here.
-        unsafe { handle::close(di) };
-        Ok(())
+        unsafe { handle::close(di) }
     })
 }
 
@@ -48,8 +47,7 @@ pub unsafe extern "C" fn ploop_close_dd(di: *mut ploop_disk_images_data) {
 pub unsafe extern "C" fn ploop_free_diskdescriptor(di: *mut ploop_disk_images_data) {
     boundary::void("ploop_free_diskdescriptor", || {
         // SAFETY: the caller's object, which it gives up here.
-        unsafe { handle::close(di) };
-        Ok(())
+        unsafe { handle::close(di) }
     })
 }
 

@@ -8,6 +8,7 @@ use crate::bail;
 use crate::device::Device;
 use crate::error::{Kind, Result};
 use crate::fs::mounts::Mount;
+use crate::fs::stat::FsInfo;
 use crate::ops;
 use std::ffi::{OsStr, OsString, c_char, c_int, c_uint, c_ulonglong};
 use std::path::Path;
@@ -193,18 +194,21 @@ pub unsafe extern "C" fn ploop_get_info_by_descr(descr: *const c_char, info: *mu
         }
         // SAFETY: the caller's string, NULL or NUL-terminated.
         let descriptor = unsafe { convert::path(descr, "descriptor") }?;
-        let fs = ops::info::fs_info(&descriptor)?;
-        let answer = ploop_info {
-            fs_bsize: fs.block_size,
-            fs_blocks: fs.blocks,
-            fs_bfree: fs.free_blocks,
-            fs_inodes: fs.inodes,
-            fs_ifree: fs.free_inodes,
-        };
+        let answer = fs_answer(ops::info::fs_info(&descriptor)?);
         // SAFETY: not NULL, and the caller's place for the struct.
         unsafe { *info = answer };
         Ok(())
     })
+}
+
+pub(super) fn fs_answer(fs: FsInfo) -> ploop_info {
+    ploop_info {
+        fs_bsize: fs.block_size,
+        fs_blocks: fs.blocks,
+        fs_bfree: fs.free_blocks,
+        fs_inodes: fs.inodes,
+        fs_ifree: fs.free_inodes,
+    }
 }
 
 /// Stores size, cluster and format version of the disk in *spec, from its device when it is attached.

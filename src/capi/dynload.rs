@@ -7,7 +7,7 @@ use super::types::{
     ploop_disk_images_data, ploop_info, ploop_merge_param, ploop_mount_param, ploop_replace_param, ploop_resize_param,
     ploop_snapshot_param, ploop_snapshot_switch_param, ploop_spec, ploop_tsnapshot_param,
 };
-use super::{conversions, copies, descriptor, devices, discard, log, mount, sizes, snapshots, unavailable};
+use super::{conversions, copies, descriptor, descriptor_files, devices, discard, log, mount, sizes, snapshots};
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
 /// The functions of libploop.h by their names without ploop_. A new function takes the first element of padding; order
@@ -122,7 +122,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.free_diskdescriptor = Some(descriptor::ploop_free_diskdescriptor);
     f.get_base_delta_uuid = Some(descriptor::ploop_get_base_delta_uuid);
     f.get_top_delta_fname = Some(descriptor::ploop_get_top_delta_fname);
-    f.store_diskdescriptor = Some(unavailable::ploop_store_diskdescriptor);
+    f.store_diskdescriptor = Some(descriptor_files::ploop_store_diskdescriptor);
     f.find_dev = Some(devices::ploop_find_dev);
     f.get_dev_by_mnt = Some(devices::ploop_get_dev_by_mnt);
     f.get_mnt_by_dev = Some(devices::ploop_get_mnt_by_dev);
@@ -167,7 +167,7 @@ pub unsafe extern "C" fn ploop_resolve_functions(f: *mut ploop_functions) {
     f.copy_send = Some(copies::ploop_copy_send);
     f.copy_receive = Some(copies::ploop_copy_receive);
     f.get_max_size = Some(devices::ploop_get_max_size);
-    f.create_dd = Some(unavailable::ploop_create_dd);
-    f.set_max_delta_size = Some(unavailable::ploop_set_max_delta_size);
+    f.create_dd = Some(descriptor_files::ploop_create_dd);
+    f.set_max_delta_size = Some(descriptor_files::ploop_set_max_delta_size);
     f.get_base_delta_fname = Some(descriptor::ploop_get_base_delta_fname);
 }

@@ -7,11 +7,20 @@ use crate::bail;
 use crate::descriptor::{Descriptor, ImageMode};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
+use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
+use std::sync::{PoisonError, RwLock};
 use std::thread;
+
+/// Addresses of the objects that are open: others that a caller passes are not looked at.
+static OPEN: RwLock<BTreeSet<usize>> = RwLock::new(BTreeSet::new());
+
+fn is_open(di: *const ploop_disk_images_data) -> bool {
+    OPEN.read().unwrap_or_else(PoisonError::into_inner).contains(&(di as usize))
+}
 
 /// The caller's object during one call.
 pub struct Disk {
@@ -24,25 +33,25 @@ impl Disk {
     /// A new, empty object of the descriptor at the absolute path `descriptor`, to be freed by [`close`].
     pub fn create(descriptor: PathBuf) -> Result<*mut ploop_disk_images_data> {
         let di: *mut ploop_disk_images_data = allocate(1)?;
-        let state = State { descriptor, component: None, broken: false };
+        let state = State { descriptor, component: None, read: None, broken: false };
         let runtime = Box::into_raw(Box::new(ploop_disk_images_runtime_data { state }));
         // SAFETY: `allocate` returned zeroed memory for one object, which is a valid (empty) value of it.
         unsafe { (*di).runtime = runtime };
+        OPEN.write().unwrap_or_else(PoisonError::into_inner).insert(di as usize);
         Ok(di)
     }
 
     /// The object that C calls `di`. NULL is what the classic reports as a descriptor that could not be locked.
     ///
     /// # Safety
-    /// `di` is NULL or came from [`create`](Self::create) and was not closed; no other thread uses it until the result is
-    /// dropped.
+    /// No other thread uses `di` until the result is dropped. NULL, and what did not come from [`create`](Self::create) or was
+    /// closed, is refused without a look at it.
     pub unsafe fn borrow(di: *mut ploop_disk_images_data) -> Result<Disk> {
         let Some(di) = NonNull::new(di) else { bail!(Lock, "disk object is NULL; get one from ploop_open_dd()") };
-        let disk = Disk { di, unwinding: thread::panicking() };
-        // SAFETY: `di` points to an open object of this library, by this function's contract.
-        if unsafe { di.as_ref() }.runtime.is_null() {
-            bail!(Lock, "disk object {di:p} was not made by ploop_open_dd()");
+        if !is_open(di.as_ptr()) {
+            bail!(Lock, "disk object {di:p} was not made by ploop_open_dd(), or was closed");
         }
+        let disk = Disk { di, unwinding: thread::panicking() };
         if disk.state().broken {
             bail!(
                 Abort,
@@ -156,15 +165,23 @@ impl Disk {
         }
         fresh.runtime = self.mirror().runtime;
         *self.mirror_mut() = fresh;
+        self.state_mut().read = Some(descriptor.clone());
         Ok(())
     }
 
     /// Empties the visible fields.
     pub fn clear(&mut self) {
         free_contents(self.mirror_mut());
+        self.state_mut().read = None;
     }
 
-    fn mirror(&self) -> &ploop_disk_images_data {
+    /// What was read last, with what the visible fields do not show.
+    pub fn last_read(&self) -> Option<&Descriptor> {
+        self.state().read.as_ref()
+    }
+
+    /// The visible fields.
+    pub fn mirror(&self) -> &ploop_disk_images_data {
         // SAFETY: `borrow`'s contract: open, and used by this thread alone until `self` is dropped.
         unsafe { self.di.as_ref() }
     }
@@ -175,7 +192,7 @@ impl Disk {
     }
 
     fn state(&self) -> &State {
-        // SAFETY: `borrow` checked that `runtime` is not NULL; it comes from `create` and lives as long as the object.
+        // SAFETY: `borrow` checked that the object is open; `runtime` comes from `create` and lives as long as the object.
         unsafe { &(*self.mirror().runtime).state }
     }
 
@@ -202,13 +219,16 @@ impl Drop for Disk {
     }
 }
 
-/// Frees an object and all that is visible in it. NULL is allowed.
+/// Frees an object and all that is visible in it. NULL is allowed; what is no open object is left alone.
 ///
 /// # Safety
-/// `di` is NULL or came from [`Disk::create`], was not closed, and no thread uses it any more.
-pub unsafe fn close(di: *mut ploop_disk_images_data) {
-    let Some(mut object) = NonNull::new(di) else { return };
-    // SAFETY: open and used by this thread alone, by this function's contract.
+/// No other thread uses `di` any more.
+pub unsafe fn close(di: *mut ploop_disk_images_data) -> Result<()> {
+    let Some(mut object) = NonNull::new(di) else { return Ok(()) };
+    if !OPEN.write().unwrap_or_else(PoisonError::into_inner).remove(&(di as usize)) {
+        bail!(Param, "disk object {di:p} was not made by ploop_open_dd(), or was closed: it is left alone");
+    }
+    // SAFETY: it was open until now, and no other thread uses it, by this function's contract.
     let mirror = unsafe { object.as_mut() };
     free_contents(mirror);
     if !mirror.runtime.is_null() {
@@ -217,6 +237,7 @@ pub unsafe fn close(di: *mut ploop_disk_images_data) {
     }
     // SAFETY: malloc'ed by `create`.
     unsafe { libc::free(di.cast()) };
+    Ok(())
 }
 
 /// A NULL-terminated, malloc'ed array of malloc'ed strings, for ploop_free_array().
@@ -423,8 +444,8 @@ mod tests {
             assert_eq!(((**m.snapshots.add(0)).temporary, (**m.snapshots.add(1)).temporary), (1, 0));
             Disk::borrow(di).expect("borrow").clear();
             assert_eq!(((*di).nimages, (*di).images.is_null(), (*di).runtime.is_null()), (0, true, false));
-            close(di);
-            close(ptr::null_mut());
+            close(di).expect("close");
+            close(ptr::null_mut()).expect("NULL");
         }
     }
 
@@ -444,7 +465,9 @@ mod tests {
             });
             assert!(panicked.is_err());
             assert_eq!(Disk::borrow(di).err().map(|e| e.kind()), Some(Kind::Abort), "unusable after a panic");
-            close(di);
+            close(di).expect("close");
+            assert_eq!(Disk::borrow(di).err().map(|e| e.kind()), Some(Kind::Lock), "closed");
+            assert_eq!(close(di).err().map(|e| e.kind()), Some(Kind::Param), "closed twice");
         }
     }
 

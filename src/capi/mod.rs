@@ -5,6 +5,7 @@
 //! - [`descriptor`]: ploop_open_dd, ploop_read_disk_descr, ploop_close_dd, ploop_free_diskdescriptor,
 //!   ploop_set_component_name, ploop_get_top_delta_fname, ploop_get_base_delta_fname, ploop_find_parent_by_guid,
 //!   ploop_get_base_delta_uuid, ploop_uuid_generate
+//! - [`descriptor_files`]: ploop_store_diskdescriptor, ploop_create_dd, ploop_set_max_delta_size
 //! - [`devices`]: ploop_get_dev, ploop_get_devs, ploop_is_mounted, ploop_find_dev, ploop_get_dev_by_mnt,
 //!   ploop_get_partition_by_mnt, ploop_get_mnt_by_dev, ploop_free_array, ploop_get_info_by_descr, ploop_get_spec,
 //!   ploop_get_max_size, ploop_find_top_delta_name_and_format, ploop_is_large_disk_supported,
@@ -27,7 +28,7 @@
 //!   ploop_cancel_operation
 //! - [`dynload`]: ploop_resolve_functions, and the table that it fills
 //! - [`device_state`], undeclared: ploop_get_attr, ploop_getdevice
-//! - [`unavailable`]: functions of the classic that this release does not have; they fail and say so
+//! - `vz`, with the Cargo feature of that name: what the newer line has and the classic has not
 //!
 //! [`types`] and [`consts`] are the source of the C header, together with these functions and their comments.
 
@@ -41,6 +42,7 @@ pub mod conversions;
 mod convert;
 pub mod copies;
 pub mod descriptor;
+pub mod descriptor_files;
 pub mod device_state;
 pub mod devices;
 pub mod discard;
@@ -56,4 +58,5 @@ pub mod snapshots;
 mod state;
 pub mod tools;
 pub mod types;
-pub mod unavailable;
+#[cfg(any(feature = "vz", test))]
+pub mod vz;

@@ -127,10 +127,10 @@ fn show(disk: &mut Disk) {
 
 /// # Safety
 /// `param` is NULL or points to a valid struct whose strings no thread changes during the call.
-unsafe fn create_params(param: *const ploop_create_param) -> Result<CreateParams> {
+pub(super) unsafe fn create_params(param: *const ploop_create_param) -> Result<CreateParams> {
     // SAFETY: this function's contract.
     let Some(p) = (unsafe { param.as_ref() }) else {
-        bail!(Param, "ploop_create_image: param is NULL");
+        bail!(Param, "creation parameters are NULL");
     };
     let mode = match p.mode {
         0 => ImageMode::Expanded,

@@ -31,13 +31,21 @@ pub unsafe extern "C" fn ploop_create_snapshot(
     unsafe {
         change("ploop_create_snapshot", di, |descriptor, component| {
             // SAFETY: the caller's struct, NULL or valid, unchanged during the call.
-            let Some(p) = param.as_ref() else { bail!(Param, "ploop_create_snapshot: param is NULL") };
-            let params = SnapshotParams {
-                guid: guid(p.guid)?.unwrap_or_else(Guid::generate),
-                snap_dir: convert::optional_path(p.snap_dir),
-                temporary: false,
-            };
-            snapshot::create(descriptor, component, &params)
+            snapshot::create(descriptor, component, &snapshot_params(param)?)
+        })
+    }
+}
+
+/// # Safety
+/// `param` is NULL or points to a valid struct whose strings no thread changes during the call.
+pub(super) unsafe fn snapshot_params(param: *const ploop_snapshot_param) -> Result<SnapshotParams> {
+    // SAFETY: this function's contract.
+    unsafe {
+        let Some(p) = param.as_ref() else { bail!(Param, "parameters of the snapshot are NULL") };
+        Ok(SnapshotParams {
+            guid: guid(p.guid)?.unwrap_or_else(Guid::generate),
+            snap_dir: convert::optional_path(p.snap_dir),
+            temporary: false,
         })
     }
 }

@@ -311,6 +311,11 @@ pub trait Driver: Sync {
         Err(self.unsupported("maintenance of a running device"))
     }
 
+    /// The top's file may have so many sectors, 0: any number. A write that needs more fails.
+    fn limit_top(&self, _device: &Device, _sectors: u64) -> Result<()> {
+        Err(self.unsupported("a limit of the top delta of a running device"))
+    }
+
     /// Gets ready to discard what a balloon file lies on.
     fn discard_balloon(&self, _device: &Device, _balloon: File) -> Result<Box<dyn BalloonDiscard>> {
         Err(self.unsupported("giving back the space of a balloon"))

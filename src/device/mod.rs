@@ -20,10 +20,10 @@ pub use driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, U
 pub use model::{Aliases, Device, Image, Partition, Whereabouts};
 pub use registry::{
     abort, aliases, all_unflushed, attach, base_name, by_base, by_node, changed, clean, counters, detach,
-    discard_balloon, driver, drop_level, find_stopped, forget, freeze, give_back, hold_for_space, is_supervised, list,
-    list_of, mount_source, open_image, partition_node, partitions, reload, reserve_minor, set_counters,
-    set_maintenance, set_size, start, start_merges, stop, stopped, switch, switch_prepared, track, unflushed,
-    whereabouts,
+    discard_balloon, driver, drop_level, find_stopped, forget, freeze, give_back, hold_for_space, is_supervised,
+    limit_top, list, list_of, mount_source, open_image, partition_node, partitions, reload, reserve_minor,
+    set_counters, set_maintenance, set_size, start, start_merges, stop, stopped, switch, switch_prepared, track,
+    unflushed, whereabouts,
 };
 pub use served::slots_wanted;
 pub use spec::{AttachSpec, CommitFile, Level, NewLevel, SwitchSpec};

@@ -317,6 +317,11 @@ pub fn track(device: &Device) -> Result<Box<dyn Tracker>> {
     of(device).track(device)
 }
 
+/// The file of a device's top may have so many sectors, 0: any number. A write that needs more fails.
+pub fn limit_top(device: &Device, sectors: u64) -> Result<()> {
+    of(device).limit_top(device, sectors)
+}
+
 /// Sets the maintenance state of a device. `Busy`: the present one is none of those in `from`.
 pub fn set_maintenance(device: &Device, from: &[Maintenance], to: Maintenance) -> Result<()> {
     of(device).set_maintenance(device, from, to)

@@ -296,6 +296,10 @@ pub trait Shared: Send {
     fn progress(&self, word: usize) -> u64;
     /// One atomic store (release).
     fn set_progress(&self, word: usize, value: u64);
+    /// Sectors that the top's file may have, which can change at any time; 0: no such limit.
+    fn file_limit(&self) -> u64 {
+        0
+    }
 }
 
 /// Outcome of the last cycle of syncs.

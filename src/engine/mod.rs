@@ -48,6 +48,8 @@ use request::{Fragment, IntMap, Req, Slab};
 use space::Space;
 use track::Tracking;
 
+use crate::units::SECTOR;
+
 /// A file operation in flight.
 enum Op {
     Io(Io),
@@ -166,6 +168,7 @@ impl<S: Shared> Engine<S> {
 
     /// Handles an event and appends the actions for the caller to `out`.
     pub fn step(&mut self, event: Event<'_>, out: &mut Vec<Action>) {
+        self.space.set_cap(self.file_cap());
         match event {
             Event::Request(r) => self.accept(r, out),
             Event::Done { op, result } => self.done(op, result, out),
@@ -440,6 +443,14 @@ impl<S: Shared> Engine<S> {
 
     fn kind(&self, req: ReqId) -> Option<RequestKind> {
         self.reqs.get(&req).map(|r| r.kind)
+    }
+
+    /// Clusters that the top's file may have by the limit of the disk's owner.
+    fn file_cap(&self) -> u32 {
+        match self.pending.shared.file_limit() {
+            0 => u32::MAX,
+            sectors => u32::try_from(sectors.saturating_mul(SECTOR) >> self.config.cluster_shift).unwrap_or(u32::MAX),
+        }
     }
 
     /// Byte offset of a host cluster of the top's file, or bytes of so many clusters.

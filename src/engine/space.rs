@@ -24,6 +24,8 @@ pub struct Space {
     fresh: Range<u32>,
     ahead: u32,
     limit: u32,
+    /// The limit that the disk's owner has set.
+    cap: u32,
     /// A growing of the file is under way: that many clusters.
     pub growing: Option<u32>,
     /// The last attempt failed with ENOSPC: smaller steps until one succeeds.
@@ -45,6 +47,7 @@ impl Space {
             fresh: config.end..config.end,
             ahead: config.ahead.max(1),
             limit: config.limit,
+            cap: u32::MAX,
             growing: None,
             step: config.ahead.max(1),
             no_space: false,
@@ -57,6 +60,7 @@ impl Space {
     /// A cluster: a freed one first (keeps the file small), or with `want_zero` rather one that reads as zero.
     pub fn take(&mut self, want_zero: bool) -> Option<Taken> {
         if (want_zero || self.free.is_empty())
+            && self.fresh.start < self.cap
             && let Some(at) = self.fresh.next()
         {
             return Some(Taken { host_cluster: at, zero: true });
@@ -114,7 +118,7 @@ impl Space {
         if !(urgent || low && !self.no_space) {
             return None;
         }
-        let n = self.step.min(self.limit.saturating_sub(self.fresh.end));
+        let n = self.step.min(self.limit.min(self.cap).saturating_sub(self.fresh.end));
         if n == 0 {
             return None;
         }
@@ -122,9 +126,14 @@ impl Space {
         Some(self.fresh.end..self.fresh.end + n)
     }
 
-    /// The file cannot grow any more whatever the space (version 1 at 2^32 sectors).
+    /// Of the file so many clusters are used at most, from its beginning. What is in use already stays.
+    pub fn set_cap(&mut self, clusters: u32) {
+        self.cap = clusters;
+    }
+
+    /// The file cannot grow any more whatever the space (version 1 at 2^32 sectors, or the owner's limit).
     pub fn is_exhausted(&self) -> bool {
-        self.growing.is_none() && self.fresh.end >= self.limit
+        self.growing.is_none() && self.fresh.end >= self.limit.min(self.cap)
     }
 
     pub fn grown(&mut self) {

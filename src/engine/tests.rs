@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::api::*;
 use super::*;
@@ -12,7 +13,7 @@ mod give_back;
 
 const CLUSTER: u64 = 32 * 1024;
 
-struct Table(Mutex<(Vec<u64>, SyncState)>, Mutex<Vec<u64>>);
+struct Table(Mutex<(Vec<u64>, SyncState)>, Mutex<Vec<u64>>, AtomicU64);
 
 impl Shared for Table {
     fn slots(&self) -> usize {
@@ -35,6 +36,9 @@ impl Shared for Table {
     }
     fn set_progress(&self, word: usize, value: u64) {
         self.1.lock().unwrap()[word] = value;
+    }
+    fn file_limit(&self) -> u64 {
+        self.2.load(Relaxed)
     }
 }
 
@@ -91,7 +95,11 @@ fn rig(levels: Vec<(LevelConfig, Vec<u8>)>, clusters: u64) -> Rig {
 }
 
 fn over(config: Config, files: Vec<Vec<u8>>) -> Rig {
-    let table = Table(Mutex::new((vec![Table::FREE; 16], SyncState::Idle)), Mutex::new(vec![0; PROGRESS_WORDS]));
+    let table = Table(
+        Mutex::new((vec![Table::FREE; 16], SyncState::Idle)),
+        Mutex::new(vec![0; PROGRESS_WORDS]),
+        AtomicU64::new(0),
+    );
     Rig {
         engine: Engine::new(config, vec![], table),
         files,

@@ -120,7 +120,7 @@ fn kind_of_image(params: &CreateParams) -> String {
 }
 
 /// The size that the disk will have, in sectors.
-fn size(params: &CreateParams) -> Result<u64> {
+pub(super) fn size(params: &CreateParams) -> Result<u64> {
     let version = match params.mode {
         ImageMode::Raw => Version::V2,
         _ => params.version,

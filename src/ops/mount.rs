@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::disk_lock::Disk;
 use super::mount_images::{advise_cut_off, host_checks, raw_cluster, refuse_frozen, tell_cut_off};
 use super::mount_levels::{level, refuse_stopped, refuse_twice, refuse_used};
-use super::{disk_lock, find, image_set, merge_temporary, partition, recovery};
+use super::{disk_lock, find, image_set, max_delta, merge_temporary, partition, recovery};
 use crate::bail;
 use crate::chain::Marked;
 use crate::descriptor::{Descriptor, ImageMode, LockedDescriptor};
@@ -140,7 +140,7 @@ pub fn mount_locked(disk: &LockedDescriptor, component: &str, params: &MountPara
         auto_compact: params.auto_compact && disk.mode != ImageMode::Preallocated,
         slots: device::slots_wanted()?,
     })?;
-    let mounted = finish(device, params)?;
+    let mounted = finish(max_delta::at_mount(disk, device)?, params)?;
     if params.target.is_some() {
         drop_cache(disk);
     }

@@ -426,6 +426,10 @@ pub enum Command {
     },
     /// Set the maintenance state: `Done`, or error 17 if it is another one than those from which it may be left.
     Maintenance(MaintenanceChange),
+    /// The top's file may have so many sectors, 0: any number; so do the tops that follow it.
+    LimitTop {
+        sectors: u64,
+    },
     /// Start a [helper](super::balloon) that discards what a balloon file lies on; with a socket on which it talks to the
     /// initiator.
     DiscardBalloon,

@@ -48,6 +48,7 @@ const AT_ALIVE: usize = 1808;
 const AT_CLOCK: usize = 1809;
 const AT_ASKED: usize = 1810;
 const AT_SEEN: usize = 1811;
+const AT_FILE_LIMIT: usize = 1812;
 const AT_SLOTS: usize = 2048;
 
 /// Where the top of [`Origin`] stands, in bytes.
@@ -304,7 +305,13 @@ impl Shm {
         let former = [AT_PANICKED, AT_NO_SPACE, AT_SWITCHED, AT_READING, AT_CLOSING, AT_SERVING];
         let counts = (AT_MARKS..AT_MARKS + MARKS * MARK_WORDS).chain(AT_POISON..AT_BACKGROUND);
         former.into_iter().chain(counts).for_each(|word| self.words[word].store(0, Release));
+        self.set_file_limit(0);
         self.begin_background(0);
+    }
+
+    /// Sectors that the top's file may have; 0: no such limit.
+    pub fn set_file_limit(&self, sectors: u64) {
+        self.words[AT_FILE_LIMIT].store(sectors, Release);
     }
 
     /// Changes as long as a worker runs.
@@ -462,6 +469,10 @@ impl Shared for Shm {
 
     fn set_progress(&self, word: usize, value: u64) {
         self.words[AT_PROGRESS + word % PROGRESS_WORDS].store(value, Release);
+    }
+
+    fn file_limit(&self) -> u64 {
+        self.words[AT_FILE_LIMIT].load(Acquire)
     }
 
     fn sync_state(&self) -> SyncState {

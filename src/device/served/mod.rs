@@ -11,6 +11,7 @@ mod find;
 mod freeze;
 mod give_back;
 mod images;
+mod limit;
 mod lock;
 mod merge;
 mod minors;
@@ -250,6 +251,10 @@ impl Driver for Served {
 
     fn set_maintenance(&self, device: &Device, from: &[Maintenance], to: Maintenance) -> Result<()> {
         balloon::set_maintenance(device, from, to)
+    }
+
+    fn limit_top(&self, device: &Device, sectors: u64) -> Result<()> {
+        limit::limit_top(device, sectors)
     }
 
     fn discard_balloon(&self, device: &Device, balloon: File) -> Result<Box<dyn BalloonDiscard>> {

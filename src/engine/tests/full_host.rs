@@ -132,3 +132,27 @@ fn zeroings_do_not_wait_for_a_slot_of_a_flush_without_space() {
     tick(&mut r);
     assert_eq!(r.replies[&write], Ok(()));
 }
+
+#[test]
+fn a_limit_of_the_file_fails_writes_that_need_more_and_can_be_lifted() {
+    let mut r = rig(vec![image(10, &[])], 10);
+    r.write(0, 512, 1);
+    // The header's cluster and two others, whatever was to be allocated ahead.
+    r.engine.pending.shared.2.store(3 * CLUSTER / 512, Relaxed);
+    let end = |r: &Rig| r.files[0].len() as u64 / CLUSTER;
+    let mut results = Vec::new();
+    for cluster in 1..5 {
+        let write = r.submit(RequestKind::Write, cluster * CLUSTER, 512, 1);
+        r.run();
+        results.push(r.replies[&write]);
+    }
+    assert_eq!(results, [Ok(()), Err(TOO_BIG), Err(TOO_BIG), Err(TOO_BIG)]);
+    let clusters = end(&r);
+    assert!(!r.engine.status().no_space);
+    // What is there is written, and read.
+    r.write(0, 512, 2);
+    assert_eq!(r.read(0, 512), vec![2; 512]);
+    r.engine.pending.shared.2.store(0, Relaxed);
+    (5..10).for_each(|cluster| r.write(cluster * CLUSTER, 512, 3));
+    assert!(end(&r) > clusters);
+}

@@ -85,3 +85,15 @@ fn a_panic_without_a_name_makes_no_request_suspect() {
         assert!(shm.take_panicked() && !shm.take_panicked());
     }
 }
+
+#[test]
+fn the_limit_of_the_file_is_the_devices_own() {
+    let fd = create().unwrap();
+    let shm = Shm::map(fd.as_fd()).unwrap();
+    assert_eq!(shm.file_limit(), 0);
+    shm.set_file_limit(4096);
+    // Seen by the worker, and by its successor.
+    assert_eq!(Shm::map(fd.as_fd()).unwrap().file_limit(), 4096);
+    shm.begin_device();
+    assert_eq!(shm.file_limit(), 0);
+}

@@ -51,6 +51,12 @@ impl Supervisor {
                 self.slot.send(&ToWorker::HoldForSpace(hold));
                 control::answer(&client, &Answer::Done);
             }
+            Command::LimitTop { sectors } if self.failed.is_none() && self.shm.is_some() => {
+                if let Some(shm) = &self.shm {
+                    shm.set_file_limit(sectors);
+                }
+                control::answer(&client, &Answer::Done);
+            }
             Command::Switch(switch) if self.can_change() => {
                 let sent = SwitchFds::received(&switch, fds);
                 self.request(sent.map(|fds| ChangeRequest::Switch(switch, fds)), client);
