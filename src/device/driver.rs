@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::device::model::{Aliases, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{Error, Kind, Result};
@@ -162,6 +162,16 @@ pub trait Driver: Sync {
     /// kernel.
     fn is_supervised(&self, _device: &Device) -> bool {
         true
+    }
+
+    /// What is left of devices that have no record any more. None: a driver in the kernel knows all of its devices.
+    fn leaks(&self) -> Vec<Leak> {
+        Vec::new()
+    }
+
+    /// The processes that serve a device.
+    fn processes(&self, _device: &Device) -> Vec<ServerProcess> {
+        Vec::new()
     }
 
     /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached.

@@ -17,11 +17,12 @@ pub use crate::engine::api::GivenBack;
 pub use crate::format::balloon_piece::Piece;
 pub use crate::format::maintenance::Maintenance;
 pub use driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-pub use model::{Aliases, Device, Image, Partition, Whereabouts};
+pub use model::{Aliases, Device, Image, Leak, Partition, ServerProcess, Whereabouts};
 pub use registry::{
     abort, aliases, all_unflushed, attach, base_name, by_base, by_node, clean, detach, discard_balloon, driver, freeze,
-    give_back, hold_for_space, is_supervised, list, list_of, mount_source, open_image, partition_node, partitions,
-    reload, set_maintenance, set_size, start_merges, switch, switch_prepared, track, unflushed, whereabouts,
+    give_back, hold_for_space, is_supervised, leaks, list, list_of, mount_source, open_image, partition_node,
+    partitions, processes, reload, set_maintenance, set_size, start_merges, switch, switch_prepared, track, unflushed,
+    whereabouts,
 };
 pub use served::slots_wanted;
 pub use spec::{AttachSpec, CommitFile, Level, NewLevel, SwitchSpec};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Detail, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::served::Served;
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
@@ -172,6 +172,16 @@ pub fn partitions(device: &Device) -> Result<Vec<Partition>> {
 /// A supervisor runs that starts a new worker when the device's worker exits.
 pub fn is_supervised(device: &Device) -> bool {
     of(device).is_supervised(device)
+}
+
+/// What is left of devices that have no record any more. A device that is being made or ended at this moment can be among it.
+pub fn leaks() -> Vec<Leak> {
+    DRIVERS.into_iter().flat_map(|d| d.leaks()).collect()
+}
+
+/// The processes that serve a device.
+pub fn processes(device: &Device) -> Vec<ServerProcess> {
+    of(device).processes(device)
 }
 
 /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached. None

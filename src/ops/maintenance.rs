@@ -137,7 +137,7 @@ pub fn shorten(device: &Device) -> Result<()> {
         return device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Off);
     }
     device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Relocation)?;
-    let mut shown = Progress::begin("relocating");
+    let mut shown = Progress::in_units("relocating", device.cluster()?.bytes());
     let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));
     let cancelled = matches!(&given, Err(e) if e.kind() == Kind::Abort);
     if cancelled {

@@ -26,6 +26,8 @@ pub mod info;
 mod inside;
 pub mod list;
 pub mod maintenance;
+pub mod map;
+pub mod map_page;
 pub mod merge;
 pub mod merge_temporary;
 pub mod mount;

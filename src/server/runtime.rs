@@ -31,7 +31,7 @@ pub const MEMORY: &str = "unflushed";
 pub const FILES_OF_PROCESSES: [&str; 4] = [transport::FILES[0], CONTROL, LOG, "state.new"];
 
 /// Names of new folders before they are complete.
-const NEW_PREFIX: &str = ".new-";
+pub const NEW_PREFIX: &str = ".new-";
 /// Names of folders in which changes wait that a killed device has left.
 pub const LEFT_PREFIX: &str = ".left-";
 

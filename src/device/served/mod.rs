@@ -10,6 +10,7 @@ mod find;
 mod freeze;
 mod give_back;
 mod images;
+mod leaks;
 mod lock;
 mod merge;
 mod model;
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-use crate::device::model::{Aliases, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::Result;
@@ -128,6 +129,14 @@ impl Driver for Served {
 
     fn is_supervised(&self, device: &Device) -> bool {
         runtime::alive(record(device).supervisor)
+    }
+
+    fn leaks(&self) -> Vec<Leak> {
+        leaks::all()
+    }
+
+    fn processes(&self, device: &Device) -> Vec<ServerProcess> {
+        leaks::processes(device)
     }
 
     fn base_name(&self, device: &Device) -> Option<PathBuf> {
