@@ -69,7 +69,15 @@ fn unreadable(path: &Path, e: &Error) -> Finding {
     );
     let named = path.file_name().is_some_and(|name| name == descriptor::FILE_NAME);
     match named && folder.is_dir() {
-        true => found.cured_by(format!("ploop restore-descriptor {}", word(folder))),
+        true => {
+            // The damaged one is kept under this name.
+            let aside = folder.join(format!("{}.damaged", descriptor::FILE_NAME));
+            let free = match aside.symlink_metadata().is_ok() && path.symlink_metadata().is_ok() {
+                true => format!("mv {0} {0}.old && ", word(&aside)),
+                false => String::new(),
+            };
+            found.cured_by(format!("{free}ploop restore-descriptor {}", word(folder)))
+        }
         false => found,
     }
 }

@@ -177,7 +177,7 @@ mod tests {
         let plain = paper(None, &[]);
         let marks: String = [0, 1, 19, 20, 99, 100, 150].iter().map(|n| plain.mark(*n, 100)).collect();
         assert_eq!(marks, ".1129##");
-        assert_eq!(plain.mark(5, 0), '#');
+        assert_eq!(plain.mark(5, 0), '.');
         let blocks = paper(Some(80), &[("LANG", "C.UTF-8")]);
         let marks: String = [0, 1, 33, 34, 66, 67, 99, 100].iter().map(|n| blocks.mark(*n, 100)).collect();
         assert_eq!(marks, "·░░▒▒▓▓█");
