@@ -244,7 +244,13 @@ pub trait Driver: Sync {
 
     /// Gives a running device another size, in sectors, that its top and its block device get; see
     /// [`set_size`](crate::device::set_size).
-    fn set_size(&self, _device: &Device, _sectors: u64, _commit: Option<&CommitFile>) -> Result<Option<String>> {
+    fn set_size(
+        &self,
+        _device: &Device,
+        _sectors: u64,
+        _commit: Option<&CommitFile>,
+        _grown: &mut dyn FnMut(u64),
+    ) -> Result<Option<String>> {
         Err(self.unsupported("changing the size of a running device"))
     }
 

@@ -59,6 +59,7 @@ fn fill_gaps(file: &File, cluster: ClusterSize, len: u64, holes: bool) -> io::Re
             fill(file, cluster, *gap, &mut fallocates, &mut zeroes)?;
             done += gap.len;
         }
+        shown.finish();
         if !found.exact {
             // Some of these file systems never store zeroes: another round would find the same gaps.
             return Ok(());

@@ -122,6 +122,7 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
         copy(target, u64::from(host_cluster) * size, u64::from(to) * size)?;
         moved.push((index, cluster, to));
     }
+    shown.finish();
     let entries: Vec<(u32, u32)> = moved.iter().map(|(_, cluster, to)| (*cluster, *to)).collect();
     let late = host::breach("moved clusters are named late");
     if !late {
@@ -153,6 +154,7 @@ pub(crate) fn zero(file: &File, name: &Path, bytes: std::ops::Range<u64>) -> Res
             .ctx(Kind::Reloc, || format!("cannot zero image {} at offset {at}", name.display()))?;
         at += len;
     }
+    shown.finish();
     Ok(())
 }
 

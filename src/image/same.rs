@@ -104,6 +104,7 @@ pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<
             bail!(Sys, "comparing {} with {} was cancelled", a_name.display(), b_name.display());
         }
     }
+    shown.finish();
     Ok(())
 }
 

@@ -147,6 +147,7 @@ pub fn shorten(device: &Device) -> Result<()> {
         device::set_maintenance(device, &[Relocation, Off], Off)?;
     }
     let given = given.map_err(|e| if cancelled { e } else { e.as_kind(Kind::Reloc) })?;
+    shown.finish();
     let bytes = given.before.saturating_sub(given.after);
     if bytes > 0 {
         let clusters = bytes / device.cluster()?.bytes();

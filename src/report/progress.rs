@@ -62,6 +62,11 @@ fn fitting(wanted: Wanted, level: i32, terminal: bool) -> u8 {
     }
 }
 
+/// Whether any is shown: else what is told need not be found out.
+pub fn is_shown() -> bool {
+    SHOW.load(Ordering::Relaxed) != OFF
+}
+
 /// One piece of work; dropping it ends what is shown of it.
 #[derive(Debug)]
 pub struct Progress {
@@ -116,6 +121,11 @@ impl Progress {
                 _ => {}
             }
         }
+    }
+
+    /// All of it is done, whatever was told last.
+    pub fn finish(mut self) {
+        self.now.0 = self.now.1;
     }
 
     fn note(&mut self, done: u64, total: u64, time: Instant) {

@@ -200,8 +200,14 @@ impl Driver for Served {
         give_back::give_back(device, rates, watch)
     }
 
-    fn set_size(&self, device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
-        size::set_size(device, sectors, commit)
+    fn set_size(
+        &self,
+        device: &Device,
+        sectors: u64,
+        commit: Option<&CommitFile>,
+        grown: &mut dyn FnMut(u64),
+    ) -> Result<Option<String>> {
+        size::set_size(device, sectors, commit, grown)
     }
 
     fn track(&self, device: &Device) -> Result<Box<dyn Tracker>> {

@@ -101,7 +101,9 @@ fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec)
         true => merge_top(device, then.commit.as_ref(), &mut patience),
         false => merge_levels_of(device, levels, then, &mut patience),
     };
-    if let Some(warning) = merged? {
+    let warning = merged?;
+    patience.shown.finish();
+    if let Some(warning) = warning {
         report::warn(warning);
     }
     Ok(())
