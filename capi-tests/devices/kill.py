@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """A disk outlives the death of its worker, its supervisor, its caller; and the death of both servers is cleaned up."""
 import errno
+import json
 import os
 import pty
 import random
@@ -305,12 +306,15 @@ def case_stopped(t):
         begin = time.monotonic()
         devlib.wait_for(f"stalled, with its {which} stopped", lambda: state() == "stalled", 40)
         log(f"RESULT: {which} seen after {time.monotonic() - begin:.1f} s")
-        check("kill -CONT" in run(devlib.PLOOP, "doctor", rc=None).text, "doctor does not say what to do")
+        found = [f for f in json.loads(run(devlib.PLOOP, "doctor", "--json", dd, rc=1).out)["disk"] if f["grade"] != "good"]
+        cure = found[0]["cure"] if found else None
+        check(len(found) == 1 and cure == f"kill -CONT {pid}", f"doctor does not say what to do: {found}")
         if which == "worker" and devlib.FULL:
             devlib.running_worker(name, pid, 120)
         if devlib.alive(process):
-            os.kill(pid, signal.SIGCONT)
+            run("sh", "-c", cure)
         devlib.wait_for("running again", lambda: state() == calm, 20)
+        devlib.wait_for("doctor is silent", lambda: run(devlib.PLOOP, "doctor", dd, rc=None, quiet=True).rc == 0, 20, 0.3)
     d = devlib.Direct(dev)
     d.write(0, b"x" * 4096)
     d.sync()

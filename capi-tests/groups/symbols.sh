@@ -36,7 +36,6 @@ slots=$(awk -F'\t' '$1 == "ploop_functions" && $2 !~ /^(padding|__.*)$/ { print 
 # shellcheck disable=SC2086 # one word a slot
 "$SCRATCH/resolve" "$LIB" $slots || fail "resolve.c: the table of ploop_resolve_functions() is wrong"
 
-# shellcheck disable=SC2086 # one word a function
 # The feature vz: a build of its own, and so with the full counts alone.
 if [ "${PLOOP_TEST:-}" = full ]; then
     (cd "$ROOT" && cargo build --quiet --locked --lib --features vz --target-dir "$SCRATCH/vz") || fail "the feature vz does not build"

@@ -289,8 +289,8 @@ impl Descriptor {
         }
     }
 
-    /// Why a snapshot is not whole, and the command that ends that; none: it is whole.
-    pub fn half_merged(&self, guid: &Guid) -> Option<String> {
+    /// The merge, from the first to the second, that has to be finished for a snapshot to be whole; none: it is whole.
+    pub fn unfinished_merge(&self, guid: &Guid) -> Option<(Guid, Guid)> {
         let spoiled = |guid: &Guid| self.snapshot(guid).filter(|s| s.spoiled);
         let mut lowest = spoiled(guid)?;
         let mut highest = lowest.guid;
@@ -301,10 +301,15 @@ impl Descriptor {
                 highest = *above;
             }
         }
+        Some((highest, lowest.guid))
+    }
+
+    /// Why a snapshot is not whole, and the command that ends that; none: it is whole.
+    pub fn half_merged(&self, guid: &Guid) -> Option<String> {
+        let (highest, lowest) = self.unfinished_merge(guid)?;
         Some(format!(
             "snapshot {guid} is half merged: an interrupted merge of {highest} has changed its content; finish that: ploop \
-             snapshot-merge -u {highest} -U {} {}",
-            lowest.guid,
+             snapshot-merge -u {highest} -U {lowest} {}",
             self.dir.join(super::FILE_NAME).display()
         ))
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::device::model::{Aliases, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::{Error, Kind, Result};
@@ -216,6 +216,16 @@ pub trait Driver: Sync {
         true
     }
 
+    /// What is left of devices that have no record any more. None: a driver in the kernel knows all of its devices.
+    fn leaks(&self) -> Vec<Leak> {
+        Vec::new()
+    }
+
+    /// The processes that serve a device.
+    fn processes(&self, _device: &Device) -> Vec<ServerProcess> {
+        Vec::new()
+    }
+
     /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached.
     fn base_name(&self, _device: &Device) -> Option<PathBuf> {
         None
@@ -286,7 +296,13 @@ pub trait Driver: Sync {
 
     /// Gives a running device another size, in sectors, that its top and its block device get; see
     /// [`set_size`](crate::device::set_size).
-    fn set_size(&self, _device: &Device, _sectors: u64, _commit: Option<&CommitFile>) -> Result<Option<String>> {
+    fn set_size(
+        &self,
+        _device: &Device,
+        _sectors: u64,
+        _commit: Option<&CommitFile>,
+        _grown: &mut dyn FnMut(u64),
+    ) -> Result<Option<String>> {
         Err(self.unsupported("changing the size of a running device"))
     }
 

@@ -17,11 +17,11 @@ pub use crate::engine::api::GivenBack;
 pub use crate::format::balloon_piece::Piece;
 pub use crate::format::maintenance::Maintenance;
 pub use driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-pub use model::{Aliases, Device, Image, Partition, Whereabouts};
+pub use model::{Aliases, Device, Image, Leak, Partition, ServerProcess, Whereabouts};
 pub use registry::{
     abort, aliases, all_unflushed, attach, base_name, by_base, by_node, changed, clean, counters, detach,
-    discard_balloon, driver, drop_level, find_stopped, forget, freeze, give_back, hold_for_space, is_supervised,
-    limit_top, list, list_of, mount_source, open_image, partition_node, partitions, reload, reserve_minor,
+    discard_balloon, driver, drop_level, find_stopped, forget, freeze, give_back, hold_for_space, is_supervised, leaks,
+    limit_top, list, list_of, mount_source, open_image, partition_node, partitions, processes, reload, reserve_minor,
     set_counters, set_maintenance, set_size, start, start_merges, stop, stopped, switch, switch_prepared, track,
     unflushed, whereabouts,
 };

@@ -146,6 +146,27 @@ pub struct Aliases {
     pub nodes: Vec<PathBuf>,
 }
 
+/// What is left of a device that has no record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Leak {
+    /// A process of the server's program that holds a connection of the kernel.
+    Server { pid: i32 },
+    /// A block device over the image of this name.
+    BlockDevice { node: PathBuf, of: PathBuf },
+    /// A node that leads to no device.
+    Node { path: PathBuf },
+}
+
+/// A process that serves a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerProcess {
+    /// `supervisor`, `worker`.
+    pub role: &'static str,
+    pub pid: i32,
+    /// It is stopped, or waits in the kernel.
+    pub stands_still: bool,
+}
+
 /// A partition of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Partition {

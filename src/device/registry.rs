@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-use crate::device::model::{Aliases, Detail, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Detail, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::served::Served;
 use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
@@ -235,6 +235,16 @@ pub fn is_supervised(device: &Device) -> bool {
     of(device).is_supervised(device)
 }
 
+/// What is left of devices that have no record any more. A device that is being made or ended at this moment can be among it.
+pub fn leaks() -> Vec<Leak> {
+    DRIVERS.into_iter().flat_map(|d| d.leaks()).collect()
+}
+
+/// The processes that serve a device.
+pub fn processes(device: &Device) -> Vec<ServerProcess> {
+    of(device).processes(device)
+}
+
 /// The name that the file which the device serves as base has now, perhaps not the one under which it was attached. None
 /// if it has none, or if that cannot be found out.
 pub fn base_name(device: &Device) -> Option<PathBuf> {
@@ -301,8 +311,14 @@ pub fn merge_levels(
 /// Gives a running device another size, in sectors, not smaller than it is. Durable in this order: the top's header, `commit`
 /// (the descriptor with that size), the block device's capacity. Goes on if the calling process exits; after an error, or if
 /// the device's processes are killed, the same call finishes it. Returns a warning if `commit` may not survive a power cut.
-pub fn set_size(device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
-    of(device).set_size(device, sectors, commit)
+/// `grown` gets the size that it has so far, where progress is shown.
+pub fn set_size(
+    device: &Device,
+    sectors: u64,
+    commit: Option<&CommitFile>,
+    grown: &mut dyn FnMut(u64),
+) -> Result<Option<String>> {
+    of(device).set_size(device, sectors, commit, grown)
 }
 
 /// Moves clusters of a running device's top to the front of its file and cuts the file behind the last one in use. I/O goes
@@ -410,7 +426,7 @@ mod tests {
             d.switch(&device, &spec, None, &mut |_| {}),
             d.merge_top(&device, None, &mut NoWatch).map(drop).map_err(Into::into),
             d.merge_frozen(&device, (0, 1), &spec, &mut NoWatch).map(drop).map_err(Into::into),
-            d.set_size(&device, 1, None).map(drop),
+            d.set_size(&device, 1, None, &mut |_| {}).map(drop),
             d.give_back(&device, Rates::default(), &mut NoWatch).map(drop),
             d.track(&device).map(drop),
             d.freeze(&device, Vec::new()).map(drop),

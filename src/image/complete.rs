@@ -10,6 +10,7 @@ use std::io;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::fstatvfs;
 
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, write_all};
 use crate::sys::fiemap::{self, Extent};
 use crate::units::ClusterSize;
@@ -51,9 +52,14 @@ fn fill_gaps(file: &File, cluster: ClusterSize, len: u64, holes: bool) -> io::Re
             return Ok(());
         }
         check_space(file, found.gaps.iter().filter(|g| g.hole).map(|g| g.len).sum())?;
+        let (mut shown, mut done) = (Progress::begin("filling holes"), 0);
+        let all = found.gaps.iter().map(|g| g.len).sum();
         for gap in &found.gaps {
+            shown.at(done, all);
             fill(file, cluster, *gap, &mut fallocates, &mut zeroes)?;
+            done += gap.len;
         }
+        shown.finish();
         if !found.exact {
             // Some of these file systems never store zeroes: another round would find the same gaps.
             return Ok(());

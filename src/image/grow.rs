@@ -8,6 +8,7 @@ use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat;
 use crate::format::header::{self, Header};
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_exact, write_all};
 use crate::sys::{host, store};
 use crate::units::ImageCluster;
@@ -114,11 +115,14 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
     // Clusters that the file does not have yet: those behind the old end are zeroed, those that move there are written.
     zero(target.file, &target.name, whole.max(u64::from(old_first) * size)..u64::from(first) * size)?;
     let mut moved = Vec::with_capacity(moving.len());
-    for &(index, cluster, host_cluster) in &moving {
+    let mut shown = Progress::in_units("moving clusters", size);
+    for (done, &(index, cluster, host_cluster)) in moving.iter().enumerate() {
+        shown.at(done as u64, moving.len() as u64);
         let to = target.allocate(1)?.start;
         copy(target, u64::from(host_cluster) * size, u64::from(to) * size)?;
         moved.push((index, cluster, to));
     }
+    shown.finish();
     let entries: Vec<(u32, u32)> = moved.iter().map(|(_, cluster, to)| (*cluster, *to)).collect();
     let late = host::breach("moved clusters are named late");
     if !late {
@@ -141,13 +145,16 @@ fn make_room(target: &mut Target<'_>, first: ImageCluster) -> Result<()> {
 pub(crate) fn zero(file: &File, name: &Path, bytes: std::ops::Range<u64>) -> Result<()> {
     let mut zeroes = None;
     let mut at = bytes.start;
+    let mut shown = Progress::begin("writing zeroes");
     while at < bytes.end {
+        shown.at(at - bytes.start, bytes.end - bytes.start);
         let len = (bytes.end - at).min(CHUNK);
         let zeroes = zeroes.get_or_insert_with(|| AlignedBuf::new(CHUNK as usize));
         write_all(file, &zeroes[..len as usize], at)
             .ctx(Kind::Reloc, || format!("cannot zero image {} at offset {at}", name.display()))?;
         at += len;
     }
+    shown.finish();
     Ok(())
 }
 

@@ -52,6 +52,12 @@ pub fn look(path: &Path, dir: Option<&Folder>) -> Result<Live> {
     let fd = open_level(path, dir)?;
     let shown = path.display();
     let (file, _) = reopen(&fd, Access::default()).ctx(Kind::Open, || format!("cannot open image {shown}"))?;
+    look_at(&file, path)
+}
+
+/// The same of an image that is open; `name` is for messages.
+pub fn look_at(file: &File, name: &Path) -> Result<Live> {
+    let shown = name.display();
     let at_image = |e: crate::error::Error| e.context(format_args!("image {shown}"));
     let mut stays: Option<Problems> = None;
     let mut last = None;
@@ -59,7 +65,7 @@ pub fn look(path: &Path, dir: Option<&Folder>) -> Result<Live> {
         if n > 0 {
             host::sleep(BETWEEN);
         }
-        let (live, len, found) = once(&file).map_err(at_image)?;
+        let (live, len, found) = once(file).map_err(at_image)?;
         let seen = match stays.take() {
             None => found,
             Some(before) => before.into_iter().filter(|p| found.contains(p)).collect(),

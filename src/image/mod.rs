@@ -12,6 +12,7 @@ pub mod fill;
 pub mod grow;
 pub mod live;
 pub mod lock;
+pub mod map;
 pub mod merge;
 pub mod open;
 pub mod same;

@@ -89,7 +89,7 @@ pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<
     let read = |file: &File, name: &Path, buf: &mut [u8], at: u64| {
         read_exact(file, buf, at).ctx(Kind::Read, || format!("cannot read {} at offset {at}", name.display()))
     };
-    let mut shown = Progress::begin("comparing");
+    let mut shown = Progress::in_units("comparing", size);
     let total = ours.entries.len() as u64;
     for (done, ((cluster, mine), (_, yours))) in ours.entries.iter().zip(&theirs.entries).enumerate() {
         shown.at(done as u64, total);
@@ -104,6 +104,7 @@ pub fn same_content(a: &File, a_name: &Path, b: &File, b_name: &Path) -> Result<
             bail!(Sys, "comparing {} with {} was cancelled", a_name.display(), b_name.display());
         }
     }
+    shown.finish();
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::format::bat::{self, Entry, Unit};
 use crate::format::header::{self, CLOSED_V21, Header, Version};
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_exact, read_full, write_all};
 use crate::sys::fiemap;
 use crate::sys::folder::Place;
@@ -107,6 +108,7 @@ pub fn rewrite(file: &File, name: &Path, header: &Header, to: Version) -> Result
     let (old, new) = (Unit::new(header.version, header.cluster), Unit::new(to, header.cluster));
     let table = u64::from(header.table_clusters()) * header.cluster.bytes();
     let mut buf = AlignedBuf::new(CHUNK.min(table) as usize);
+    let mut shown = Progress::begin("rewriting the BAT");
     fiemap::each_data(file, 0, table, &mut |start, end| {
         let (mut at, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(table));
         while at < end {
@@ -133,6 +135,7 @@ pub fn rewrite(file: &File, name: &Path, header: &Header, to: Version) -> Result
                 write_all(file, entries, at + skip as u64)?;
             }
             at += (entries.len() + skip) as u64;
+            shown.at(at, table);
         }
         Ok(())
     })

@@ -8,7 +8,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::disk_lock::Disk;
 use super::mount_images::refuse_cut_off;
-use super::{convert_recovery, disk_lock, find, image_set, online, orphans};
+use super::{disk_lock, find, image_set, online, orphans, recovery};
 use crate::bail;
 use crate::descriptor::{Descriptor, Image};
 use crate::error::{IoContext, Kind, Result};
@@ -117,7 +117,7 @@ fn check(descriptor: &Path, guid: Option<&Guid>, how: How) -> Result<()> {
     find::refuse_replaced(&disk)?;
     disk.check_tree()?;
     if !disk.is_unlocked() && how != How::Look {
-        convert_recovery::finish(&mut disk)?;
+        recovery::before_check(&mut disk)?;
     }
     let chain = disk.chain(guid.unwrap_or(&disk.top))?;
     for why in disk.snapshots.iter().filter_map(|s| disk.half_merged(&s.guid)) {

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::compact_running::Estimate;
+use super::info::FsInfo;
 use super::mount::{self, MountParams};
 use super::private_folder::PrivateFolder;
 use super::trim::{self, Inside};
@@ -76,7 +77,7 @@ pub(super) fn pack_top(disk: &LockedDescriptor, top: &Image, rate: Option<u64>) 
     let below = below(disk, top)?;
     let held = image_set::lock_image(disk, &top.file, WRITE, Sharing::Exclusive)?;
     image_set::repair_in_place(disk, &top.file)?;
-    let mut shown = Progress::begin("compacting");
+    let mut shown = Progress::in_units("compacting", disk.blocksize.bytes());
     let pace = Pace { begun: host::now(), cluster: disk.blocksize.bytes(), rate };
     pack(&held.file, &held.path, &|cluster| below.contains(&cluster), &mut |done, total| {
         if report::cancel::requested() {
@@ -109,13 +110,22 @@ impl Pace {
 
 /// What compacting a disk that does not run would bring. Its file system is mounted for a moment, unless its use is known.
 pub fn estimate(descriptor: &Path, rate: Option<u64>) -> Result<Estimate> {
-    let info = info::fs_info(descriptor)?;
+    estimate_of(descriptor, info::fs_info(descriptor)?, rate)
+}
+
+fn estimate_of(descriptor: &Path, info: FsInfo, rate: Option<u64>) -> Result<Estimate> {
     let disk = Descriptor::read(descriptor)?;
     let Some(top) = disk.image(&disk.top) else { bail!(DiskDescr, "descriptor: the top has no image") };
     let meta = fs::symlink_metadata(&top.file);
     let len = meta.ctx(Kind::Fstat, || format!("cannot look at image {}", top.file.display()))?.len();
     let used = info.blocks.saturating_sub(info.free_blocks).saturating_mul(info.block_size);
     Ok(Estimate::new(len, disk.size_sectors.saturating_mul(SECTOR), used, disk.chain(&disk.top)?.len(), rate))
+}
+
+/// The same of what is known without mounting it: none if the use of its file system was not remembered.
+pub fn known_estimate(descriptor: &Path) -> Result<Option<Estimate>> {
+    let folder = descriptor.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    FsInfo::cached(folder).map(|info| estimate_of(descriptor, info, None)).transpose()
 }
 
 /// Bytes that the file takes on the host.

@@ -74,9 +74,11 @@ pub fn compact(device: &Device, trim_first: bool, options: &Options) -> Result<C
         }
         report::say(0, format_args!("{} MiB inside are not used", trimmed >> 20));
     }
-    let mut shown = Progress::begin("compacting");
+    let mut shown = Progress::in_units("compacting", device.cluster()?.bytes());
     let given = give_back::give_back(device, options, &mut |done, total| shown.at(done, total));
-    given.map(|given| Compacted { trimmed, given })
+    let given = given?;
+    shown.finish();
+    Ok(Compacted { trimmed, given })
 }
 
 /// `Param`.

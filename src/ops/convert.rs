@@ -154,7 +154,7 @@ fn copy_raw(disk: &LockedDescriptor, held: &LockedImage, scratch: &Place) -> Res
         let path = scratch.path();
         let source = MergeLevel { file: &held.file, name: &held.path, raw: false };
         let target = MergeLevel { file: &file, name: &path, raw: true };
-        let mut bar = Progress::begin("copying");
+        let mut bar = Progress::begin("converting");
         let merged = Merge::prepare(&[source], target, Some(&[]))?
             .run(&mut MergeOptions {
                 progress: &mut |done, total| {

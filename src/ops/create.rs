@@ -18,6 +18,7 @@ use crate::image::content::Piece;
 use crate::image::create::{self as build, Params};
 use crate::image::open;
 use crate::report;
+use crate::report::progress::Progress;
 use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 use crate::units::{ClusterSize, SECTOR};
@@ -152,9 +153,13 @@ fn image_params(params: &CreateParams) -> Params {
 
 /// Builds the whole image under its temporary name, durable.
 fn fill(scratch: &Scratch, params: &CreateParams, table: Option<&Gpt>) -> Result<()> {
-    let mut progress = |_, _| match report::cancel::requested() {
+    let mut shown = Progress::begin("making the image");
+    let mut progress = |done, total| match report::cancel::requested() {
         true => bail!(Creat, "making {} was cancelled", params.image.display()),
-        false => Ok(()),
+        false => {
+            shown.at(done, total);
+            Ok(())
+        }
     };
     let Some(fs) = params.fs else {
         return build::create(&scratch.image(), &image_params(params), &mut progress).map(drop);

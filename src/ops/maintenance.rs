@@ -137,7 +137,7 @@ pub fn shorten(device: &Device) -> Result<()> {
         return device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Off);
     }
     device::set_maintenance(device, &[FreeBlocksLoaded, Relocation, Off], Relocation)?;
-    let mut shown = Progress::begin("relocating");
+    let mut shown = Progress::in_units("relocating", device.cluster()?.bytes());
     let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));
     let cancelled = matches!(&given, Err(e) if e.kind() == Kind::Abort);
     if cancelled {
@@ -147,6 +147,7 @@ pub fn shorten(device: &Device) -> Result<()> {
         device::set_maintenance(device, &[Relocation, Off], Off)?;
     }
     let given = given.map_err(|e| if cancelled { e } else { e.as_kind(Kind::Reloc) })?;
+    shown.finish();
     let bytes = given.before.saturating_sub(given.after);
     if bytes > 0 {
         let clusters = bytes / device.cluster()?.bytes();

@@ -249,6 +249,7 @@ fn run(merge: Merge<'_>) -> Result<Merged, Failed> {
     };
     let mut options = MergeOptions { progress: &mut progress, stay_marked: false, batch: BATCH, reflink: true };
     let merged = merge.run(&mut options)?;
+    shown.finish();
     report::say(
         1,
         format_args!("{} bytes copied, {} shared, {} of zeroes left out", merged.copied, merged.shared, merged.skipped),

@@ -27,6 +27,8 @@ pub mod info;
 mod inside;
 pub mod list;
 pub mod maintenance;
+pub mod map;
+pub mod map_page;
 pub mod max_delta;
 pub mod merge;
 pub mod merge_temporary;

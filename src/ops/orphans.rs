@@ -17,7 +17,7 @@ use crate::image::open::{Access, open_level, reopen};
 use crate::image::scan::{self, Visitor};
 use crate::report;
 use crate::sys::file_id::FileId;
-use crate::sys::folder::Folder;
+use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 
 /// Reports all leftovers beside the first image, and removes orphan deltas if `remove` is set. A delta that another
@@ -84,6 +84,30 @@ fn orphans(disk: &Descriptor, first: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// A file that looks like a delta of a disk whose descriptor does not name it; no other descriptor and no process does.
+pub(super) struct Orphan {
+    pub path: PathBuf,
+    /// What is in it.
+    pub content: String,
+    /// `check --remove-orphans` removes it.
+    pub removable: bool,
+}
+
+/// Those beside the first image. Nothing is written, and no lock is kept.
+pub(super) fn unnamed(disk: &Descriptor, place: &Place, first: &Path) -> Vec<Orphan> {
+    let free = |path: &PathBuf| {
+        let held = lock::lock_image(path, Some(&disk.dir), Access::default(), Sharing::Exclusive);
+        let busy = held.is_err_and(|e| e.kind() == Kind::Busy);
+        !busy && image_set::users(path).is_ok_and(|u| u.is_empty()) && other_owner(&disk.dir, place, path).is_none()
+    };
+    let described = |path: PathBuf| {
+        let sound = read_header(&path, Some(&disk.dir)).is_ok_and(|h| h.cluster == disk.blocksize);
+        let removable = sound && path.parent() == Some(disk.dir.path());
+        Orphan { content: content(&path, &disk.dir), removable, path }
+    };
+    orphans(disk, first).into_iter().filter(free).map(described).collect()
+}
+
 /// What the file has in it, for messages.
 fn content(path: &Path, dir: &Folder) -> String {
     let used = || -> Result<u64> {
@@ -130,7 +154,7 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
             disk.blocksize.sectors()
         );
     }
-    if let Some(other) = other_owner(disk, path) {
+    if let Some(other) = other_owner(&disk.dir, &disk.place, path) {
         bail!(InUse, "{shown} stays: {} names it", other.display());
     }
     let file = held.id()?;
@@ -142,11 +166,11 @@ fn remove_one(disk: &LockedDescriptor, path: &Path) -> Result<()> {
 }
 
 /// Another descriptor in the folder, a copy put aside perhaps, that names the file.
-fn other_owner(disk: &LockedDescriptor, path: &Path) -> Option<PathBuf> {
-    let names = disk.dir.names().ok()?;
-    let found = names.into_iter().map(|name| disk.dir.entry(name)).find(|other| {
+fn other_owner(dir: &Folder, own: &Place, path: &Path) -> Option<PathBuf> {
+    let names = dir.names().ok()?;
+    let found = names.into_iter().map(|name| dir.entry(name)).find(|other| {
         let name = other.name.as_bytes();
-        let maybe = *other != disk.place && name.windows(4).any(|w| w.eq_ignore_ascii_case(b".xml"));
+        let maybe = other != own && name.windows(4).any(|w| w.eq_ignore_ascii_case(b".xml"));
         maybe && Descriptor::read_at(other).is_ok_and(|d| d.images.iter().any(|i| i.file == path))
     });
     found.map(|other| other.path())

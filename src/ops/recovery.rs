@@ -31,6 +31,17 @@ pub fn before_change(disk: &mut LockedDescriptor) -> Result<()> {
     clear_marks(disk, &all)
 }
 
+/// Before the images of a disk are checked: finishes what an interrupted operation provably left in its descriptor.
+pub fn before_check(disk: &mut LockedDescriptor) -> Result<()> {
+    if disk.check_storable().is_err() {
+        return Ok(());
+    }
+    finish_pending_descriptor(disk)?;
+    disk.check_tree()?;
+    convert_recovery::finish(disk)?;
+    adopt_size(disk)
+}
+
 /// Before a chain is mounted: repairs what concerns the chain. Errors in images that the mount does not need are left
 /// to the operation that needs them. A read-only mount writes to no image.
 pub fn before_mount(disk: &mut LockedDescriptor, guid: &Guid, read_only: bool) -> Result<()> {

@@ -41,7 +41,7 @@ pub fn end_idle(disk: &LockedDescriptor, guid: &Guid) -> Result<bool> {
 
 /// No process has the device of a temporary snapshot open (a mount may have), and the snapshot was not taken to stay
 /// until it is unmounted. If that cannot be found out the device counts as used.
-fn idle(device: &Device) -> bool {
+pub(super) fn idle(device: &Device) -> bool {
     if !device.read_only || device.component().is_empty() || device.component().starts_with(UNTIL_UMOUNT) {
         return false;
     }

@@ -36,7 +36,7 @@ pub const MEMORY: &str = "unflushed";
 pub const FILES_OF_PROCESSES: [&str; 6] = [transport::FILES[0], CONTROL, LOG, NEW_STATE, COUNTERS, NEW_COUNTERS];
 
 /// Names of new folders before they are complete.
-const NEW_PREFIX: &str = ".new-";
+pub const NEW_PREFIX: &str = ".new-";
 /// Names of folders in which changes wait that a killed device has left.
 pub const LEFT_PREFIX: &str = ".left-";
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::stat::{major, minor};
 
+use crate::sys::file_id::FileId;
 use crate::sys::host;
 
 /// Between looks at a lock in the simulation.
@@ -37,6 +39,21 @@ fn flock(file: impl AsFd, how: i32) -> io::Result<()> {
             return Err(e);
         }
     }
+}
+
+/// The processes that hold locks on a file, in the text of /proc/locks. It names none for locks of open descriptions on bytes.
+pub fn holders(locks: &str, file: FileId) -> Vec<String> {
+    let wanted = format!("{:02x}:{:02x}:{}", major(file.dev), minor(file.dev), file.ino);
+    let holder = |line: &str| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        // A process that waits has an arrow before its lock.
+        let at = fields.iter().position(|f| *f == wanted).filter(|_| fields.get(1) != Some(&"->"))?;
+        let pid = fields.get(at.checked_sub(1)?)?;
+        pid.parse::<u32>().is_ok_and(|pid| pid > 0).then(|| (*pid).to_owned())
+    };
+    let mut found: Vec<String> = locks.lines().filter_map(holder).collect();
+    found.dedup();
+    found
 }
 
 /// A lock of a description on bytes of its file.
@@ -88,5 +105,18 @@ fn poll(mut lock: impl FnMut() -> io::Result<()>) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => host::sleep(SIMULATED_WAIT),
             other => return other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holders_of_a_file() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 12 08:01:131 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 13 08:01:131 0 EOF\n\
+                     2: OFDLCK ADVISORY  READ -1 08:01:131 200 204\n3: POSIX  ADVISORY  WRITE 14 08:01:132 0 EOF\n";
+        let of = |ino| holders(locks, FileId { dev: nix::sys::stat::makedev(8, 1), ino });
+        assert_eq!((of(131), of(132), of(133)), (vec!["12".to_owned()], vec!["14".to_owned()], vec![]));
     }
 }

@@ -30,4 +30,5 @@ pub mod signals;
 pub mod statx;
 pub mod stdio;
 pub mod store;
+pub mod terminal;
 pub mod wait;

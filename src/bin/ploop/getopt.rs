@@ -6,6 +6,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 /// Every command knows these two.
 pub const HELP: char = '\u{1}';
 pub const VERSION: char = '\u{2}';
+/// How progress is shown; every command knows it, too.
+pub const PROGRESS: char = '\u{3}';
 
 /// A long option: its name, whether an argument is required, and the letter it stands for.
 pub type Long = (&'static str, bool, char);
@@ -77,10 +79,14 @@ fn long_option<'a>(
         None => (given, None),
     };
     let shown = String::from_utf8_lossy(name);
-    let known = long.iter().copied().chain([("help", false, HELP), ("version", false, VERSION)]);
+    let known =
+        long.iter().copied().chain([("help", false, HELP), ("version", false, VERSION), ("progress", true, PROGRESS)]);
     let mut matching: Vec<Long> = known.filter(|(n, ..)| n.as_bytes().starts_with(name)).collect();
     if let Some(exact) = matching.iter().copied().find(|(n, ..)| n.as_bytes() == name) {
         matching = vec![exact];
+    } else if matching.len() > 1 {
+        // What a command's own options could be shortened to stays theirs.
+        matching.retain(|(.., letter)| *letter != PROGRESS);
     }
     let (full, wants, letter) = match matching[..] {
         [one] => one,
@@ -140,6 +146,15 @@ mod tests {
         let (o, _) = run(&["--fo", "--blocksize=9", "--b", "10", "--hel"]).unwrap();
         let want = [('f', ""), ('b', "9"), ('b', "10"), (HELP, "")].map(|(c, v)| (c, v.to_string()));
         assert_eq!(o, want);
+    }
+
+    #[test]
+    fn progress_takes_no_shortened_option_away() {
+        let of = |args: &[&str]| {
+            let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+            parse(&args, "", &[("partition", true, 'p')]).map(|p| p.options[0].0)
+        };
+        assert_eq!((of(&["--p", "1"]), of(&["--prog", "json"])), (Ok('p'), Ok(PROGRESS)));
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod later;
 mod list;
 #[cfg(test)]
 mod manual_tests;
+mod map;
 mod merge;
 mod mount;
 mod reload;
@@ -46,9 +47,10 @@ use std::process::{Command as Process, ExitCode};
 
 use ploop::error::{Error, Kind};
 use ploop::report;
+use ploop::report::progress::{self, Wanted};
 use ploop::sys::signals;
 
-use getopt::{HELP, Long, Parsed, VERSION};
+use getopt::{HELP, Long, PROGRESS, Parsed, VERSION};
 
 /// How a command fails.
 pub enum Fail {
@@ -103,7 +105,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 32] = [
+const COMMANDS: [&Command; 33] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -111,6 +113,7 @@ const COMMANDS: [&Command; 32] = [
     &info::COMMAND,
     &check::COMMAND,
     &check::FSCK,
+    &map::COMMAND,
     &snapshot::SNAPSHOT,
     &snapshot::TSNAPSHOT,
     &snapshot::SWITCH,
@@ -139,11 +142,12 @@ const COMMANDS: [&Command; 32] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 15] = [
+const ON_A_DISK: [&str; 17] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
     check::FSCK.name,
+    map::COMMAND.name,
     snapshot::SNAPSHOT.name,
     snapshot::TSNAPSHOT.name,
     snapshot::SWITCH.name,
@@ -155,6 +159,7 @@ const ON_A_DISK: [&str; 15] = [
     resize::COMMAND.name,
     compact::COMMAND.name,
     convert::COMMAND.name,
+    doctor::COMMAND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -170,6 +175,7 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop info [-s] [-d] DISK          how full it is, its size, its device
   ploop info --image FILE            what is in an image file
   ploop check { DISK | FILE }        look for damage
+  ploop map { DISK | DEVICE | FILE }  where its clusters are, as a picture
   ploop snapshot [-u UUID] DISK      keep what is in it now, under a name
   ploop tsnapshot ... DISK           the same for as long as it is mounted, for backups
   ploop snapshot-list DISK           its snapshots
@@ -193,9 +199,11 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop stat [-c|-l] -d DEVICE       counters of a device
   ploop getdev                       the minor that the next device would have
   ploop tour                         see all of it work, in a temporary folder
-  ploop doctor                       what this machine offers, and what is wrong with devices
+  ploop doctor [DISK | DEVICE]       what this machine offers; what is wrong with devices and disks
   ploop reload { DEVICE | -a }       serve running devices by the program that is installed now
   ploop completion bash|zsh|fish     the script by which a shell completes all this
+
+Long work shows how far it is: as a bar on a terminal, with -v as a line now and then; --progress json: for programs.
 
 DISK is a DiskDescriptor.xml, the folder in which it lies, or the id of a container; mount also takes a bare image FILE.
 ploop COMMAND --help tells more; so does the manual page ploop(8).
@@ -225,10 +233,24 @@ fn stopped() -> Option<u8> {
 
 fn ploop_command(args: &[OsString]) -> u8 {
     let mut level = CONSOLE;
+    let mut shown = Wanted::default();
     let mut rest = args;
     while let Some((first, tail)) = rest.split_first() {
         match global(first.as_bytes(), level) {
             Some(Global::Level(new)) => level = new,
+            Some(Global::Progress(value)) => {
+                let (value, behind) = match (value, tail.split_first()) {
+                    (Some(value), _) => (value, tail),
+                    (None, Some((next, behind))) => (next.as_os_str(), behind),
+                    (None, None) => return ended(SUMMARY, misuse()),
+                };
+                match values::progress(value) {
+                    Ok(wanted) => shown = wanted,
+                    Err(e) => return ended(SUMMARY, Err(e)),
+                }
+                rest = behind;
+                continue;
+            }
             Some(Global::Help) => return ended(SUMMARY, write_out(SUMMARY.as_bytes())),
             Some(Global::Version) => return ended(SUMMARY, version()),
             Some(Global::Bad) => {
@@ -240,7 +262,7 @@ fn ploop_command(args: &[OsString]) -> u8 {
         rest = tail;
     }
     report::set_verbose_level(level);
-    report::progress::draw_at_level(level);
+    progress::show(shown, level);
     let Some((name, args)) = rest.split_first() else { return ended(SUMMARY, misuse()) };
     match COMMANDS.iter().find(|c| name == c.name) {
         Some(command) => run(command, args),
@@ -259,6 +281,14 @@ pub fn run(command: &Command, args: &[OsString]) -> u8 {
             return if command.name == snapshot_list::COMMAND.name { snapshot_list::FAILED } else { status };
         }
     };
+    let (shown, options): (Vec<_>, Vec<_>) = parsed.options.into_iter().partition(|(o, _)| *o == PROGRESS);
+    let parsed = Parsed { options, ..parsed };
+    if let Some((_, value)) = shown.last() {
+        match values::progress(value) {
+            Ok(wanted) => progress::show(wanted, report::verbose_level()),
+            Err(e) => return ended(command.usage, Err(e)),
+        }
+    }
     let asked = parsed.options.iter().find(|(o, _)| matches!(*o, HELP | VERSION));
     let end = match asked {
         Some((HELP, _)) => write_out(command.usage.as_bytes()),
@@ -312,19 +342,25 @@ fn ended(usage: &str, end: Result<(), Fail>) -> u8 {
     }
 }
 
-enum Global {
+enum Global<'a> {
     Level(i32),
+    /// How it is shown; none: the next argument says so.
+    Progress(Option<&'a OsStr>),
     Help,
     Version,
     Bad,
 }
 
 /// An option before the command; none when the command begins.
-fn global(arg: &[u8], level: i32) -> Option<Global> {
+fn global(arg: &[u8], level: i32) -> Option<Global<'_>> {
     let option = arg.strip_prefix(b"-")?;
     Some(match option {
         b"-help" => Global::Help,
         b"-version" => Global::Version,
+        b"-progress" => Global::Progress(None),
+        [b'-', b'p', b'r', b'o', b'g', b'r', b'e', b's', b's', b'=', value @ ..] => {
+            Global::Progress(Some(OsStr::from_bytes(value)))
+        }
         // -v, -vv and so on.
         _ if !option.is_empty() && option.iter().all(|b| *b == b'v') => {
             Global::Level(level.saturating_add(i32::try_from(option.len()).unwrap_or(i32::MAX)))

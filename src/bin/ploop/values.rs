@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use ploop::descriptor::ImageMode;
 use ploop::format::guid::Guid;
+use ploop::report::progress::Wanted;
 use ploop::units::ClusterSize;
 
 use crate::{Fail, mistake};
@@ -70,6 +71,16 @@ pub fn format(text: &OsStr) -> Result<ImageMode, Fail> {
             "Incorrect format '{}': must be one of raw, ploop1, expanded, preallocated",
             text.to_string_lossy()
         ))),
+    }
+}
+
+/// `auto`, `json`, `none`.
+pub fn progress(text: &OsStr) -> Result<Wanted, Fail> {
+    match text.to_str() {
+        Some("auto") => Ok(Wanted::Fitting),
+        Some("json") => Ok(Wanted::Objects),
+        Some("none") => Ok(Wanted::Nothing),
+        _ => Err(mistake(format!("Incorrect progress '{}': must be one of auto, json, none", text.to_string_lossy()))),
     }
 }
 

@@ -11,6 +11,7 @@ mod find;
 mod freeze;
 mod give_back;
 mod images;
+mod leaks;
 mod limit;
 mod lock;
 mod merge;
@@ -31,7 +32,7 @@ use std::path::{Path, PathBuf};
 
 use crate::bail;
 use crate::device::driver::{BalloonDiscard, Capabilities, Driver, Freeze, Rates, Tracker, Unmerged, Watch};
-use crate::device::model::{Aliases, Device, Partition, Whereabouts};
+use crate::device::model::{Aliases, Device, Leak, Partition, ServerProcess, Whereabouts};
 use crate::device::spec::{AttachSpec, CommitFile, Level, SwitchSpec};
 use crate::engine::api::GivenBack;
 use crate::error::Result;
@@ -176,6 +177,14 @@ impl Driver for Served {
         runtime::alive(record(device).supervisor)
     }
 
+    fn leaks(&self) -> Vec<Leak> {
+        leaks::all()
+    }
+
+    fn processes(&self, device: &Device) -> Vec<ServerProcess> {
+        leaks::processes(device)
+    }
+
     fn base_name(&self, device: &Device) -> Option<PathBuf> {
         images::base_name(device)
     }
@@ -237,8 +246,14 @@ impl Driver for Served {
         give_back::give_back(device, rates, watch)
     }
 
-    fn set_size(&self, device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<Option<String>> {
-        size::set_size(device, sectors, commit)
+    fn set_size(
+        &self,
+        device: &Device,
+        sectors: u64,
+        commit: Option<&CommitFile>,
+        grown: &mut dyn FnMut(u64),
+    ) -> Result<Option<String>> {
+        size::set_size(device, sectors, commit, grown)
     }
 
     fn track(&self, device: &Device) -> Result<Box<dyn Tracker>> {

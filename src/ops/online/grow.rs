@@ -8,6 +8,8 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::Header;
 use crate::ops::maintenance::{self, Work};
 use crate::report;
+use crate::report::progress::Progress;
+use crate::units::SECTOR;
 
 /// Raw images are multiples of so many sectors.
 pub const RAW_SECTORS: u64 = 8;
@@ -20,13 +22,13 @@ pub fn grow(disk: &mut LockedDescriptor, device: &Device, sectors: u64) -> Resul
     check_chain(disk, device)?;
     let sectors = rounded(device, sectors)?;
     if disk.size_sectors == sectors {
-        return told(device::set_size(device, sectors, None));
+        return set_size(device, sectors, None);
     }
     let mut next = disk.descriptor.clone();
     next.size_sectors = sectors;
     let (tmp, file) = next.prepare(&disk.place)?;
     let commit = CommitFile::open(&tmp, &disk.place)?.of(file)?.under(disk.share_lock()?);
-    let result = told(device::set_size(device, sectors, Some(&commit)));
+    let result = set_size(device, sectors, Some(&commit));
     let spec = SwitchSpec { levels: Vec::new(), commit: Some(commit), linger: 0 };
     match outcome(disk, spec, &(tmp, file), next, result) {
         Ended::Changed(result) => result,
@@ -38,11 +40,15 @@ pub fn grow(disk: &mut LockedDescriptor, device: &Device, sectors: u64) -> Resul
 pub fn grow_device(device: &Device, sectors: u64) -> Result<()> {
     maintenance::before(device, Work::Grow)?;
     check_state(device)?;
-    told(device::set_size(device, rounded(device, sectors)?, None))
+    set_size(device, rounded(device, sectors)?, None)
 }
 
-fn told(result: Result<Option<String>>) -> Result<()> {
-    if let Some(warning) = result? {
+fn set_size(device: &Device, sectors: u64, commit: Option<&CommitFile>) -> Result<()> {
+    let mut shown = Progress::in_units("growing", SECTOR);
+    let mut grown = |now: u64| shown.at(now.saturating_sub(device.sectors), sectors.saturating_sub(device.sectors));
+    let warning = device::set_size(device, sectors, commit, &mut grown)?;
+    shown.finish();
+    if let Some(warning) = warning {
         report::warn(warning);
     }
     Ok(())

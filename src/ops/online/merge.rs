@@ -15,6 +15,7 @@ use crate::ops::maintenance::{self, Work};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
+use crate::units::ClusterSize;
 
 /// Merges `descendant` and all between into `ancestor`; the device runs all of them. I/O goes on. An interrupted merge
 /// is finished by running it again: the snapshots that disappear are marked as half merged before anything is written.
@@ -94,12 +95,15 @@ fn step(disk: &mut LockedDescriptor, device: &Device, descendant: &Guid, ancesto
 
 /// Asks the supervisor for the merge and waits until it is done.
 fn run(device: &Device, levels: (usize, usize), is_top: bool, then: &SwitchSpec) -> Result<(), Unmerged> {
-    let mut patience = Patience { shown: Progress::begin("merging") };
+    let unit = device.cluster().map_or(1, ClusterSize::bytes);
+    let mut patience = Patience { shown: Progress::in_units("merging", unit) };
     let merged = match is_top {
         true => merge_top(device, then.commit.as_ref(), &mut patience),
         false => merge_levels_of(device, levels, then, &mut patience),
     };
-    if let Some(warning) = merged? {
+    let warning = merged?;
+    patience.shown.finish();
+    if let Some(warning) = warning {
         report::warn(warning);
     }
     Ok(())

@@ -20,7 +20,7 @@ use crate::sys::store;
 pub use freeze::mounts_that;
 pub use grow::{RAW_SECTORS, grow, grow_device};
 pub use merge::{merge, merge_levels};
-pub use replace::{replace, replace_level};
+pub use replace::{REPLACING, replace, replace_level};
 pub use snapshot::{on_device, snapshot};
 
 /// The device must run the chain that the descriptor has for its top. `Param` if another operation, perhaps of another

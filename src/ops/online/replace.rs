@@ -19,6 +19,9 @@ use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
 use crate::sys::store;
 
+/// Suffix of the new image's name until it has that of the old one.
+pub const REPLACING: &str = ".ploop-replace";
+
 const READ: Access = Access { write: false, direct: false };
 
 /// Replaces the image of a running disk by `new`, which is no image of the disk. `keep_name`: the new file takes the
@@ -131,7 +134,7 @@ impl Beside {
         if folder(&new)? == folder(old)? {
             return Ok(Beside { place: new, from: None });
         }
-        let place = old.suffixed(".ploop-replace");
+        let place = old.suffixed(REPLACING);
         store::rename_new(&new, &place).ctx(Kind::Rename, || {
             format!("cannot bring {} into the folder of {}, on the same file system", new.display(), old.display())
         })?;

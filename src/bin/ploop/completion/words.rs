@@ -9,6 +9,7 @@ use ploop::ops::snapshot_list::{self, ListParams};
 use ploop::ops::{list, snapshot_list::Row};
 use ploop::report;
 
+use crate::getopt;
 use crate::{COMMANDS, Command, balloon, disk, values};
 
 /// Its commands have a second word.
@@ -48,6 +49,7 @@ enum Kind {
     Free,
 }
 
+const PROGRESS: Kind = Kind::OneOf(&["auto", "json", "none"]);
 const FORMATS: Kind = Kind::OneOf(&["expanded", "preallocated", "raw"]);
 
 /// The argument of an option.
@@ -77,7 +79,8 @@ fn argument(command: &str, letter: char) -> Kind {
 fn long_argument(name: &str) -> Kind {
     match name {
         "abort" => Kind::Device,
-        "image" => Kind::File,
+        "progress" => PROGRESS,
+        "image" | "svg" => Kind::File,
         _ => Kind::Free,
     }
 }
@@ -88,7 +91,7 @@ fn operand(command: &str) -> Kind {
         "reload" => Kind::Device,
         "stop" | "start" | "clear" | "delete" | "rm" | "stat" | "getdev" => Kind::Free,
         "tour" => Kind::Folder,
-        "list" | "doctor" => Kind::Free,
+        "list" => Kind::Free,
         "completion" => Kind::OneOf(&["bash", "zsh", "fish"]),
         _ => Kind::File,
     }
@@ -99,8 +102,18 @@ pub fn candidates(words: &[OsString]) -> Vec<Candidate> {
     // Messages of what is asked here do not belong on the terminal.
     report::set_verbose_level(report::NO_CONSOLE);
     let Some((last, before)) = words.split_last() else { return Vec::new() };
-    let is_global = |w: &&OsString| w.to_string_lossy().starts_with('-');
-    let mut before = before.iter().skip_while(is_global);
+    let mut rest = before;
+    while let Some((first, behind)) = rest.split_first().filter(|(w, _)| w.to_string_lossy().starts_with('-')) {
+        rest = behind;
+        if first == "--progress" {
+            // The word behind it is its argument.
+            match rest.split_first() {
+                Some((_, behind)) => rest = behind,
+                None => return of_kind(PROGRESS, &[], &last.to_string_lossy()),
+            }
+        }
+    }
+    let mut before = rest.iter();
     let Some(command) = before.next() else { return commands(last) };
     let command = match command == BALLOON {
         false => COMMANDS.iter().find(|c| command == c.name),
@@ -124,7 +137,7 @@ pub fn candidates(words: &[OsString]) -> Vec<Candidate> {
 }
 
 fn commands(last: &OsStr) -> Vec<Candidate> {
-    let globals = ["-v", "--help", "--version"].map(|o| (o, ""));
+    let globals = ["-v", "--progress", "--help", "--version"].map(|o| (o, ""));
     let all = COMMANDS.iter().map(|c| c.name).chain([BALLOON]).map(|name| (name, about(name)));
     fitting_words(all.chain(globals), last)
 }
@@ -160,7 +173,8 @@ fn waits(command: &Command, before: &[&OsString]) -> Option<Kind> {
         if word == "--" {
             return None;
         } else if let Some(name) = word.strip_prefix("--") {
-            let found = command.long.iter().find(|(long, takes, _)| *takes && *long == name);
+            let known = command.long.iter().chain(&[("progress", true, getopt::PROGRESS)]);
+            let found = known.into_iter().find(|(long, takes, _)| *takes && *long == name);
             wanted = found.map(|(long, _, letter)| match letter.is_ascii_alphabetic() {
                 true => argument(command.name, *letter),
                 false => long_argument(long),
@@ -180,7 +194,8 @@ fn waits(command: &Command, before: &[&OsString]) -> Option<Kind> {
 /// Options that begin so, with what the usage says of them.
 fn options(command: &Command, typed: &str) -> Vec<Candidate> {
     let letters = command.short.chars().filter(|c| *c != ':').map(|c| format!("-{c}"));
-    let longs = command.long.iter().map(|(name, ..)| *name).chain(["help", "version"]).map(|n| format!("--{n}"));
+    let longs =
+        command.long.iter().map(|(name, ..)| *name).chain(["progress", "help", "version"]).map(|n| format!("--{n}"));
     let named = letters.chain(longs).filter(|o| o.starts_with(typed));
     named.map(|o| Candidate::Word(o.clone(), explained(command.usage, &o).into())).collect()
 }
@@ -258,9 +273,9 @@ mod tests {
         assert_eq!(words("snapshot-"), ["snapshot-switch", "snapshot-delete", "snapshot-list", "snapshot-merge"]);
         assert_eq!(words("-v3 res"), ["resize", "restore-descriptor"]);
         assert!(words("").contains(&"mount".to_owned()) && !words("").contains(&"--help".to_owned()));
-        assert_eq!(words("--"), ["--help", "--version"]);
+        assert_eq!(words("--"), ["--progress", "--help", "--version"]);
         assert_eq!(words("check --re"), ["--repair-sparse", "--remove-orphans"]);
-        assert_eq!(words("snapshot-switch -"), ["-u", "-D", "--help", "--version"]);
+        assert_eq!(words("snapshot-switch -"), ["-u", "-D", "--progress", "--help", "--version"]);
         assert_eq!(words("nonsense "), [":files"]);
         let told = candidates(&["check", "--fo"].map(OsString::from));
         assert_eq!(told, [Candidate::Word("--force".into(), "also if the image is clean".into())]);
@@ -272,6 +287,9 @@ mod tests {
         assert_eq!(words("init -nf "), ["expanded", "preallocated", "raw"]);
         assert_eq!(words("init -nfraw "), [":files"]);
         assert_eq!(words("init -s "), [""; 0]);
+        assert_eq!(words("merge --progress "), ["auto", "json", "none"]);
+        assert_eq!(words("--progress "), ["auto", "json", "none"]);
+        assert_eq!(words("--progress json rel"), ["reload"]);
         assert_eq!(words("init -s 10g "), [":files"]);
         assert_eq!(words("init -- -f "), [":files"]);
         assert_eq!(words("mount -m "), [":folders"]);

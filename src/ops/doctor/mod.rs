@@ -1,41 +1,43 @@
-//! What this machine offers, what is missing and how to get it, and what is wrong with devices.
+//! What this machine offers, what is missing and how to get it, and what is wrong with devices and disks.
+
+mod device;
+mod disk;
+mod finding;
+mod leftovers;
 
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::deleted;
-use crate::device::{self, Device, State};
-use crate::fs::{helper, holders};
+use crate::device as devices_of_drivers;
+use crate::fs::helper;
 
-/// Result of one check.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    pub subject: String,
-    pub grade: Grade,
-    /// What was seen.
-    pub text: String,
-    /// What to do, if it is not in order.
-    pub remedy: Option<String>,
+pub use device::devices;
+pub use disk::disk;
+pub use finding::{Finding, Grade};
+
+use finding::{bad, good};
+
+/// What is wrong with the disks that devices run, without what is wrong with the devices.
+pub fn disks_of_devices() -> Vec<Finding> {
+    let devices = devices_of_drivers::list().unwrap_or_default();
+    let mut disks: Vec<_> = devices.iter().filter_map(|d| d.descriptor.clone()).filter(|p| p.exists()).collect();
+    disks.sort();
+    disks.dedup();
+    let nodes: Vec<String> = devices.iter().map(|d| d.node().display().to_string()).collect();
+    let wrong = |f: &Finding| f.grade != Grade::Good && !nodes.contains(&f.subject);
+    disks.iter().flat_map(|path| disk(path)).filter(wrong).collect()
 }
 
-/// How bad it is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
-pub enum Grade {
-    Good,
-    /// Works, but not as well as it could, or needs a look.
-    Warning,
-    /// Something cannot work.
-    Missing,
-}
-
-fn good(subject: &str, text: impl Into<String>) -> Finding {
-    Finding { subject: subject.into(), grade: Grade::Good, text: text.into(), remedy: None }
-}
-
-fn bad(grade: Grade, subject: &str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
-    Finding { subject: subject.into(), grade, text: text.into(), remedy: Some(remedy.into()) }
+/// One page on a device, and on the disk that it runs.
+pub fn device_and_disk(node: &str) -> crate::error::Result<Vec<Finding>> {
+    let found = device::device(node)?;
+    let mut page = found.descriptor.as_deref().filter(|p| p.exists()).map(disk).unwrap_or_default();
+    if !page.iter().any(|f| f.subject == found.node().display().to_string()) {
+        page.insert(0, device::one(&found));
+    }
+    Ok(page)
 }
 
 /// What making and mounting disks needs.
@@ -62,7 +64,7 @@ fn kernel() -> Finding {
 /// How requests of a killed server are executed. The kernel says what it can do at the first mount; until then its
 /// version decides.
 fn takeover() -> Finding {
-    let wanted = match device::slots_wanted() {
+    let wanted = match devices_of_drivers::slots_wanted() {
         Ok(wanted) => wanted,
         Err(e) => return bad(Grade::Warning, "takeover", e.to_string(), "unset PLOOP_TAKEOVER"),
     };
@@ -142,7 +144,7 @@ fn node(subject: &str, path: &str, module: &str, numbers: &str) -> Finding {
 
 /// The driver that new devices get.
 fn driver() -> Finding {
-    let driver = match device::driver() {
+    let driver = match devices_of_drivers::driver() {
         Ok(driver) => driver,
         Err(e) => return bad(Grade::Missing, "driver", e.to_string(), "unset PLOOP_DRIVER"),
     };
@@ -155,7 +157,7 @@ fn driver() -> Finding {
 
 /// The program whose processes serve devices, if the driver has one.
 fn server() -> Option<Finding> {
-    Some(match device::driver().ok()?.program()? {
+    Some(match devices_of_drivers::driver().ok()?.program()? {
         Ok(path) => good("ploop-server", path.display().to_string()),
         Err(e) => bad(
             Grade::Missing,
@@ -190,102 +192,6 @@ fn request_timeouts() -> Option<Finding> {
         format!("fs.fuse.{name} is set: a disk whose server is away for longer is lost to its users"),
         format!("sysctl fs.fuse.{name}=0"),
     ))
-}
-
-/// Devices, each with what its state asks for.
-pub fn devices() -> Vec<Finding> {
-    let devices = match device::list() {
-        Ok(devices) => devices,
-        Err(e) => return vec![bad(Grade::Warning, "devices", e.to_string(), "run it as root")],
-    };
-    let stopped = match device::stopped() {
-        Ok(devices) => devices.iter().map(stopped).collect(),
-        Err(e) => vec![bad(Grade::Warning, "stopped devices", e.to_string(), "look at the file that is named")],
-    };
-    let unflushed = device::all_unflushed();
-    devices.iter().map(one).chain(stopped).chain(unflushed.iter().map(unflushed_changes)).collect()
-}
-
-/// Changes that wait for the next mount.
-fn unflushed_changes((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
-    let image = images.last().map_or("an image".into(), |i| i.display().to_string());
-    bad(
-        Grade::Warning,
-        &folder.display().to_string(),
-        format!("the last changes of {image}, whose server was killed, wait for the next mount"),
-        format!(
-            "mount it for writing before the host is rebooted; if the image is gone for good: rm -r {}",
-            folder.display()
-        ),
-    )
-}
-
-/// A device that `ploop stop` has stopped.
-fn stopped(d: &Device) -> Finding {
-    let subject = d.node().display().to_string();
-    match device::changed(d) {
-        Ok(()) => good(
-            &subject,
-            format!(
-                "stopped, of {}: ploop start -d {subject} attaches it again, ploop clear -d {subject} forgets it",
-                d.top().display()
-            ),
-        ),
-        Err(e) => bad(
-            Grade::Warning,
-            &subject,
-            format!("stopped, and cannot be started: {e}"),
-            format!("ploop clear -d {subject}"),
-        ),
-    }
-}
-
-fn one(d: &Device) -> Finding {
-    let subject = d.node().display().to_string();
-    let of = match d.images.is_empty() {
-        true => "no record of its image".to_string(),
-        false => format!("{} of {}", d.state.as_str(), d.top().display()),
-    };
-    let remedy = match &d.state {
-        State::Running | State::Starting => {
-            // A device works without a supervisor, but no process would start a new worker.
-            return match device::is_supervised(d) || d.state == State::Starting {
-                true if holders::ends_with_its_last_user(&d.disk) => bad(
-                    Grade::Warning,
-                    &subject,
-                    format!("{of}, but `losetup -d` or `losetup -D` was called: it ends when its last user closes it"),
-                    format!(
-                        "nothing is lost, its image is closed cleanly then; ploop umount -d {subject}, then mount it again"
-                    ),
-                ),
-                true => match deleted::trouble(d) {
-                    Some((what, remedy)) => bad(Grade::Warning, &subject, format!("{of}, but {what}"), remedy),
-                    None => good(&subject, of),
-                },
-                false => bad(
-                    Grade::Warning,
-                    &subject,
-                    format!("{of}, without a supervisor"),
-                    "wait some seconds: the worker starts one",
-                ),
-            };
-        }
-        State::NoSpace => format!(
-            "writes wait for space: free some on the file system of {}, or raise its quota; they go on by themselves",
-            d.top().display()
-        ),
-        State::Stalled => "a process that serves it does not answer (stopped or stuck), and its I/O waits: look for state T or D in `ps ax | grep ploop-server`; `kill -CONT PID` lets a stopped one go on, `kill -9 PID` has it replaced, and nothing is lost by either. A worker that stands still for a minute is replaced by itself".into(),
-        State::Unknown(_) => "this version does not know that state, a newer one serves it: use the ploop that is installed with its server".into(),
-        State::Failed => format!(
-            "writes cannot be made durable, or no worker can serve it: read the kernel's and the system's log. If its I/O waits and the image is right again: ploop reload {subject}. Else save what can still be read, then ploop umount -d {subject}, or ploop umount --abort {subject} if that hangs"
-        ),
-        State::Stopped => format!("the image is being closed; if that lasts, ploop umount -d {subject}"),
-        State::Dead => format!(
-            "its processes were killed: unmount what is left (umount MOUNTPOINT), then ploop umount -d {subject}, and mount it again before the host is rebooted: then what was answered is there (where the image lies on a network file system: what was flushed)"
-        ),
-    };
-    let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };
-    bad(grade, &subject, of, remedy)
 }
 
 #[cfg(test)]
