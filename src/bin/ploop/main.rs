@@ -28,6 +28,7 @@ mod reload;
 mod replace;
 mod resize;
 mod restore;
+mod send;
 mod snapshot;
 mod snapshot_list;
 mod tour;
@@ -100,7 +101,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 25] = [
+const COMMANDS: [&Command; 27] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -121,6 +122,8 @@ const COMMANDS: [&Command; 25] = [
     &compact::COMMAND,
     &convert::COMMAND,
     &copy::COMMAND,
+    &send::SEND,
+    &send::RECEIVE,
     &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
@@ -129,7 +132,7 @@ const COMMANDS: [&Command; 25] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 15] = [
+const ON_A_DISK: [&str; 16] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -145,6 +148,7 @@ const ON_A_DISK: [&str; 15] = [
     resize::COMMAND.name,
     compact::COMMAND.name,
     convert::COMMAND.name,
+    send::SEND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -174,6 +178,8 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop balloon show|change|... DISK  take space from a mounted disk, and give it back
   ploop copy -s DEVICE ...           send the top image of a device in use; -d: to a file
   ploop copy -d FILE                 receive a copy of an image
+  ploop send DISK                    send a disk with its snapshots to another machine
+  ploop receive DIR                  receive one
   ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop tour                         see all of it work, in a temporary folder

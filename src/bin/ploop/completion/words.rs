@@ -62,7 +62,8 @@ fn argument(command: &str, letter: char) -> Kind {
         (name, 'm') if name.starts_with(BALLOON) => Kind::MountPoint,
         (_, 'm') => Kind::Folder,
         (_, 'd') => Kind::Device,
-        ("copy", 'f' | 'i' | 'o') => Kind::Free,
+        ("copy" | "send" | "receive", 'f' | 'i' | 'o') => Kind::Free,
+        ("send", 'k') => Kind::File,
         ("restore-descriptor" | "grow" | "merge", 'f') => Kind::OneOf(&["raw", "ploop1"]),
         (_, 'f') => FORMATS,
         ("init", 't') => Kind::OneOf(&["ext4", "ext3", "none"]),
@@ -86,7 +87,7 @@ fn operand(command: &str) -> Kind {
     match command {
         "umount" => Kind::MountPoint,
         "reload" => Kind::Device,
-        "tour" => Kind::Folder,
+        "tour" | "receive" => Kind::Folder,
         "list" | "doctor" => Kind::Free,
         "completion" => Kind::OneOf(&["bash", "zsh", "fish"]),
         _ => Kind::File,
