@@ -10,7 +10,7 @@ use crate::make::{A, B, BS, Delta, Image, NONE, PLAIN, TOP, base, cut, disk, goo
 
 const CHECK: &[&str] = &["check", "{}/DiskDescriptor.xml"];
 const MOUNT: &[&str] = &["mount", "{}/DiskDescriptor.xml"];
-const SEND: &[&str] = &["send", "-o", "2", "{}/DiskDescriptor.xml"];
+const SEND: &[&str] = &["send", "{}/DiskDescriptor.xml"];
 const LIST: &[&str] = &["snapshot-list", "{}/DiskDescriptor.xml"];
 const DD: &str = "{}/DiskDescriptor.xml";
 

@@ -19,7 +19,7 @@ use crate::sys::fiemap;
 /// Memory for what was read and not sent.
 const AHEAD: usize = 16 << 20;
 /// The same while file systems are frozen: what fits is sent after the thaw.
-const AHEAD_FROZEN: usize = 64 << 20;
+const AHEAD_FROZEN: usize = 256 << 20;
 /// Between two looks for a request to cancel.
 const LOOK: Duration = Duration::from_millis(100);
 

@@ -155,8 +155,8 @@ pub(super) fn open_top(node: &Path) -> Result<(Device, File)> {
     }
 }
 
-/// Ends what writes: runs the command, freezes the file systems, flushes the device.
-pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<Box<dyn Freeze>> {
+/// Ends what writes: runs the command, freezes the file systems, flushes the device. Also, since when writers wait.
+pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<(Box<dyn Freeze>, Instant)> {
     if let Some(command) = stop.command {
         // No file system is held open: the command may unmount them.
         let mut shell = Command::new("/bin/sh");
@@ -173,12 +173,13 @@ pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<Box<dyn Freeze>> {
         }
     }
     let mut frozen = freeze::prepare(device)?;
+    let since = Instant::now();
     frozen.freeze()?;
     for node in device::aliases(device).nodes {
         let synced = File::open(&node).and_then(|file| file.sync_all());
         synced.ctx(Kind::DevIoc, || format!("cannot flush {}", node.display()))?;
     }
-    Ok(frozen)
+    Ok((frozen, since))
 }
 
 /// A copy under way.
@@ -210,18 +211,18 @@ impl<'a> Copying<'a> {
         Ok(Copying { tracker, top, reader, raw, output, head: AlignedBuf::new(4096), sent: 0, shown })
     }
 
-    pub fn run(mut self, quiesce: &mut dyn FnMut() -> Result<Box<dyn Freeze>>) -> Result<Sent> {
+    /// `quiesce` also tells since when writers wait.
+    pub fn run(mut self, quiesce: &mut dyn FnMut() -> Result<(Box<dyn Freeze>, Instant)>) -> Result<Sent> {
         self.first_pass()?;
         self.live_rounds()?;
         self.sync()?;
-        let mut frozen = quiesce()?;
-        let begun = Instant::now();
+        let (mut frozen, since) = quiesce()?;
         let before = self.sent;
         self.last_rounds()?;
         let head = self.closed_head()?;
         // Thawed by another process, or at the end of its time: then the copy has no end.
         frozen.thaw()?;
-        let time = begun.elapsed();
+        let time = since.elapsed();
         self.write_pending(0)?;
         if let Some(head) = head {
             self.output.write(0, &head)?;

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use super::output::Output;
 use super::receive;
@@ -87,7 +88,8 @@ impl Source {
         let file = self.file.try_clone().unwrap();
         let mut tracker = Busy { file, clusters: 40, left: writes, written: Vec::new() };
         let top = self.file.try_clone().unwrap();
-        let quiesce: &mut dyn FnMut() -> Result<Box<dyn Freeze>> = &mut || Ok(Box::new(Frozen(thawed)));
+        let quiesce: &mut dyn FnMut() -> Result<(Box<dyn Freeze>, Instant)> =
+            &mut || Ok((Box::new(Frozen(thawed)), Instant::now()));
         Copying::new(&mut tracker, top, false, &mut sink, CLUSTER)?.run(quiesce)
     }
 

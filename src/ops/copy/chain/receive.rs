@@ -67,7 +67,7 @@ pub fn receive(dir: &Path, input: BorrowedFd) -> Result<Arrived> {
         return Err(match coming.half.forget_if_empty() {
             true => e,
             false => e.context(format!(
-                "{} keeps what has come for another try, see --kept; remove it if there is none",
+                "{} keeps what has come: send the rest of it (--kept), or remove it",
                 coming.half.display()
             )),
         });
@@ -93,24 +93,24 @@ impl Coming {
         let mut start = [0; stream::START];
         self.read(input, &mut start)?;
         stream::check_start(&start)?;
-        let mut payload = Vec::new();
+        let mut buf = Vec::new();
         for number in 0.. {
             let mut head = [0; stream::HEAD];
             self.read(input, &mut head)?;
             let record = Record::parse(&head)?;
-            self.read_payload(input, record.payload as usize, &mut payload)?;
-            record.check(number, &head, &payload)?;
+            let payload = self.read_payload(input, record.payload as usize, &mut buf)?;
+            record.check(number, &head, payload)?;
             if matches!(record.kind, What::Data | What::Packed | What::Zero | What::Same) {
                 self.arrived.bytes += record.bytes;
             }
             match record.kind {
-                What::File => self.begin(record.file, &payload)?,
+                What::File => self.begin(record.file, payload)?,
                 What::Same => {
-                    self.file(record.file)?.keep(record.offset, record.bytes, &payload)?;
+                    self.file(record.file)?.keep(record.offset, record.bytes, payload)?;
                     self.arrived.kept += record.bytes;
                 }
-                What::Data => self.file(record.file)?.write(record.offset, &payload)?,
-                What::Packed => self.file(record.file)?.unpack(record.offset, record.bytes, &payload)?,
+                What::Data => self.file(record.file)?.write(record.offset, payload)?,
+                What::Packed => self.file(record.file)?.unpack(record.offset, record.bytes, payload)?,
                 What::Zero => self.file(record.file)?.zero(record.offset, record.bytes)?,
                 What::Sync => self.sync()?,
                 What::Close => self.file(record.file)?.close(record.bytes)?,
@@ -124,7 +124,7 @@ impl Coming {
                             self.arrived.bytes
                         );
                     }
-                    return self.finish(&payload);
+                    return self.finish(payload);
                 }
             }
         }
@@ -135,15 +135,18 @@ impl Coming {
         read_all(input, buf, Received { bytes: self.arrived.bytes, syncs: 0 })
     }
 
-    /// Memory is taken as it is filled, a block at a time.
-    fn read_payload(&self, input: BorrowedFd, len: usize, payload: &mut Vec<u8>) -> Result<()> {
-        payload.clear();
-        while payload.len() < len {
-            let have = payload.len();
-            payload.resize(len.min(have + stream::BLOCK as usize), 0);
-            self.read(input, payload.get_mut(have..).unwrap_or_default())?;
+    /// The payload, in a buffer that only grows, a block at a time and as it is filled.
+    fn read_payload<'a>(&self, input: BorrowedFd, len: usize, buf: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        let mut have = 0;
+        while have < len {
+            let next = len.min(have + stream::BLOCK as usize);
+            if buf.len() < next {
+                buf.resize(next, 0);
+            }
+            self.read(input, buf.get_mut(have..next).unwrap_or_default())?;
+            have = next;
         }
-        Ok(())
+        Ok(buf.get(..len).unwrap_or_default())
     }
 
     fn begin(&mut self, number: u32, name: &[u8]) -> Result<()> {
