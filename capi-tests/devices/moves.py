@@ -15,7 +15,7 @@ from copies_live import Load, writable  # noqa: E402
 from devlib import check, log, ploop, run  # noqa: E402
 
 MIB = 1 << 20
-SIZE, FILL, ROUNDS, KILLS = devlib.pick(("128m", 8 * MIB, 2, 4), ("1g", 150 * MIB, 8, 30))
+SIZE, FILL, ROUNDS, KILLS = devlib.pick(("96m", 6 * MIB, 2, 4), ("1g", 150 * MIB, 8, 30))
 
 
 def sums(folder):
@@ -134,6 +134,7 @@ def case_resume(t):
     os.makedirs(target)
     a, b = pipe(["send", disk.dd], ["receive", target])
     check(b.wait(100) == 1 and a.wait(100) == 7, f"{a.returncode} {b.returncode}, a folder that exists")
+    t.umount("-m", disk.mnt)
 
 
 @devlib.limit(devlib.pick(120, 1200))

@@ -133,11 +133,10 @@ fn a_stream_that_is_cut_leaves_what_the_next_one_uses() {
     let whole = sent(&dd, false, Kept::default()).unwrap();
     let all = records(&whole);
     for (n, (start, end, _)) in all.iter().enumerate() {
-        for cut in [*start, *start + 7, *end - 1] {
-            let e = received(&target, &whole[..cut]).unwrap_err();
-            assert!(e.kind() == Kind::Read && !target.exists(), "{cut}: {e}");
-        }
-        if n % 3 != 0 {
+        let cut = [*start, *start + 7, *end - 1][n % 3];
+        let e = received(&target, &whole[..cut]).unwrap_err();
+        assert!(e.kind() == Kind::Read && !target.exists(), "{cut}: {e}");
+        if n % 4 != 0 {
             continue;
         }
         let again = sent(&dd, false, kept(&target)).unwrap();
@@ -191,7 +190,7 @@ fn a_changed_byte_anywhere_is_noticed() {
     let (dir, dd) = disk(ImageMode::Expanded);
     let target = dir.path().canonicalize().unwrap().join("target");
     let whole = sent(&dd, true, Kept::default()).unwrap();
-    let step = whole.len() / 100;
+    let step = whole.len() / 40;
     let last = records(&whole).last().unwrap().0;
     let swapped = {
         let all = records(&whole);
@@ -199,7 +198,7 @@ fn a_changed_byte_anywhere_is_noticed() {
         [&whole[..a.0], &whole[b.0..b.1], &whole[a.0..a.1], &whole[b.1..]].concat()
     };
     assert!(received(&target, &swapped).is_err() && !target.exists());
-    for at in (0..whole.len()).step_by(step).chain(last..last + 70) {
+    for at in (0..whole.len()).step_by(step).chain((last..last + 70).step_by(9)) {
         let mut bad = whole.clone();
         bad[at] ^= 0x10;
         let e = received(&target, &bad).unwrap_err();
