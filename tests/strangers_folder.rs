@@ -264,7 +264,8 @@ fn command(world: &World, rng: &mut Rng) -> Vec<String> {
     let snapshot = guid(1 + rng.below(3)).to_string();
     let copy = world.disk().join("copy").display().to_string();
     let new = world.disk().join("sub/new").display().to_string();
-    let words: Vec<&str> = match rng.below(13) {
+    let arrived = world.disk().join("sub/arrived").display().to_string();
+    let words: Vec<&str> = match rng.below(14) {
         0 => vec!["snapshot", &dd],
         1 => vec!["snapshot-delete", "-u", &snapshot, &dd],
         2 => vec!["snapshot-merge", "-u", &snapshot, &dd],
@@ -277,6 +278,7 @@ fn command(world: &World, rng: &mut Rng) -> Vec<String> {
         9 => vec!["convert", "-f", "raw", &dd],
         10 => vec!["convert", "-f", "preallocated", &dd],
         11 => vec!["convert", "-v", "1", &dd],
+        12 => vec!["copy", "--chain", "-s", &dd, "-d", &arrived],
         _ => vec!["mount", &dd],
     };
     words.into_iter().map(str::to_owned).collect()

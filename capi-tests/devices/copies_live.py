@@ -3,10 +3,12 @@
 import ctypes
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tools"))
@@ -14,7 +16,7 @@ import devlib  # noqa: E402
 from devlib import check, log, ploop, run  # noqa: E402
 
 MIB = 1 << 20
-SIZE, ROUNDS, KILLS = devlib.pick(("128m", 3, 4), ("1g", 8, 60))
+SIZE, FILL, ROUNDS, KILLS = devlib.pick(("512m", 60 * MIB, 3, 4), ("4g", 1536 * MIB, 10, 60))
 
 # Writes until the file STOP is there, then makes STOPPED. What it has written it reads again.
 LOAD = """
@@ -89,10 +91,11 @@ def check_copy(t, img, want):
 
 
 def transfer(form, dev, target, load, between=lambda: None):
-    """Copies the device; `between` is called meanwhile."""
+    """Copies the device; `between` is called meanwhile. What the sender says of it."""
+    said = tempfile.TemporaryFile(mode="w+")
     sender = [devlib.PLOOP, "copy", "-s", dev, "-F", load.command]
     if form == "file":
-        processes = [subprocess.Popen([*sender, "-d", target])]
+        processes = [subprocess.Popen([*sender, "-d", target], stdout=said)]
     else:
         receiver = devlib.DEBIAN_PLOOP if form == "pipe to 1.15" else devlib.PLOOP
         env = {k: v for k, v in os.environ.items() if not k.startswith("LD_")} | {"PADDING": "x" * 8192}
@@ -103,17 +106,19 @@ def transfer(form, dev, target, load, between=lambda: None):
             source, out = os.pipe()
             back, told = os.pipe()
         processes = [
-            subprocess.Popen([*sender, "-o", str(out), "-f", str(back)], pass_fds=(out, back)),
+            subprocess.Popen([*sender, "-o", str(out), "-f", str(back)], pass_fds=(out, back), stdout=said),
             subprocess.Popen([receiver, "copy", "-d", target, "-i", str(source), "-f", str(told)], pass_fds=(source, told), env=env),
         ]
         for fd in {out, back, source, told}:
             os.close(fd)
     between()
-    codes = [p.wait(100) for p in processes]
+    codes = [p.wait(300) for p in processes]
     check(not any(codes), f"{form}: {codes}")
+    said.seek(0)
+    return re.search(r"(\d+) bytes sent, (\d+) of them .* for (\d+) ms", said.read())
 
 
-@devlib.limit(devlib.pick(180, 1800))
+@devlib.limit(devlib.pick(180, 3600))
 def case_under_load(t):
     """What arrives is the file system as it was frozen, whatever it goes through, and though the worker is killed."""
     devlib.debian_is_debians()
@@ -121,7 +126,7 @@ def case_under_load(t):
     [seed] = devlib.seeds([1])
     log(devlib.replay(t, seed))
     rng = random.Random(seed)
-    devlib.fill_tree(mnt, 3, 30 * MIB, sizes=(70000, 3000000))
+    devlib.fill_tree(mnt, 3, FILL, sizes=(70000, 3000000))
     forms = ["pipe to 1.15", "file", "socket", "file", "pipe"]
     for i in range(ROUNDS):
         form = forms[i % len(forms)]
@@ -135,8 +140,9 @@ def case_under_load(t):
                 devlib.kill(worker)
         target = t.path(f"copy{i}.hdd")
         began = time.time()
-        transfer(form, dev, target, load, kill_worker)
-        log(f"{form}: {os.path.getsize(target) >> 20} MiB in {time.time() - began:.1f} s")
+        said = transfer(form, dev, target, load, kill_worker)
+        check(said, "the sender does not tell what it has sent")
+        log(f"{form}: {os.path.getsize(target) >> 20} MiB in {time.time() - began:.1f} s; {said.group(0)}")
         load.end()
         writable(mnt)
         check_copy(t, target, sums(mnt))

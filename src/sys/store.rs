@@ -130,6 +130,12 @@ pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
     step(Step::Zero(file, offset, len), || allocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len))
 }
 
+/// Makes a part of the file, before its end, a hole.
+pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    step(Step::Zero(file, offset, len), || allocate(file, flags, offset, len))
+}
+
 /// Shares the content of a part of `from` with `to` (FICLONERANGE). Offsets and length are multiples of the file
 /// system's block. Errors of [`cannot_clone`] mean that the file systems do not do that.
 pub fn clone_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len: u64) -> io::Result<()> {

@@ -10,6 +10,7 @@ use crate::make::{A, B, BS, Delta, Image, NONE, PLAIN, TOP, base, cut, disk, goo
 
 const CHECK: &[&str] = &["check", "{}/DiskDescriptor.xml"];
 const MOUNT: &[&str] = &["mount", "{}/DiskDescriptor.xml"];
+const SEND: &[&str] = &["send", "{}/DiskDescriptor.xml"];
 const LIST: &[&str] = &["snapshot-list", "{}/DiskDescriptor.xml"];
 const DD: &str = "{}/DiskDescriptor.xml";
 
@@ -115,6 +116,8 @@ const BELOW: &[&str] = &["mount", "{}/disk/DiskDescriptor.xml"];
 
 pub const ROWS: &[Row] = &[
     row("no descriptor, mount", |_| {}, MOUNT, 39, &[DD, "No such file"]),
+    row("no descriptor, send", |_| {}, SEND, 39, &[DD, "No such file"]),
+    row("no folder to receive in", usual, &["receive", "--kept", "{}/none/at"], 1, &["none", "No such file"]),
     row("no descriptor, check", |_| {}, CHECK, 39, &[DD, "No such file"]),
     row("descriptor is a folder", |d| fs::create_dir(dd(d)).expect("folder"), MOUNT, 23, &[DD, "not a regular file"]),
     row(

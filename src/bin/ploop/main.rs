@@ -30,6 +30,7 @@ mod reload;
 mod replace;
 mod resize;
 mod restore;
+mod send;
 mod snapshot;
 mod snapshot_list;
 mod stat;
@@ -105,7 +106,7 @@ pub struct Command {
     pub run: fn(Parsed) -> Result<(), Fail>,
 }
 
-const COMMANDS: [&Command; 33] = [
+const COMMANDS: [&Command; 35] = [
     &init::COMMAND,
     &mount::COMMAND,
     &umount::COMMAND,
@@ -134,6 +135,8 @@ const COMMANDS: [&Command; 33] = [
     &stat::COMMAND,
     &getdev::COMMAND,
     &copy::COMMAND,
+    &send::SEND,
+    &send::RECEIVE,
     &restore::COMMAND,
     &tour::COMMAND,
     &doctor::COMMAND,
@@ -142,7 +145,7 @@ const COMMANDS: [&Command; 33] = [
 ];
 
 /// Commands whose single operand is a disk.
-const ON_A_DISK: [&str; 17] = [
+const ON_A_DISK: [&str; 18] = [
     mount::COMMAND.name,
     info::COMMAND.name,
     check::COMMAND.name,
@@ -160,6 +163,7 @@ const ON_A_DISK: [&str; 17] = [
     compact::COMMAND.name,
     convert::COMMAND.name,
     doctor::COMMAND.name,
+    send::SEND.name,
 ];
 
 /// The console level until `-v` says otherwise.
@@ -190,6 +194,8 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop balloon show|change|... DISK  take space from a mounted disk, and give it back
   ploop copy -s DEVICE ...           send the top image of a device in use; -d: to a file
   ploop copy -d FILE                 receive a copy of an image
+  ploop send DISK                    send a disk with its snapshots to another machine
+  ploop receive DIR                  receive one
   ploop convert -f FORMAT DISK       make a disk raw or preallocated, or -v VERSION: another version
   ploop restore-descriptor DIR FILE  make a lost DiskDescriptor.xml anew
   ploop stop -d DEVICE               detach a device, but keep its name and images in mind

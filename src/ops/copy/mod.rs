@@ -1,6 +1,9 @@
 //! Copying the top image of a running disk to another file or machine: the stream of `ploop copy`, as libploop 1.12 to 1.15
-//! speak it.
+//! speak it; and moving a whole disk ([`chain`]), in a stream of its own.
 
+pub mod chain;
+mod output;
+mod reader;
 pub mod receive;
 pub mod send;
 #[cfg(test)]

@@ -25,11 +25,11 @@ use crate::sys::folder::Place;
 use crate::sys::{stdio, store, wait};
 
 /// Of the file while it is received.
-const SUFFIX: &str = ".receiving";
+pub(super) const SUFFIX: &str = ".receiving";
 /// The file is as unreadable to others as the image that it is a copy of may be.
 const MODE: u32 = 0o600;
 /// Received data are handed to the disk in pieces of this size, so that a sync has little left to do.
-const WRITE_BACK: u64 = 64 << 20;
+pub(super) const WRITE_BACK: u64 = 64 << 20;
 
 /// A request to cancel is looked for so often.
 const LOOK: Duration = Duration::from_millis(100);
@@ -211,7 +211,7 @@ fn remove_left(unfinished: &Place) -> Result<()> {
 }
 
 /// Fills `buf` from the stream.
-fn read_all(input: BorrowedFd, mut buf: &mut [u8], received: Received) -> Result<()> {
+pub(super) fn read_all(input: BorrowedFd, mut buf: &mut [u8], received: Received) -> Result<()> {
     while !buf.is_empty() {
         if report::cancel::requested() {
             bail!(Sys, "the copy was cancelled after {} bytes", received.bytes);

@@ -9,12 +9,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::ops::Range;
 use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::output::Output;
+use super::reader::{Piece, Reader};
 use super::sink::Sink;
 use crate::bail;
 use crate::device::{self, Device, Freeze, Tracker};
@@ -23,6 +24,7 @@ use crate::format::header::{self, Header};
 use crate::ops::maintenance::{self, Work};
 use crate::ops::online::freeze;
 use crate::report;
+use crate::report::progress::Progress;
 use crate::sys::aligned::{AlignedBuf, read_full};
 use crate::sys::reopen::{Access, reopen};
 use crate::sys::{host, stdio};
@@ -46,17 +48,34 @@ const MAKES_WAY: Duration = Duration::from_secs(3);
 pub struct Sent {
     /// Bytes, those that went several times counted as often.
     pub bytes: u64,
-    /// Of these, what went while the file systems were frozen.
+    /// Of these, what was read while the file systems were frozen.
     pub frozen: u64,
+    /// How long they were frozen.
+    pub time: Duration,
+}
+
+impl Sent {
+    /// For the user.
+    pub(super) fn tell(&self) {
+        report::say(
+            0,
+            format_args!(
+                "{} bytes sent, {} of them from file systems that were frozen for {} ms",
+                self.bytes,
+                self.frozen,
+                self.time.as_millis()
+            ),
+        );
+    }
 }
 
 /// What ends the writing to the device.
 #[derive(Clone, Copy, Debug, Default)]
-struct Stop<'a> {
+pub(super) struct Stop<'a> {
     /// For the shell.
-    command: Option<&'a OsStr>,
+    pub command: Option<&'a OsStr>,
     /// Standard input and standard output of this process belong to the copy: the command does not get them.
-    copied: [bool; 2],
+    pub copied: [bool; 2],
 }
 
 /// [`send`] to a descriptor that the caller named by its number: a pipe, a socket, or a file, which is written in place.
@@ -83,7 +102,7 @@ pub fn send_to_file(node: &Path, file: &Path, stop: Option<&OsStr>) -> Result<Se
 /// Sends the top of the device with this node. Errors: `Device`
 /// (no device), `Busy` (clusters of it are moved or merged, or it is copied already), `Read`, `Write`, `Protocol` (no answer),
 /// `Fsync` (the receiver cannot sync), `Sys` (the command fails), `Loop` (still written to when it is frozen).
-fn send(node: &Path, sink: Sink, stop: Stop) -> Result<Sent> {
+fn send(node: &Path, mut sink: Sink, stop: Stop) -> Result<Sent> {
     let operation = report::cancel::begin();
     let found = find(node)?;
     maintenance::before(&found, Work::Copy)?;
@@ -91,13 +110,15 @@ fn send(node: &Path, sink: Sink, stop: Stop) -> Result<Sent> {
     let (device, top) = open_top(node)?;
     report::say(0, format!("Sending {}", device.top().display()));
     let quiesce = &mut || quiesce(&device, stop);
-    let sent = Copying::new(&mut *tracker, top, device.version.is_none(), sink).run(quiesce)?;
+    let piece = tracker.cluster();
+    let sent = Copying::new(&mut *tracker, top, device.version.is_none(), &mut sink, piece)?.run(quiesce)?;
+    sent.tell();
     operation.end(true);
     Ok(sent)
 }
 
 /// What the server compacts by itself it ends for a copy, a moment later.
-fn track(device: &Device) -> Result<Box<dyn Tracker>> {
+pub(super) fn track(device: &Device) -> Result<Box<dyn Tracker>> {
     let end = host::now() + MAKES_WAY;
     loop {
         match device::track(device) {
@@ -115,7 +136,7 @@ fn find(node: &Path) -> Result<Device> {
 }
 
 /// The device and the file of its top, which stays the top while it is tracked.
-fn open_top(node: &Path) -> Result<(Device, File)> {
+pub(super) fn open_top(node: &Path) -> Result<(Device, File)> {
     let mut tries = 0;
     loop {
         let device = find(node)?;
@@ -134,8 +155,8 @@ fn open_top(node: &Path) -> Result<(Device, File)> {
     }
 }
 
-/// Ends what writes: runs the command, freezes the file systems, flushes the device.
-fn quiesce(device: &Device, stop: Stop) -> Result<Box<dyn Freeze>> {
+/// Ends what writes: runs the command, freezes the file systems, flushes the device. Also, since when writers wait.
+pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<(Box<dyn Freeze>, Instant)> {
     if let Some(command) = stop.command {
         // No file system is held open: the command may unmount them.
         let mut shell = Command::new("/bin/sh");
@@ -152,47 +173,72 @@ fn quiesce(device: &Device, stop: Stop) -> Result<Box<dyn Freeze>> {
         }
     }
     let mut frozen = freeze::prepare(device)?;
+    let since = Instant::now();
     frozen.freeze()?;
     for node in device::aliases(device).nodes {
         let synced = File::open(&node).and_then(|file| file.sync_all());
         synced.ctx(Kind::DevIoc, || format!("cannot flush {}", node.display()))?;
     }
-    Ok(frozen)
+    Ok((frozen, since))
 }
 
 /// A copy under way.
 pub(super) struct Copying<'a> {
     tracker: &'a mut dyn Tracker,
+    /// The same file for what is not read ahead.
     top: File,
+    reader: Reader,
     raw: bool,
-    sink: Sink,
-    buf: AlignedBuf,
+    output: &'a mut dyn Output,
+    head: AlignedBuf,
     sent: u64,
+    shown: Progress,
 }
 
 impl<'a> Copying<'a> {
-    pub fn new(tracker: &'a mut dyn Tracker, top: File, raw: bool, sink: Sink) -> Copying<'a> {
-        let cluster = tracker.cluster().clamp(4096, super::wire::MAX_PAYLOAD.into());
-        Copying { tracker, top, raw, sink, buf: AlignedBuf::new(cluster as usize), sent: 0 }
+    /// `piece`: bytes that are written at once, of at most the largest payload.
+    pub fn new(
+        tracker: &'a mut dyn Tracker,
+        top: File,
+        raw: bool,
+        output: &'a mut dyn Output,
+        piece: u64,
+    ) -> Result<Copying<'a>> {
+        let piece = piece.clamp(4096, super::wire::MAX_PAYLOAD.into()) as usize;
+        let again = top.try_clone().ctx(Kind::Open, || "cannot open the image")?;
+        let shown = Progress::begin("copying");
+        let reader = Reader::new(again, piece)?;
+        Ok(Copying { tracker, top, reader, raw, output, head: AlignedBuf::new(4096), sent: 0, shown })
     }
 
-    pub fn run(mut self, quiesce: &mut dyn FnMut() -> Result<Box<dyn Freeze>>) -> Result<Sent> {
+    /// `quiesce` also tells since when writers wait.
+    pub fn run(mut self, quiesce: &mut dyn FnMut() -> Result<(Box<dyn Freeze>, Instant)>) -> Result<Sent> {
         self.first_pass()?;
         self.live_rounds()?;
         self.sync()?;
-        let mut frozen = quiesce()?;
+        let (mut frozen, since) = quiesce()?;
         let before = self.sent;
         self.last_rounds()?;
-        self.send_head()?;
+        let head = self.closed_head()?;
         // Thawed by another process, or at the end of its time: then the copy has no end.
         frozen.thaw()?;
-        self.sink.end()?;
-        Ok(Sent { bytes: self.sent, frozen: self.sent - before })
+        let time = since.elapsed();
+        self.write_pending(0)?;
+        if let Some(head) = head {
+            self.output.write(0, &head)?;
+            self.sent += HEAD as u64;
+        }
+        let sent = Sent { bytes: self.sent, frozen: self.sent - before, time };
+        self.output.end()?;
+        Ok(sent)
     }
 
+    /// The whole file; while a window of it is sent the next one is read.
     fn first_pass(&mut self) -> Result<()> {
+        let cluster = self.tracker.cluster().max(1);
         let end = self.tracker.end();
-        let window = WINDOW.next_multiple_of(self.buf.len() as u64);
+        let window = WINDOW.next_multiple_of(cluster);
+        let skip = self.output.holes().map_or(0, |unit| unit.max(cluster));
         let mut at = 0;
         while at < end {
             let next = (at + window).min(end);
@@ -200,31 +246,46 @@ impl<'a> Copying<'a> {
             while let Some(last) = self.tracker.take(from..next)?.last() {
                 from = last.end;
             }
-            self.send(at..next)?;
+            // With its last cluster the copy gets its length.
+            let last = if next == end { (end - 1) / cluster * cluster } else { next };
+            self.reader.ask(at..last.max(at), skip);
+            self.reader.ask(last.max(at)..next, 0);
+            self.write_pending(2)?;
+            self.shown.at(at, end);
             at = next;
         }
+        self.write_pending(0)?;
+        self.shown.at(end, end);
         Ok(())
     }
 
-    /// Sends what was written since the last time; so many bytes.
-    fn round(&mut self) -> Result<u64> {
+    /// Sends what was written since the last time; so many bytes. `late`: what memory has room for is read and not yet sent.
+    fn round(&mut self, late: bool) -> Result<u64> {
         let (mut from, mut bytes) = (0, 0);
         loop {
             let runs = self.tracker.take(from..u64::MAX)?;
-            let Some(last) = runs.last() else { return Ok(bytes) };
+            let Some(last) = runs.last() else { break };
             from = last.end;
             for run in runs {
                 bytes += run.end - run.start;
-                self.send(run)?;
+                self.reader.ask(run, 0);
             }
         }
+        match late {
+            true => self.reader.read_ahead()?,
+            false => {}
+        }
+        if !late || self.reader.pending() > 0 {
+            self.write_pending(0)?;
+        }
+        Ok(bytes)
     }
 
     /// Until nothing is left, or it becomes no less.
     fn live_rounds(&mut self) -> Result<()> {
         let mut all = 0;
         for number in 1..=LIVE_ROUNDS {
-            let bytes = self.round()?;
+            let bytes = self.round(false)?;
             all += bytes;
             if bytes == 0 || number > 1 && all > self.tracker.end() {
                 break;
@@ -235,7 +296,7 @@ impl<'a> Copying<'a> {
 
     fn last_rounds(&mut self) -> Result<()> {
         for _ in 0..LAST_ROUNDS {
-            if self.round()? == 0 {
+            if self.round(true)? == 0 {
                 return Ok(());
             }
         }
@@ -248,50 +309,44 @@ impl<'a> Copying<'a> {
     /// Has the receiver write to its disk what it got, so that little is left for the time of the freeze.
     fn sync(&mut self) -> Result<()> {
         let mut start = [0; 4];
-        let read = read_full(&self.top, &mut self.buf[..4096], 0).ctx(Kind::Read, || "cannot read the image")?;
+        let read = read_full(&self.top, &mut self.head, 0).ctx(Kind::Read, || "cannot read the image")?;
         if read >= start.len() {
-            start.copy_from_slice(&self.buf[..4]);
+            start.copy_from_slice(&self.head[..4]);
         }
-        self.sink.sync(&start)
+        self.output.sync(&start)
     }
 
-    fn send(&mut self, bytes: Range<u64>) -> Result<()> {
-        let mut at = bytes.start;
-        while at < bytes.end {
+    /// Writes what was read until at most so many ranges are not read to their end; 0: everything.
+    fn write_pending(&mut self, left: usize) -> Result<()> {
+        while left == 0 || self.reader.pending() > left {
             if report::cancel::requested() {
                 bail!(Abort, "the copy was cancelled after {} bytes", self.sent);
             }
-            let len = (bytes.end - at).min(self.buf.len() as u64) as usize;
-            let piece = &mut self.buf[..len];
-            let read = read_full(&self.top, piece, at).ctx(Kind::Read, || format!("cannot read the image at {at}"))?;
-            if read > 0 {
-                self.sink.write(at, &piece[..read])?;
-                self.sent += read as u64;
+            let Some(piece) = self.reader.next()? else { break };
+            let Piece { at, buf, len } = &piece;
+            if *len > 0 {
+                self.output.write(*at, &buf[..*len])?;
+                self.sent += *len as u64;
             }
-            if read < len {
-                // The end of the file.
-                break;
-            }
-            at += len as u64;
+            self.reader.sent(piece);
         }
         Ok(())
     }
 
-    /// The begin of the image, as closed.
-    fn send_head(&mut self) -> Result<()> {
+    /// The begin of the image, as closed; none: it is raw.
+    fn closed_head(&mut self) -> Result<Option<[u8; HEAD]>> {
         if self.raw {
-            return Ok(());
+            return Ok(None);
         }
-        let head = &mut self.buf[..4096];
-        let read = read_full(&self.top, head, 0).ctx(Kind::Read, || "cannot read the header of the image")?;
+        let read = read_full(&self.top, &mut self.head, 0).ctx(Kind::Read, || "cannot read the header of the image")?;
         if read < HEAD {
             return Err(Error::new(Kind::Read, format!("the image has {read} bytes, and no header")));
         }
-        let open = Header::parse(head)?;
+        let mut head = [0; HEAD];
+        head.copy_from_slice(&self.head[..HEAD]);
+        let open = Header::parse(&head)?;
         let closed = Header { in_use: 0, flags: open.flags & !header::FLAG_EMPTY, extension: 0, ..open };
         head[..header::SIZE].copy_from_slice(&closed.encode());
-        self.sink.write(0, &head[..HEAD])?;
-        self.sent += HEAD as u64;
-        Ok(())
+        Ok(Some(head))
     }
 }

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
+use super::output::Output;
 use super::receive;
 use super::send::{Copying, Sent};
 use super::sink::Sink;
@@ -82,12 +84,13 @@ impl Source {
         Source { dir, file }
     }
 
-    fn send(&self, writes: u32, sink: Sink, thawed: Result<(), Kind>) -> Result<Sent> {
+    fn send(&self, writes: u32, mut sink: Sink, thawed: Result<(), Kind>) -> Result<Sent> {
         let file = self.file.try_clone().unwrap();
         let mut tracker = Busy { file, clusters: 40, left: writes, written: Vec::new() };
         let top = self.file.try_clone().unwrap();
-        let quiesce: &mut dyn FnMut() -> Result<Box<dyn Freeze>> = &mut || Ok(Box::new(Frozen(thawed)));
-        Copying::new(&mut tracker, top, false, sink).run(quiesce)
+        let quiesce: &mut dyn FnMut() -> Result<(Box<dyn Freeze>, Instant)> =
+            &mut || Ok((Box::new(Frozen(thawed)), Instant::now()));
+        Copying::new(&mut tracker, top, false, &mut sink, CLUSTER)?.run(quiesce)
     }
 
     /// The file, but for the mark.

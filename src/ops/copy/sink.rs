@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 
+use super::output::Output;
 use super::receive::{NewImage, is_channel};
 use super::wire::{self, Packet};
 use crate::bail;
@@ -27,9 +28,16 @@ const LOOK: Duration = Duration::from_millis(200);
 pub struct Sink(To);
 
 enum To {
-    Receiver { stream: OwnedFd, answers: Option<OwnedFd> },
+    Receiver {
+        stream: OwnedFd,
+        answers: Option<OwnedFd>,
+    },
     New(NewImage),
-    Open(File),
+    /// `empty`: it was when the copy began.
+    Open {
+        file: File,
+        empty: bool,
+    },
 }
 
 impl Sink {
@@ -44,9 +52,9 @@ impl Sink {
             return Ok(Sink(To::Receiver { stream: output, answers }));
         }
         let file = File::from(output);
-        match file.metadata().is_ok_and(|m| m.is_file()) {
-            true => Ok(Sink(To::Open(file))),
-            false => bail!(Param, "the descriptor that the copy goes to is no pipe, no socket and no file"),
+        match file.metadata().ok().filter(|m| m.is_file()) {
+            Some(meta) => Ok(Sink(To::Open { file, empty: meta.len() == 0 })),
+            None => bail!(Param, "the descriptor that the copy goes to is no pipe, no socket and no file"),
         }
     }
 
@@ -54,9 +62,18 @@ impl Sink {
     pub fn new_file(file: &Path) -> Result<Sink> {
         Ok(Sink(To::New(NewImage::named(file)?)))
     }
+}
 
-    /// Bytes of the image; not four of them: that is the length of a command.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+impl Output for Sink {
+    fn holes(&self) -> Option<u64> {
+        match &self.0 {
+            To::Open { empty: false, .. } => None,
+            _ => Some(1),
+        }
+    }
+
+    /// Not four bytes: that is the length of a command.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         match &mut self.0 {
             To::Receiver { stream, .. } => {
                 let head = wire::head(Packet::Data { offset, len: data.len() as u32 });
@@ -64,12 +81,12 @@ impl Sink {
                 send(stream.as_fd(), data)
             }
             To::New(image) => image.write(data, offset),
-            To::Open(file) => store::write_all(file, data, offset).ctx(Kind::Write, || "cannot write the copy"),
+            To::Open { file, .. } => store::write_all(file, data, offset).ctx(Kind::Write, || "cannot write the copy"),
         }
     }
 
-    /// What has come is to be written to the disk. `payload` has no meaning; old receivers write it to the begin of the file.
-    pub fn sync(&mut self, payload: &[u8; wire::SYNC as usize]) -> Result<()> {
+    /// `payload` has no meaning; old receivers write it to the begin of the file.
+    fn sync(&mut self, payload: &[u8; wire::SYNC as usize]) -> Result<()> {
         match &mut self.0 {
             To::Receiver { stream, answers } => {
                 send(stream.as_fd(), &wire::head(Packet::Sync))?;
@@ -80,21 +97,20 @@ impl Sink {
                 }
             }
             To::New(image) => image.sync(),
-            To::Open(file) => store::sync_data(file).ctx(Kind::Write, || "cannot sync the copy"),
+            To::Open { file, .. } => store::sync_data(file).ctx(Kind::Write, || "cannot sync the copy"),
         }
     }
 
-    /// All has been written.
-    pub fn end(self) -> Result<()> {
-        match self.0 {
+    fn end(&mut self) -> Result<()> {
+        match &mut self.0 {
             To::Receiver { stream, .. } => send(stream.as_fd(), &wire::head(Packet::End)),
-            To::New(mut image) => image.publish(),
-            To::Open(file) => store::sync_all(&file).ctx(Kind::Write, || "cannot sync the copy"),
+            To::New(image) => image.publish(),
+            To::Open { file, .. } => store::sync_all(file).ctx(Kind::Write, || "cannot sync the copy"),
         }
     }
 }
 
-fn send(stream: BorrowedFd, data: &[u8]) -> Result<()> {
+pub(super) fn send(stream: BorrowedFd, data: &[u8]) -> Result<()> {
     let mut left = data;
     while !left.is_empty() {
         match nix::unistd::write(stream, left) {

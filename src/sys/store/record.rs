@@ -23,6 +23,8 @@ enum Op {
     /// Of what was recorded before this index.
     Sync(Id, usize),
     Rename(PathBuf, PathBuf, Id),
+    /// Of a folder, with all that is in it.
+    RenameDir(PathBuf, PathBuf),
     Link(PathBuf, Id),
     Unlink(PathBuf),
     SyncDir(PathBuf, usize),
@@ -153,11 +155,16 @@ impl Recorder {
             (Step::SetLen(_, len), Some(id)) => Op::SetLen(id, len),
             (Step::Extend(_, len), Some(id)) => Op::Extend(id, len),
             (Step::Sync(_), Some(id)) => Op::Sync(id, covers),
-            (Step::Rename(_, to), _) => {
-                let Some(id) = state.names.remove(&path) else { return };
-                state.names.insert(to.to_owned(), id);
-                Op::Rename(path, to.to_owned(), id)
-            }
+            (Step::Rename(_, to), _) => match state.names.remove(&path) {
+                Some(id) => {
+                    state.names.insert(to.to_owned(), id);
+                    Op::Rename(path, to.to_owned(), id)
+                }
+                None => {
+                    move_all(&mut state.names, &path, to);
+                    Op::RenameDir(path, to.to_owned())
+                }
+            },
             (Step::Link(_, to), Some(id)) => {
                 state.names.insert(to.to_owned(), id);
                 Op::Link(to.to_owned(), id)
@@ -222,6 +229,11 @@ impl Recorder {
                         _ => drop(names.remove(path)),
                     }
                 }
+                Op::RenameDir(from, to) => {
+                    if named(i, to) || choose(Thing::Name, i) {
+                        move_all(&mut names, from, to);
+                    }
+                }
                 Op::Write(id, offset, bytes) => {
                     let file = files.entry(*id).or_default();
                     let durable = synced(i, *id);
@@ -246,11 +258,22 @@ impl Recorder {
         let mut written: BTreeMap<Id, PathBuf> = BTreeMap::new();
         for (path, id) in names {
             let to = into.join(path.strip_prefix(&self.root).unwrap());
+            std::fs::create_dir_all(to.parent().unwrap()).unwrap();
             match written.get(&id) {
                 Some(other) => std::fs::hard_link(other, &to).unwrap(),
                 None => std::fs::write(&to, &files[&id]).unwrap(),
             }
             written.insert(id, to);
+        }
+    }
+}
+
+/// What is in a folder is in one of another name.
+fn move_all(names: &mut Names, from: &Path, to: &Path) {
+    let inside: Vec<PathBuf> = names.keys().filter(|path| path.starts_with(from)).cloned().collect();
+    for path in inside {
+        if let (Some(id), Ok(name)) = (names.remove(&path), path.strip_prefix(from)) {
+            names.insert(to.join(name), id);
         }
     }
 }
