@@ -141,8 +141,8 @@ impl<'a> Life<'a> {
                 continue;
             }
             let focused = |operation| if self.focus.is_some_and(|f| f.operation == operation) { 6 } else { 0 };
-            let (grow, give) = (focused("grow"), focused("give back"));
-            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, grow, give];
+            let (grow, give, stop) = (focused("grow"), focused("give back"), focused("stop and start"));
+            let weights = [6, 6 + focused("merge"), 2 + focused("reload"), 3, 1, 2, grow, give, stop];
             match self.rng.weighted(&weights) {
                 0 => self.snapshot(),
                 1 => self.merge(),
@@ -151,6 +151,7 @@ impl<'a> Life<'a> {
                 5 => self.merge_and_umount(),
                 6 => self.grow(),
                 7 => self.give_back(),
+                8 => self.stop_and_start(),
                 _ => self.pause(),
             }
         }

@@ -12,6 +12,7 @@ mod life;
 mod model;
 mod operations;
 mod plan;
+mod restarts;
 mod schedule;
 pub mod transport;
 mod view;

@@ -26,6 +26,7 @@ impl Focus {
         let operation = match n % 16 {
             7 => "grow",
             15 => "give back",
+            11 => "stop and start",
             _ => operation,
         };
         let steps = 1 + rest / 2 % 20;

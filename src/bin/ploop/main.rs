@@ -201,7 +201,8 @@ Usage: ploop [-v...] COMMAND [options] ARGUMENTS
   ploop stop -d DEVICE               detach a device, but keep its name and images in mind
   ploop start -d DEVICE              attach it again
   ploop clear -d DEVICE              forget it
-  ploop delete -d DEVICE -l LEVEL    drop an image of a stopped device; rm is the same
+  ploop delete -d DEVICE -l LEVEL    drop an image of a stopped device
+  ploop rm -d DEVICE -l LEVEL        the same
   ploop stat [-c|-l] -d DEVICE       counters of a device
   ploop getdev                       the minor that the next device would have
   ploop tour                         see all of it work, in a temporary folder
