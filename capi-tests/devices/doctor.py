@@ -175,6 +175,12 @@ def case_map(t):
     run(devlib.PLOOP, "map", "--svg", page, dev)
     check("</svg>" in open(page).read(), "no page")
     log(run(devlib.PLOOP, "map", dd).out)
+    # The server merges, and tells its caller how far it is.
+    told = [json.loads(line) for line in ploop("--progress", "json", "snapshot-merge", dd).err.splitlines() if line.startswith("{")]
+    for one in told:
+        check(one["schema"] == "ploop-progress-1" and one["operation"] and one["done"] <= one["total"], f"{one}")
+    merging = [one for one in told if one["operation"] == "merging"]
+    check(not merging or merging[-1]["end"] and merging[-1]["done"] == merging[-1]["total"] == 64 << 20, f"{merging}")
     t.umount("-m", point)
 
 
