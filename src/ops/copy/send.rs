@@ -271,9 +271,8 @@ impl<'a> Copying<'a> {
                 self.reader.ask(run, 0);
             }
         }
-        match late {
-            true => self.reader.read_ahead()?,
-            false => {}
+        if late {
+            self.reader.read_ahead()?;
         }
         if !late || self.reader.pending() > 0 {
             self.write_pending(0)?;
