@@ -155,7 +155,7 @@ def case_killed(t):
     for i in range(KILLS):
         who = ["sender", "receiver", "worker", "supervisor"][i % 4]
         a, b = pipe(["send", "-F", "sleep 0.1", disk.dd], ["receive", target])
-        time.sleep((whole + 0.1) * (1.1 - rng.random() ** 2))
+        time.sleep((whole + 0.1) * rng.random())
         if who == "sender":
             a.kill()
         elif who == "receiver":

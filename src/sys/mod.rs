@@ -16,6 +16,7 @@ pub mod fs_resize;
 pub mod host;
 pub mod inode_flags;
 pub mod loopdev;
+pub mod memory;
 pub mod partition;
 pub mod pidfd;
 pub mod priority;

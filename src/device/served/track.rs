@@ -61,7 +61,12 @@ impl Tracker for Connection {
     fn take(&mut self, bytes: Range<u64>) -> Result<Vec<Range<u64>>> {
         let number = |clusters: u64| u32::try_from(clusters).unwrap_or(u32::MAX);
         let (from, to) = (number(bytes.start / self.cluster), number(bytes.end.div_ceil(self.cluster)));
-        frame::send_within(&self.socket, &TakeWritten { from, to }, &[], LIMIT)?;
+        frame::send_within(&self.socket, &TakeWritten { from, to }, &[], LIMIT).map_err(|e| {
+            e.context(format!(
+                "{}: its supervisor has ended, and what is written is not tracked: copy again",
+                self.dir.display()
+            ))
+        })?;
         let answer = control::next_answer(&self.socket, &self.dir, LIMIT)?;
         let report = reported(answer, &self.dir.display().to_string())?;
         let bytes = |run: &Range<u32>| u64::from(run.start) * self.cluster..u64::from(run.end) * self.cluster;

@@ -155,7 +155,7 @@ pub(super) fn open_top(node: &Path) -> Result<(Device, File)> {
     }
 }
 
-/// Ends what writes: runs the command, freezes the file systems, flushes the device. Also, since when writers wait.
+/// Ends what writes: runs the command, freezes the file systems, flushes the device. Also, since when they are frozen.
 pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<(Box<dyn Freeze>, Instant)> {
     if let Some(command) = stop.command {
         // No file system is held open: the command may unmount them.
@@ -173,8 +173,9 @@ pub(super) fn quiesce(device: &Device, stop: Stop) -> Result<(Box<dyn Freeze>, I
         }
     }
     let mut frozen = freeze::prepare(device)?;
-    let since = Instant::now();
     frozen.freeze()?;
+    // Before, the helper has waited for what is written back while writers go on.
+    let since = Instant::now();
     for node in device::aliases(device).nodes {
         let synced = File::open(&node).and_then(|file| file.sync_all());
         synced.ctx(Kind::DevIoc, || format!("cannot flush {}", node.display()))?;
@@ -211,7 +212,7 @@ impl<'a> Copying<'a> {
         Ok(Copying { tracker, top, reader, raw, output, head: AlignedBuf::new(4096), sent: 0, shown })
     }
 
-    /// `quiesce` also tells since when writers wait.
+    /// `quiesce` also tells since when they are frozen.
     pub fn run(mut self, quiesce: &mut dyn FnMut() -> Result<(Box<dyn Freeze>, Instant)>) -> Result<Sent> {
         self.first_pass()?;
         self.live_rounds()?;
@@ -271,9 +272,8 @@ impl<'a> Copying<'a> {
                 self.reader.ask(run, 0);
             }
         }
-        match late {
-            true => self.reader.read_ahead()?,
-            false => {}
+        if late {
+            self.reader.read_ahead()?;
         }
         if !late || self.reader.pending() > 0 {
             self.write_pending(0)?;

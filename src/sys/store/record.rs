@@ -229,10 +229,8 @@ impl Recorder {
                         _ => drop(names.remove(path)),
                     }
                 }
-                Op::RenameDir(from, to) => {
-                    if named(i, to) || choose(Thing::Name, i) {
-                        move_all(&mut names, from, to);
-                    }
+                Op::RenameDir(from, to) if named(i, to) || choose(Thing::Name, i) => {
+                    move_all(&mut names, from, to);
                 }
                 Op::Write(id, offset, bytes) => {
                     let file = files.entry(*id).or_default();

@@ -94,7 +94,7 @@ impl OutFile<'_> {
         // What is sent of a block once is not what the receiver had.
         let had = self.kept.remove(&(offset / BLOCK));
         if let Some(sum) = had
-            && offset % BLOCK == 0
+            && offset.is_multiple_of(BLOCK)
             && block_sum(data) == sum
         {
             self.stream.kept += bytes;

@@ -217,7 +217,7 @@ fn header_of(held: &LockedImage) -> Result<Header> {
     let mut head = AlignedBuf::new(ALIGN);
     let read =
         read_full(&held.file, &mut head, 0).ctx(Kind::Read, || format!("cannot read {}", held.path.display()))?;
-    Header::parse(head.get(..read).unwrap_or_default()).map_err(|e| Error::from(e).context(held.path.display()))
+    Header::parse(head.get(..read).unwrap_or_default()).map_err(|e| e.context(held.path.display()))
 }
 
 fn is_raw(device: &Device) -> bool {

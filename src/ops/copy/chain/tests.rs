@@ -207,8 +207,11 @@ fn a_changed_byte_anywhere_is_noticed() {
     }
 }
 
+/// Kind, file, offset, bytes, payload.
+type Made<'a> = (What, u32, u64, u64, &'a [u8]);
+
 /// A stream of such records, as a sender makes it that means harm.
-fn made(records: &[(What, u32, u64, u64, &[u8])]) -> Vec<u8> {
+fn made(records: &[Made]) -> Vec<u8> {
     let mut out = stream::start().to_vec();
     for (number, (kind, file, offset, bytes, payload)) in records.iter().enumerate() {
         let record = Record { kind: *kind, file: *file, offset: *offset, bytes: *bytes, payload: payload.len() as u32 };
@@ -231,7 +234,7 @@ fn a_sender_that_means_harm_gets_nothing() {
     let packed = zstd::bulk::compress(&[0; 1 << 20], 1).unwrap();
     let file = (What::File, 0, 0, 0, &b"a"[..]);
     let data = (What::Data, 0, 0, 5, &b"12345"[..]);
-    let streams: &[&[(What, u32, u64, u64, &[u8])]] = &[
+    let streams: &[&[Made]] = &[
         &[(What::File, 0, 0, 0, b"../victim")],
         &[(What::File, 0, 0, 0, b"/etc/passwd")],
         &[(What::File, 0, 0, 0, FILE_NAME.as_bytes())],
