@@ -27,7 +27,8 @@ CARGO_LIMIT = devlib.pick(3600, 14400)
 
 # Test binaries of cargo's that use no device: they come last in cargo's lane, at low priority, in the time in which the device tests wait.
 GENTLE = ("cargo.storage_differential", "cargo.bad_input", "cargo.create", "cargo.fuzz", "cargo.layering", "cargo.damage",
-          "cargo.offline_differential", "cargo.cmd", "cargo.commands", "cargo.doctor", "cargo.abi", "cargo.doc", "cargo.lib", "cargo.sim", "cargo.lints")
+          "cargo.offline_differential", "cargo.cmd", "cargo.commands", "cargo.doctor", "cargo.abi", "cargo.abi_panic",
+          "cargo.doc", "cargo.lib", "cargo.sim", "cargo.lints")
 # Scripts that build with cargo: they would wait for the build beside them.
 AFTER_BUILD = ("groups.parsers",)
 # Nothing else runs beside these: the one asks for devices by number, the other changes all disks on the machine.

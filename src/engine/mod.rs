@@ -48,8 +48,6 @@ use request::{Fragment, IntMap, Req, Slab};
 use space::Space;
 use track::Tracking;
 
-use crate::units::SECTOR;
-
 /// A file operation in flight.
 enum Op {
     Io(Io),
@@ -120,6 +118,9 @@ const READ_ONLY: Errno = 30;
 const INVALID: Errno = 22;
 const TOO_BIG: Errno = 27;
 const CANCELED: Errno = 125;
+
+/// Bytes of a sector, in which the limit of the file counts.
+const SECTOR: u64 = 512;
 
 impl<S: Shared> Engine<S> {
     /// An engine over an opened chain. `carried`: the updates in the shared table of a worker that exited; they are not
