@@ -53,10 +53,11 @@ pub(super) struct Reader {
     found: Receiver<Found>,
     /// Taken from `found`, not yet by the sender.
     waiting: VecDeque<Piece>,
-    waiting_bytes: usize,
     piece: usize,
     pending: usize,
     buffers: usize,
+    /// Of these, those that the thread has or can take.
+    idle: usize,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -86,10 +87,10 @@ impl Reader {
             free: Some(free),
             found,
             waiting: VecDeque::new(),
-            waiting_bytes: 0,
             piece,
             pending: 0,
             buffers: 0,
+            idle: 0,
             thread: Some(thread),
         };
         reader.allow(AHEAD);
@@ -104,7 +105,8 @@ impl Reader {
         }
     }
 
-    fn give(&self, buf: AlignedBuf) {
+    fn give(&mut self, buf: AlignedBuf) {
+        self.idle += 1;
         if let Some(free) = &self.free {
             // The thread has ended only after an error that it has told.
             let _ = free.send(buf);
@@ -131,7 +133,6 @@ impl Reader {
     /// The next piece; none: all that was asked for has been read and taken.
     pub fn next(&mut self) -> Result<Option<Piece>> {
         if let Some(piece) = self.waiting.pop_front() {
-            self.waiting_bytes -= piece.len;
             return Ok(Some(piece));
         }
         self.hear()
@@ -140,11 +141,14 @@ impl Reader {
     /// Waits until all is read that was asked for, as far as memory allows: the rest comes while the sender takes it.
     pub fn read_ahead(&mut self) -> Result<()> {
         let most = memory::available().map_or(AHEAD as u64, |bytes| AHEAD_FROZEN.min(bytes / 4));
-        self.allow(AHEAD.max(most as usize));
-        let most = (self.buffers - 1) * self.piece;
-        while self.pending > 0 && self.waiting_bytes < most && self.waiting.len() + 1 < self.buffers {
+        let most = self.buffers.max(most as usize / self.piece);
+        while self.pending > 0 && self.waiting.len() + 1 < most {
+            // Memory is taken as it is filled: zeroing all of it would take longer than the reading.
+            if self.idle < 2 && self.buffers < most {
+                self.give(AlignedBuf::new(self.piece));
+                self.buffers += 1;
+            }
             if let Some(piece) = self.hear()? {
-                self.waiting_bytes += piece.len;
                 self.waiting.push_back(piece);
             }
         }
@@ -161,7 +165,10 @@ impl Reader {
                 bail!(Abort, "the copy was cancelled");
             }
             match found {
-                Ok(Found::Bytes(piece)) => return Ok(Some(piece)),
+                Ok(Found::Bytes(piece)) => {
+                    self.idle -= 1;
+                    return Ok(Some(piece));
+                }
                 Ok(Found::JobEnd) => self.pending -= 1,
                 Ok(Found::Failed(e)) => return Err(e),
                 Err(RecvTimeoutError::Timeout) => {}
