@@ -407,11 +407,8 @@ pub enum Command {
     /// Move the top's clusters to the front of its file, and cut it. Goes on when the client is gone; requested again it is
     /// waited for, by another client too. Answer: `GaveBack`.
     GiveBack(GiveBackOrder),
-    /// The client with this token waits for that no longer: `Done`, and its `GiveBack` is answered with an error. If no other
-    /// client waits, it ends. None under way: `Done`.
-    CancelGiveBack {
-        token: u64,
-    },
+    /// The client with this token waits for that no longer: its `GiveBack` is answered with an error. The last one ends it.
+    CancelGiveBack(u64),
     /// Track what is written to the top's file until the connection is closed; see [`track`](super::track).
     Track,
     /// End a merge before its time: `Done`, and `Merge` is answered with an error. None under way: `Done`.

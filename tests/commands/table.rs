@@ -79,6 +79,9 @@ pub const FORMS: &[Form] = &[
     classic(Image, "grow -f raw -s 128m {}"),
     ours(Device, "grow -s 128m -d {}"),
     ours(Disk, "compact {}"),
+    ours(Disk, "map {}"),
+    ours(Image, "map {}"),
+    ours(Disk, "send {}"),
     classic(Disk, "convert -f raw {}"),
     classic(Disk, "convert -v 1 {}"),
     ours(Device, "copy -s {} -d {dir}/copy.hds"),
@@ -104,7 +107,7 @@ pub const FORMS: &[Form] = &[
 ];
 
 /// Commands that are given no file or device, or a new folder.
-pub const WITHOUT_FILES: &[&str] = &["list", "doctor", "tour", "getdev", "completion"];
+pub const WITHOUT_FILES: &[&str] = &["list", "doctor", "tour", "getdev", "completion", "receive"];
 
 /// Commands that change nothing of a sound disk `{}`, or image `{image}`, that is not mounted.
 pub const LOOKING: &[&str] = &[
@@ -119,6 +122,10 @@ pub const LOOKING: &[&str] = &[
     "snapshot-list -o uuid,fname,size,used,date {}",
     "list -a",
     "doctor",
+    "doctor {}",
+    "map {}",
+    "map --json {image}",
+    "send {}",
     "getdev",
     "completion bash",
     "completion words check {}",

@@ -36,7 +36,7 @@ pub fn give_back(device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result
             watch.progress(seen, all);
         }
         if watch.cancelled() && !cancelled {
-            cancelled = control::ask(&dir, &Command::CancelGiveBack { token }, SHORT).is_ok();
+            cancelled = control::ask(&dir, &Command::CancelGiveBack(token), SHORT).is_ok();
         }
     };
     match ask(name, &command, &[], &mut || Ok(()), &mut |_| {}, &mut waiting)? {

@@ -82,7 +82,7 @@ impl Supervisor {
             Command::CancelMerge => self.cancel_merge(client),
             Command::GiveBack(order) if self.can_change() => self.begin_give_back(order, client),
             Command::Track if self.can_change() => self.chain.request(ChangeRequest::Track, Some(client)),
-            Command::CancelGiveBack { token } => self.cancel_give_back(token, client),
+            Command::CancelGiveBack(token) => self.cancel_give_back(token, client),
             Command::Reload { token } if self.can_change() => {
                 let program = fds.into_iter().next();
                 let program = program.ok_or_else(|| Error::new(Kind::Protocol, "no program was sent"));
