@@ -7,6 +7,7 @@ use crate::bail;
 use crate::descriptor::{Descriptor, ImageMode};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
+use crate::sys::folder::Folder;
 use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
@@ -165,7 +166,9 @@ impl Disk {
         }
         fresh.runtime = self.mirror().runtime;
         *self.mirror_mut() = fresh;
-        self.state_mut().read = Some(descriptor.clone());
+        // An object that is open keeps no file open.
+        let dir = Folder::new(descriptor.dir.path());
+        self.state_mut().read = Some(Descriptor { dir, ..descriptor.clone() });
         Ok(())
     }
 
