@@ -1,6 +1,6 @@
 //! libploop: OpenVZ's virtual-disk library on any Linux kernel.
 //!
-//! A chain of images (a base and its deltas) becomes a block device. The rooms below, in the order in which they may
+//! A chain of images (a base and its deltas) becomes a block device. The layers below, in the order in which they may
 //! call each other (never upwards): `capi` and the commands, [`ops`], [`fs`], [`device`], [`server`], [`engine`],
 //! [`chain`], [`image`], [`descriptor`], [`format`], [`sys`]; [`error`], [`units`] and [`report`] serve all.
 

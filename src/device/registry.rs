@@ -322,7 +322,7 @@ pub fn set_size(
 }
 
 /// Moves clusters of a running device's top to the front of its file and cuts the file behind the last one in use. I/O goes
-/// on, and moves wait for it. The device serves the same content at any time, whoever is killed; if the calling process
+/// on, and moves wait for it. The device serves the same content at any time, whichever process is killed; if the calling process
 /// exits it goes on. An error of kind [`Kind::Abort`]: `watch` has cancelled it; what was moved stays moved.
 pub fn give_back(device: &Device, rates: Rates, watch: &mut dyn Watch) -> Result<GivenBack> {
     of(device).give_back(device, rates, watch)

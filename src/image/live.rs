@@ -35,6 +35,9 @@ pub struct Live {
 
 type Problems = Vec<(Found, Problem)>;
 
+/// Problems that are looked at again, of those that an image has: a large one that was cut off has millions.
+const KEPT: usize = 4096;
+
 #[derive(Default)]
 struct Collect {
     found: Problems,
@@ -42,7 +45,9 @@ struct Collect {
 
 impl Visitor for Collect {
     fn problem(&mut self, found: Found, problem: Problem) -> Result<()> {
-        self.found.push((found, problem));
+        if self.found.len() < KEPT {
+            self.found.push((found, problem));
+        }
         Ok(())
     }
 }
@@ -85,7 +90,8 @@ pub fn look_at(file: &File, name: &Path) -> Result<Live> {
                 "image {shown}: {}{}",
                 told.join("; "),
                 if found.len() > TOLD {
-                    format!("; and {} more like these", found.len() - TOLD)
+                    let more = if found.len() == KEPT { "at least " } else { "" };
+                    format!("; and {more}{} more like these", found.len() - TOLD)
                 } else {
                     String::new()
                 }

@@ -10,7 +10,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::mount_images::{host_checks, refuse_frozen};
 use super::mount_levels::{level, refuse_twice, refuse_used};
-use super::{deleted, disk_lock, find, image_set};
+use super::{deleted, disk_lock, find, image_set, max_delta};
 use crate::bail;
 use crate::descriptor::{Descriptor, LockedDescriptor};
 use crate::device::{self, Device, Level, Maintenance, State};
@@ -82,7 +82,10 @@ pub fn start(name: &str) -> Result<()> {
         refuse_frozen(top, stopped.read_only, false)?;
     }
     host_checks(&levels)?;
-    let device = device::start(&stopped, levels)?;
+    let mut device = device::start(&stopped, levels)?;
+    if let Some(disk) = &disk {
+        device = max_delta::at_mount(disk, device)?;
+    }
     report::say(0, format_args!("{} is started", device.node().display()));
     Ok(())
 }

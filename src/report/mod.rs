@@ -65,6 +65,12 @@ pub fn set_verbose_level(level: i32) {
     console::set_level(level);
 }
 
+/// From here on standard output and standard error get nothing, progress included: another end reads a stream from one of them.
+pub fn silence() {
+    console::set_level(NO_CONSOLE);
+    progress::show(progress::Wanted::Nothing, NO_CONSOLE);
+}
+
 /// The console level.
 pub fn verbose_level() -> i32 {
     console::level()

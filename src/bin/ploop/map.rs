@@ -45,7 +45,7 @@ fn run(parsed: Parsed) -> Result<(), Fail> {
     if json::wanted(&parsed) && page.is_some() {
         return misuse();
     }
-    if report::verbose_level() <= crate::CONSOLE {
+    if report::verbose_level() <= crate::CONSOLE || json::wanted(&parsed) {
         report::set_verbose_level(report::verbose_level().min(report::NO_STDOUT));
     }
     let paper = text::Paper::of(terminal::columns(), std::env::var_os);

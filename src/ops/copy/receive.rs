@@ -52,7 +52,7 @@ pub fn receive_by_number(file: &Path, input: RawFd, feedback: Option<RawFd>) -> 
     let (input, answers) = (taken(input)?, feedback.map(taken).transpose()?);
     match feedback {
         Some(1) => report::set_verbose_level(report::NO_STDOUT),
-        Some(2) => report::set_verbose_level(report::NO_CONSOLE),
+        Some(2) => report::silence(),
         _ => {}
     }
     receive(file, input.as_fd(), answers.as_ref().map(|fd| fd.as_fd()))

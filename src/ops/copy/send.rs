@@ -85,9 +85,9 @@ pub fn send_by_number(node: &Path, output: RawFd, stop: Option<&OsStr>, feedback
         stdio::duplicate(number).ctx(Kind::Param, || format!("descriptor {number} cannot be used for the copy"))
     };
     let sink = Sink::of(taken(output)?, feedback.map(taken).transpose()?)?;
-    match output {
-        1 => report::set_verbose_level(report::NO_STDOUT),
-        2 => report::set_verbose_level(report::NO_CONSOLE),
+    match (output, feedback) {
+        (2, _) | (_, Some(2)) => report::silence(),
+        (1, _) => report::set_verbose_level(report::NO_STDOUT),
         _ => {}
     }
     let copied = [0, 1].map(|number| output == number || feedback == Some(number));

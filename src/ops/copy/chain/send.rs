@@ -56,7 +56,7 @@ pub fn send_by_number(descriptor: &Path, output: RawFd, options: &Options) -> Re
     }
     match output {
         1 => report::set_verbose_level(report::NO_STDOUT),
-        2 => report::set_verbose_level(report::NO_CONSOLE),
+        2 => report::silence(),
         _ => {}
     }
     let kept = options.kept.map(Kept::load).transpose()?.unwrap_or_default();

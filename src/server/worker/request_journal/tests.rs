@@ -347,7 +347,7 @@ fn a_request_that_kills_fails_at_last() {
     }
 }
 
-/// Whoever waits for an answer may write again as soon as he has it.
+/// The sender of a request may write again as soon as it has the answer.
 #[test]
 fn done_comes_before_the_answer() {
     let dir = tempfile::tempdir().unwrap();
