@@ -47,6 +47,15 @@ pub struct FlushCycle {
 }
 
 impl FlushCycle {
+    pub fn is_running(&self) -> bool {
+        self.phase != Phase::Idle
+    }
+
+    /// It, or the next one, can end well without more space.
+    pub fn is_hopeful(&self) -> bool {
+        !self.failed && !self.starved
+    }
+
     pub fn new(failed: bool) -> FlushCycle {
         FlushCycle {
             phase: Phase::Idle,

@@ -398,7 +398,9 @@ impl<S: Shared> Engine<S> {
         if !self.config.writable || self.raw_top {
             return;
         }
-        if self.space.is_exhausted() {
+        // A cycle may free clusters: writes that the file has no room for wait for its end.
+        let may_free = self.cycle.is_hopeful() && (self.cycle.is_running() || self.pending.any_can_go());
+        if self.space.is_exhausted() && !may_free {
             for fragment in std::mem::take(&mut self.space.waiters) {
                 self.part_done(fragment.req, Err(TOO_BIG), out);
             }

@@ -44,6 +44,14 @@ pub fn devices_of(place: &Place, disk: &Descriptor, component: Option<&str>) -> 
     device::list_of(|d| component.is_none_or(|c| c == d.component()) && candidate(d) && own.runs(d))
 }
 
+/// The stopped device that would run this disk; see [`devices_of`].
+pub fn stopped_of(place: &Place, disk: &Descriptor, component: &str) -> Result<Option<Device>> {
+    let base = id_of(&disk.first_image()?.file)?;
+    let own = Own::of(place, disk);
+    let mut stopped = device::stopped()?.into_iter();
+    Ok(stopped.find(|d| base.is_some() && d.base_id() == base && d.component() == component && own.runs(d)))
+}
+
 /// Whether a device runs, or shows a snapshot of, this disk; see [`devices_of`].
 pub fn is_of(disk: &LockedDescriptor, device: &Device) -> bool {
     Own::of(&disk.place, disk).runs(device)

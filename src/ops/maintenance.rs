@@ -141,7 +141,8 @@ pub fn shorten(device: &Device) -> Result<()> {
     let given = give_back::give_back(device, &Options::default(), &mut |done, all| shown.at(done, all));
     let cancelled = matches!(&given, Err(e) if e.kind() == Kind::Abort);
     if cancelled {
-        device::set_maintenance(device, &[Relocation, FreeBlocksLoaded], FreeBlocksLoaded)?;
+        // The supervisor has ended RELOC with the work.
+        device::set_maintenance(device, &[Relocation, FreeBlocksLoaded, Off], FreeBlocksLoaded)?;
     } else {
         // The supervisor may have done it when the worker had finished.
         device::set_maintenance(device, &[Relocation, Off], Off)?;

@@ -3,27 +3,26 @@
 use std::path::Path;
 
 use super::{disk_lock, image_set};
-use crate::descriptor::{Descriptor, ImageMode};
+use crate::descriptor::Descriptor;
 use crate::device::{self, Device};
 use crate::error::Result;
 use crate::report;
 
 /// Limits the top's file to `sectors`, 0: no limit. A running disk has the limit from now on: a write that needs more space
-/// in the file fails; what the file has already stays. A raw base has no such limit.
+/// in the file fails; what the file has already stays. A raw top has no such limit, the delta that comes above it has.
 pub fn set_max_delta_size(descriptor: &Path, sectors: u64) -> Result<()> {
     let _operation = report::cancel::begin();
     let mut disk = disk_lock::open(descriptor)?;
     let running = image_set::writer(&disk)?;
     let former = disk.max_delta_size;
-    let limited = running.filter(|_| has_limit(&disk));
-    if let Some(device) = &limited {
+    if let Some(device) = &running {
         device::limit_top(device, sectors)?;
     }
     let mut next = disk.descriptor.clone();
     next.max_delta_size = sectors;
     disk.commit_as(next).inspect_err(|_| {
         // The device goes on as the descriptor says. That it does not is seen at the next mount at the latest.
-        if let Some(device) = &limited {
+        if let Some(device) = &running {
             let _ = device::limit_top(device, former);
         }
     })
@@ -31,7 +30,7 @@ pub fn set_max_delta_size(descriptor: &Path, sectors: u64) -> Result<()> {
 
 /// Limits the top of a device that was just attached for writing. After an error the device is detached.
 pub(super) fn at_mount(disk: &Descriptor, device: Device) -> Result<Device> {
-    if disk.max_delta_size == 0 || device.read_only || !has_limit(disk) {
+    if disk.max_delta_size == 0 || device.read_only {
         return Ok(device);
     }
     match device::limit_top(&device, disk.max_delta_size) {
@@ -43,9 +42,4 @@ pub(super) fn at_mount(disk: &Descriptor, device: Device) -> Result<Device> {
             Err(e)
         }
     }
-}
-
-/// Clusters are allocated in the top.
-fn has_limit(disk: &Descriptor) -> bool {
-    disk.mode != ImageMode::Raw || disk.images.len() > 1
 }

@@ -70,14 +70,19 @@ pub fn refuse_used(levels: &[Level], read_only: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to write to images of a device that is stopped: it could not be started any more. `Mount`.
+/// Refuses to write to an image of a device that is stopped, or to use the one that it writes to: it could not be started any
+/// more. Frozen images below may be shared. `Mount`.
 pub fn refuse_stopped(levels: &[Level], read_only: bool) -> Result<()> {
     if read_only {
         return Ok(());
     }
     let ids = levels.iter().map(identity).collect::<Result<Vec<_>>>()?;
+    let top = ids.len().saturating_sub(1);
     for stopped in device::stopped()? {
-        let Some(at) = ids.iter().position(|id| stopped.level_of(*id).is_some()) else { continue };
+        let clashes = |(at, id): (usize, &FileId)| {
+            at == top && stopped.level_of(*id).is_some() || stopped.written_id() == Some(*id)
+        };
+        let Some(at) = ids.iter().enumerate().position(clashes) else { continue };
         let node = stopped.node().display();
         bail!(
             Mount,

@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::holders;
 use crate::report;
 use crate::sys::file_id::FileId;
+use crate::sys::folder::Place;
 
 /// Stops a running device. `DevIoc` if it is in use or stopped already, `Device` if there is none.
 pub fn stop(name: &str) -> Result<()> {
@@ -116,10 +117,8 @@ pub fn drop_level(name: &str, level: usize) -> Result<()> {
 }
 
 /// Forgets the device that is stopped of this disk; false: none is.
-pub fn forget_of(disk: &Descriptor, component: &str) -> Result<bool> {
-    let base = FileId::at(&disk.first_image()?.file).ok();
-    let is_it = |d: &Device| base.is_some() && d.base_id() == base && d.component() == component;
-    match device::stopped()?.into_iter().find(is_it) {
+pub fn forget_of(place: &Place, disk: &Descriptor, component: &str) -> Result<bool> {
+    match find::stopped_of(place, disk, component)? {
         Some(stopped) => clear(stopped.name()).map(|()| true),
         None => Ok(false),
     }

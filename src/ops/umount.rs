@@ -50,7 +50,7 @@ impl Umount {
                 self.device(&device, Some(disk))
             }
             None => {
-                if stopped::forget_of(disk, component)? {
+                if stopped::forget_of(place, disk, component)? {
                     return Ok(());
                 }
                 find::refuse_replaced(disk)?;

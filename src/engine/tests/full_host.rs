@@ -148,6 +148,13 @@ fn a_limit_of_the_file_fails_writes_that_need_more_and_can_be_lifted() {
     }
     assert_eq!(results, [Ok(()), Err(TOO_BIG), Err(TOO_BIG), Err(TOO_BIG)]);
     let clusters = end(&r);
+    // A cluster that was discarded is free when that is durable: a write waits for it.
+    let discarded = r.submit(RequestKind::Zero, CLUSTER, CLUSTER, 0);
+    r.run();
+    let write = r.submit(RequestKind::Write, 6 * CLUSTER, 512, 4);
+    r.run();
+    assert_eq!((r.replies[&discarded], r.replies[&write]), (Ok(()), Ok(())));
+    assert_eq!(end(&r), clusters);
     assert!(!r.engine.status().no_space);
     // What is there is written, and read.
     r.write(0, 512, 2);

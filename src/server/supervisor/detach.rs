@@ -64,8 +64,9 @@ impl Supervisor {
                 Err(_) if !self.shm.as_ref().is_some_and(Shm::failed) => unflushed::retire(&self.dir),
                 _ => runtime::remove_dir(&self.dir),
             };
-        } else {
-            self.record.keep = false;
+        } else if std::mem::take(&mut self.record.keep) {
+            // A supervisor that takes over later must not keep what is ended then.
+            self.save();
         }
         let answer = match &result {
             Ok(()) => Answer::Done,

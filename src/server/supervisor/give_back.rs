@@ -95,7 +95,9 @@ impl Supervisor {
         }
         // Without an order: what the worker has begun by itself.
         if self.giving_back.as_ref().is_none_or(|giving| giving.tokens.is_empty()) {
-            self.giving_back = None;
+            if self.giving_back.take().is_some() {
+                self.end_relocation();
+            }
             self.slot.send(&ToWorker::CancelGiveBack);
         }
         control::answer(&client, &Answer::Done);
