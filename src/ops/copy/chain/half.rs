@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 
 use super::super::receive::SUFFIX;
-use super::incoming::Incoming;
+use super::incoming::{Incoming, MAX_OLD};
 use super::names;
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -102,14 +102,15 @@ impl Half {
         Ok(names)
     }
 
-    /// An image of an earlier try, to be looked at; none: the file is none.
+    /// An image of an earlier try, to be looked at; none: the file is none, or is not used.
     pub fn open(&self, name: &str) -> Result<Option<File>> {
         let place = self.folder.entry(name);
         if names::check(name).is_err() || place.regular().ctx(Kind::Read, || place.display())?.is_none() {
             return Ok(None);
         }
-        let file = place.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK).ctx(Kind::Open, || place.display())?;
-        Ok(Some(file.into()))
+        let file = File::from(place.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK).ctx(Kind::Open, || place.display())?);
+        let len = file.metadata().ctx(Kind::Fstat, || place.display())?.len();
+        Ok(Some(file).filter(|_| len <= MAX_OLD))
     }
 
     /// The file of this name for what comes: of an earlier try if there is one, else a new one. `again`: emptied.
@@ -130,7 +131,7 @@ impl Half {
         if !meta.is_file() || meta.nlink() != 1 {
             bail!(Creat, "{shown} is in the way: it is no file, or has {} names; remove it", meta.nlink());
         }
-        if again {
+        if again || meta.len() > MAX_OLD {
             store::set_len(&file, 0).ctx(Kind::Ftruncate, || format!("cannot empty {shown}"))?;
             return Ok(Incoming::new(file, shown, 0));
         }

@@ -8,8 +8,11 @@ mod incoming;
 pub mod kept;
 mod local;
 mod names;
+mod on_disk;
 mod outgoing;
 pub mod receive;
+#[cfg(test)]
+mod resume_tests;
 pub mod send;
 mod stamp;
 pub mod stream;
