@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
+use super::half::MARKER;
 use super::kept::Kept;
 use super::receive::{Arrived, list_kept, receive};
 use super::send::send;
@@ -21,7 +22,7 @@ use crate::sys::store::record::{self, Thing};
 use crate::units::ClusterSize;
 
 /// Two snapshots of a disk with large clusters, so that there are several blocks.
-fn disk(mode: ImageMode) -> (tempfile::TempDir, PathBuf) {
+pub(super) fn disk(mode: ImageMode) -> (tempfile::TempDir, PathBuf) {
     disk_of(mode, ClusterSize::from_sectors(1024).unwrap())
 }
 
@@ -293,6 +294,7 @@ fn what_is_in_the_way_stays() {
     assert_eq!(received(&target, &whole).unwrap_err().kind(), Kind::Creat);
     std::fs::remove_file(&half).unwrap();
     std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join(MARKER), "").unwrap();
     std::fs::write(root.join("other/victim"), "mine").unwrap();
     symlink("../other/victim", half.join("root.hdd")).unwrap();
     assert_eq!(received(&target, &whole).unwrap_err().kind(), Kind::Creat);
