@@ -10,7 +10,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FallocateFlags, OFlag, RenameFlags, openat, renameat, renameat2};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::file_id::FileId;
@@ -187,20 +187,36 @@ pub fn rename_in(folder: &OwnedFd, from: &Path, to: &Path) -> io::Result<()> {
     rename()
 }
 
-/// Renames without replacing: a target that exists is `AlreadyExists`.
+/// Renames without replacing: a target that exists is `AlreadyExists`. Of a folder, where the file system has no such renames (NFS,
+/// 9p, some FUSE), an empty folder that another process makes in this moment is replaced.
 pub fn rename_new(from: &Place, to: &Place) -> io::Result<()> {
     step(Step::Rename(&shown(from), &shown(to)), || {
         let (old, new) = (from.folder.fd()?, to.folder.fd()?);
         let flags = RenameFlags::RENAME_NOREPLACE;
         match renameat2(old, from.name.as_os_str(), new, to.name.as_os_str(), flags) {
-            // File systems without the flag: a link never replaces either.
-            Err(Errno::EINVAL | Errno::ENOSYS) => {
-                link_at(from, to)?;
-                Ok(unlinkat(old, from.name.as_os_str(), UnlinkatFlags::NoRemoveDir)?)
-            }
+            // File systems without the flag.
+            Err(Errno::EINVAL | Errno::ENOSYS) => rename_without_flag(from, to),
             other => other.map_err(io::Error::from),
         }
     })
+}
+
+fn rename_without_flag(from: &Place, to: &Place) -> io::Result<()> {
+    let (old, new) = (from.folder.fd()?, to.folder.fd()?);
+    let stat = fstatat(old, from.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
+        // A link never replaces.
+        link_at(from, to)?;
+        return Ok(unlinkat(old, from.name.as_os_str(), UnlinkatFlags::NoRemoveDir)?);
+    }
+    if to.id()?.is_some() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    // The kernel replaces neither a file nor a folder that is not empty by a folder.
+    match renameat(old, from.name.as_os_str(), new, to.name.as_os_str()) {
+        Err(Errno::ENOTEMPTY | Errno::EEXIST | Errno::ENOTDIR) => Err(io::ErrorKind::AlreadyExists.into()),
+        other => Ok(other?),
+    }
 }
 
 /// Gives a file a second name; a name that is taken is `AlreadyExists`.
@@ -263,4 +279,38 @@ fn shown(place: &Place) -> Cow<'_, Path> {
 #[inline(always)]
 fn shown(place: &Place) -> Cow<'_, Path> {
     Cow::Borrowed(Path::new(&place.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_not_replaced_on_file_systems_without_such_renames() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        let place = |name: &str| Folder::new(&path).entry(name);
+        let taken = |from: &str, to: &str| {
+            let e = rename_without_flag(&place(from), &place(to)).unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::AlreadyExists, "{from} {to}: {e}");
+        };
+        std::fs::create_dir(path.join("folder")).unwrap();
+        std::fs::write(path.join("folder/inside"), "1").unwrap();
+        std::fs::write(path.join("file"), "2").unwrap();
+        std::fs::create_dir(path.join("full")).unwrap();
+        std::fs::write(path.join("full/inside"), "3").unwrap();
+        std::fs::create_dir(path.join("empty")).unwrap();
+        for to in ["full", "empty", "file"] {
+            taken("folder", to);
+        }
+        for to in ["full", "empty"] {
+            taken("file", to);
+        }
+        rename_without_flag(&place("folder"), &place("new")).unwrap();
+        rename_without_flag(&place("file"), &place("other")).unwrap();
+        assert_eq!(std::fs::read_to_string(path.join("new/inside")).unwrap(), "1");
+        assert_eq!(std::fs::read_to_string(path.join("other")).unwrap(), "2");
+        assert!(!path.join("folder").exists() && !path.join("file").exists());
+        assert_eq!(rename_without_flag(&place("gone"), &place("x")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
 }

@@ -45,6 +45,8 @@ struct State {
     fail: Option<(usize, i32)>,
     /// That step was to make the entries of a folder durable.
     failed_folder: bool,
+    /// That step was to make this file durable.
+    failed_sync: Option<PathBuf>,
     /// Syncs of this are taken for not made.
     ignored: Option<Thing>,
 }
@@ -106,7 +108,7 @@ pub(super) fn watched<T>(step: Step<'_>, act: impl FnOnce() -> io::Result<T>) ->
     };
     let found = all().iter().find(|r| path.starts_with(&r.root)).cloned();
     let Some(recorder) = found else { return act() };
-    let covers = recorder.begin(matches!(step, Step::SyncDir(_)))?;
+    let covers = recorder.begin(&step, &path)?;
     let done = act()?;
     recorder.log(step, path, covers);
     Ok(done)
@@ -117,13 +119,14 @@ impl Recorder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, folder: bool) -> io::Result<usize> {
+    fn begin(&self, step: &Step<'_>, path: &Path) -> io::Result<usize> {
         let mut state = self.lock();
         let now = state.begun;
         state.begun += 1;
         match state.fail {
             Some((at, errno)) if at == now => {
-                state.failed_folder = folder;
+                state.failed_folder = matches!(step, Step::SyncDir(_));
+                state.failed_sync = matches!(step, Step::Sync(_)).then(|| path.to_owned());
                 Err(io::Error::from_raw_os_error(errno))
             }
             _ => Ok(state.ops.len()),
@@ -133,6 +136,11 @@ impl Recorder {
     /// The step that failed was to make the entries of a folder durable.
     pub fn failed_folder(&self) -> bool {
         self.lock().failed_folder
+    }
+
+    /// The file whose sync was the step that failed.
+    pub fn failed_sync(&self) -> Option<PathBuf> {
+        self.lock().failed_sync.clone()
     }
 
     fn log(&self, step: Step<'_>, path: PathBuf, covers: usize) {

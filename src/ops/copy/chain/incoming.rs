@@ -5,12 +5,15 @@ use std::fs::File;
 use std::thread::JoinHandle;
 
 use super::super::receive::WRITE_BACK;
+use super::on_disk::OnDisk;
 use super::stream::{self, BLOCK};
 use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::report;
-use crate::sys::aligned::read_full;
 use crate::sys::{cache, store};
+
+/// A longer file of an earlier try is not used: 32 TiB.
+pub(super) const MAX_OLD: u64 = 1 << 45;
 
 static ZEROES: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
@@ -23,15 +26,17 @@ pub(super) struct Incoming {
     old: u64,
     /// Of each block of `old`: a record was about it, and nothing of the earlier try is left unless that has said so.
     settled: Vec<bool>,
+    /// Of `old`, once a block of it is compared.
+    on_disk: Option<OnDisk>,
     unwritten: u64,
     syncing: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 impl Incoming {
-    /// `old`: bytes of an earlier try in it.
+    /// `old`: bytes of an earlier try in it, at most [`MAX_OLD`].
     pub fn new(file: File, shown: String, old: u64) -> Incoming {
         let settled = vec![false; old.div_ceil(BLOCK) as usize];
-        Incoming { shown, file: Some(file), old, settled, unwritten: 0, syncing: None }
+        Incoming { shown, file: Some(file), old, settled, on_disk: None, unwritten: 0, syncing: None }
     }
 
     pub fn is_closed(&self) -> bool {
@@ -92,12 +97,21 @@ impl Incoming {
 
     /// The block is here: is it?
     pub fn keep(&mut self, offset: u64, bytes: u64, sum: &[u8]) -> Result<()> {
-        let mut block = vec![0; bytes as usize];
-        let read =
-            read_full(self.file()?, &mut block, offset).ctx(Kind::Read, || format!("cannot read {}", self.shown))?;
+        let cannot = || format!("cannot read {}", self.shown);
+        let disk = match &mut self.on_disk {
+            Some(disk) => disk,
+            none => {
+                let Some(file) = &self.file else {
+                    bail!(Protocol, "the stream has more of {}, which was whole", self.shown)
+                };
+                none.insert(OnDisk::of(file).ctx(Kind::Read, cannot)?)
+            }
+        };
+        let block = disk.block(offset / BLOCK).ctx(Kind::Read, cannot)?.get(..bytes as usize);
+        let same = block.is_some_and(|block| stream::block_sum(block)[..] == *sum);
         let unsettled = self.settled.get_mut((offset / BLOCK) as usize).filter(|settled| !**settled);
         match unsettled {
-            Some(settled) if read as u64 == bytes && stream::block_sum(&block)[..] == *sum => {
+            Some(settled) if same => {
                 *settled = true;
                 // What an earlier try has of the block behind these bytes is not part of the file, or comes.
                 let end = (offset / BLOCK * BLOCK).saturating_add(BLOCK).min(self.old);
@@ -149,9 +163,20 @@ impl Incoming {
     fn end_sync(&mut self) -> Result<()> {
         match self.syncing.take().map(JoinHandle::join) {
             None => Ok(()),
-            Some(Ok(synced)) => synced.ctx(Kind::Fsync, || format!("cannot sync {}", self.shown)),
+            Some(Ok(synced)) => synced.or_else(|e| self.empty(e)),
             Some(Err(_)) => bail!(Sys, "the thread that syncs {} has failed", self.shown),
         }
+    }
+
+    /// The file could not be synced: nothing of it counts as kept, for the next sync would report success about pages that never
+    /// reached the disk.
+    fn empty(&self, failed: std::io::Error) -> Result<()> {
+        let emptied = store::set_len(self.file()?, 0);
+        let failed = Error::with(Kind::Fsync, format!("cannot sync {}", self.shown), failed);
+        Err(match emptied {
+            Ok(()) => failed.context("what came of this file is dropped"),
+            Err(e) => failed.context(format!("remove {}, it cannot be emptied ({e})", self.shown)),
+        })
     }
 
     /// The file is whole, with this length.
@@ -165,8 +190,8 @@ impl Incoming {
         }
         let file = self.file()?;
         store::set_len(file, len).ctx(Kind::Ftruncate, || format!("cannot give {} its length {len}", self.shown))?;
-        store::sync_all(file).ctx(Kind::Fsync, || format!("cannot sync {}", self.shown))?;
-        self.file = None;
+        store::sync_all(file).or_else(|e| self.empty(e))?;
+        (self.file, self.on_disk) = (None, None);
         Ok(())
     }
 }

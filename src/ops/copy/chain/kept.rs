@@ -13,9 +13,9 @@ use std::path::Path;
 use crate::bail;
 use crate::error::{IoContext, Kind, Result};
 use crate::report;
-use crate::sys::aligned::read_full;
 use crate::sys::fiemap;
 
+use super::on_disk::OnDisk;
 use super::stream::{BLOCK, Sum, block_sum};
 use super::{names, stream};
 
@@ -111,21 +111,19 @@ fn block_of(line: &str) -> Option<(u64, Sum)> {
     Some((number, sum))
 }
 
-/// Writes the lines of one file.
+/// Writes the lines of one file. Only what is on its disk counts.
 pub fn write_file(out: &mut dyn Write, name: &str, file: &File) -> Result<()> {
     let shown = || format!("cannot list {name}");
     writeln!(out, "file {name}").ctx(Kind::Write, shown)?;
     let len = file.metadata().ctx(Kind::Fstat, shown)?.len();
     let mut next = 0;
-    let mut buf = vec![0; BLOCK as usize];
+    let mut disk = OnDisk::of(file).ctx(Kind::Open, shown)?;
     let mut blocks = |start: u64, end: u64| {
         for block in next.max(start / BLOCK)..end.div_ceil(BLOCK) {
             if report::cancel::requested() {
                 return Err(std::io::Error::other("cancelled"));
             }
-            let read = read_full(file, &mut buf, block * BLOCK)?;
-            let bytes = buf.get(..read).unwrap_or_default();
-            let sum: String = block_sum(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+            let sum: String = block_sum(disk.block(block)?).iter().map(|byte| format!("{byte:02x}")).collect();
             writeln!(out, "{block} {sum}")?;
             next = block + 1;
         }

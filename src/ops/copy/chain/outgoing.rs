@@ -1,6 +1,7 @@
 //! The stream of a move, as it is written.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::super::output::Output;
@@ -8,6 +9,7 @@ use super::super::{sink, wire};
 use super::kept::Blocks;
 use super::stream::{self, BLOCK, Kind as What, Record, block_sum};
 use crate::error::{IoContext, Kind, Result};
+use crate::sys::store;
 
 /// Fast enough for any network that is worth it.
 const LEVEL: i32 = 3;
@@ -47,7 +49,18 @@ impl Stream {
     }
 
     pub fn end(&mut self, descriptor: &str) -> Result<()> {
-        self.record(What::End, 0, self.number, self.bytes, descriptor.as_bytes())
+        self.record(What::End, 0, self.number, self.bytes, descriptor.as_bytes())?;
+        self.sync_file()
+    }
+
+    /// A file in which the stream is kept is durable when the disk counts as sent.
+    fn sync_file(&self) -> Result<()> {
+        let cannot = || "cannot sync the file to which the disk was sent";
+        let file = File::from(self.to.try_clone().ctx(Kind::Fsync, cannot)?);
+        match file.metadata().ctx(Kind::Fsync, cannot)?.is_file() {
+            true => store::sync_all(&file).ctx(Kind::Fsync, cannot),
+            false => Ok(()),
+        }
     }
 
     fn record(&mut self, kind: What, file: u32, offset: u64, bytes: u64, payload: &[u8]) -> Result<()> {

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::path::Path;
 
 use super::super::receive::{Received, read_all};
-use super::half::Half;
+use super::half::{Half, MARKER};
 use super::incoming::Incoming;
 use super::stream::{self, Kind as What, Record};
 use super::{kept, names};
@@ -45,8 +45,9 @@ pub fn receive_by_number(dir: &Path, input: RawFd) -> Result<Arrived> {
 /// Writes the list of what an interrupted try has left: see [`kept`].
 pub fn list_kept(dir: &Path, out: &mut dyn Write) -> Result<()> {
     let operation = report::cancel::begin();
+    let left = Half::left(dir)?;
     writeln!(out, "{}", kept::FIRST).ctx(Kind::Write, || "cannot write the list")?;
-    if let Some(half) = Half::left(dir)? {
+    if let Some(half) = left {
         for name in half.names()? {
             if let Some(file) = half.open(&name)? {
                 kept::write_file(out, &name, &file)?;
@@ -61,6 +62,11 @@ pub fn list_kept(dir: &Path, out: &mut dyn Write) -> Result<()> {
 /// or asks for what no disk has), `Write`. What has come is kept then.
 pub fn receive(dir: &Path, input: BorrowedFd) -> Result<Arrived> {
     let operation = report::cancel::begin();
+    Half::check_free(dir)?;
+    // The sender begins when it has the list of what was kept: until then that list's maker has the folder.
+    let mut start = [0; stream::START];
+    read_all(input, &mut start, Received::default())?;
+    stream::check_start(&start)?;
     let mut coming =
         Coming { half: Half::make(dir)?, files: BTreeMap::new(), numbers: Vec::new(), arrived: Arrived::default() };
     if let Err(e) = coming.all(input) {
@@ -89,10 +95,8 @@ struct Coming {
 }
 
 impl Coming {
+    /// All that comes after the start.
     fn all(&mut self, input: BorrowedFd) -> Result<()> {
-        let mut start = [0; stream::START];
-        self.read(input, &mut start)?;
-        stream::check_start(&start)?;
         let mut buf = Vec::new();
         for number in 0.. {
             let mut head = [0; stream::HEAD];
@@ -189,7 +193,7 @@ impl Coming {
         let disk = Descriptor::parse(xml, &self.half.folder).map_err(|e| e.as_kind(Kind::Protocol))?;
         self.check(&disk)?;
         let used = |name: &str| disk.images.iter().any(|i| i.file.file_name().is_some_and(|f| f == name));
-        for name in self.half.names()?.iter().filter(|name| !used(name)) {
+        for name in self.half.names()?.iter().filter(|name| *name != MARKER && !used(name)) {
             let place = self.half.folder.entry(name);
             store::unlink(&place)
                 .ctx(Kind::Unlink, || format!("cannot remove {}, which the disk has not", place.display()))?;

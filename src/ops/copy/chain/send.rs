@@ -73,19 +73,30 @@ pub(super) fn send(descriptor: &Path, to: OwnedFd, compress: bool, kept: Kept, s
     let mut sending = Sending { stream: Stream::begin(to, compress)?, kept, done: Vec::new() };
     for _ in 0..TRIES {
         let disk = open(descriptor)?;
-        if sending.left(&disk)?.is_empty() {
+        let left = sending.left(&disk)?;
+        if left.is_empty() {
             let sent = sending.top(disk, stop)?;
             sent.tell();
             operation.end(true);
             return Ok(sent);
         }
-        let looked = disk.descriptor.clone();
+        let (looked, place) = (disk.descriptor.clone(), disk.place.clone());
         drop(disk);
-        for (image, name) in sending.left(&looked)? {
-            sending.frozen(&looked, &image, &name)?;
+        for (image, name) in left {
+            match hold(&looked, &image) {
+                Ok(held) => sending.frozen(&looked, &image, &name, &held)?,
+                // A merge or a deletion that has ended meanwhile has removed the image, or changed it.
+                Err(_) if Descriptor::read_at(&place)? != looked => break,
+                Err(e) => return Err(e),
+            }
         }
     }
     bail!(Busy, "{}: its snapshots change all the time; send it when they are left alone", descriptor.display())
+}
+
+/// The sender's lock keeps merges away from the image.
+fn hold(disk: &Descriptor, image: &Image) -> Result<LockedImage> {
+    image_set::lock_image(disk, &image.file, READ, Sharing::Readers)
 }
 
 /// The disk as it can be sent: what interrupted operations left is finished.
@@ -129,11 +140,9 @@ impl Sending {
         Ok(Stamp::of(&now)? == done.stamp)
     }
 
-    fn frozen(&mut self, disk: &Descriptor, image: &Image, name: &str) -> Result<()> {
-        // The sender's lock keeps merges away from it.
-        let held = image_set::lock_image(disk, &image.file, READ, Sharing::Readers)?;
+    fn frozen(&mut self, disk: &Descriptor, image: &Image, name: &str, held: &LockedImage) -> Result<()> {
         let stamp = Stamp::of(&held.file)?;
-        self.whole(disk, image, name, &held)?;
+        self.whole(disk, image, name, held)?;
         self.done.retain(|done| done.name != name);
         self.done.push(Done { name: name.to_owned(), stamp });
         Ok(())
@@ -182,7 +191,7 @@ impl Sending {
                 self.end(&looked, &Descriptor::read_at(&place)?)?;
             }
             None => {
-                let held = image_set::lock_image(&disk, &image.file, READ, Sharing::Readers)?;
+                let held = hold(&disk, &image)?;
                 drop(disk);
                 self.whole(&looked, &image, &name, &held)?;
                 self.end(&looked, &Descriptor::read_at(&place)?)?;

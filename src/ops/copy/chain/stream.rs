@@ -42,6 +42,8 @@ pub const MAX_ZERO: u64 = 64 << 20;
 pub const MAX_DESCRIPTOR: u32 = 16 << 20;
 /// Of a file; its name in a folder can have no more.
 pub const MAX_NAME: u32 = 255;
+/// Of a file: more than twice the largest disk of the format, so that its tables are in it, too.
+pub const MAX_LEN: u64 = 1 << 59;
 /// A disk's tree is smaller.
 pub const MAX_FILES: u32 = 1 << 16;
 
@@ -143,8 +145,7 @@ impl Record {
 
     fn is_sound(&self) -> bool {
         let Record { kind, file, offset, bytes, payload } = *self;
-        // Offsets of files are signed.
-        let in_a_file = offset.checked_add(bytes).is_some_and(|end| i64::try_from(end).is_ok());
+        let in_a_file = offset.checked_add(bytes).is_some_and(|end| end <= MAX_LEN);
         let in_a_block = bytes > 0 && offset % BLOCK + bytes <= BLOCK;
         match kind {
             Kind::File => file < MAX_FILES && payload > 0 && payload <= MAX_NAME,
@@ -221,7 +222,7 @@ mod tests {
             Record { bytes: BLOCK, payload: BLOCK as u32, ..DATA },
             Record { kind: Kind::Packed, bytes: 100, payload: 99, ..DATA },
             Record { kind: Kind::File, payload: MAX_NAME, ..DATA },
-            Record { kind: Kind::Close, offset: 0, bytes: i64::MAX as u64, payload: 0, ..DATA },
+            Record { kind: Kind::Close, offset: 0, bytes: MAX_LEN, payload: 0, ..DATA },
             Record { kind: Kind::End, payload: MAX_DESCRIPTOR, ..DATA },
         ];
         let bad = [
@@ -230,6 +231,7 @@ mod tests {
             Record { offset: BLOCK - 1, ..DATA },
             Record { bytes: BLOCK + 1, payload: BLOCK as u32 + 1, ..DATA },
             Record { offset: i64::MAX as u64 - 3, ..DATA },
+            Record { offset: MAX_LEN - 4, ..DATA },
             Record { offset: u64::MAX, ..DATA },
             Record { kind: Kind::Packed, bytes: 100, payload: 100, ..DATA },
             Record { bytes: MAX_ZERO + 1, ..zero },
@@ -240,6 +242,7 @@ mod tests {
             Record { kind: Kind::File, payload: MAX_NAME + 1, ..DATA },
             Record { kind: Kind::File, file: MAX_FILES, payload: 4, ..DATA },
             Record { kind: Kind::Close, offset: 0, bytes: u64::MAX, payload: 0, ..DATA },
+            Record { kind: Kind::Close, offset: 0, bytes: MAX_LEN + 1, payload: 0, ..DATA },
             Record { kind: Kind::End, payload: MAX_DESCRIPTOR + 1, ..DATA },
         ];
         for record in good {

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
+use super::half::MARKER;
 use super::kept::Kept;
 use super::receive::{Arrived, list_kept, receive};
 use super::send::send;
@@ -21,11 +22,11 @@ use crate::sys::store::record::{self, Thing};
 use crate::units::ClusterSize;
 
 /// Two snapshots of a disk with large clusters, so that there are several blocks.
-fn disk(mode: ImageMode) -> (tempfile::TempDir, PathBuf) {
+pub(super) fn disk(mode: ImageMode) -> (tempfile::TempDir, PathBuf) {
     disk_of(mode, ClusterSize::from_sectors(1024).unwrap())
 }
 
-fn disk_of(mode: ImageMode, cluster: ClusterSize) -> (tempfile::TempDir, PathBuf) {
+pub(super) fn disk_of(mode: ImageMode, cluster: ClusterSize) -> (tempfile::TempDir, PathBuf) {
     let dir = testkit::folder();
     let source = dir.path().join("source");
     std::fs::create_dir(&source).unwrap();
@@ -39,7 +40,7 @@ fn disk_of(mode: ImageMode, cluster: ClusterSize) -> (tempfile::TempDir, PathBuf
     (dir, dd)
 }
 
-fn sent(dd: &Path, compress: bool, kept: Kept) -> Result<Vec<u8>> {
+pub(super) fn sent(dd: &Path, compress: bool, kept: Kept) -> Result<Vec<u8>> {
     let mut file = tempfile::tempfile().unwrap();
     send(dd, file.try_clone().unwrap().into(), compress, kept, Stop::default())?;
     let mut stream = Vec::new();
@@ -48,20 +49,20 @@ fn sent(dd: &Path, compress: bool, kept: Kept) -> Result<Vec<u8>> {
     Ok(stream)
 }
 
-fn received(dir: &Path, bytes: &[u8]) -> Result<Arrived> {
+pub(super) fn received(dir: &Path, bytes: &[u8]) -> Result<Arrived> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
     receive(dir, file.as_fd())
 }
 
-fn kept(dir: &Path) -> Kept {
+pub(super) fn kept(dir: &Path) -> Kept {
     let mut list = Vec::new();
     list_kept(dir, &mut list).unwrap();
     Kept::read(&list[..]).unwrap()
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -69,7 +70,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 /// The copy has the same tree, and files of the same bytes.
-fn check(source: &Path, dir: &Path) {
+pub(super) fn check(source: &Path, dir: &Path) {
     let [a, b] = [source.to_owned(), dir.join(FILE_NAME)].map(|path| Descriptor::read(&path).unwrap());
     assert_eq!((&a.snapshots, a.top, a.size_sectors, a.mode), (&b.snapshots, b.top, b.size_sectors, b.mode));
     for (a, b) in a.images.iter().zip(&b.images) {
@@ -208,10 +209,10 @@ fn a_changed_byte_anywhere_is_noticed() {
 }
 
 /// Kind, file, offset, bytes, payload.
-type Made<'a> = (What, u32, u64, u64, &'a [u8]);
+pub(super) type Made<'a> = (What, u32, u64, u64, &'a [u8]);
 
 /// A stream of such records, as a sender makes it that means harm.
-fn made(records: &[Made]) -> Vec<u8> {
+pub(super) fn made(records: &[Made]) -> Vec<u8> {
     let mut out = stream::start().to_vec();
     for (number, (kind, file, offset, bytes, payload)) in records.iter().enumerate() {
         let record = Record { kind: *kind, file: *file, offset: *offset, bytes: *bytes, payload: payload.len() as u32 };
@@ -293,6 +294,7 @@ fn what_is_in_the_way_stays() {
     assert_eq!(received(&target, &whole).unwrap_err().kind(), Kind::Creat);
     std::fs::remove_file(&half).unwrap();
     std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join(MARKER), "").unwrap();
     std::fs::write(root.join("other/victim"), "mine").unwrap();
     symlink("../other/victim", half.join("root.hdd")).unwrap();
     assert_eq!(received(&target, &whole).unwrap_err().kind(), Kind::Creat);
