@@ -71,11 +71,16 @@ fn unreadable(path: &Path, place: Option<&Place>, e: &Error) -> Finding {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let found = |remedy: &str| bad(Grade::Missing, &path.display().to_string(), e.to_string(), remedy);
     let anew = "make it anew from the device that runs the disk, from its backup or from the images";
-    let Some(place) = place.filter(|p| p.name == descriptor::FILE_NAME && folder.is_dir()) else { return found(anew) };
+    if path.file_name().is_none_or(|name| name != descriptor::FILE_NAME) || !folder.is_dir() {
+        return found(anew);
+    }
     let restore = format!("ploop restore-descriptor {}", word(folder));
-    match (e.errno() == Some(libc::ENOENT), Descriptor::is_cut(place)) {
-        (true, _) => found(anew).cured_by(restore),
-        (false, Ok(true)) => {
+    if e.errno() == Some(libc::ENOENT) {
+        // A link that leads nowhere is in the way.
+        return found(anew).cured_if(path.symlink_metadata().is_err().then_some(restore));
+    }
+    match place.map(Descriptor::is_cut) {
+        Some(Ok(true)) => {
             // The damaged one is kept under this name.
             let aside = folder.join(DAMAGED);
             match aside.symlink_metadata().is_ok() {
@@ -83,7 +88,7 @@ fn unreadable(path: &Path, place: Option<&Place>, e: &Error) -> Finding {
                 false => found(anew).cured_by(restore),
             }
         }
-        (false, _) => {
+        _ => {
             found("it is not damaged, but refused: use a program that knows such disks, or put its backup in its place")
         }
     }
@@ -92,15 +97,15 @@ fn unreadable(path: &Path, place: Option<&Place>, e: &Error) -> Finding {
 /// Names of descriptors that were put aside.
 const DAMAGED: &str = "DiskDescriptor.xml.damaged";
 
-/// A name like this one that no file has.
+/// A name like this one that no file has; an empty one if there are very many, which mv refuses.
 fn free(path: &Path) -> PathBuf {
-    let numbered = (1u32..).map(|n| {
+    let numbered = (1..1000).map(|n| {
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".{n}"));
         PathBuf::from(name)
     });
     let mut all = std::iter::once(path.to_owned()).chain(numbered);
-    all.find(|p| p.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)).unwrap_or_default()
+    all.find(|p| p.symlink_metadata().is_err()).unwrap_or_default()
 }
 
 /// The lock on the descriptor.
