@@ -94,6 +94,15 @@ def case_leaks(t):
         os.kill(p, signal.SIGSTOP)
     folder = f"/run/ploop/{os.path.basename(dev)}"
     run("rm", "-r", folder)
+    if os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC:
+        # Elsewhere the block device may be that of a server that is not seen.
+        log("not in the initial PID namespace: only servers are looked at")
+        for p in pids:
+            check(any(str(p) in f["text"] and f["cure"] for f in findings()), f"{p} is not found")
+            os.kill(p, signal.SIGKILL)
+        run("losetup", "-d", "/dev/" + rec["backing"])
+        os.unlink(dev)
+        return
     about = [str(p) for p in pids] + ["/dev/" + rec["backing"], dev + " "]
     cured(["/dev/fuse"], about=about, rounds=5)
     check(not any(devlib.alive(rec[w]) for w in ("supervisor", "worker")), "the servers live")

@@ -27,6 +27,8 @@ pub struct Mount {
     pub read_only: bool,
     /// Options of the file system, not of this mount of it.
     pub options: String,
+    /// Options of this mount.
+    pub flags: String,
 }
 
 /// All mounts, oldest first.
@@ -73,6 +75,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
         source,
         read_only: ro(mount_options) || ro(super_options),
         options: String::from_utf8_lossy(super_options).into_owned(),
+        flags: String::from_utf8_lossy(mount_options).into_owned(),
     })
 }
 

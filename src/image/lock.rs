@@ -60,6 +60,11 @@ pub fn lock_image(path: &Path, dir: Option<&Folder>, access: Access, sharing: Sh
 /// As [`lock_image`], for an open image. `path`: its name in messages.
 pub fn lock_open(fd: &OwnedFd, path: &Path, access: Access, sharing: Sharing) -> Result<LockedImage> {
     let (file, _) = reopen(fd, access).ctx(Kind::Open, || format!("cannot open image {}", path.display()))?;
+    lock_opened(file, path, sharing)
+}
+
+/// As [`lock_image`], for an image that is open with all that is needed; a lock that its description has already stays.
+pub fn lock_opened(file: File, path: &Path, sharing: Sharing) -> Result<LockedImage> {
     let image = LockedImage { file, path: path.to_owned() };
     image.lock(sharing)?;
     Ok(image)

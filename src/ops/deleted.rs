@@ -11,9 +11,11 @@ use crate::bail;
 use crate::descriptor::{self, Descriptor};
 use crate::device::{self, Device, State, Whereabouts};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::image::lock;
 use crate::report;
 use crate::sys::fiemap::{each_data, next_data, next_hole};
 use crate::sys::file_id::FileId;
+use crate::sys::file_lock;
 use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 
@@ -216,6 +218,9 @@ impl Saving {
         let copy = store::create_new(&now, 0o600)
             .ctx(Kind::Creat, || format!("cannot make {} (one of an interrupted try can be removed)", now.display()))?;
         let id = FileId::of(&copy).ctx(Kind::Fstat, || now.display())?;
+        // Held until it has its name: a file without the lock is what an interrupted program has left. Some file systems have no
+        // such locks.
+        let _ = lock::retry(|| file_lock::exclusive(&copy, false));
         let saving = Saving { source, copy, id, now, target, kept: false };
         saving.own()?;
         saving.update()?;
@@ -235,6 +240,7 @@ impl Saving {
         store::rename_new(&self.now, &self.target)
             .ctx(Kind::Rename, || format!("cannot rename {} to {}", self.now.display(), self.target.display()))?;
         self.now = self.target.clone();
+        let _ = file_lock::release(&self.copy);
         descriptor::sync_folder(&self.target.folder)
     }
 

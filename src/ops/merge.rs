@@ -26,6 +26,7 @@ use crate::image::{complete, create};
 use crate::report;
 use crate::report::progress::Progress;
 use crate::sys::file_id::FileId;
+use crate::sys::file_lock;
 use crate::sys::folder::{Folder, Place};
 use crate::sys::store;
 
@@ -319,12 +320,11 @@ impl LockedChain {
     fn write_new(&self, new: &Place) -> Result<(Merged, FileId)> {
         let tmp = scratch_name(new)?;
         let (mut sources, target, below) = self.levels();
-        let id = match self.target_raw {
-            true => {
-                let copy = new_copy(target, &tmp)?;
-                FileId::of(&copy).ctx(Kind::Fstat, || format!("cannot look at {}", tmp.display()))?
-            }
-            false => {
+        // Held from its creation, so that it is not taken for what an interrupted merge has left.
+        let copy = if self.target_raw { Some(new_copy(target, &tmp)?) } else { None };
+        let id = match &copy {
+            Some(copy) => FileId::of(copy).ctx(Kind::Fstat, || format!("cannot look at {}", tmp.display()))?,
+            None => {
                 // As large as the lowest, which may be smaller than those above it: the merge lets it grow.
                 let (header, _) = read_table(&self.target.file, &self.target.path)?;
                 sources.push(target);
@@ -332,8 +332,14 @@ impl LockedChain {
             }
         };
         let fill = || {
-            let opened = tmp.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {}", tmp.display()))?;
-            let held = lock::lock_open(&opened, &tmp.path(), WRITE, Sharing::Exclusive)?;
+            let held = match copy {
+                Some(copy) => lock::lock_opened(copy, &tmp.path(), Sharing::Exclusive)?,
+                None => {
+                    let opened =
+                        tmp.open(OFlag::O_PATH).ctx(Kind::Open, || format!("cannot open {}", tmp.display()))?;
+                    lock::lock_open(&opened, &tmp.path(), WRITE, Sharing::Exclusive)?
+                }
+            };
             if held.id()? != id {
                 bail!(Open, "{} is not the file that this merge made; another process has replaced it", tmp.display());
             }
@@ -392,11 +398,13 @@ fn scratch_name(new: &Place) -> Result<Place> {
     Ok(tmp)
 }
 
-/// Copies an image file byte by byte into a new file.
+/// Copies an image file byte by byte into a new file, which is locked until the result is dropped.
 fn new_copy(from: MergeLevel<'_>, to: &Place) -> Result<File> {
     let shown = to.display();
     let len = from.file.metadata().ctx(Kind::Fstat, || format!("cannot look at {}", from.name.display()))?.len();
     let file = store::create_new(to, 0o600).ctx(Kind::Creat, || format!("cannot create image {shown}"))?;
+    // A file system without such locks has none.
+    let _ = lock::retry(|| file_lock::exclusive(&file, false));
     if len == 0 || store::clone_range(from.file, 0, &file, 0, len).is_ok() {
         return Ok(file);
     }

@@ -89,8 +89,19 @@ pub(super) struct Orphan {
     pub path: PathBuf,
     /// What is in it.
     pub content: String,
+    pub kind: OrphanKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum OrphanKind {
+    /// `check --remove-orphans` removes it; nothing is in it, and it is not marked.
+    Empty,
     /// `check --remove-orphans` removes it.
-    pub removable: bool,
+    Removable,
+    /// It is outside the descriptor's folder, where descriptors of other disks are not known.
+    Elsewhere,
+    /// It is no sound image of this disk.
+    Unsound,
 }
 
 /// Those beside the first image. Nothing is written, and no lock is kept.
@@ -102,11 +113,19 @@ pub(super) fn unnamed(disk: &Descriptor, place: &Place, first: &Path) -> Vec<Orp
     };
     let described = |path: PathBuf| {
         let sound = read_header(&path, Some(&disk.dir)).is_ok_and(|h| h.cluster == disk.blocksize);
-        let removable = sound && path.parent() == Some(disk.dir.path());
-        Orphan { content: content(&path, &disk.dir), removable, path }
+        let content = content(&path, &disk.dir);
+        let kind = match () {
+            () if path.parent() != Some(disk.dir.path()) => OrphanKind::Elsewhere,
+            () if !sound => OrphanKind::Unsound,
+            () if content == EMPTY => OrphanKind::Empty,
+            () => OrphanKind::Removable,
+        };
+        Orphan { content, kind, path }
     };
     orphans(disk, first).into_iter().filter(free).map(described).collect()
 }
+
+const EMPTY: &str = "empty";
 
 /// What the file has in it, for messages.
 fn content(path: &Path, dir: &Folder) -> String {
@@ -120,7 +139,7 @@ fn content(path: &Path, dir: &Folder) -> String {
     };
     let marked = if read_header(path, Some(dir)).is_ok_and(|h| h.is_marked()) { ", marked in use" } else { "" };
     match used() {
-        Ok(0) => format!("empty{marked}"),
+        Ok(0) => format!("{EMPTY}{marked}"),
         Ok(bytes) => format!("{bytes} bytes of data{marked}"),
         Err(_) => "no readable image".into(),
     }

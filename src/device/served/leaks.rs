@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::device::model::{Device, Leak, ServerProcess};
@@ -15,6 +16,8 @@ use crate::server::{nodes, runtime};
 const PROGRAM: &str = "ploop-server";
 /// Bounds the walk to the ancestors of a process.
 const GENERATIONS: usize = 8;
+/// Inode of the initial PID namespace, the same in all kernels.
+const INITIAL_PIDS: u64 = 0xEFFF_FFFC;
 /// Major number of the classic driver's devices.
 const CLASSIC: u64 = 182;
 
@@ -24,11 +27,16 @@ pub(super) fn all() -> Vec<Leak> {
     let records: Vec<Option<DeviceRecord>> =
         names.iter().map(|name| runtime::read_record(&runtime::device_dir(name)).ok().flatten()).collect();
     let known: Vec<&DeviceRecord> = records.iter().flatten().collect();
-    let mut found: Vec<Leak> = servers(&known).collect();
-    // As long as such a process may be the server of a block device or node, that is no leak of its own.
-    if found.is_empty() {
-        found.extend(block_devices(&known));
+    let unknown: Vec<i32> = servers(&known).collect();
+    // The records of a server in another namespace, of a container for example, are not looked at here.
+    let mut found: Vec<Leak> =
+        unknown.iter().filter(|pid| is_of_own_namespaces(**pid)).map(|pid| Leak::Server { pid: *pid }).collect();
+    // As long as an unknown process may be the server of a block device or node, that is no leak of its own; and only in the
+    // initial namespace all processes are seen, and only by root what they are.
+    if !unknown.is_empty() || namespace("self", "pid") != Some(INITIAL_PIDS) || !nix::unistd::geteuid().is_root() {
+        return found;
     }
+    found.extend(block_devices(&known));
     if found.is_empty() {
         found.extend(stale_nodes(&names));
     }
@@ -72,13 +80,24 @@ fn stale_nodes(names: &[String]) -> Vec<Leak> {
     found.into_iter().map(|path| Leak::Node { path }).collect()
 }
 
+/// The inode of a process's namespace; none: it may not be looked at.
+fn namespace(pid: &str, kind: &str) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/{kind}")).ok().map(|m| m.ino())
+}
+
+/// This process and that one number processes alike, and servers write their records where this process reads them: in its own
+/// mount namespace or in that of process 1, which servers enter.
+fn is_of_own_namespaces(pid: i32) -> bool {
+    let pid = pid.to_string();
+    let same = |kind: &str, as_of: &str| namespace(&pid, kind).is_some_and(|ns| namespace(as_of, kind) == Some(ns));
+    same("pid", "self") && (same("mnt", "self") || same("mnt", "1"))
+}
+
 /// Processes of the server's program that hold /dev/fuse, and are neither a device's nor of one that is being made.
-fn servers<'a>(known: &'a [&DeviceRecord]) -> impl Iterator<Item = Leak> + use<'a> {
+fn servers<'a>(known: &'a [&DeviceRecord]) -> impl Iterator<Item = i32> + use<'a> {
     let own: Vec<i32> = known.iter().flat_map(|r| [r.supervisor.pid, r.worker.pid]).chain(new_ones()).collect();
     let pids = entries(Path::new("/proc")).filter_map(|p| p.file_name()?.to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| is_server(*pid) && holds_fuse(*pid))
-        .filter(move |pid| !descends(*pid, &own))
-        .map(|pid| Leak::Server { pid })
+    pids.filter(|pid| is_server(*pid) && holds_fuse(*pid)).filter(move |pid| !descends(*pid, &own))
 }
 
 /// The processes that make a device.
@@ -137,5 +156,6 @@ mod tests {
         assert!(parent(own).is_some_and(|p| descends(own, &[p])));
         assert!(!descends(own, &[]) && !descends(i32::MAX, &[1]));
         assert!(!is_server(own) && !holds_fuse(own));
+        assert!(is_of_own_namespaces(own) && !is_of_own_namespaces(i32::MAX));
     }
 }

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::finding::{Finding, Grade, bad, good, word};
+use super::remount::remount;
 use crate::device::{self, Device, Leak, State};
 use crate::error::Result;
 use crate::fs::holders;
 use crate::fs::mounts;
-use crate::ops::{deleted, find};
+use crate::ops::deleted;
 use crate::sys::host;
 
 /// A device that is being made or ended is no leak: what is left after this time is one.
@@ -136,20 +137,6 @@ fn unflushed((folder, images): &(PathBuf, Vec<PathBuf>)) -> Finding {
     }
 }
 
-/// The commands that end a device and mount its disk again where it was.
-fn remount(d: &Device) -> String {
-    let point = find::mounts_of(d).unwrap_or_default().into_iter().next().map(|m| m.target);
-    let at = point.map(|p| format!("-m {} ", word(&p))).unwrap_or_default();
-    let read_only = if d.read_only { "-r " } else { "" };
-    let component =
-        if d.component().is_empty() { String::new() } else { format!("-c {} ", word(Path::new(d.component()))) };
-    let what = match &d.descriptor {
-        Some(path) => word(path),
-        None => d.images.iter().map(|i| word(&i.path)).collect::<Vec<_>>().join(" "),
-    };
-    format!("ploop umount -d {} && ploop mount {read_only}{component}{at}{what}", word(d.node()))
-}
-
 /// What a device's state asks for.
 pub(super) fn one(d: &Device) -> Finding {
     let subject = d.node().display().to_string();
@@ -162,10 +149,7 @@ pub(super) fn one(d: &Device) -> Finding {
     }
     let grade = if d.state == State::Failed { Grade::Missing } else { Grade::Warning };
     let found = bad(grade, &subject, of, remedy(d, &subject));
-    match cure(d, &subject) {
-        Some(command) => found.cured_by(command),
-        None => found,
-    }
+    found.cured_if(cure(d, &subject))
 }
 
 fn running(d: &Device, subject: &str, of: String) -> Finding {
@@ -187,14 +171,14 @@ fn running(d: &Device, subject: &str, of: String) -> Finding {
                 "nothing is lost, its image is closed cleanly then; ploop umount -d {subject}, then mount it again"
             ),
         )
-        .cured_by(remount(d));
+        .cured_if(remount(d));
     }
     match deleted::trouble(d) {
         Some((what, remedy)) => {
             let found = bad(Grade::Warning, subject, format!("{of}, but {what}"), remedy);
             match (deleted::of(d).is_empty(), deleted::moved(d).first()) {
                 (false, _) => found.cured_by(format!("ploop umount --save-deleted -d {}", word(d.node()))),
-                (true, Some((old, new))) => found.cured_by(format!("mv {} {}", word(new), word(old))),
+                (true, Some((old, new))) => found.cured_by(format!("mv -n {} {}", word(new), word(old))),
                 _ => found,
             }
         }
@@ -217,7 +201,7 @@ fn cure(d: &Device, subject: &str) -> Option<String> {
         }
         State::Failed => Some(format!("ploop reload {subject}")),
         State::Dead if d.images.is_empty() => Some(format!("ploop umount -d {subject}")),
-        State::Dead => Some(remount(d)),
+        State::Dead => remount(d),
         _ => None,
     }
 }

@@ -1,7 +1,8 @@
 //! What is wrong with one disk: its descriptor, its images, the devices that run it, and what interrupted operations left.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -10,10 +11,12 @@ use super::finding::{Finding, Grade, bad, good, word};
 use super::leftovers::{self, Known};
 use crate::descriptor::{self, Descriptor, Image, ImageMode};
 use crate::device::{self, Device, State};
-use crate::error::Error;
+use crate::error::{Error, Kind};
 use crate::format::guid::Guid;
 use crate::format::header::Header;
 use crate::image::check::read_header;
+use crate::image::lock::{self, Sharing};
+use crate::image::open::Access;
 use crate::ops::{find, image_set, online, temporary_snapshot, umount};
 use crate::sys::file_id::FileId;
 use crate::sys::folder::Place;
@@ -23,11 +26,11 @@ use crate::sys::{file_lock, processes};
 pub fn disk(path: &Path) -> Vec<Finding> {
     let place = match Descriptor::find(path) {
         Ok(place) => place,
-        Err(e) => return vec![unreadable(path, &e)],
+        Err(e) => return vec![unreadable(path, None, &e)],
     };
     let disk = match Descriptor::read_at(&place) {
         Ok(disk) => disk,
-        Err(e) => return vec![unreadable(path, &e)],
+        Err(e) => return vec![unreadable(path, Some(&place), &e)],
     };
     let shown = path.display().to_string();
     if let Err(e) = disk.check_tree() {
@@ -54,32 +57,55 @@ pub fn disk(path: &Path) -> Vec<Finding> {
     page.agreement(&mut found);
     page.snapshots(&mut found);
     found.extend(leftovers::of(&Known { place: &place, disk: &disk, runs: page.runs() }));
+    if let Lock::Unknown = lock {
+        // An operation that this user cannot see may be under way.
+        found.iter_mut().for_each(|f| f.cure = None);
+    }
     // Held until here: no operation has begun meanwhile.
     drop(lock);
     found
 }
 
-fn unreadable(path: &Path, e: &Error) -> Finding {
+/// A command only where `restore-descriptor` can help: without a descriptor, or with one that was cut.
+fn unreadable(path: &Path, place: Option<&Place>, e: &Error) -> Finding {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let found = bad(
-        Grade::Missing,
-        &path.display().to_string(),
-        e.to_string(),
-        "make it anew from the device that runs the disk, from its backup or from the images",
-    );
-    let named = path.file_name().is_some_and(|name| name == descriptor::FILE_NAME);
-    match named && folder.is_dir() {
-        true => {
-            // The damaged one is kept under this name.
-            let aside = folder.join(format!("{}.damaged", descriptor::FILE_NAME));
-            let free = match aside.symlink_metadata().is_ok() && path.symlink_metadata().is_ok() {
-                true => format!("mv {0} {0}.old && ", word(&aside)),
-                false => String::new(),
-            };
-            found.cured_by(format!("{free}ploop restore-descriptor {}", word(folder)))
-        }
-        false => found,
+    let found = |remedy: &str| bad(Grade::Missing, &path.display().to_string(), e.to_string(), remedy);
+    let anew = "make it anew from the device that runs the disk, from its backup or from the images";
+    if path.file_name().is_none_or(|name| name != descriptor::FILE_NAME) || !folder.is_dir() {
+        return found(anew);
     }
+    let restore = format!("ploop restore-descriptor {}", word(folder));
+    if e.errno() == Some(libc::ENOENT) {
+        // A link that leads nowhere is in the way.
+        return found(anew).cured_if(path.symlink_metadata().is_err().then_some(restore));
+    }
+    match place.map(Descriptor::is_cut) {
+        Some(Ok(true)) => {
+            // The damaged one is kept under this name.
+            let aside = folder.join(DAMAGED);
+            match aside.symlink_metadata().is_ok() {
+                true => found(anew).cured_by(format!("mv -n {} {} && {restore}", word(&aside), word(&free(&aside)))),
+                false => found(anew).cured_by(restore),
+            }
+        }
+        _ => {
+            found("it is not damaged, but refused: use a program that knows such disks, or put its backup in its place")
+        }
+    }
+}
+
+/// Names of descriptors that were put aside.
+const DAMAGED: &str = "DiskDescriptor.xml.damaged";
+
+/// A name like this one that no file has; an empty one if there are very many, which mv refuses.
+fn free(path: &Path) -> PathBuf {
+    let numbered = (1..1000).map(|n| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{n}"));
+        PathBuf::from(name)
+    });
+    let mut all = std::iter::once(path.to_owned()).chain(numbered);
+    all.find(|p| p.symlink_metadata().is_err()).unwrap_or_default()
 }
 
 /// The lock on the descriptor.
@@ -88,12 +114,22 @@ enum Lock {
     Ours(#[allow(dead_code, reason = "held until it is dropped")] Option<Flock<File>>),
     /// The processes that hold it.
     Held(String),
+    /// This process may not look at it.
+    Unknown,
 }
 
 impl Lock {
     fn of(place: &Place) -> Lock {
         let path = descriptor::lock_path(&place.path());
-        let Ok(file) = File::open(&path) else { return Lock::Ours(None) };
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = match File::options().read(true).custom_flags(flags).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Lock::Ours(None),
+            Err(_) => return Lock::Unknown,
+        };
+        if !file.metadata().is_ok_and(|m| m.is_file()) {
+            return Lock::Unknown;
+        }
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
                 let id = FileId::of(&file).ok();
@@ -145,6 +181,22 @@ fn waiting(disk: &Descriptor, place: &Place) -> Option<Finding> {
     let text = format!("its last changes, whose server was killed, wait in {} for the next mount", folder.display());
     let remedy = "mount it for writing before the host is rebooted";
     Some(bad(Grade::Warning, "unflushed", text, remedy).cured_by(format!("ploop mount {dd} && ploop umount {dd}")))
+}
+
+/// Only this machine writes to the file system.
+fn is_local(file: &File) -> bool {
+    const LOCAL: [u32; 8] = [
+        0xEF53,      // ext2, ext3, ext4
+        0x5846_5342, // xfs
+        0x9123_683E, // btrfs
+        0x0102_1994, // tmpfs
+        0x794C_7630, // overlay
+        0x2FC1_2FC1, // zfs
+        0xF2F5_2010, // f2fs
+        0xCA45_1A4E, // bcachefs
+    ];
+    let found = nix::sys::statfs::fstatfs(file).map(|s| s.filesystem_type());
+    found.is_ok_and(|found| LOCAL.iter().any(|magic| found.0 as u32 == *magic))
 }
 
 /// Without braces, which shells would want quoted.
@@ -215,12 +267,13 @@ impl Page<'_> {
                     let remedy = format!("copy the file first; ploop check -f -r {shown} tells more");
                     found.push(bad(Grade::Missing, "damaged image", e.to_string(), remedy));
                 }
-                Ok(header) => found.extend(self.mark(image, &header).map(|f| f.cured_by(check))),
+                Ok(header) => found.extend(self.mark(image, &header, check)),
             }
         }
     }
 
-    fn mark(&self, image: &Image, header: &Header) -> Option<Finding> {
+    /// `check`: the command that checks the image and clears the mark.
+    fn mark(&self, image: &Image, header: &Header, check: String) -> Option<Finding> {
         let shown = image.file.display();
         if !header.is_marked() && !header.is_converting() || self.runs() {
             return None;
@@ -231,16 +284,26 @@ impl Page<'_> {
         if used || device::unflushed(&[id]).ok().flatten().is_some() {
             return None;
         }
+        let held = lock::lock_image(&image.file, Some(&self.disk.dir), Access::default(), Sharing::Exclusive);
+        if let Err(e) = &held
+            && e.kind() == Kind::Busy
+        {
+            let by = locked_by(&id).map(|by| format!(", locked by {by}")).unwrap_or_default();
+            return Some(good("in-use mark", format!("{shown} is in use by a program of this machine{by}")));
+        }
         let text = match header.is_converting() {
             true => format!("{shown} is half converted to another version"),
             false => format!("{shown} is marked in use, but no device of this machine runs it"),
         };
-        Some(bad(
-            Grade::Warning,
-            "in-use mark",
-            text,
-            "unless another machine runs it: it is checked, and the mark goes",
-        ))
+        let found = |remedy: &str| bad(Grade::Warning, "in-use mark", text.clone(), remedy);
+        // Devices and other users' processes are seen by root only; locks of other machines may not be seen at all.
+        match held.is_ok_and(|held| is_local(&held.file)) && nix::unistd::geteuid().is_root() {
+            true => Some(found("it is checked, and the mark goes").cured_by(check)),
+            false => Some(found(&format!(
+                "only if no other machine and no other program runs it, which cannot be seen from here: {check} checks it, and \
+                 the mark goes"
+            ))),
+        }
     }
 
     /// Descriptor and images say the same.
@@ -263,8 +326,9 @@ impl Page<'_> {
             let one = disk.images.len() == 1 && disk.mode != ImageMode::Raw && !self.runs();
             found.push(match one {
                 true => disagree(text, remedy).cured_by(format!(
-                    "mv {0} {0}.damaged && ploop restore-descriptor {1} {2}",
+                    "mv -n {} {} && ploop restore-descriptor {} {}",
                     self.dd(),
+                    word(&free(&disk.dir.join(DAMAGED))),
                     word(disk.dir.path()),
                     word(&image.file)
                 )),

@@ -4,6 +4,7 @@ mod device;
 mod disk;
 mod finding;
 mod leftovers;
+mod remount;
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -22,7 +23,7 @@ use finding::{bad, good};
 /// What is wrong with the disks that devices run, without what is wrong with the devices.
 pub fn disks_of_devices() -> Vec<Finding> {
     let devices = devices_of_drivers::list().unwrap_or_default();
-    let mut disks: Vec<_> = devices.iter().filter_map(|d| d.descriptor.clone()).filter(|p| p.exists()).collect();
+    let mut disks: Vec<_> = devices.iter().filter_map(|d| d.descriptor.clone()).collect();
     disks.sort();
     disks.dedup();
     let nodes: Vec<String> = devices.iter().map(|d| d.node().display().to_string()).collect();
@@ -33,7 +34,7 @@ pub fn disks_of_devices() -> Vec<Finding> {
 /// One page on a device, and on the disk that it runs.
 pub fn device_and_disk(node: &str) -> crate::error::Result<Vec<Finding>> {
     let found = device::device(node)?;
-    let mut page = found.descriptor.as_deref().filter(|p| p.exists()).map(disk).unwrap_or_default();
+    let mut page = found.descriptor.as_deref().map(disk).unwrap_or_default();
     if !page.iter().any(|f| f.subject == found.node().display().to_string()) {
         page.insert(0, device::one(&found));
     }
