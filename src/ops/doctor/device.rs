@@ -199,9 +199,9 @@ fn cure(d: &Device, subject: &str) -> Option<String> {
             let still: Vec<String> = still.collect();
             (!still.is_empty()).then(|| format!("kill -CONT {}", still.join(" ")))
         }
-        State::Failed => Some(format!("ploop reload {subject}")),
         State::Dead if d.images.is_empty() => Some(format!("ploop umount -d {subject}")),
         State::Dead => remount(d),
+        // A reload of one that failed lets waiting writes go on: the image has to be looked at first.
         _ => None,
     }
 }

@@ -196,7 +196,7 @@ fn is_local(file: &File) -> bool {
         0xCA45_1A4E, // bcachefs
     ];
     let found = nix::sys::statfs::fstatfs(file).map(|s| s.filesystem_type());
-    found.is_ok_and(|found| LOCAL.iter().any(|magic| found.0 as u32 == *magic))
+    found.is_ok_and(|found| LOCAL.contains(&(found.0 as u32)))
 }
 
 /// Without braces, which shells would want quoted.
