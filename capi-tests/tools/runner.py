@@ -308,8 +308,9 @@ def main():
         print(f"note: {devlib.PLOOP} is not built; --build builds it", flush=True)
     stages = {}
     # Two lanes: cargo's tests, and the scripts', which need only what was built before. The lane that is done first takes over what
-    # is left of the scripts, from the end.
+    # is left of the other, from the end.
     cargos = sorted((t for t in chosen if t[1] == "cargo"), key=lambda t: GENTLE.index(t[0]) if t[0] in GENTLE else -1)
+    to_build, cargos = [args[0] for _, _, args in cargos], collections.deque(cargos)
     alone = [t for t in chosen if t[0] in ALONE or t[0].split(".")[0] in ALONE]
     scripts = [t for t in chosen if t[1] != "cargo" and t not in alone]
     scripts = collections.deque(sorted(scripts, key=lambda t: t[0] in AFTER_BUILD))
@@ -323,25 +324,24 @@ def main():
     def run_cargos():
         t = time.monotonic()
         try:
-            runner.build([args[0] for _, _, args in cargos], nice=nice and 5)
+            runner.build(to_build)
         finally:
             built.set()
         timed("cargo's build", t)
-        for name, _, args in cargos:
-            t = time.monotonic()
-            runner.cargo(name, *args, nice=nice if name in GENTLE else 0)
-            timed("cargo's quiet tests" if name in GENTLE else "cargo's device tests", t)
-        while (test := take(-1)):
+        while (test := take(cargos) or take(scripts, last=True)):
             run_one(*test)
 
-    def take(end):
+    def take(of, last=False):
         with taking:
-            if not scripts:
+            if not of:
                 return None
-            return scripts.popleft() if end == 0 else scripts.pop()
+            return of.pop() if last else of.popleft()
 
     def run_one(name, kind, args):
-        if kind == "group":
+        t = time.monotonic()
+        if kind == "cargo":
+            runner.cargo(name, *args, nice=nice if name in GENTLE else 0)
+        elif kind == "group":
             runner.group(name, *args)
         elif kind == "device":
             runner.device(name, *args)
@@ -349,16 +349,18 @@ def main():
             rc, seconds = runner.command(name, ["bash", os.path.join(ROOT, f"capi-tests/{name}.sh")], 3600)
             runner.after(name, rc)
             runner.note(name, rc, seconds)
+        timed("cargo's quiet tests" if name in GENTLE else f"{kind} tests", t)
 
     lane = threading.Thread(target=run_cargos, daemon=True)
     try:
         lane.start()
-        while (test := take(0)):
+        while (test := take(scripts)):
             if test[0] in AFTER_BUILD:
                 built.wait()
-            t = time.monotonic()
             run_one(*test)
-            timed(test[1] + " scripts", t)
+        built.wait()
+        while (test := take(cargos, last=True)):
+            run_one(*test)
         t = time.monotonic()
         lane.join()
         timed("waiting for cargo's tests", t)

@@ -52,7 +52,7 @@ pub fn writer(
     })
 }
 
-/// The writers' last words are on the device.
+/// The last writes of the writers are on the device.
 pub fn check_lanes(node: &Path, lanes: &[Vec<Option<u64>>]) {
     for (lane, last) in lanes.iter().enumerate() {
         for (slot, n) in last.iter().enumerate() {

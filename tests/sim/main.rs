@@ -3,7 +3,7 @@
 //! The engine's sources are compiled here once more, because only a test's build of them can break its rules on purpose
 //! (`engine::breach`).
 //!
-//! `PLOOP_TEST=ci` runs 2,000 seeds, `PLOOP_TEST=full` 100,000, otherwise 50. `PLOOP_SEED=N cargo test --test sim the_engine`
+//! `PLOOP_TEST=ci` runs 1,200 seeds, `PLOOP_TEST=full` 100,000, otherwise 50. `PLOOP_SEED=N cargo test --test sim the_engine`
 //! replays one and prints what happened (`SIM_LIVE=1`: at once; `SIM_SEED` is the older name). `SIM_FIRST=N` begins with that seed, `SIM_VERBOSE=1`
 //! tells how far it is, `SIM_STOP=1` ends with the first failure,
 //! `SIM_BREAK=NAME` looks for one breach only (with `PLOOP_SEED`: in that run, and prints it).
@@ -85,7 +85,7 @@ fn run(seed: u64, maker: Maker, broken: Break, traced: bool) -> Result<Cover, St
 fn seeds() -> u64 {
     match testing::counts() {
         testing::Counts::Full => 100_000,
-        testing::Counts::Reduced => 2000,
+        testing::Counts::Reduced => 1200,
         testing::Counts::Usual => 50,
     }
 }
