@@ -306,7 +306,7 @@ fn killed_in_the_middle() {
             .args(["if=/dev/urandom", "bs=1M", "count=16", "conv=fsync", "status=none"])
             .arg(format!("of={}", disk.target.join(name).display())));
     };
-    let rounds = count(3, 8, 60);
+    let rounds = count(2, 8, 60);
     let (mut killed, mut again, mut thawed) = (0, 0, 0);
     for round in 0..rounds {
         // A base, a snapshot to be merged into, one to be merged.
@@ -484,7 +484,7 @@ fn beside_the_running_disk() {
 #[test]
 fn a_snapshot_is_a_short_pause() {
     let Some(disk) = Disk::new("a_snapshot_is_a_short_pause", "384m", &[]) else { return };
-    let n = count(2, 4, 20);
+    let n = count(1, 4, 20);
     let stop = AtomicBool::new(false);
     let waits = std::thread::scope(|s| {
         let writer = s.spawn(|| {
