@@ -133,8 +133,9 @@ pub fn retire(dir: &Path) -> io::Result<()> {
         Err(e) => {
             let name = dir.file_name().unwrap_or_default().to_string_lossy();
             log(&name, &format!("what was not flushed cannot be looked at: {e}"));
-            match top_in(dir) {
+            match top_in(dir).filter(|top| *top != FileId::default()) {
                 Some(top) => return keep(dir, &place_of(top)),
+                // No worker has used it: it is for no file.
                 None => return runtime::remove_dir(dir),
             }
         }
@@ -288,6 +289,16 @@ mod tests {
         // An earlier content has the file's place.
         shm.note_changed(changed_at(&file.metadata().unwrap()) + 2 * TOLERANCE);
         assert!(why(true).contains("earlier content"), "{}", why(true));
+    }
+
+    #[test]
+    fn memory_that_no_worker_has_used_goes_with_the_folder() {
+        let parent = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let dir = parent.path().join("device");
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join(MEMORY), [0; 100]).unwrap();
+        retire(&dir).unwrap();
+        assert!(!dir.exists());
     }
 
     #[test]
