@@ -20,11 +20,14 @@ BUSY = 17
 NO_ROOM = 20
 
 
-def new_disk(t, size="400m", name="disk", cluster=2048):
-    """A mounted disk with ext4: its descriptor, mount point and device."""
+def new_disk(t, size="400m", name="disk", cluster=2048, fs="ext4"):
+    """A mounted disk: its descriptor, mount point and device."""
     folder = t.mkdir(name)
     img, dd = os.path.join(folder, "root.hdd"), os.path.join(folder, "DiskDescriptor.xml")
-    ploop("init", "-s", size, "-b", str(cluster), img)
+    ploop("init", "-s", size, "-b", str(cluster), *([] if fs == "ext4" else ["-t", "none"]), img)
+    if fs == "xfs":
+        run("mkfs.xfs", "-q", t.mount(dd))
+        t.umount(dd)
     point = t.mkdir(name + ".mnt")
     return dd, point, t.mount("-m", point, dd)
 
@@ -72,10 +75,10 @@ def read(path):
         os.close(fd)
 
 
-def close_and_judge(t, dd, point):
+def close_and_judge(t, dd, point, fs="ext4"):
     t.umount(dd)
     dev = t.mount(dd)
-    run("e2fsck", "-fn", dev + "p1")
+    run(*(("e2fsck", "-fn", dev + "p1") if fs == "ext4" else ("xfs_repair", "-n", dev)))
     t.umount(dd)
     t.judges(os.path.join(os.path.dirname(dd), "root.hdd"))
 
@@ -248,7 +251,36 @@ def case_classic_program(t):
 @devlib.limit(300)
 def case_deleted_and_refilled(t):
     """Root inside deletes the balloon and fills its space while it is being given back: no byte of that is lost."""
-    dd, point, dev = new_disk(t, "400m", cluster=64)
+    deleted_and_refilled(t, "ext4", devlib.pick(6, 150))
+
+
+@devlib.limit(300)
+def case_xfs(t):
+    """The same on XFS; and a mounted disk is resized within its device, and beyond it."""
+    deleted_and_refilled(t, "xfs", devlib.pick(3, 80))
+    dd, point, dev = new_disk(t, "600m", "second", fs="xfs")
+    img = os.path.join(os.path.dirname(dd), "root.hdd")
+    kept = write(os.path.join(point, "kept"), 1, 30 * MIB)
+    gone = os.path.join(point, "gone")
+    write(gone, 2, 200 * MIB)
+    os.remove(gone)
+    run("sync", "-f", point)
+    before, whole = os.stat(img).st_size, free(point)
+    ploop("resize", "-s", "300m", dd)
+    check(state(dd) == "OFF" and 250 * MIB < free(point) + 30 * MIB < 300 * MIB, f"{free(point)} bytes are free")
+    ploop("resize", "-b", dd)
+    check(free(point) < 24 * MIB and os.stat(img).st_size < before - 100 * MIB, f"{before} bytes became {os.stat(img).st_size}")
+    ploop("resize", "-s", "32m", dd, rc=devlib.PARAM)
+    check(read(os.path.join(point, "kept")) == kept, "the file beside the balloon has changed")
+    balloon("show", "-m", t.mkdir("second.mnt", "sub"), rc=devlib.PARAM)
+    ploop("resize", "-s", "800m", dd)
+    check(size(dd) == 0 and free(point) > whole + 150 * MIB, f"{free(point)} bytes are free, {size(dd)} in the balloon")
+    check(read(os.path.join(point, "kept")) == kept, "the file beside the balloon has changed")
+    close_and_judge(t, dd, point, "xfs")
+
+
+def deleted_and_refilled(t, fs, rounds):
+    dd, point, dev = new_disk(t, "400m", cluster=64, fs=fs)
     place = os.path.join(point, BALLOON)
     # Free space in many pieces: it is discarded in many steps, with the file system frozen for each and not between them.
     piece = random.Random(1).randbytes(96 << 10)
@@ -260,7 +292,6 @@ def case_deleted_and_refilled(t):
     for name in many[::2]:
         os.remove(name)
     os.sync()
-    rounds = devlib.pick(6, 150)
     stop, errors, sums = threading.Event(), [], {}
     rng = random.Random(devlib.seeds([7])[0])
     pool = rng.randbytes(8 * MIB)
@@ -334,7 +365,7 @@ def case_deleted_and_refilled(t):
     for name, want in sums.items():
         check(read(os.path.join(point, name)) == want, f"{name} has lost bytes")
     check(state(dd) == "OFF", "not OFF")
-    close_and_judge(t, dd, point)
+    close_and_judge(t, dd, point, fs)
 
 
 @devlib.limit(600)

@@ -616,7 +616,7 @@ void ploop_cancel_operation(void);
  * Gives a disk param->size sectors, rounded up to whole clusters; needs root. Larger than it is: with its last partition and
  * the file system (ext, xfs, btrfs) on it, mounted or not. Smaller: with param->offline_resize the file system (ext,
  * btrfs) of a disk that is not mounted gets that size, and the image file shrinks; else, and of a mounted disk, the balloon
- * of an ext4 takes the difference. 0: the largest balloon. SYSEXIT_PARAM: smaller than the files need.
+ * of an ext4 or xfs takes the difference. 0: the largest balloon. SYSEXIT_PARAM: smaller than the files need.
  */
 int ploop_resize_image(struct ploop_disk_images_data *di, struct ploop_resize_param *param);
 

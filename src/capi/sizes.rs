@@ -9,7 +9,7 @@ use std::ffi::c_int;
 /// Gives a disk param->size sectors, rounded up to whole clusters; needs root. Larger than it is: with its last partition and
 /// the file system (ext, xfs, btrfs) on it, mounted or not. Smaller: with param->offline_resize the file system (ext,
 /// btrfs) of a disk that is not mounted gets that size, and the image file shrinks; else, and of a mounted disk, the balloon
-/// of an ext4 takes the difference. 0: the largest balloon. SYSEXIT_PARAM: smaller than the files need.
+/// of an ext4 or xfs takes the difference. 0: the largest balloon. SYSEXIT_PARAM: smaller than the files need.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ploop_resize_image(di: *mut ploop_disk_images_data, param: *mut ploop_resize_param) -> c_int {
     // SAFETY: the caller's object, used by this thread alone.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, open, openat};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat, fstatat};
-use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, fchown};
 
@@ -20,6 +20,7 @@ use crate::bail;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::file_lock;
 use crate::sys::reopen::{Access, reopen};
+use crate::sys::xfs;
 
 /// Name of the balloon file, mode 0600, owner root, empty when the disk is made.
 pub const NAME: &str = ".balloon-c3a5ae3d-ce7f-43c4-a1ea-c61e2b4504e8";
@@ -30,10 +31,18 @@ const KEPT: u64 = 4096;
 /// Number of the root folder of an ext file system.
 const EXT_ROOT: u64 = 2;
 
-/// The root folder of a mounted ext file system.
+/// A file system that can have a balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    Ext,
+    Xfs,
+}
+
+/// The root folder of a mounted file system.
 #[derive(Debug)]
 pub struct Root {
     folder: OwnedFd,
+    pub kind: FileSystem,
     /// For messages.
     path: PathBuf,
     /// Number of the block device that it lies on.
@@ -41,17 +50,28 @@ pub struct Root {
 }
 
 impl Root {
-    /// `DevIoc`: what is there is no ext file system, or not its root.
+    /// `DevIoc`: what is there is neither ext nor XFS, or not its root.
     pub fn open(folder: &Path) -> Result<Root> {
         let shown = folder.display();
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let fd = open(folder, flags, Mode::empty()).ctx(Kind::Open, || format!("cannot open {shown}"))?;
         let stat = fstat(&fd).ctx(Kind::Fstat, || format!("cannot look at {shown}"))?;
-        check_ext(&fd, folder)?;
-        if stat.st_ino != EXT_ROOT {
+        let kind = kind_of(&fd, folder)?;
+        let root = match kind {
+            FileSystem::Ext => EXT_ROOT,
+            FileSystem::Xfs => xfs::root_inode(&fd)
+                .ctx(Kind::DevIoc, || format!("cannot ask the xfs at {shown} for its root folder"))?,
+        };
+        if stat.st_ino != root {
             bail!(DevIoc, "{shown} is not the root folder of its file system, where the balloon lies");
         }
-        Ok(Root { folder: fd, path: folder.to_owned(), dev: stat.st_dev })
+        Ok(Root { folder: fd, kind, path: folder.to_owned(), dev: stat.st_dev })
+    }
+
+    /// An open descriptor of it.
+    pub fn folder(&self) -> Result<File> {
+        let copy = self.folder.try_clone().ctx(Kind::Sys, || "cannot duplicate the descriptor of the root folder")?;
+        Ok(copy.into())
     }
 
     /// For messages.
@@ -85,6 +105,7 @@ impl Root {
         }
         let (file, _) =
             reopen(&found, Access { write, direct: false }).ctx(Kind::Open, || format!("cannot open {shown}"))?;
+        refuse_realtime(self.kind, &file, &path)?;
         Ok(Some(Balloon { file, path }))
     }
 
@@ -102,6 +123,7 @@ impl Root {
             .and_then(|()| fchown(&fd, Some(Uid::from_raw(0)), Some(Gid::from_raw(0))));
         owned.ctx(Kind::Creat, creat)?;
         let file = File::from(fd);
+        refuse_realtime(self.kind, &file, &path)?;
         file.sync_all().ctx(Kind::Fsync, creat)?;
         nix::unistd::fsync(&self.folder).ctx(Kind::Fsync, creat)?;
         Ok(Balloon { file, path })
@@ -119,12 +141,13 @@ impl Root {
     pub fn space(&self) -> Result<Space> {
         let stat =
             fstatvfs(&self.folder).ctx(Kind::Fstat, || format!("cannot get the size of {}", self.path.display()))?;
-        Ok(Space {
-            block: stat.fragment_size() as u64,
-            blocks: stat.blocks() as u64,
-            free: (stat.blocks_free() as u64).saturating_sub((stat.blocks() as u64 / 50).min(KEPT)),
-            inodes: stat.files() as u64,
-        })
+        let (blocks, free) = (stat.blocks() as u64, stat.blocks_free() as u64);
+        let (kept, inodes) = match self.kind {
+            FileSystem::Ext => ((blocks / 50).min(KEPT), stat.files() as u64),
+            // It has set aside what it keeps, and has no tables of inodes.
+            FileSystem::Xfs => (0, 0),
+        };
+        Ok(Space { block: stat.fragment_size() as u64, blocks, free: free.saturating_sub(kept), inodes })
     }
 }
 
@@ -136,14 +159,31 @@ pub struct Space {
     pub blocks: u64,
     /// Blocks that root can still allocate.
     pub free: u64,
+    /// In tables that a smaller file system has less of.
     pub inodes: u64,
 }
 
 /// Blocks of other file systems cannot be found on the device, or not given to a file without being written.
-fn check_ext(file: impl AsFd, path: &Path) -> Result<()> {
-    let stat = fstatfs(file).ctx(Kind::Fstat, || format!("cannot look at the file system of {}", path.display()))?;
-    if stat.filesystem_type() != EXT4_SUPER_MAGIC {
-        bail!(DevIoc, "{}: only ext4 can have a balloon here, and this is another file system", path.display());
+fn kind_of(file: impl AsFd, path: &Path) -> Result<FileSystem> {
+    let shown = path.display();
+    let stat = fstatfs(&file).ctx(Kind::Fstat, || format!("cannot look at the file system of {shown}"))?;
+    match stat.filesystem_type() {
+        EXT4_SUPER_MAGIC => Ok(FileSystem::Ext),
+        XFS_SUPER_MAGIC => Ok(FileSystem::Xfs),
+        _ => bail!(DevIoc, "{shown}: only ext4 and xfs can have a balloon here, and this is another file system"),
+    }
+}
+
+/// `DevIoc`: the blocks of the file are not those of the disk.
+fn refuse_realtime(kind: FileSystem, file: &File, path: &Path) -> Result<()> {
+    let shown = path.display();
+    if kind == FileSystem::Xfs
+        && xfs::is_realtime(file).ctx(Kind::DevIoc, || format!("cannot look at the attributes of {shown}"))?
+    {
+        bail!(
+            DevIoc,
+            "{shown} lies on the real-time part of its xfs: it is no balloon; remove it, and a new one can be made"
+        );
     }
     Ok(())
 }
@@ -161,7 +201,7 @@ impl Balloon {
         let path = PathBuf::from(NAME);
         let file: File =
             fd.as_fd().try_clone_to_owned().ctx(Kind::Sys, || "cannot duplicate the descriptor of the balloon")?.into();
-        check_ext(&file, &path)?;
+        refuse_realtime(kind_of(&file, &path)?, &file, &path)?;
         match file.metadata().is_ok_and(|m| m.is_file()) {
             true => Ok(Balloon { file, path }),
             false => bail!(Param, "the descriptor given for the balloon is not that of a regular file"),
@@ -230,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_root_of_an_ext_file_system_has_a_balloon() {
+    fn only_the_root_of_a_known_file_system_has_a_balloon() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Root::open(dir.path()).unwrap_err().kind(), Kind::DevIoc);
         assert_eq!(Root::open(Path::new("/proc")).unwrap_err().kind(), Kind::DevIoc);

@@ -90,7 +90,8 @@ fn shrinkable(partition: &Path) -> Result<Found> {
     match probe::device(partition).ctx(Kind::Read, || format!("{shown} cannot be read"))? {
         Some(Found::Xfs) => bail!(
             Param,
-            "{shown} has an xfs, which no program can make smaller: copy its files to a new, smaller disk instead"
+            "{shown} has an xfs, which no program can make smaller: copy its files to a new, smaller disk, or mount it \
+             and resize it then, by a balloon"
         ),
         None => bail!(Param, "no ext or btrfs was recognised on {shown}: only these can be made smaller"),
         Some(found) => Ok(found),

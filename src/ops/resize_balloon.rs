@@ -14,11 +14,12 @@ use crate::descriptor::LockedDescriptor;
 use crate::device::{self, Device};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::format::bat;
-use crate::fs::balloon::{Root, Space};
+use crate::fs::balloon::{FileSystem, Root, Space};
 use crate::fs::helper;
 use crate::fs::mount::{self as mounting, MountSpec};
 use crate::fs::probe::Found;
 use crate::report;
+use crate::sys::fs_resize;
 use crate::units::SECTOR;
 
 /// The file system is smaller than its disk by so many clusters.
@@ -69,10 +70,10 @@ pub fn within_device(device: &Device, sectors: u64) -> Result<()> {
     with_root(device, |device, root| limit(device, root, wanted))
 }
 
-/// Takes the balloon of a disk away, before its file system gets another size. What is no ext, or cannot be mounted, has
-/// none.
+/// Takes the balloon of a disk away, before its file system gets another size. What is neither ext nor XFS, or cannot be
+/// mounted, has none.
 pub(super) fn deflate(device: &Device) -> Result<()> {
-    if !matches!(partition::recognised(&partition::source(device, None)?), Some(Found::Ext { .. })) {
+    if !matches!(partition::recognised(&partition::source(device, None)?), Some(Found::Ext { .. } | Found::Xfs)) {
         return Ok(());
     }
     let done = with_root(device, |device, root| match root.balloon_size()? {
@@ -151,6 +152,19 @@ fn limit(device: &Device, root: &Root, wanted: u64) -> Result<()> {
             _ => e,
         })?;
     }
+    match root.kind {
+        FileSystem::Ext => limit_ext(device, root, space, wanted, take > 0),
+        FileSystem::Xfs if take > 0 => Ok(()),
+        // It is not made smaller.
+        FileSystem::Xfs => {
+            let grown = fs_resize::grow(&root.folder()?, wanted);
+            grown.map(drop).ctx(Kind::ResizeFs, || format!("cannot make the xfs at {} larger", root.path().display()))
+        }
+    }
+}
+
+/// The blocks that an ext file system reserves for root follow its size, and it grows where it has no balloon.
+fn limit_ext(device: &Device, root: &Root, space: Space, wanted: u64, has_balloon: bool) -> Result<()> {
     let node = device::partitions(device)?.iter().find(|p| p.rdev == root.dev).map(|p| p.number);
     let node = match node {
         Some(number) => device::partition_node(device, number)?.unwrap_or_else(|| device.node().to_owned()),
@@ -166,7 +180,7 @@ fn limit(device: &Device, root: &Root, wanted: u64) -> Result<()> {
         ));
     }
     let blocks = wanted / space.block;
-    if take > 0 || blocks * space.block <= ext_size(&node)? {
+    if has_balloon || blocks * space.block <= ext_size(&node)? {
         return Ok(());
     }
     let grown = helper::run("resize2fs", &[node.as_os_str(), blocks.to_string().as_ref()])?;

@@ -33,3 +33,4 @@ pub mod stdio;
 pub mod store;
 pub mod terminal;
 pub mod wait;
+pub mod xfs;

@@ -19,7 +19,7 @@ Usage: ploop balloon show     TARGET
        ploop balloon complete TARGET
        ploop balloon discard  [OPTIONS] TARGET
 
-The balloon is a hidden file in the root of the ext4 on a mounted disk. What it takes the users of the disk cannot take, and
+The balloon is a hidden file in the root of the ext4 or xfs on a mounted disk. What it takes the users of the disk cannot take, and
 the image gives its space back to the host. Root inside can delete the file: it is no limit for root.
 
   show      how large it is
