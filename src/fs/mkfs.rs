@@ -66,6 +66,12 @@ pub struct FsSpec {
 /// that mke2fs thinks right.
 const JOURNAL_MIB: u64 = 128;
 const JOURNAL_NEEDS: u64 = 265 << 20;
+/// Blocks of the journal that mke2fs gives to a file system of at least so many blocks, and below.
+const USUAL_JOURNALS: [(u64, u64); 2] = [(32768, 4096), (0, 1024)];
+/// Blocks of a transaction that the kernel needs to enlarge a mounted ext4, beside those that are reserved for descriptors.
+const GROW_CREDITS: u64 = 32;
+/// Bytes of a group's descriptor: 32, or this where block numbers have 64 bits.
+const DESCRIPTOR: u64 = 64;
 /// The inner file system can be grown to this many bytes.
 const GROW_LIMIT: u64 = 16 << 40;
 
@@ -84,7 +90,7 @@ pub fn make(file: &Path, spec: &FsSpec, scratch: &Path) -> Result<()> {
 
 fn make_with(file: &Path, bytes: u64, spec: &FsSpec, root: &Path) -> Result<()> {
     let block = u64::from(spec.block_size);
-    let limit = (GROW_LIMIT / block).min(u64::from(u32::MAX));
+    let limit = grow_limit(bytes, block);
     let lazy = u32::from(spec.lazy);
     let mut extended = format!("lazy_itable_init={lazy},root_owner=0:0");
     if limit > bytes / block {
@@ -105,6 +111,19 @@ fn make_with(file: &Path, bytes: u64, spec: &FsSpec, root: &Path) -> Result<()> 
         give_to_root(file)?;
     }
     Ok(())
+}
+
+/// The size in blocks that a file system can be enlarged to within the descriptor blocks that are reserved for it. The kernel
+/// takes all of these into one transaction, a quarter of the journal at most, or a mounted ext4 cannot be enlarged: ENOSPC.
+fn grow_limit(bytes: u64, block: u64) -> u64 {
+    let most = (GROW_LIMIT / block).min(u64::from(u32::MAX));
+    if bytes >= JOURNAL_NEEDS {
+        return most;
+    }
+    let journal = USUAL_JOURNALS.iter().find(|(least, _)| bytes / block >= *least).map_or(0, |(_, journal)| *journal);
+    let reserved = journal / 4 - GROW_CREDITS.min(journal / 4);
+    let (groups, blocks) = (block / DESCRIPTOR, 8 * block);
+    most.min(reserved * groups * blocks)
 }
 
 /// Defaults of a ploop disk: extended attributes and ACLs, no periodic checks, read-only after an error.
@@ -215,6 +234,29 @@ mod tests {
             let sizes = debugfs(&file, "stats");
             assert!(sizes.contains(&format!("Block size:               {block_size}")), "{sizes}");
             assert!(sizes.contains("Errors behavior:          Remount read-only"), "{sizes}");
+        }
+    }
+
+    #[test]
+    fn the_journal_suffices_to_enlarge_a_mounted_file_system() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("fs");
+        for (mib, block_size) in
+            [(16, 1024), (16, 4096), (100, 4096), (127, 4096), (200, 4096), (264, 4096), (264, 1024)]
+                .into_iter()
+                .chain([(266, 4096), (1024, 4096), (266, 65536)])
+        {
+            fs::File::create(&file).unwrap().set_len(mib << 20).unwrap();
+            let spec = FsSpec { fstype: FsType::Ext4, block_size, lazy: true, inodes: Inodes::Usual };
+            make(&file, &spec, dir.path()).unwrap();
+            let stats = debugfs(&file, "stats");
+            let line = stats.lines().find_map(|l| l.strip_prefix("Reserved GDT blocks:"));
+            let reserved: u64 = line.map_or(0, |l| l.trim().parse().unwrap());
+            let journal = debugfs(&file, "stat <8>");
+            let size = journal.split("Size: ").nth(1).unwrap().split_whitespace().next().unwrap();
+            let blocks = size.parse::<u64>().unwrap() / u64::from(block_size);
+            assert!(reserved > 0 || block_size == 65536, "{mib} MiB of {block_size}");
+            assert!(reserved + 16 <= blocks / 4, "{mib} MiB of {block_size}: {reserved} and a journal of {blocks}");
         }
     }
 

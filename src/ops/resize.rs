@@ -124,6 +124,7 @@ fn grow_mounted(device: &Device, source: &Path) -> Result<Option<Option<&'static
     }
     grown.map(Some).map_err(|e| {
         let why = match e.raw_os_error() {
+            Some(libc::ENOSPC) => " (an ext4 whose journal is too small, see the kernel's log)",
             Some(libc::EPERM) => " (for ext4 the kernel wants CAP_SYS_RESOURCE, and a file system without errors)",
             _ => "",
         };
