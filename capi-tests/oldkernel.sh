@@ -4,6 +4,10 @@
 # cannot send them again. As root; takes about five minutes.
 #
 #   capi-tests/oldkernel.sh [BINARY[:TEST...]...]    test binaries, and perhaps which of their tests
+#   capi-tests/oldkernel.sh SCRIPT.py:CASE...        cases of capi-tests/devices
+#
+# A mounted ext4 is enlarged here, as it is on real machines and not in all places where tests are run: the kernel asks for
+# CAP_SYS_RESOURCE.
 #
 # Workers are not killed under load by default: user-mode Linux copies a request to its reader by a slower way than real machines
 # (no HAVE_FAST_GUP), which gives up when the reader is being killed, and the request ends with EIO whatever a server does.
@@ -19,6 +23,7 @@ tests=("$@")
     device_merge:merged_under_load:cancelled:without_space
     device_switch:a_chain_grows_under_load:reload_under_load:what_cannot_be_served
     worker:data:delta:read_only:one_writer:marks:new_supervisor:no_space:struck_out
+    sizes_rounds.py:rounds sizes.py:resize_running
 )
 [ "$(id -u)" = 0 ] || { echo "skip: not root"; exit 77; }
 
@@ -37,6 +42,13 @@ binaries=$(cargo test --locked --no-run --message-format=json 2>/dev/null |
     sed -n 's/.*"executable":"\([^"]*\/debug\/deps\/[^"]*\)".*/\1/p')
 chosen=()
 for t in "${tests[@]}"; do
+    case $t in
+    *.py:*)
+        [ -f "capi-tests/devices/${t%%:*}" ] || { echo "there is no script ${t%%:*}"; exit 1; }
+        chosen+=("$root/capi-tests/devices/$t")
+        continue
+        ;;
+    esac
     found=$(grep "/${t%%:*}-[0-9a-f]*$" <<<"$binaries" | tail -n 1)
     [ -n "$found" ] || { echo "there is no test binary ${t%%:*}"; exit 1; }
     names=
@@ -61,7 +73,12 @@ mkdir -p /run/lock
     for chosen in ${chosen[*]}; do
         IFS=: read -r binary names <<<"\$chosen"
         echo "=== \$chosen"
-        PLOOP_TEST=ci timeout -k 5 900 \$binary --nocapture --test-threads=1 \${names//:/ }
+        case \$binary in
+        *.py)
+            mkdir -p "$dir/disk/scripts"
+            PLOOP_TEST=ci PLOOP="$root/target/debug/ploop" PLOOP_TEST_SCRATCH="$dir/disk/scripts" timeout -k 5 900 python3 \$binary \${names//:/ } && echo ok ;;
+        *) PLOOP_TEST=ci timeout -k 5 900 \$binary --nocapture --test-threads=1 \${names//:/ } ;;
+        esac
         rc=\$?
         echo "\$rc \$binary" >>"$dir/results"
     done
